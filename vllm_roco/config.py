@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options a user sets in `additional_config["roco"]`, and their ranges.
+
+Pure Python: every process that reads the options (front end, engine core, workers)
+builds the same frozen object from the same dictionary. What depends on the rest of
+vLLM's configuration is checked in `vllm_roco.validation`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NAMESPACE = "roco"
+"""Key of `additional_config` under which the options live."""
+
+POLICIES = ("roco", "recent")
+SHIELDS = ("peak", "deviation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RocoConfig:
+    """What is kept, how much of it, and at what pace prompts are read.
+
+    Attributes:
+        policy: `"roco"` keeps the blocks that any head in any layer attends to;
+            `"recent"` keeps the first and the newest blocks and measures nothing.
+        shield: The statistic of RoCo's first stage, `"peak"` or `"deviation"`
+            (arXiv 2402.06262 shields by deviation).
+        shield_ratio: Share of the budget that the first stage shields, 0 to 1.
+        budget: KV tokens kept per sequence; a multiple of the block size.
+        stride: Tokens evicted at a time; a multiple of the block size.
+        chunk: Prompt tokens read per step; a multiple of the block size.
+        sink: First tokens of a sequence that are never evicted.
+        recent: Newest tokens of a sequence that are never evicted.
+        trace: File that receives one JSON line per scheduled request and step, or
+            None. For looking at what the budget does, not for production.
+
+    Raises:
+        ValueError: A value is of the wrong type or out of range.
+    """
+
+    policy: str = "roco"
+    shield: str = "peak"
+    shield_ratio: float = 0.7
+    budget: int = 2048
+    stride: int = 256
+    chunk: int = 512
+    sink: int = 16
+    recent: int = 32
+    trace: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("policy", self.policy, POLICIES)
+        _check_choice("shield", self.shield, SHIELDS)
+        for key, least in _LEAST.items():
+            _check_integer(key, getattr(self, key), least)
+        _check_ratio("shield_ratio", self.shield_ratio)
+        if self.trace is not None and not (
+            isinstance(self.trace, str) and self.trace.strip()
+        ):
+            raise _bad("trace", self.trace, "a file path, or null for no trace")
+        if self.sink + self.recent > self.budget:
+            raise ValueError(
+                f"roco: sink + recent is {self.sink} + {self.recent} = "
+                f"{self.sink + self.recent} tokens, but must not exceed budget = "
+                f"{self.budget}. Lower sink or recent, or raise budget."
+            )
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> RocoConfig:
+        """Read the options from `VllmConfig.additional_config`.
+
+        Args:
+            additional_config: The dictionary that vLLM hands through. Keys other than
+                `"roco"` belong to other plugins and are left alone.
+
+        Raises:
+            ValueError: An unknown key, or a value that is not allowed.
+        """
+        options: Any = {}
+        if isinstance(additional_config, Mapping):
+            options = additional_config.get(NAMESPACE, {})
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"roco: additional_config['roco'] is {options!r}, but must be a "
+                "dictionary of options, for example "
+                '{"roco": {"budget": 2048, "stride": 256}}.'
+            )
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                raise ValueError(
+                    f"roco: unknown option {key!r} = {options[key]!r}. Allowed keys "
+                    f"are {', '.join(known)}. Correct or remove it."
+                )
+        return cls(**options)
+
+    @property
+    def measures(self) -> bool:
+        """Whether attention statistics are kept (not so for `policy="recent"`)."""
+        return self.policy == "roco"
+
+    def check_block_size(self, block_size: int) -> None:
+        """Raise unless budget, stride and chunk are whole blocks.
+
+        Args:
+            block_size: Tokens per KV block, `CacheConfig.block_size`.
+
+        Raises:
+            ValueError: An option does not fit the block size, or the protected blocks
+                leave nothing to evict.
+        """
+        for key in ("budget", "stride", "chunk"):
+            value = getattr(self, key)
+            if value % block_size:
+                below = value // block_size * block_size
+                near = below + block_size
+                choice = f"{below} or {near}" if below else f"{near}"
+                raise ValueError(
+                    f"roco: {key} = {value} is not a multiple of the block size "
+                    f"({block_size} tokens). Use {choice}, or another --block-size."
+                )
+        protected = (
+            blocks_of(self.sink, block_size) + blocks_of(self.recent, block_size)
+        ) * block_size
+        if protected > self.budget:
+            raise ValueError(
+                f"roco: sink = {self.sink} and recent = {self.recent} protect "
+                f"{protected} tokens when rounded up to blocks of {block_size}, but "
+                f"must not exceed budget = {self.budget}. Lower them, raise budget, "
+                "or use a smaller --block-size."
+            )
+
+
+def blocks_of(tokens: int, block_size: int) -> int:
+    """Return how many blocks hold `tokens` tokens, the last one perhaps in part."""
+    return -(-tokens // block_size)
+
+
+_LEAST = {"budget": 1, "stride": 1, "chunk": 1, "sink": 0, "recent": 0}
+
+
+def _bad(key: str, value: object, allowed: str) -> ValueError:
+    return ValueError(
+        f"roco: {key} = {value!r} is not allowed. Use {allowed} "
+        f'(--additional-config \'{{"roco": {{"{key}": ...}}}}\').'
+    )
+
+
+def _check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in allowed:
+        raise _bad(key, value, " or ".join(f'"{name}"' for name in allowed))
+
+
+def _check_integer(key: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _bad(key, value, f"a whole number of tokens, at least {least}")
+
+
+def _check_ratio(key: str, value: object) -> None:
+    # the comparison also refuses nan
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= 1
+    ):
+        raise _bad(key, value, "a number from 0 to 1")

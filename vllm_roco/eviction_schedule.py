@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many blocks a sequence has given up, as a function of its length alone.
+
+The scheduler and every worker work this out by themselves from the number of computed
+tokens, so nothing is sent back from the device and there is no state to disagree about.
+Which blocks go is data and is decided elsewhere (`vllm_roco.policy`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_roco.config import blocks_of
+
+
+@dataclass(frozen=True)
+class EvictionSchedule:
+    """The arithmetic of one sequence's block-table row.
+
+    ::
+
+        row index      0 ... B-1 | B ......... B+E-1 | B+E ....... last
+                       home      | freed (null)      | arriving blocks
+
+    `B` is the budget in blocks, `E` the blocks evicted so far. The live table, over
+    which the sequence attends, is the home followed by the arriving blocks.
+
+    Attributes:
+        block_size: Tokens per block.
+        budget: Tokens that the home holds, a multiple of `block_size`.
+        stride: Tokens evicted at a time, a multiple of `block_size`.
+    """
+
+    block_size: int
+    budget: int
+    stride: int
+
+    @property
+    def budget_blocks(self) -> int:
+        """`B`, the blocks of the home."""
+        return self.budget // self.block_size
+
+    @property
+    def stride_blocks(self) -> int:
+        """`S`, the blocks evicted at a time."""
+        return self.stride // self.block_size
+
+    def evicted_blocks(self, num_computed_tokens: int) -> int:
+        """Return `E(n)`, the blocks evicted once `n` tokens are computed."""
+        stride = self.stride_blocks
+        over = num_computed_tokens // self.block_size - self.budget_blocks
+        return max(0, over // stride) * stride
+
+    def live_tokens(self, num_tokens: int, num_computed_tokens: int) -> int:
+        """Return the tokens attended at length `num_tokens` within one step.
+
+        Args:
+            num_tokens: Length of the sequence including the step's own tokens.
+            num_computed_tokens: Tokens computed before the step.
+        """
+        return num_tokens - self.evicted_blocks(num_computed_tokens) * self.block_size
+
+    def next_eviction(self, num_computed_tokens: int) -> int:
+        """Return the smallest length above `n` at which `E` grows."""
+        evicted = self.evicted_blocks(num_computed_tokens)
+        return (self.budget_blocks + evicted + self.stride_blocks) * self.block_size
+
+    def max_live_tokens(self) -> int:
+        """Return the most tokens that a sequence attends over after a step."""
+        return self.budget + self.stride - 1
+
+    def max_blocks(self, max_in_flight_tokens: int) -> int:
+        """Return the most blocks that the manager holds for one sequence.
+
+        Blocks are freed once the step that evicted them has been processed, so the
+        blocks of the tokens in flight come on top.
+
+        Args:
+            max_in_flight_tokens: Most tokens of one sequence that are scheduled but
+                not yet processed, the step being scheduled included.
+        """
+        in_flight = blocks_of(max_in_flight_tokens, self.block_size)
+        return self.budget_blocks + self.stride_blocks + in_flight + 1

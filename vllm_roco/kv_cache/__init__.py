@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where K, V and the statistics lie, and how the blocks are accounted for."""
