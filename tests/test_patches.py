@@ -118,6 +118,7 @@ def test_ledger_lists_every_patch() -> None:
         assert f"`{diff.stem}`" in ledger
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", ["0001"], indirect=True)
 def test_cpu_platform_honours_a_registered_backend(patched: tuple[Path, Path]) -> None:
     before, after = (run_probe("select_on_cpu.py", overlay) for overlay in patched)
@@ -128,6 +129,7 @@ def test_cpu_platform_honours_a_registered_backend(patched: tuple[Path, Path]) -
     assert "head_size not supported" in after["PROBE, head size 33"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", ["0002"], indirect=True)
 def test_registered_backend_reaches_a_process_without_plugins(
     patched: tuple[Path, Path],
@@ -145,6 +147,7 @@ def test_registered_backend_reaches_a_process_without_plugins(
     assert after == stock | {"PROBE": "PROBE", "registered again": "PROBE"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("patched", ["0003"], indirect=True)
 def test_scheduler_asks_the_hook_for_waiting_and_running_requests(
     patched: tuple[Path, Path],
