@@ -32,7 +32,9 @@ def _release_folders() -> dict[str, Path]:
     spec = importlib.util.find_spec("vllm")
     assert spec is not None and spec.origin is not None
     folders = [Path(spec.origin).parents[1]]
-    folders += map(Path, filter(None, os.environ.get("VLLM_RELEASES", "").split(":")))
+    folders += map(
+        Path, filter(None, os.environ.get("VLLM_RELEASES", "").split(os.pathsep))
+    )
     found: dict[str, Path] = {}
     for folder in folders:
         package = open_release(folder)
