@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-
 INITIALISERS = ("__init__", "__post_init__")
 """Methods whose assignments to `self` count as attributes of a class's instances."""
 
