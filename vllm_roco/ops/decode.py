@@ -39,21 +39,21 @@ _FIRST_POSITION = tl.constexpr(page.FIRST_POSITION)
 
 
 @triton.jit
-def _split_range(length, split, TILE: tl.constexpr, SPLITS: tl.constexpr):
+def _split_range(length, split, num_splits, TILE: tl.constexpr):
     """Return the first tile of a split and the one behind its last."""
     num_tiles = tl.cdiv(length, TILE)
-    return split * num_tiles // SPLITS, (split + 1) * num_tiles // SPLITS
+    return split * num_tiles // num_splits, (split + 1) * num_tiles // num_splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row", "max_pieces"])
 def _attend_kernel(
     query_ptr,  # [num_rows, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     output_ptr,  # [num_rows, num_q_heads, head_size]
-    partial_output_ptr,  # [num_rows, num_q_heads, SPLITS, head_size] float32
-    partial_lse_ptr,  # [num_rows, num_q_heads, SPLITS] float32, base 2
+    partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
     piece_lse_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
@@ -73,7 +73,7 @@ def _attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MEASURE: tl.constexpr,
     PDL: tl.constexpr,
@@ -82,14 +82,15 @@ def _attend_kernel(
     split = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     num_kv_heads = tl.num_programs(0)
+    num_splits = tl.num_programs(1)
     if PDL:
         # lets the combining kernel take its place early; it waits for this one's end
         tl.extra.cuda.gdc_launch_dependents()
 
     length = tl.load(live_lens_ptr + row)
-    first_tile, last_tile = _split_range(length, split, TILE, SPLITS)
+    first_tile, last_tile = _split_range(length, split, num_splits, TILE)
     # with one split, an empty row must still write its zeros
-    if (SPLITS > 1) & (first_tile >= last_tile):
+    if SPLIT and first_tile >= last_tile:
         return
 
     group = tl.arange(0, GROUP_PADDED)
@@ -108,7 +109,6 @@ def _attend_kernel(
         other=0.0,
     )
     keys_ptr = kv_cache_ptr + kv_head * stride_cache_head
-    values_ptr = keys_ptr + HEAD_SIZE
     table_ptr = live_table_ptr + row * stride_table_row
     pieces_ptr = piece_lse_ptr + (row * num_kv_heads + kv_head) * max_pieces * GROUP
 
@@ -136,20 +136,15 @@ def _attend_kernel(
             table_ptr + following // BLOCK_SIZE, mask=following < length, other=0
         )
 
-        if HEAD_PADDED == HEAD_SIZE:
-            key_mask = visible[None, :]
-            value_mask = visible[:, None]
-        else:
-            key_mask = visible[None, :] & (dim < HEAD_SIZE)[:, None]
-            value_mask = visible[:, None] & (dim < HEAD_SIZE)[None, :]
-        # [HEAD_PADDED, TILE]
+        content_ptr = keys_ptr + slot[:, None] + dim[None, :]
+        content_mask = visible[:, None]
+        if HEAD_PADDED != HEAD_SIZE:
+            content_mask &= (dim < HEAD_SIZE)[None, :]
+        # keys and values are loaded alike, [TILE, HEAD_PADDED], to share addresses
         keys = tl.load(
-            keys_ptr + slot[None, :] + dim[:, None],
-            mask=key_mask,
-            other=0.0,
-            eviction_policy="evict_first",
+            content_ptr, mask=content_mask, other=0.0, eviction_policy="evict_first"
         )
-        logits = tl.dot(query, keys, input_precision="ieee") * logit_scale
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
         if SOFT_CAP:
             # tanh, in a form of which neither end overflows
             growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
@@ -169,10 +164,9 @@ def _attend_kernel(
                 mask=(group < GROUP)[:, None] & (number * PIECE < length)[None, :],
             )
 
-        # [TILE, HEAD_PADDED]
         values = tl.load(
-            values_ptr + slot[:, None] + dim[None, :],
-            mask=value_mask,
+            content_ptr + HEAD_SIZE,
+            mask=content_mask,
             other=0.0,
             eviction_policy="evict_first",
         )
@@ -187,7 +181,14 @@ def _attend_kernel(
     # the largest logit alone adds 1 to the sum, so only an empty row is changed here
     total = tl.sum(running_sum, 1)
     normalised = accumulated / tl.maximum(total, 1.0)[:, None]
-    if SPLITS == 1:
+    slot_of_split = (row * num_kv_heads * GROUP + head) * num_splits + split
+    if SPLIT:
+        tl.store(
+            partial_output_ptr + slot_of_split[:, None] * HEAD_SIZE + dim[None, :],
+            normalised,
+            mask=query_mask,
+        )
+    else:
         tl.store(
             output_ptr
             + row * stride_output_row
@@ -196,14 +197,7 @@ def _attend_kernel(
             normalised.to(output_ptr.dtype.element_ty),
             mask=query_mask,
         )
-    slot_of_split = (row * num_kv_heads * GROUP + head) * SPLITS + split
-    if SPLITS > 1:
-        tl.store(
-            partial_output_ptr + slot_of_split[:, None] * HEAD_SIZE + dim[None, :],
-            normalised,
-            mask=query_mask,
-        )
-    if (SPLITS > 1) | MEASURE:
+    if SPLIT or MEASURE:
         tl.store(
             partial_lse_ptr + slot_of_split,
             running_max + tl.log2(total),
@@ -213,24 +207,24 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_output(
-    partial_output_ptr,  # [num_rows, num_q_heads, SPLITS, head_size] float32
-    partial_lse_ptr,  # [num_rows, num_q_heads, SPLITS] float32, base 2
+    partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
     output_ptr,  # [head_size], of one row and query head
     row_head,  # row * num_q_heads + query head
     length,
+    num_splits,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
     """Write one query head's output, the average of its splits' outputs."""
     split = tl.arange(0, SPLITS_PADDED)
     dim = tl.arange(0, HEAD_PADDED)
     # a split without tiles wrote nothing
-    first_tile, last_tile = _split_range(length, split, TILE, SPLITS)
-    used = (split < SPLITS) & (first_tile < last_tile)
-    slot = row_head * SPLITS + split
+    first_tile, last_tile = _split_range(length, split, num_splits, TILE)
+    used = (split < num_splits) & (first_tile < last_tile)
+    slot = row_head * num_splits + split
     split_lse = tl.load(partial_lse_ptr + slot, mask=used, other=float("-inf"))
     # [SPLITS_PADDED, HEAD_PADDED]
     partial = tl.load(
@@ -249,7 +243,7 @@ def _merge_output(
 
 @triton.jit
 def _update_statistics(
-    partial_lse_ptr,  # [num_rows, num_q_heads, SPLITS] float32, base 2
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
     pieces_ptr,  # [max_pieces, GROUP] float32, base 2, of one row and kv head
     table_ptr,  # [live_width] int32, of one row
     statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
@@ -258,12 +252,12 @@ def _update_statistics(
     first_index,  # first of the COMBINE_BLOCKS live blocks to update
     length,
     evicted,
+    num_splits,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     COMBINE_BLOCKS: tl.constexpr,
 ):
@@ -278,9 +272,9 @@ def _update_statistics(
 
     split = tl.arange(0, SPLITS_PADDED)
     group = tl.arange(0, GROUP_PADDED)
-    first_tile, last_tile = _split_range(length, split, TILE, SPLITS)
-    used = (split < SPLITS) & (first_tile < last_tile)
-    slot = (row_head + group) * SPLITS
+    first_tile, last_tile = _split_range(length, split, num_splits, TILE)
+    used = (split < num_splits) & (first_tile < last_tile)
+    slot = (row_head + group) * num_splits
     # [GROUP_PADDED, SPLITS_PADDED]
     split_lse = tl.load(
         partial_lse_ptr + slot[:, None] + split[None, :],
@@ -320,10 +314,10 @@ def _update_statistics(
     tl.store(statistics, tl.where(is_new, fresh, grown), mask=live[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "num_splits"])
 def _combine_kernel(
-    partial_output_ptr,  # [num_rows, num_q_heads, SPLITS, head_size] float32
-    partial_lse_ptr,  # [num_rows, num_q_heads, SPLITS] float32, base 2
+    partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
     piece_lse_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
@@ -335,6 +329,7 @@ def _combine_kernel(
     stride_output_row,
     stride_output_head,
     max_pieces,
+    num_splits,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -342,7 +337,6 @@ def _combine_kernel(
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
     OUTPUT_PARTS: tl.constexpr,
     COMBINE_BLOCKS: tl.constexpr,
@@ -365,10 +359,10 @@ def _combine_kernel(
             + (kv_head * GROUP + part) * stride_output_head,
             row_kv_head * GROUP + part,
             length,
+            num_splits,
             HEAD_SIZE,
             HEAD_PADDED,
             TILE,
-            SPLITS,
             SPLITS_PADDED,
         )
     else:
@@ -384,12 +378,12 @@ def _combine_kernel(
                 first_index,
                 length,
                 tl.load(evicted_before_ptr + row),
+                num_splits,
                 GROUP,
                 GROUP_PADDED,
                 BLOCK_SIZE,
                 PIECE,
                 TILE,
-                SPLITS,
                 SPLITS_PADDED,
                 COMBINE_BLOCKS,
             )
@@ -585,7 +579,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
-        SPLITS=plan.splits,
+        SPLIT=plan.splits > 1,
         SOFT_CAP=soft_cap != 0.0,
         MEASURE=measure,
         PDL=plan.dependent_launch,
@@ -613,6 +607,7 @@ def decode_attention(
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
+        num_splits=plan.splits,
         GROUP=group,
         GROUP_PADDED=triton.next_power_of_2(group),
         HEAD_SIZE=head_size,
@@ -620,7 +615,6 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
-        SPLITS=plan.splits,
         SPLITS_PADDED=triton.next_power_of_2(plan.splits),
         OUTPUT_PARTS=output_parts,
         COMBINE_BLOCKS=COMBINE_BLOCKS,
