@@ -26,8 +26,10 @@ def register() -> None:
         register_backend,
     )
     from vllm_roco import compat
+    from vllm_roco.prometheus import register_collector
 
     compat.check_version()
+    register_collector()
     if "ROCO" not in AttentionBackendEnum.__members__:
         register_backend("ROCO", BACKEND_PATH)
         compat.pickle_backend_by_name()

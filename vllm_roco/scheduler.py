@@ -16,7 +16,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 from vllm_roco.chunking import next_chunk_end
 from vllm_roco.kv_cache.manager import RocoManager
-from vllm_roco.metrics import MetricsPublisher
+from vllm_roco.prometheus import create_publisher
 from vllm_roco.trace import TraceWriter
 from vllm_roco.validation import validated_config
 
@@ -63,16 +63,13 @@ class RocoSchedulerMixin(Scheduler):
                 "--attention-backend roco, or leave --scheduler-cls out."
             )
         self._eviction_schedule = self.roco_managers[0].schedule
-        engine = vllm_config.parallel_config.data_parallel_index
-        self._publisher = MetricsPublisher(
-            instance_id=vllm_config.instance_id,
-            engine=engine,
-            model_name=vllm_config.model_config.served_model_name,
-            budget_tokens=self.roco_config.budget,
+        self._publisher = create_publisher(
+            vllm_config, budget_tokens=self.roco_config.budget
         )
         self._trace: TraceWriter | None = None
         if self.roco_config.trace is not None:
-            self._trace = TraceWriter(self.roco_config.trace, engine=engine)
+            engine = vllm_config.parallel_config.data_parallel_index
+            self._trace = TraceWriter(self.roco_config.trace, engine)
         self._refused: list[Request] = []
         logger.info_once(
             "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
@@ -162,11 +159,12 @@ class RocoSchedulerMixin(Scheduler):
     def _write_trace(self, trace: TraceWriter, output: SchedulerOutput) -> None:
         for request_id in output.num_scheduled_tokens:
             trace.write(
-                step=self.current_step,
-                request_id=request_id,
-                num_computed_tokens=self.requests[request_id].num_computed_tokens,
-                held_blocks=max(m.held_blocks(request_id) for m in self.roco_managers),
+                self.current_step,
+                request_id,
+                self.requests[request_id].num_computed_tokens,
+                max(manager.held_blocks(request_id) for manager in self.roco_managers),
             )
+        trace.flush()
 
 
 class RocoScheduler(RocoSchedulerMixin):
