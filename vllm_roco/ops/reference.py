@@ -113,29 +113,29 @@ def attend(
         live_len: Tokens in them.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
-        dtype: Element type of the products; a low one tells the error to expect of a
-            kernel that computes in it.
+        dtype: Element type to which weights and output are rounded; the cache's tells
+            which error to expect of a kernel with tensor cores.
     """
     query_len, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_q_heads // num_kv_heads
     # [num_kv_heads, live_len, 2 * head_size]
     content = kv_cache[blocks.long()].transpose(0, 1).flatten(1, 2)[:, :live_len]
-    keys, values = content.to(dtype).repeat_interleave(group, 0).split(head_size, -1)
-    logits = (query.to(dtype).transpose(0, 1) @ keys.transpose(1, 2)).float() * scale
+    keys, values = content.float().repeat_interleave(group, 0).split(head_size, -1)
+    logits = query.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
     if soft_cap:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     position = torch.arange(live_len, device=query.device)
     seen = position <= position[live_len - query_len :, None]
     logits = logits.masked_fill(~seen, float("-inf"))
     weights = logits.softmax(-1)
-    output = (weights.to(dtype) @ values).transpose(0, 1)
+    output = (weights.to(dtype).float() @ values).transpose(0, 1).to(dtype)
 
     padded = weights.new_zeros(num_q_heads, query_len, len(blocks) * block_size)
     padded[..., :live_len] = weights
     mass = padded.view(num_kv_heads, group, query_len, -1, block_size).sum(-1).mean(1)
     return Attended(
-        output=output.to(query.dtype) if dtype == query.dtype else output,
+        output=output,
         lse=logits.logsumexp(-1),
         mass=mass.transpose(0, 1),
     )
