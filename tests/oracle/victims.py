@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks go: scores from the statistics, candidates, and the two stages."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tests.oracle.options import Options
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One full live block at the moment of a choice.
+
+    Attributes:
+        index: Logical index: position // block_size of its tokens.
+        queries_seen: Queries that saw it so far (C); the larger, the older.
+        mean: Largest share, over layers and kv heads, of the blocks' means (M).
+        deviation: The same of their standard deviations (D).
+        peak: The same of their peaks (P).
+    """
+
+    index: int
+    queries_seen: int
+    mean: float
+    deviation: float
+    peak: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The blocks that go, and how near it was.
+
+    Attributes:
+        victims: Logical indices, sorted.
+        margin: Smallest relative gap between the two values on either side of a
+            stage's boundary: 0 is a tie, infinity a stage that had no choice. Two
+            correct computations may differ where it is near rounding error.
+    """
+
+    victims: tuple[int, ...]
+    margin: float
+
+
+def score_blocks(
+    indices: Sequence[int],
+    queries_seen: torch.Tensor,
+    mass_sum: torch.Tensor,
+    mass_square_sum: torch.Tensor,
+    mass_peak: torch.Tensor,
+) -> list[Block]:
+    """Turns the statistics of a sequence's full live blocks into scores.
+
+    Args:
+        indices: Logical indices of the blocks.
+        queries_seen: int64 [blocks].
+        mass_sum: float32 [layers * kv heads, blocks] (S1).
+        mass_square_sum: float32 [layers * kv heads, blocks] (S2).
+        mass_peak: float32 [layers * kv heads, blocks].
+    """
+    mean = mass_sum / queries_seen
+    variance = mass_square_sum / queries_seen - mean.square()
+    scores = zip(
+        _largest_share(mean),
+        _largest_share(variance.clamp_min(0).sqrt()),
+        _largest_share(mass_peak),
+        strict=True,
+    )
+    return [
+        Block(index, seen, *block_scores)
+        for index, seen, block_scores in zip(
+            indices, queries_seen.tolist(), scores, strict=True
+        )
+    ]
+
+
+def _largest_share(values: torch.Tensor) -> list[float]:
+    """Returns per block the largest of its shares of each row's sum.
+
+    A row that sums to zero gives every block the share 0.
+    """
+    totals = values.sum(dim=1, keepdim=True)
+    shares = torch.where(totals > 0, values / totals, 0.0)
+    return shares.amax(dim=0).tolist()
+
+
+def find_candidates(
+    blocks: Sequence[Block], num_computed_tokens: int, options: Options
+) -> list[Block]:
+    """Leaves out the arriving, the sink and the recent blocks.
+
+    Args:
+        blocks: The full live blocks.
+        num_computed_tokens: After the step (n1).
+        options: The run's options.
+    """
+    first_arriving = options.budget_blocks + options.evicted_blocks(num_computed_tokens)
+    first_recent_position = num_computed_tokens - options.recent
+
+    def may_go(block: Block) -> bool:
+        first_position = block.index * options.block_size
+        end_position = first_position + options.block_size
+        return (
+            block.index < first_arriving
+            and first_position >= options.sink
+            and end_position <= first_recent_position
+        )
+
+    return [block for block in blocks if may_go(block)]
+
+
+def choose_victims(
+    candidates: Sequence[Block], num_victims: int, options: Options
+) -> Choice:
+    """Chooses the blocks that go.
+
+    Equal values go to the older block in both stages: of blocks with equal shield
+    values the older stays exposed, of exposed blocks with equal means the older goes.
+
+    Raises:
+        RuntimeError: There are fewer candidates than victims.
+    """
+    if len(candidates) < num_victims:
+        raise RuntimeError(
+            f"{num_victims} blocks must go, but only {len(candidates)} may"
+        )
+    if options.policy == "recent":
+        oldest = sorted(block.index for block in candidates)[:num_victims]
+        return Choice(tuple(oldest), math.inf)
+
+    num_shielded = min(
+        math.floor(options.shield_ratio * options.budget_blocks),
+        len(candidates) - num_victims,
+    )
+    exposed, shield_margin = _take_smallest(
+        candidates, len(candidates) - num_shielded, options.shield
+    )
+    victims, mean_margin = _take_smallest(exposed, num_victims, "mean")
+    indices = tuple(sorted(block.index for block in victims))
+    return Choice(indices, min(shield_margin, mean_margin))
+
+
+def _take_smallest(
+    blocks: Sequence[Block], count: int, score: str
+) -> tuple[list[Block], float]:
+    """Returns the `count` blocks of smallest score, and the gap to the next one.
+
+    The gap is relative to the larger of the two values at the boundary.
+    """
+    ordered = sorted(
+        blocks, key=lambda block: (getattr(block, score), -block.queries_seen)
+    )
+    if count == len(ordered):
+        return ordered, math.inf
+    last_taken, first_left = (
+        getattr(block, score) for block in ordered[count - 1 :][:2]
+    )
+    gap = (first_left - last_taken) / first_left if first_left > 0 else 0.0
+    return ordered[:count], gap

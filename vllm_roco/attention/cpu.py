@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a bounded KV cache in PyTorch, for CPU builds of vLLM.
+
+Written to be read and to be right: scores are float32, and the arithmetic of measuring
+and choosing is that of `vllm_roco.policy` itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.v1.attention.backend import (
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+)
+from vllm_roco import policy
+from vllm_roco.attention.cpu_metadata import (
+    Batch,
+    RocoCpuMetadata,
+    batches_of,
+    sequences_of,
+)
+from vllm_roco.attention.eviction import evict
+from vllm_roco.attention.layers import LayerGroup, refuse_layer
+from vllm_roco.attention.process_config import remember_config
+from vllm_roco.kv_cache.page import statistics_view
+from vllm_roco.kv_cache.spec import RocoSpec
+from vllm_roco.validation import validated_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+MAX_SCORES = 1 << 24
+"""Float32 scores that are held at once, 64 MiB; longer prompts go tile by tile."""
+
+
+class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
+    """Builds the step's metadata from vLLM's; arguments as in the base class."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        if not isinstance(kv_cache_spec, RocoSpec):
+            raise NotImplementedError(
+                f"roco: layers with a {type(kv_cache_spec).__name__} are not "
+                "supported. Use another --attention-backend."
+            )
+        self._schedule = kv_cache_spec.schedule
+        self._layers = LayerGroup(layer_names, vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> RocoCpuMetadata:
+        """Work out the live tables and who evicts, from the lengths alone."""
+        common = common_attn_metadata
+        sequences = list(
+            sequences_of(
+                common.query_start_loc_cpu.tolist(),
+                common.seq_lens.tolist(),
+                common.block_table_tensor,
+                self._schedule,
+            )
+        )
+        return RocoCpuMetadata(
+            slot_mapping=common.slot_mapping,
+            schedule=self._schedule,
+            layers=self._layers,
+            batches=batches_of(sequences, self._schedule),
+            evicting=[s for s in sequences if s.evicted_after > s.evicted_before],
+        )
+
+
+class RocoCpuImpl(AttentionImpl[RocoCpuMetadata]):
+    """One layer's attention; arguments as in `AttentionImpl`.
+
+    Raises:
+        NotImplementedError: The layer cannot have its cache bounded.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        refuse_layer(
+            alibi_slopes, sliding_window, attn_type, kv_sharing_target_layer_name, extra
+        )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = logits_soft_cap or None
+        self.config = validated_config(remember_config())
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the step's keys and values into their slots.
+
+        Args:
+            layer: The vLLM layer.
+            key: `[num_tokens, num_kv_heads, head_size]`.
+            value: Likewise.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            slot_mapping: `[num_tokens]` int64, -1 for padding.
+        """
+        block_size = kv_cache.shape[2]
+        used = (slot_mapping >= 0).nonzero().flatten()
+        slots = slot_mapping[used]
+        states = torch.cat((key[used], value[used]), -1)
+        kv_cache[slots // block_size, :, slots % block_size] = states
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: RocoCpuMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the live blocks, measure, and in the last layer evict.
+
+        Args:
+            layer: The vLLM layer.
+            query: `[num_tokens, num_heads, head_size]`.
+            key: Already in the cache, see `do_kv_cache_update`.
+            value: Likewise.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            attn_metadata: The step, or None in profiling runs.
+            output: `[num_tokens, num_heads, head_size]`, written in place.
+            output_scale: Must be None: quantised outputs are not announced.
+            output_block_scale: Likewise.
+        """
+        if attn_metadata is None:
+            return output.fill_(0)
+        for batch in attn_metadata.batches:
+            self._attend(query, kv_cache, batch, output)
+        attn_metadata.num_layers_done += 1
+        if layer.layer_name == attn_metadata.layers.last:
+            self._close_step(attn_metadata)
+        return output
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: Batch,
+        output: torch.Tensor,
+    ) -> None:
+        block_size = kv_cache.shape[2]
+        keys, values = gather(kv_cache, batch.table, batch.live_tokens)
+        statistics = None
+        if self.config.measures:
+            pages = statistics_view(kv_cache)
+            statistics = pages[batch.table]
+            started = statistics[batch.is_new]
+            policy.start(started, batch.first_positions[batch.is_new])
+            statistics[batch.is_new] = started
+
+        num_rows, num_queries = batch.tokens.shape
+        per_query = num_rows * self.num_heads * keys.shape[2]
+        tile = max(1, MAX_SCORES // per_query)
+        for begin in range(0, num_queries, tile):
+            end = min(begin + tile, num_queries)
+            tokens = batch.tokens[:, begin:end]
+            # the last query of the tile sees everything up to its own token
+            seen = batch.live_tokens - (num_queries - end)
+            blocks = -(-int(seen.max()) // block_size)
+            result, probabilities = attend(
+                query[tokens].float() * self.scale,
+                keys[:, :, : blocks * block_size],
+                values[:, :, : blocks * block_size],
+                seen,
+                self.soft_cap,
+            )
+            output[tokens] = result.to(output.dtype)
+            if statistics is not None:
+                mass = policy.block_mass(probabilities, block_size)
+                policy.accumulate(statistics[:, :blocks], mass)
+        if statistics is not None:
+            pages[batch.table[batch.is_live]] = statistics[batch.is_live]
+
+    def _close_step(self, step: RocoCpuMetadata) -> None:
+        if step.num_layers_done != len(step.layers):
+            raise RuntimeError(
+                f"roco: the last layer attended after {step.num_layers_done - 1} of "
+                f"{len(step.layers) - 1} other layers; eviction needs all of them"
+            )
+        if step.evicting:
+            caches = step.layers.kv_caches()
+            for sequence in step.evicting:
+                evict(sequence, caches, step.schedule, self.config)
+
+
+def gather(
+    kv_cache: torch.Tensor, table: torch.Tensor, live_tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the live keys and values of a batch, zero behind the live tokens.
+
+    Pages can hold anything there, and not a number times zero is not zero.
+
+    Args:
+        kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+        table: `[num_rows, num_row_blocks]` int64, block ids.
+        live_tokens: `[num_rows]` int64.
+
+    Returns:
+        Two tensors `[num_rows, num_kv_heads, num_row_blocks * block_size, head_size]`
+        float32.
+    """
+    states = kv_cache[table].transpose(1, 2).flatten(2, 3).float()
+    behind = torch.arange(states.shape[2]) >= live_tokens[:, None]
+    states.masked_fill_(behind[:, None, :, None], 0)
+    keys, values = states.chunk(2, -1)
+    return keys, values
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    soft_cap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of consecutive queries at the end of what is seen.
+
+    Args:
+        query: `[num_rows, num_queries, num_heads, head_size]` float32, scaled.
+        keys: `[num_rows, num_kv_heads, num_keys, head_size]` float32.
+        values: Likewise.
+        seen: `[num_rows]` int64, keys that the row's last query sees.
+        soft_cap: Bound of the scores by `tanh`, or None.
+
+    Returns:
+        The output, shaped as `query`, and the probabilities
+        `[num_rows, num_kv_heads, group, num_queries, num_keys]`, both float32.
+    """
+    num_rows, num_queries, num_heads, head_size = query.shape
+    num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
+    group = num_heads // num_kv_heads
+    by_head = query.unflatten(2, (num_kv_heads, group)).permute(0, 2, 3, 1, 4)
+    scores = by_head.flatten(2, 3) @ keys.transpose(2, 3)
+    if soft_cap is not None:
+        scores = scores.div_(soft_cap).tanh_().mul_(soft_cap)
+    last_seen = seen[:, None] - num_queries + torch.arange(num_queries)
+    hidden = torch.arange(num_keys) > last_seen[:, :, None]
+    scores = scores.unflatten(2, (group, num_queries))
+    scores.masked_fill_(hidden[:, None, None], -torch.inf)
+    probabilities = scores.softmax(-1)
+    result = probabilities.flatten(2, 3) @ values
+    result = result.unflatten(2, (group, num_queries)).permute(0, 3, 1, 2, 4)
+    return result.reshape(num_rows, num_queries, num_heads, head_size), probabilities

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one step means for RoCo's layers on a CPU: who attends over which blocks.
+
+Built once per step and shared by the layers of a group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_roco.config import blocks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from vllm_roco.attention.layers import LayerGroup
+    from vllm_roco.eviction_schedule import EvictionSchedule
+
+MAX_BATCH_TOKENS = 1 << 17
+"""Keys of one kv head that a batch of decodes gathers at most, padding included."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One row of the batch.
+
+    Attributes:
+        first_token: Index of its first query among the step's tokens.
+        num_queries: Its queries in this step.
+        num_tokens: Its length after the step.
+        evicted_before: `E` at the start of the step, in blocks.
+        evicted_after: `E` at its end.
+        live_blocks: `[num_live_blocks]` int64, block ids of the live table.
+    """
+
+    first_token: int
+    num_queries: int
+    num_tokens: int
+    evicted_before: int
+    evicted_after: int
+    live_blocks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences with the same number of queries, padded to the longest.
+
+    Attributes:
+        tokens: `[num_rows, num_queries]` int64, indices into the step's tokens.
+        table: `[num_rows, num_blocks]` int64, live block ids, 0 where there is none.
+        live_tokens: `[num_rows]` int64, tokens attended, the queries' own included.
+        is_live: `[num_rows, num_blocks]` bool, whether `table` names a block.
+        is_new: `[num_rows, num_blocks]` bool, blocks that get their first token now.
+        first_positions: `[num_rows, num_blocks]` int64, of the new blocks.
+    """
+
+    tokens: torch.Tensor
+    table: torch.Tensor
+    live_tokens: torch.Tensor
+    is_live: torch.Tensor
+    is_new: torch.Tensor
+    first_positions: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: list[Sequence], schedule: EvictionSchedule) -> Batch:
+        """Pad the given sequences into one batch."""
+        size = schedule.block_size
+        table = torch.nn.utils.rnn.pad_sequence(
+            [row.live_blocks for row in rows], batch_first=True
+        )
+        place = torch.arange(table.shape[1])
+        first = torch.tensor([row.first_token for row in rows])
+        tokens = torch.tensor([row.num_tokens for row in rows])
+        evicted = torch.tensor([row.evicted_before for row in rows])
+        num_queries = rows[0].num_queries
+        live = tokens - evicted * size
+        is_live = place < ((live + size - 1) // size)[:, None]
+        is_new = is_live & (place * size >= (live - num_queries)[:, None])
+        # behind the home, the place in the row is the place in the live table plus E
+        gap = evicted[:, None] * (place >= schedule.budget_blocks)
+        return cls(
+            tokens=first[:, None] + torch.arange(num_queries),
+            table=table,
+            live_tokens=live,
+            is_live=is_live,
+            is_new=is_new,
+            first_positions=(place + gap) * size,
+        )
+
+
+@dataclass
+class RocoCpuMetadata:
+    """One step of one KV cache group.
+
+    Attributes:
+        slot_mapping: `[num_tokens]` int64, where each token's K and V go; -1 for none.
+        schedule: The eviction arithmetic.
+        layers: The layers of the group.
+        batches: The step's sequences.
+        evicting: The sequences that give up blocks at the end of the step.
+        num_layers_done: Layers that have attended in this step.
+    """
+
+    slot_mapping: torch.Tensor
+    schedule: EvictionSchedule
+    layers: LayerGroup
+    batches: list[Batch]
+    evicting: list[Sequence]
+    num_layers_done: int = field(default=0)
+
+
+def sequences_of(
+    query_start_loc: list[int],
+    seq_lens: list[int],
+    block_table: torch.Tensor,
+    schedule: EvictionSchedule,
+) -> Iterator[Sequence]:
+    """Yield the rows that have queries, each with its live table.
+
+    Args:
+        query_start_loc: `num_reqs + 1` offsets of the rows' queries.
+        seq_lens: Length of each row after the step.
+        block_table: `[num_reqs, width]`, block ids by `position // block_size`.
+        schedule: The eviction arithmetic.
+    """
+    home = schedule.budget_blocks
+    for row, num_tokens in enumerate(seq_lens):
+        first_token = query_start_loc[row]
+        num_queries = query_start_loc[row + 1] - first_token
+        if num_queries <= 0:
+            continue
+        before = schedule.evicted_blocks(num_tokens - num_queries)
+        blocks = block_table[row, : blocks_of(num_tokens, schedule.block_size)].long()
+        yield Sequence(
+            first_token=first_token,
+            num_queries=num_queries,
+            num_tokens=num_tokens,
+            evicted_before=before,
+            evicted_after=schedule.evicted_blocks(num_tokens),
+            live_blocks=torch.cat((blocks[:home], blocks[home + before :])),
+        )
+
+
+def batches_of(
+    sequences: Iterable[Sequence], schedule: EvictionSchedule
+) -> list[Batch]:
+    """Group decodes into batches of similar length; prompts stay alone."""
+    decodes = []
+    batches = []
+    for sequence in sequences:
+        if sequence.num_queries == 1:
+            decodes.append(sequence)
+        else:
+            batches.append(Batch.of([sequence], schedule))
+    decodes.sort(key=lambda sequence: len(sequence.live_blocks), reverse=True)
+    while decodes:
+        longest = len(decodes[0].live_blocks) * schedule.block_size
+        count = max(1, MAX_BATCH_TOKENS // longest)
+        batches.append(Batch.of(decodes[:count], schedule))
+        decodes = decodes[count:]
+    return batches

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closes a step for one sequence: chooses the victims and moves the survivors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_roco import policy
+from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.kv_cache.page import page_view, statistics_view
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence as SequenceOf
+
+    from vllm_roco.attention.cpu_metadata import Sequence
+    from vllm_roco.eviction_schedule import EvictionSchedule
+
+
+def evict(
+    sequence: Sequence,
+    kv_caches: SequenceOf[torch.Tensor],
+    schedule: EvictionSchedule,
+    config: RocoConfig,
+) -> None:
+    """Leave nothing in the dying range that the sequence still needs.
+
+    Args:
+        sequence: A sequence whose `E` grows in this step.
+        kv_caches: The caches of all layers of the group, after their attention.
+        schedule: The eviction arithmetic.
+        config: The options.
+    """
+    moves = torch.tensor(_moves(sequence, kv_caches, schedule, config))
+    if not len(moves):
+        return
+    source, destination = sequence.live_blocks[moves].unbind(-1)
+    for kv_cache in kv_caches:
+        pages = page_view(kv_cache)
+        pages[destination] = pages[source]
+
+
+def _moves(
+    sequence: Sequence,
+    kv_caches: SequenceOf[torch.Tensor],
+    schedule: EvictionSchedule,
+    config: RocoConfig,
+) -> list[tuple[int, int]]:
+    home = schedule.budget_blocks
+    before, after = sequence.evicted_before, sequence.evicted_after
+    if not config.measures:
+        sink = blocks_of(config.sink, schedule.block_size)
+        return policy.plan_recent_moves(before, after, home, sink)
+    num_full = sequence.num_tokens // schedule.block_size - before
+    full = sequence.live_blocks[:num_full]
+    # [layers, blocks, heads, fields] to [layers, heads, blocks, fields]
+    statistics = torch.stack([statistics_view(cache)[full] for cache in kv_caches])
+    victims = policy.select_victims(
+        statistics.transpose(1, 2),
+        sequence.num_tokens,
+        after - before,
+        schedule.block_size,
+        config,
+    )
+    return policy.plan_moves(victims, home)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of one KV cache group in one worker, and what a layer may not be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm_roco.validation import BACKEND_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.config import VllmConfig
+
+
+class LayerGroup:
+    """The RoCo layers that share one block table, in the order of the model.
+
+    Eviction is one decision for all of them, taken by the last layer once every layer's
+    statistics of the step are in.
+
+    Args:
+        layer_names: Names as in `static_forward_context`.
+        vllm_config: The worker's configuration.
+
+    Raises:
+        NotImplementedError: Layers differ in their number of query heads, for which
+            vLLM would build several groups over one block table.
+    """
+
+    def __init__(self, layer_names: Sequence[str], vllm_config: VllmConfig) -> None:
+        every = get_layers_from_vllm_config(vllm_config, Attention)
+        roco = [x for x in every.values() if x.attn_backend.get_name() == BACKEND_NAME]
+        heads = sorted({layer.num_heads for layer in roco})
+        if len(heads) > 1:
+            raise NotImplementedError(
+                f"roco: a model whose layers have different numbers of query heads "
+                f"({heads}) is not supported. Use another --attention-backend."
+            )
+        self._layers = [
+            every[name] for name in sorted(layer_names, key=extract_layer_index)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def last(self) -> str:
+        """Name of the layer that closes the step."""
+        return self._layers[-1].layer_name
+
+    def kv_caches(self) -> list[torch.Tensor]:
+        """Return the layers' caches as bound now.
+
+        Not to be kept: vLLM binds throw-away caches while it profiles.
+        """
+        return [layer.kv_cache for layer in self._layers]
+
+
+def refuse_layer(
+    alibi_slopes: object,
+    sliding_window: int | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    extra: dict[str, Any],
+) -> None:
+    """Refuse what a layer may ask of its attention implementation.
+
+    The arguments are those of `AttentionImpl.__init__`.
+
+    Raises:
+        NotImplementedError: The layer cannot have its cache bounded.
+    """
+
+    def refuse(what: str, instead: str = "Use another --attention-backend") -> None:
+        raise NotImplementedError(f"roco: {what} is not supported. {instead}.")
+
+    if alibi_slopes is not None:
+        refuse("ALiBi (a moved block's place no longer tells its position)")
+    if sliding_window is not None:
+        refuse(
+            f"a sliding-window layer (sliding_window = {sliding_window})",
+            "Give these layers another backend with --attention-config."
+            'backend_per_kind \'{"sliding_window": "..."}\'',
+        )
+    if attn_type != AttentionType.DECODER:
+        refuse(f"attention type {attn_type!r}")
+    if kv_sharing_target_layer_name is not None:
+        refuse(f"sharing the KV cache of layer {kv_sharing_target_layer_name!r}")
+    for name, value in extra.items():
+        if value is not None:
+            refuse(f"the layer option {name}")

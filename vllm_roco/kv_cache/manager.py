@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives evicted blocks back to vLLM's block pool.
+
+Runs in the engine core, on the scheduler's path: `remove_skipped_blocks` is called for
+every request in every step, so it does constant work when nothing is due and touches
+only the blocks that go.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm_roco.kv_cache.held_blocks import HeldBlocks
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+    from vllm_roco.kv_cache.spec import RocoSpec
+
+
+class RocoManager(FullAttentionManager):
+    """Block tables with a gap: `row[B : B+E]` has been freed and holds null blocks.
+
+    ::
+
+        row index   0 ........ B-1 | B ......... B+E-1 | B+E ..... last
+                    home           | freed (null)      | arriving blocks
+
+    The contract: a block of the gap is freed once the step that evicted it has been
+    processed (`num_in_flight_tokens` no longer covers it). A step that is still in
+    flight started at a later length, so its live table starts behind the gap.
+
+    Attributes:
+        schedule: The eviction arithmetic.
+        held: Blocks held per request, kept up to date by allocation and freeing.
+        num_freed_blocks: Blocks given back by eviction since the start.
+    """
+
+    supports_fine_grained_hash_lookup = False
+
+    def __init__(self, kv_cache_spec: RocoSpec, **kwargs: Any) -> None:
+        # a home block may be overwritten after it was hashed, so none is ever cached
+        kwargs["enable_caching"] = False
+        super().__init__(kv_cache_spec, **kwargs)
+        self.schedule = kv_cache_spec.schedule
+        # vLLM hands the cap only to its own recycling specs
+        self.max_admission_blocks_per_request = kv_cache_spec.max_blocks_per_sequence
+        self.held = HeldBlocks()
+        self.num_freed_blocks = 0
+        self._budget_blocks = self.schedule.budget_blocks
+
+    @property
+    def has_positionally_stable_blocks(self) -> bool:
+        """Home blocks are overwritten by tokens of other positions."""
+        return False
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Allocate as the base class does, and count."""
+        blocks = super().allocate_new_blocks(
+            request_id, num_tokens, num_tokens_main_model
+        )
+        if blocks:
+            self.held.add(request_id, len(blocks))
+        return blocks
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Free the blocks that processed steps have evicted.
+
+        Args:
+            request_id: The request; unknown ones are ignored.
+            processed_computed_tokens: Tokens computed by steps whose output the
+                scheduler has handled.
+            num_prompt_tokens: Not needed: eviction depends on the length alone.
+        """
+        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
+        if not evicted:
+            return
+        row = self.req_to_blocks.get(request_id)
+        if row is None:
+            return
+        null_block = self._null_block
+        freed: list[KVCacheBlock] = []
+        end = min(self._budget_blocks + evicted, len(row))
+        # the gap grows at its end, so the first null from there ends the work
+        for index in range(end - 1, self._budget_blocks - 1, -1):
+            block = row[index]
+            if block is null_block:
+                break
+            freed.append(block)
+            row[index] = null_block
+        if freed:
+            self.block_pool.free_blocks(freed)
+            self.num_freed_blocks += len(freed)
+            self.held.add(request_id, -len(freed))
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Give up the whole row of a finished, aborted or preempted request."""
+        self.held.drop(request_id)
+        return super().pop_blocks_for_free(request_id)
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], **_: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Never hit: a prefix that lost blocks cannot be shared."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int] = (),
+    ) -> None:
+        """Never hash a block, see `find_longest_cache_hit`."""
+
+    def held_blocks(self, request_id: str) -> int:
+        """Return the blocks a request holds, counted in its row.
+
+        Proportional to the row: for traces and tests, not for the scheduler's path.
+        """
+        row = self.req_to_blocks.get(request_id, ())
+        return sum(not block.is_null for block in row)
+
+    def check_integrity(self) -> None:
+        """Raise if the books do not agree with the block tables.
+
+        Raises:
+            RuntimeError: A block stands in two places, a gap is not where it must be,
+                or the running counts differ from the rows.
+        """
+        seen: dict[int, str] = {}
+        for request_id, row in self.req_to_blocks.items():
+            held = self.held_blocks(request_id)
+            if held != self.held.of(request_id):
+                raise RuntimeError(
+                    f"request {request_id} holds {held} blocks, but "
+                    f"{self.held.of(request_id)} are on the books"
+                )
+            nulls = [index for index, block in enumerate(row) if block.is_null]
+            gap = list(range(self._budget_blocks, self._budget_blocks + len(nulls)))
+            if nulls != gap:
+                raise RuntimeError(
+                    f"request {request_id} has null blocks at {nulls}, but eviction "
+                    f"leaves a gap at {gap}"
+                )
+            for block in row:
+                if block.is_null:
+                    continue
+                if block.block_id in seen:
+                    raise RuntimeError(
+                        f"block {block.block_id} is held by request {request_id} and "
+                        f"by request {seen[block.block_id]}"
+                    )
+                seen[block.block_id] = request_id

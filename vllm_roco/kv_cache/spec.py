@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM plans memory with: the page of a RoCo layer and the most it can need."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_spec_registry import (
+    _REGISTRY_KVCACHESPEC_LIST,
+    register_kv_cache_spec,
+)
+from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.kv_cache.page import statistics_bytes
+from vllm_roco.validation import use_roco_scheduler
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+if not _REGISTRY_KVCACHESPEC_LIST:
+    # vLLM registers its own specs only while nothing at all is registered
+    register_all_kvcache_specs(None)
+
+
+@register_kv_cache_spec(manager_class=RocoManager)
+@dataclass(frozen=True, kw_only=True)
+class RocoSpec(AttentionSpec):
+    """The KV cache of a layer that keeps at most a budget of tokens per sequence.
+
+    Not a `FullAttentionSpec`, so that vLLM never puts RoCo and ordinary layers into one
+    group. vLLM may change `block_size` of a model with several kinds of layers, so
+    everything is kept in tokens and the page is sized anew on every copy.
+
+    Attributes:
+        budget: Tokens kept per sequence.
+        stride: Tokens evicted at a time.
+        chunk: Most prompt tokens of one sequence in one step.
+        has_statistics: Whether pages carry a tail of attention statistics.
+        max_steps_in_flight: Steps that may be scheduled but not yet processed.
+    """
+
+    budget: int
+    stride: int
+    chunk: int
+    has_statistics: bool
+    max_steps_in_flight: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        page = self.unpadded_page_size_bytes
+        if self.has_statistics:
+            page += statistics_bytes(self.num_kv_heads)
+        # a larger padding was set by vLLM to share pages with other kinds of layers
+        if self.page_size_padded is None or self.page_size_padded < page:
+            object.__setattr__(self, "page_size_padded", page)
+
+    @classmethod
+    def from_attention_spec(
+        cls, spec: AttentionSpec, config: RocoConfig, max_steps_in_flight: int
+    ) -> RocoSpec:
+        """Return the RoCo spec of a layer that vLLM planned as full attention."""
+        inherited: dict[str, Any] = {
+            field.name: getattr(spec, field.name) for field in fields(AttentionSpec)
+        }
+        return cls(
+            **inherited,
+            budget=config.budget,
+            stride=config.stride,
+            chunk=config.chunk,
+            has_statistics=config.measures,
+            max_steps_in_flight=max_steps_in_flight,
+        )
+
+    @property
+    def schedule(self) -> EvictionSchedule:
+        """The eviction arithmetic at this spec's block size."""
+        return EvictionSchedule(
+            block_size=self.block_size, budget=self.budget, stride=self.stride
+        )
+
+    @property
+    def max_blocks_per_sequence(self) -> int:
+        """The most blocks that the manager ever holds for one sequence."""
+        return self.schedule.max_blocks(self.max_steps_in_flight * self.chunk)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Return the most bytes that one sequence needs in this layer.
+
+        vLLM plans "Maximum concurrency", the fit of one sequence and the automatic
+        `max_model_len` with it. It is also the first place in the engine core that sees
+        the configuration, before the scheduler is built, so the scheduler that makes
+        the bound true is put in place here.
+        """
+        use_roco_scheduler(vllm_config)
+        # read here, not stored: the automatic fit varies it
+        max_model_len = vllm_config.model_config.max_model_len
+        blocks = min(
+            self.max_blocks_per_sequence, blocks_of(max_model_len, self.block_size)
+        )
+        return blocks * self.page_size_bytes
+
+    @classmethod
+    def merge(cls, specs: list[RocoSpec]) -> RocoSpec:  # type: ignore[override]
+        """Return the one spec that all layers of a group share.
+
+        Raises:
+            AssertionError: They differ; vLLM then looks for another grouping.
+        """
+        assert all(spec == specs[0] for spec in specs), (
+            "All RoCo layers of a KV cache group must have the same spec."
+        )
+        return copy.deepcopy(specs[0])
+
+    def is_uniform_with_collection(
+        self, kv_cache_specs: dict[str, KVCacheSpec]
+    ) -> bool:
+        """Return whether all layers are RoCo layers."""
+        return all(type(spec) is type(self) for spec in kv_cache_specs.values())

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RoCo on blocks, in plain float32 PyTorch: what is measured, and who goes.
+
+RoCo (Ren & Zhu, "On the Efficacy of Eviction Policy for Key-Value Constrained
+Generative Language Model Inference", arXiv 2402.06262, section 4) evicts in two stages:
+the entries with the largest deviation are shielded, and of the rest those with the
+smallest mean go. Here the entries are blocks, one decision holds for all layers and
+heads, and the shield may also be the peak, which unlike the deviation does not fade as
+a block grows old.
+
+This file is the specification. Every kernel is judged against it.
+
+Statistics are `[..., NUM_FIELDS]` float32 as they lie in a page (see `kv_cache.page`).
+Blocks are in live order: the home first, then the dying range, then the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache.page import (
+    FIRST_POSITION,
+    MASS_PEAK,
+    MASS_SQUARES,
+    MASS_SUM,
+)
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def block_mass(probabilities: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Return the attention mass that each query gives to each block.
+
+    The query heads that share a kv head are averaged first and squared later (the
+    paper, section 4.1).
+
+    Args:
+        probabilities: `[..., num_kv_heads, group, num_queries, num_blocks * block_size]`
+            float32, the softmax over the live tokens; zero where a query cannot see.
+
+    Returns:
+        `[..., num_kv_heads, num_queries, num_blocks]` float32.
+    """
+    per_block = probabilities.unflatten(-1, (-1, block_size)).sum(-1)
+    return per_block.mean(-3)
+
+
+def accumulate(statistics: torch.Tensor, mass: torch.Tensor) -> None:
+    """Add one step's attention mass to the statistics, in place.
+
+    Args:
+        statistics: `[..., num_blocks, num_kv_heads, NUM_FIELDS]` float32.
+        mass: `[..., num_kv_heads, num_queries, num_blocks]` float32.
+    """
+    by_block = mass.movedim(-1, -3)
+    statistics[..., MASS_SUM] += by_block.sum(-1)
+    statistics[..., MASS_SQUARES] += by_block.square().sum(-1)
+    peak = statistics[..., MASS_PEAK]
+    torch.maximum(peak, by_block.amax(-1), out=peak)
+
+
+def start(statistics: torch.Tensor, first_positions: torch.Tensor) -> None:
+    """Begin the statistics of blocks whose first token is being written, in place.
+
+    Args:
+        statistics: `[..., num_kv_heads, NUM_FIELDS]` float32.
+        first_positions: `[...]`, position of each block's first token.
+    """
+    statistics.zero_()
+    statistics[..., FIRST_POSITION] = first_positions.to(statistics.dtype)[..., None]
+
+
+def mean_of(statistics: torch.Tensor, num_computed_tokens: int) -> torch.Tensor:
+    """Return the mean mass over the queries that saw the block.
+
+    A block is seen by the query that writes its first token and by every later one.
+
+    Args:
+        statistics: `[..., NUM_FIELDS]` float32.
+        num_computed_tokens: Length of the sequence after the step.
+    """
+    count = num_computed_tokens - statistics[..., FIRST_POSITION]
+    return statistics[..., MASS_SUM] / count
+
+
+def deviation_of(statistics: torch.Tensor, num_computed_tokens: int) -> torch.Tensor:
+    """Return the standard deviation of the mass, arguments as in `mean_of`."""
+    count = num_computed_tokens - statistics[..., FIRST_POSITION]
+    mean = statistics[..., MASS_SUM] / count
+    variance = statistics[..., MASS_SQUARES] / count - mean.square()
+    return variance.clamp_min(0).sqrt()
+
+
+def any_head(values: torch.Tensor) -> torch.Tensor:
+    """Return each block's largest share in any layer and head.
+
+    Args:
+        values: `[num_layers, num_kv_heads, num_blocks]` float32, not negative.
+
+    Returns:
+        `[num_blocks]` float32: a block is worth keeping if any head needs it.
+    """
+    share = values / values.sum(-1, keepdim=True).clamp_min(_TINY)
+    return share.amax((0, 1))
+
+
+def select_victims(
+    statistics: torch.Tensor,
+    num_computed_tokens: int,
+    num_victims: int,
+    block_size: int,
+    config: RocoConfig,
+) -> torch.Tensor:
+    """Choose the blocks that a sequence gives up.
+
+    Args:
+        statistics: `[num_layers, num_kv_heads, num_full_blocks, NUM_FIELDS]` float32 of
+            the sequence's full live blocks, in live order.
+        num_computed_tokens: Length of the sequence after the step.
+        num_victims: `m`. The candidates are the first `budget / block_size + m` blocks.
+        block_size: Tokens per block.
+        config: The options; `config.policy` must be `"roco"`.
+
+    Returns:
+        `[num_victims]` int64, places in live order, ascending.
+    """
+    budget_blocks = config.budget // block_size
+    first = statistics[0, 0, : budget_blocks + num_victims, FIRST_POSITION]
+    newest = num_computed_tokens - config.recent
+    protected = (first < config.sink) | (first + block_size > newest)
+    # oldest first, so that every stable sort below breaks ties against the older block
+    eligible = first.masked_fill(protected, torch.inf).argsort(stable=True)
+    eligible = eligible[: int((~protected).sum())]
+
+    if config.shield == "peak":
+        shield = any_head(statistics[..., MASS_PEAK])
+    else:
+        shield = any_head(deviation_of(statistics, num_computed_tokens))
+    shielded = min(
+        int(config.shield_ratio * budget_blocks), len(eligible) - num_victims
+    )
+    exposed = _smallest(eligible, shield, len(eligible) - shielded)
+
+    # back to oldest first
+    exposed = exposed[first[exposed].argsort(stable=True)]
+    mean = any_head(mean_of(statistics, num_computed_tokens))
+    return _smallest(exposed, mean, num_victims).sort().values
+
+
+def _smallest(blocks: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
+    return blocks[values[blocks].argsort(stable=True)[:count]]
+
+
+def plan_moves(victims: torch.Tensor, budget_blocks: int) -> list[tuple[int, int]]:
+    """Return which survivors of the dying range go over which victims of the home.
+
+    Args:
+        victims: `[num_victims]` int64, places in live order, ascending.
+        budget_blocks: `B`, the blocks of the home.
+
+    Returns:
+        Pairs of places in live order, (source, destination), both ascending.
+    """
+    places = victims.tolist()
+    gone = set(places)
+    dying = range(budget_blocks, budget_blocks + len(places))
+    sources = [place for place in dying if place not in gone]
+    destinations = [place for place in places if place < budget_blocks]
+    return list(zip(sources, destinations, strict=True))
+
+
+def plan_recent_moves(
+    evicted_before: int, evicted_after: int, budget_blocks: int, sink_blocks: int
+) -> list[tuple[int, int]]:
+    """Return the moves of `policy="recent"`, which need no statistics.
+
+    The home behind the sinks is a ring: the block of logical index `j` lives at
+    `sink + (j - sink) mod (B - sink)`, so the newest blocks replace the oldest.
+
+    Args:
+        evicted_before: `E` at the start of the step, in blocks.
+        evicted_after: `E` at its end.
+        budget_blocks: `B`, the blocks of the home.
+        sink_blocks: Blocks at the start of the sequence that stay, fewer than `B` or
+            all of it.
+
+    Returns:
+        Pairs of places in live order, (source, destination).
+    """
+    ring = budget_blocks - sink_blocks
+    if ring == 0:
+        return []
+    first_survivor = max(budget_blocks + evicted_before, evicted_after + sink_blocks)
+    return [
+        (logical - evicted_before, sink_blocks + (logical - sink_blocks) % ring)
+        for logical in range(first_survivor, budget_blocks + evicted_after)
+    ]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers, with prompt chunks that end where RoCo needs them to.
+
+`vllm_roco.validation.use_roco_scheduler` puts the right one in place; a scheduler of
+your own takes part by deriving from `RocoSchedulerMixin` as well.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+from vllm_roco.chunking import next_chunk_end
+from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.prometheus import create_publisher
+from vllm_roco.trace import TraceWriter
+from vllm_roco.validation import validated_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+    from vllm_roco.config import RocoConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class RocoSchedulerMixin(Scheduler):
+    """What RoCo adds to a vLLM scheduler; put it before the scheduler class.
+
+    Attributes:
+        ends_roco_chunks: Tells the start-up check that a class has this mixin.
+        roco_config: The options.
+        roco_managers: The block managers of the RoCo groups.
+    """
+
+    ends_roco_chunks = True
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        self.roco_config = validated_config(vllm_config)
+        self.roco_managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, RocoManager)
+        ]
+        if not self.roco_managers:
+            raise ValueError(
+                f"roco: scheduler_cls = {type(self).__qualname__} serves layers of the "
+                "ROCO attention backend, but no layer uses it. Add "
+                "--attention-backend roco, or leave --scheduler-cls out."
+            )
+        self._eviction_schedule = self.roco_managers[0].schedule
+        self._publisher = create_publisher(
+            vllm_config, budget_tokens=self.roco_config.budget
+        )
+        self._trace: TraceWriter | None = None
+        if self.roco_config.trace is not None:
+            engine = vllm_config.parallel_config.data_parallel_index
+            self._trace = TraceWriter(self.roco_config.trace, engine)
+        self._refused: list[Request] = []
+        logger.info_once(
+            "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
+        )
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """End a prefill step at the next chunk end, or wait for room to get there.
+
+        Both scheduling loops of vLLM ask here how many of the `num_new_tokens` that
+        they could schedule they may, and skip the request for this step on 0.
+        """
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        known = request.num_tokens + request.num_output_placeholders
+        if num_computed_tokens + 1 >= known:
+            # a decode is never held back
+            return num_new_tokens
+        end = next_chunk_end(
+            num_computed_tokens,
+            request.num_prompt_tokens,
+            request.num_tokens,
+            self.roco_config.chunk,
+            self._eviction_schedule,
+        )
+        wanted = end - num_computed_tokens
+        if request.has_encoder_inputs:
+            # an input item may end a chunk early for good; waiting would be for ever
+            return min(num_new_tokens, wanted)
+        return wanted if num_new_tokens >= wanted else 0
+
+    def add_request(self, request: Request) -> None:
+        """Take a request, or refuse it alone if eviction cannot serve it."""
+        super().add_request(request)
+        if request.resumable:
+            logger.error(
+                "roco: request %s streams its input, so its computed length goes back "
+                "to where eviction has already been. It is refused; send the whole "
+                "prompt at once, or use another --attention-backend.",
+                request.request_id,
+            )
+            self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            self._refused.append(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, and show what is held."""
+        output = super().schedule(*args, **kwargs)
+        self._publish()
+        if self._trace is not None:
+            self._write_trace(self._trace, output)
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Update as vLLM does, answer refused requests, and show what is held."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._refused:
+            client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                )
+            )
+        self._refused.clear()
+        self._publish()
+        return outputs
+
+    def shutdown(self) -> None:
+        """Remove the metrics file and close the trace."""
+        self._publisher.close()
+        if self._trace is not None:
+            self._trace.close()
+        super().shutdown()
+
+    def _publish(self) -> None:
+        most = max(manager.held.largest for manager in self.roco_managers)
+        self._publisher.publish(
+            sum(manager.num_freed_blocks for manager in self.roco_managers),
+            most * self._eviction_schedule.block_size,
+        )
+
+    def _write_trace(self, trace: TraceWriter, output: SchedulerOutput) -> None:
+        for request_id in output.num_scheduled_tokens:
+            trace.write(
+                self.current_step,
+                request_id,
+                self.requests[request_id].num_computed_tokens,
+                max(manager.held_blocks(request_id) for manager in self.roco_managers),
+            )
+        trace.flush()
+
+
+class RocoScheduler(RocoSchedulerMixin):
+    """vLLM's scheduler with RoCo's chunks."""
+
+
+class RocoAsyncScheduler(RocoSchedulerMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler with RoCo's chunks."""
+
+
+def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) -> str:
+    """Return the one line that the engine logs at its start."""
+    schedule = manager.schedule
+    policy = config.policy
+    if config.measures:
+        policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
+    most = manager.max_admission_blocks_per_request * schedule.block_size
+    switched_off = ["speculative decoding", "KV connectors"]
+    if vllm_config.cache_config.enable_prefix_caching:
+        switched_off.insert(0, "prefix-cache hits")
+    return (
+        f"RoCo: policy {policy}, budget {config.budget} tokens per sequence, stride "
+        f"{config.stride}, chunk {config.chunk}, block size {schedule.block_size}. A "
+        f"sequence attends over at most {schedule.max_live_tokens()} tokens after a "
+        f"step and holds at most {most} tokens of KV cache. Switched off: "
+        f"{', '.join(switched_off)}."
+    )

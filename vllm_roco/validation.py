@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of vLLM goes together with RoCo: every refusal at start-up.
+
+Each check names what is wrong, the value, what is allowed and what to do. Refusals that
+need a layer (its window, its sinks) are in `vllm_roco.attention`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_roco.config import RocoConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BACKEND_NAME = "ROCO"
+SCHEDULER = "vllm_roco.scheduler.RocoScheduler"
+ASYNC_SCHEDULER = "vllm_roco.scheduler.RocoAsyncScheduler"
+
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Return whether any layer may use the RoCo backend."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *attention.backend_per_kind.values()]
+    return any(member is not None and member.name == BACKEND_NAME for member in chosen)
+
+
+def validated_config(vllm_config: VllmConfig) -> RocoConfig:
+    """Read the options and refuse what does not go together with RoCo.
+
+    Args:
+        vllm_config: As vLLM has it in any process, with or without a final block size.
+
+    Raises:
+        ValueError: An option, or a vLLM setting that must be changed.
+        NotImplementedError: A feature of vLLM that RoCo does not support.
+    """
+    config = RocoConfig.from_additional_config(vllm_config.additional_config)
+    _refuse_features(vllm_config)
+    _refuse_models(vllm_config)
+    _check_scheduling(vllm_config, config)
+    if vllm_config.cache_config.user_specified_block_size:
+        config.check_block_size(vllm_config.cache_config.block_size)
+    return config
+
+
+def use_roco_scheduler(vllm_config: VllmConfig) -> None:
+    """Put the scheduler in place that ends prompt chunks where RoCo needs it.
+
+    The memory bound that vLLM plans with holds only under this scheduler, and kept
+    blocks would depend on who else is in the batch without it.
+
+    Args:
+        vllm_config: The engine core's configuration, before the scheduler is built.
+
+    Raises:
+        ValueError: The user chose a scheduler class without `RocoSchedulerMixin`.
+    """
+    scheduler_config = vllm_config.scheduler_config
+    if scheduler_config.scheduler_cls is None:
+        scheduler_config.scheduler_cls = (
+            ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
+        )
+    chosen = scheduler_config.get_scheduler_cls()
+    if not getattr(chosen, "ends_roco_chunks", False):
+        raise ValueError(
+            f"roco: scheduler_cls = {scheduler_config.scheduler_cls!r} does not end "
+            "prompt chunks where RoCo evicts. Leave --scheduler-cls out, or derive "
+            "your class from vllm_roco.scheduler.RocoSchedulerMixin."
+        )
+
+
+def _refuse(what: str, value: object, instead: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"roco: {what} = {value!r} is not supported. {instead}, or use another "
+        "--attention-backend."
+    )
+
+
+def _refuse_features(vllm_config: VllmConfig) -> None:
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    if (speculative := vllm_config.speculative_config) is not None:
+        raise _refuse(
+            "speculative_config", speculative.method, "Leave --speculative-config out"
+        )
+    if (transfer := vllm_config.kv_transfer_config) is not None:
+        raise _refuse(
+            "kv_transfer_config",
+            transfer.kv_connector,
+            "Leave --kv-transfer-config and KV offloading out",
+        )
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if (size := getattr(parallel, name)) > 1:
+            raise _refuse(name, size, "Use 1")
+    if parallel.enable_dbo:
+        raise _refuse("enable_dbo", True, "Leave --enable-dbo out")
+    if parallel.ubatch_size > 1:
+        raise _refuse("ubatch_size", parallel.ubatch_size, "Use 0")
+    if cache.cache_dtype not in _KV_CACHE_DTYPES:
+        allowed = ", ".join(_KV_CACHE_DTYPES)
+        raise _refuse("kv_cache_dtype", cache.cache_dtype, f"Use one of {allowed}")
+    if cache.kv_sharing_fast_prefill:
+        raise _refuse(
+            "kv_sharing_fast_prefill", True, "Leave --kv-sharing-fast-prefill out"
+        )
+
+
+def _refuse_models(vllm_config: VllmConfig) -> None:
+    model = vllm_config.model_config
+    if model is None:
+        return
+    if model.runner_type != "generate":
+        raise _refuse("runner", model.runner_type, "Serve a model that generates text")
+    if model.use_mla:
+        raise _refuse(
+            "multi-head latent attention of model", model.model, "Serve another model"
+        )
+    if model.is_hybrid or model.is_attention_free:
+        raise _refuse("state-space model", model.model, "Serve another model")
+    if model.is_encoder_decoder:
+        raise _refuse("encoder-decoder model", model.model, "Serve another model")
+    if vllm_config.diffusion_config is not None:
+        raise _refuse("diffusion model", model.model, "Serve another model")
+
+
+def _check_scheduling(vllm_config: VllmConfig, config: RocoConfig) -> None:
+    scheduler = vllm_config.scheduler_config
+    if not scheduler.enable_chunked_prefill:
+        raise ValueError(
+            "roco: enable_chunked_prefill = False is not allowed: prompts are read in "
+            f"chunks of {config.chunk} tokens. Leave --no-enable-chunked-prefill out."
+        )
+    threshold = scheduler.long_prefill_token_threshold
+    if 0 < threshold < config.chunk:
+        raise ValueError(
+            f"roco: long_prefill_token_threshold = {threshold} would cut prompt "
+            f"chunks of {config.chunk} tokens short. Leave it out, use at least "
+            f"{config.chunk}, or lower roco's chunk to at most {threshold}."
+        )
+    needed = scheduler.max_num_seqs + config.chunk
+    if scheduler.max_num_batched_tokens < needed:
+        raise ValueError(
+            f"roco: max_num_batched_tokens = {scheduler.max_num_batched_tokens} is "
+            f"less than max_num_seqs + chunk = {scheduler.max_num_seqs} + "
+            f"{config.chunk} = {needed}, so running sequences could keep prompts "
+            f"waiting for ever. Use --max-num-batched-tokens {needed} or more, or "
+            "lower --max-num-seqs or roco's chunk."
+        )
