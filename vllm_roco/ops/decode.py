@@ -25,17 +25,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.kv_cache import page
+from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
 COMBINE_BLOCKS = 64
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_NUM_FIELDS = tl.constexpr(page.NUM_FIELDS)
-_MASS_SQUARES = tl.constexpr(page.MASS_SQUARES)
-_MASS_PEAK = tl.constexpr(page.MASS_PEAK)
-_FIRST_POSITION = tl.constexpr(page.FIRST_POSITION)
 
 
 @triton.jit
@@ -263,13 +259,6 @@ def _update_statistics(
 ):
     """Add one query's attention mass to a run of live blocks of one kv head."""
     index = first_index + tl.arange(0, COMBINE_BLOCKS)
-    live = index * BLOCK_SIZE < length
-    block = tl.load(table_ptr + index, mask=live, other=0).to(tl.int64)
-    field = tl.arange(0, _NUM_FIELDS)[None, :]
-    # [COMBINE_BLOCKS, NUM_FIELDS]
-    statistics = statistics_ptr + block[:, None] * stride_statistics_block + field
-    before = tl.load(statistics, mask=live[:, None], other=0.0)
-
     split = tl.arange(0, SPLITS_PADDED)
     group = tl.arange(0, GROUP_PADDED)
     first_tile, last_tile = _split_range(length, split, num_splits, TILE)
@@ -296,22 +285,20 @@ def _update_statistics(
             other=float("-inf"),
         )
         mass += tl.sum(tl.where(noted_mask, tl.exp2(noted - lse[None, :]), 0.0), 1)
-    mass = (mass / GROUP)[:, None]
-
-    first_position = ((index + evicted) * BLOCK_SIZE).to(tl.float32)[:, None]
-    fresh = tl.where(
-        field == _FIRST_POSITION,
-        first_position,
-        tl.where(field == _MASS_SQUARES, mass * mass, mass),
+    mass /= GROUP
+    add_to_statistics(
+        statistics_ptr,
+        stride_statistics_block,
+        table_ptr,
+        index,
+        length,
+        1,
+        evicted,
+        mass,
+        mass * mass,
+        mass,
+        BLOCK_SIZE,
     )
-    grown = tl.where(
-        field == _FIRST_POSITION,
-        before,
-        tl.where(field == _MASS_PEAK, tl.maximum(before, fresh), before + fresh),
-    )
-    # a block whose first token is this step's still holds what its last owner left
-    is_new = (index * BLOCK_SIZE >= length - 1)[:, None]
-    tl.store(statistics, tl.where(is_new, fresh, grown), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "num_splits"])
@@ -372,7 +359,7 @@ def _combine_kernel(
                 partial_lse_ptr,
                 piece_lse_ptr + row_kv_head * max_pieces * GROUP,
                 live_table_ptr + row * stride_table_row,
-                statistics_ptr + kv_head * _NUM_FIELDS,
+                statistics_ptr + kv_head * NUM_FIELDS,
                 stride_statistics_block,
                 row_kv_head * GROUP,
                 first_index,
