@@ -43,7 +43,8 @@ def block_mass(probabilities: torch.Tensor, block_size: int) -> torch.Tensor:
         `[..., num_kv_heads, num_queries, num_tokens / block_size]` float32.
     """
     per_block = probabilities.unflatten(-1, (-1, block_size)).sum(-1)
-    return per_block.mean(-3)
+    mass: torch.Tensor = per_block.mean(-3)
+    return mass
 
 
 def accumulate(statistics: torch.Tensor, mass: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from paged_case import (
+from tests.ops.paged_case import (
     HEADS,
     Heads,
     PagedCase,

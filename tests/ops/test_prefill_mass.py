@@ -3,7 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from paged_case import HEADS, Heads, PagedCase, assert_statistics, boundary_lengths
+from tests.ops.paged_case import (
+    HEADS,
+    Heads,
+    PagedCase,
+    assert_statistics,
+    boundary_lengths,
+)
 
 from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill, plan_prefill
 

@@ -24,7 +24,7 @@ from vllm_roco.attention.process_config import remember_config
 from vllm_roco.kv_cache.page import statistics_view
 from vllm_roco.ops.decode import DecodeScratch, decode_attention
 from vllm_roco.ops.prefill_attention import prefill_attention
-from vllm_roco.ops.prefill_mass import measure_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
         self.flash_version: int | None = None
         if vllm_config.model_config.dtype in (torch.float16, torch.bfloat16):
             self.flash_version = get_flash_attn_version(head_size=head_size)
+        self.prefill_plan = plan_prefill(
+            head_size=head_size, dtype=vllm_config.model_config.dtype
+        )
         self._cache_key: tuple[int, int] | None = None
         self._statistics: torch.Tensor | None = None
 
@@ -178,13 +181,15 @@ class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
         if self.flash_version is not None:
             lse = self._flash(query, kv_cache, output, prefills, self.flash_version)
         else:
-            lse = prefill_attention(
+            lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+            prefill_attention(
                 query=query,
                 kv_cache=kv_cache,
                 query_start_loc=prefills.query_start_loc,
                 live_table=step.live_table,
                 live_lens=step.live_lens,
                 output=output,
+                lse=lse,
                 max_query_len=prefills.max_query_len,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
@@ -200,6 +205,7 @@ class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
                 evicted_before=step.evicted_before,
                 statistics=statistics,
                 max_live_tokens=prefills.max_live_tokens,
+                plan=self.prefill_plan,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
             )
