@@ -16,7 +16,12 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from vllm_roco.attention.process_config import process_config
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import BACKEND_NAME, validated_config
+from vllm_roco.validation import (
+    BACKEND_NAME,
+    KERNEL_BLOCK_SIZE,
+    OTHER_BACKEND_FOR_WINDOWS,
+    validated_config,
+)
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -25,13 +30,13 @@ if TYPE_CHECKING:
 
 _WHAT_TO_DO = {
     "sliding window not supported": (
-        "sliding-window layers are not supported; give them another backend with "
-        '--attention-config.backend_per_kind \'{"sliding_window": "..."}\''
+        f"sliding-window layers are not supported. {OTHER_BACKEND_FOR_WINDOWS}"
     ),
     "MLA not supported": "multi-head latent attention is not supported",
     "attention sinks not supported": "attention sinks of the model are not supported",
     "block_size not supported": (
-        "the block size must be a multiple of 16 tokens; change --block-size"
+        f"the block size must be a multiple of {KERNEL_BLOCK_SIZE} tokens; change "
+        "--block-size"
     ),
     "kv_cache_dtype not supported": (
         "a quantised KV cache is not supported; leave --kv-cache-dtype out"
@@ -94,7 +99,7 @@ class RocoBackend(AttentionBackend):
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
         """Any multiple of 16: RoCo must see the block manager's own blocks."""
-        return [MultipleOf(16)]
+        return [MultipleOf(KERNEL_BLOCK_SIZE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

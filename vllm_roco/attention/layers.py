@@ -12,7 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import BACKEND_NAME
+from vllm_roco.validation import BACKEND_NAME, OTHER_BACKEND_FOR_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,8 +113,7 @@ def refuse_layer(
     if sliding_window is not None:
         refuse(
             f"a sliding-window layer (sliding_window = {sliding_window})",
-            "Give these layers another backend with --attention-config."
-            'backend_per_kind \'{"sliding_window": "..."}\'',
+            OTHER_BACKEND_FOR_WINDOWS,
         )
     if attn_type != AttentionType.DECODER:
         refuse(f"attention type {attn_type!r}")
