@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.platforms.cpu import CpuPlatform
+
 from vllm_roco.validation import BACKEND_NAME, is_selected, validated_config
 
 if TYPE_CHECKING:

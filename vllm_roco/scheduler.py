@@ -14,6 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
+
 from vllm_roco.chunking import next_chunk_end
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.prometheus import create_publisher
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
     from vllm_roco.config import RocoConfig
 
 logger = init_logger(f"vllm.{__name__}")

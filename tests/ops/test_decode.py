@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 import torch
-from paged_case import (
+
+from tests.ops.paged_case import (
     HEADS,
     Heads,
     PagedCase,
@@ -13,7 +14,6 @@ from paged_case import (
     assert_statistics,
     boundary_lengths,
 )
-
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode import (
     DecodePlan,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
 from vllm_roco.attention.process_config import process_config
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import BACKEND_NAME, validated_config

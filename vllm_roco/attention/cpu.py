@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
 )
+
 from vllm_roco import policy
 from vllm_roco.attention.cpu_metadata import (
     Batch,

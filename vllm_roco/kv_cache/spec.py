@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_spec_registry import (
     _REGISTRY_KVCACHESPEC_LIST,
     register_kv_cache_spec,
 )
+
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
