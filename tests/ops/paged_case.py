@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_roco import reference
 from vllm_roco.kv_cache import page
-from vllm_roco.ops import reference
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PagedCase:
         dtype: torch.dtype = torch.float32,
         token_major: bool = False,
     ) -> PagedCase:
-        """Build a case; its statistics are numbers where a block is older than the step.
+        """Build a case, with statistics where a block is older than the step.
 
         Args:
             rows: Query length and live length of each row.
@@ -213,7 +213,7 @@ def assert_statistics(got: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def boundary_lengths(block_size: int) -> list[int]:
-    """Return lengths around every boundary of a budget of 4 and a stride of 2 blocks."""
+    """Return lengths around every boundary of a budget of 4, a stride of 2 blocks."""
     budget, stride = 4 * block_size, 2 * block_size
     edges = [1, block_size - 1, block_size, block_size + 1, budget]
     return [*edges, budget + stride - 1, budget + stride, budget + stride + 1]

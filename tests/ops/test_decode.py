@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from tests.ops.paged_case import (
     HEADS,
     Heads,
@@ -13,7 +14,6 @@ from tests.ops.paged_case import (
     assert_statistics,
     boundary_lengths,
 )
-
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode import (
     DecodePlan,

@@ -4,8 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_roco import reference
 from vllm_roco.kv_cache import page
-from vllm_roco.ops import reference
 from vllm_roco.ops.move_blocks import WORDS, first_pages, move_blocks
 
 

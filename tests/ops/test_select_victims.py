@@ -6,11 +6,10 @@ import dataclasses
 import pytest
 import torch
 
-from vllm_roco import policy
+from vllm_roco import policy, reference
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
-from vllm_roco.ops import reference
 from vllm_roco.ops.select_victims import (
     SCORES,
     first_statistics,
@@ -50,7 +49,7 @@ class Group:
     ) -> Group:
         """Draw statistics at random, of `distinct` different values if given.
 
-        First positions are those of blocks moved about at random: distinct, in no order.
+        First positions are those of blocks moved about: distinct, in no order.
         """
         generator = torch.Generator().manual_seed(len(steps))
         num_full = [after // BLOCK_SIZE for _, after in steps]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over the live table, measuring every block's attention mass.
 
-One query a row. Two launches: `_attend_kernel` splits the keys of a (row, kv head) over
-several programs, each with an online softmax over tiles of tokens; `_combine_kernel`
-merges the splits and, knowing the final log-sum-exp, turns what the first kernel noted of
-each block into its mass and updates the statistics.
+One query a row. Two launches: `_attend_kernel` splits the keys of a (row, kv head)
+over several programs, each with an online softmax over tiles of tokens;
+`_combine_kernel` merges the splits and, knowing the final log-sum-exp, turns what the
+first kernel noted of each block into its mass and updates the statistics.
 
-With `s` the logits in base 2, `m` the running maximum and `L` the log-sum-exp of a query
-head, both in base 2, the first kernel notes for each piece of a block
+With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
+all in base 2, the first kernel notes for each piece of a block
 
     log2 sum_t 2^(s_t)  =  m + log2 sum_t 2^(s_t - m)
 
@@ -122,10 +122,7 @@ def _attend_kernel(
     for tile in tl.range(first_tile, last_tile):
         position = tile * TILE + token
         visible = position < length
-        if TILE % BLOCK_SIZE == 0:
-            offset = token % BLOCK_SIZE
-        else:
-            offset = position % BLOCK_SIZE
+        offset = token % BLOCK_SIZE if TILE % BLOCK_SIZE == 0 else position % BLOCK_SIZE
         slot = block.to(tl.int64) * stride_cache_block + offset * stride_cache_token
         following = position + TILE
         block = tl.load(
@@ -587,10 +584,11 @@ def decode_attention(
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,
-        statistics_ptr=statistics if measure else scratch.partial_lse,
+        # without statistics no program touches them
+        statistics_ptr=scratch.partial_lse if statistics is None else statistics,
         output_ptr=output,
         stride_table_row=live_table.stride(0),
-        stride_statistics_block=statistics.stride(0) if measure else 0,
+        stride_statistics_block=0 if statistics is None else statistics.stride(0),
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,

@@ -65,8 +65,8 @@ def first_pages(kv_caches: list[torch.Tensor]) -> torch.Tensor:
         raise ValueError(
             f"roco: the layers of a KV-cache group have pages of {sorted(pages)} bytes "
             f"at addresses {addresses}, but all must have pages of one size, and sizes "
-            f"and addresses must be multiples of {ALIGNMENT} bytes. Use one of "
-            "vLLM's KV-cache layouts whose outer dimensions are the layer and the block."
+            f"and addresses must be multiples of {ALIGNMENT} bytes. Use one of vLLM's "
+            "KV-cache layouts whose outer dimensions are the layer and the block."
         )
     return torch.tensor(addresses, dtype=torch.int64, device=kv_caches[0].device)
 

@@ -2,10 +2,10 @@
 """The attention mass that a prompt's queries give to every live block.
 
 Attention itself is FlashAttention's, which keeps no weights. From its log-sum-exp the
-weights are recomputed here, summed over the tokens of each block, averaged over the query
-heads of a group and only then squared. A program owns a run of blocks of one (row, kv
-head) and goes through the row's queries in order, so each block has one writer and the
-sums are the same in every run.
+weights are recomputed here, summed over the tokens of each block, averaged over the
+query heads of a group and only then squared. A program owns a run of blocks of one
+(row, kv head) and goes through the row's queries in order, so each block has one writer
+and the sums are the same in every run.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ statistics of a slice of the layers to each block's largest share in any of thei
 the moves, one program a row. Both return at once where nothing is due, so they may be
 part of every step.
 
-The `k` smallest of a set are found without sorting. A score is not negative, so its bits
-order as an integer does; with the block's first position behind them they form a 63-bit
-key that no two blocks share, in which the older of two equal scores is the smaller. The
-k-th smallest key is built bit by bit from counts, exactly and in fixed order.
+The `k` smallest of a set are found without sorting. A score is not negative, so its
+bits order as an integer does; with the block's first position behind them they form a
+63-bit key that no two blocks share, in which the older of two equal scores is the
+smaller. The k-th smallest key is built bit by bit from counts, exactly and in fixed
+order.
 """
 
 from __future__ import annotations

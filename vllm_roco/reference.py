@@ -38,8 +38,8 @@ def paged_cache(
             `[head, token]` (LBHNC).
 
     Returns:
-        `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, a view as vLLM binds it.
-        Everything in it, the tails included, is NaN.
+        `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, a view as vLLM binds
+        it. Everything in it, the tails included, is NaN.
     """
     content = 2 * head_size
     raw = num_kv_heads * block_size * content
