@@ -55,7 +55,9 @@ class RocoCpuPlatform(StockPlatform):
                 selected_backend, attn_selector_config, num_heads
             )
         reasons = selected_backend.get_class().validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+            # a CPU has none, and RoCo's checks do not ask for it
+            device_capability=None,  # type: ignore[arg-type]
+            **attn_selector_config._asdict(),
         )
         if reasons:
             raise ValueError(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from tests.ops.paged_case import (
     HEADS,
     Heads,
@@ -10,7 +11,6 @@ from tests.ops.paged_case import (
     assert_as_good_as,
     boundary_lengths,
 )
-
 from vllm_roco.ops.prefill_attention import prefill_attention
 
 
