@@ -156,6 +156,7 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "num_engines"),
     [
