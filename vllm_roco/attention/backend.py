@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
 from vllm_roco.attention.process_config import process_config
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import (
@@ -65,7 +65,7 @@ class RocoBackend(AttentionBackend):
         return BACKEND_NAME
 
     @staticmethod
-    def get_impl_cls() -> type[AttentionImpl]:
+    def get_impl_cls() -> type[AttentionImpl[Any]]:
         """The implementation of this platform.
 
         Raises:
@@ -75,15 +75,23 @@ class RocoBackend(AttentionBackend):
             from vllm_roco.attention.cpu import RocoCpuImpl
 
             return RocoCpuImpl
+        if current_platform.is_cuda():
+            from vllm_roco.attention.cuda import RocoCudaImpl
+
+            return RocoCudaImpl
         raise _unsupported_platform()
 
     @staticmethod
-    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
         """The metadata builder of this platform; raises as `get_impl_cls` does."""
         if current_platform.is_cpu():
             from vllm_roco.attention.cpu import RocoCpuMetadataBuilder
 
             return RocoCpuMetadataBuilder
+        if current_platform.is_cuda():
+            from vllm_roco.attention.cuda_metadata import RocoCudaMetadataBuilder
+
+            return RocoCudaMetadataBuilder
         raise _unsupported_platform()
 
     @staticmethod
@@ -131,5 +139,5 @@ class RocoBackend(AttentionBackend):
 def _unsupported_platform() -> NotImplementedError:
     return NotImplementedError(
         f"roco: platform {current_platform.device_name!r} is not supported; the ROCO "
-        "backend runs on CPUs. Use another --attention-backend."
+        "backend runs on CPUs and NVIDIA GPUs. Use another --attention-backend."
     )

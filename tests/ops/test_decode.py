@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tests.ops.paged_case import (
+    HEADS,
+    Heads,
+    PagedCase,
+    assert_as_good_as,
+    assert_statistics,
+    boundary_lengths,
+)
+
+from vllm_roco.kv_cache import page
+from vllm_roco.ops.decode import (
+    DecodePlan,
+    DecodeScratch,
+    decode_attention,
+    plan_decode,
+)
+
+PLAN = DecodePlan(tile=32, splits=3, num_warps=4, num_stages=2, dependent_launch=False)
+
+
+def build(
+    lengths: list[int],
+    heads: Heads,
+    device: torch.device,
+    *,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    token_major: bool = False,
+) -> PagedCase:
+    """Build a batch with one query a row; a row of length 0 is padding."""
+    return PagedCase.build(
+        [(1, length) for length in lengths],
+        heads,
+        device,
+        block_size=block_size,
+        dtype=dtype,
+        token_major=token_major,
+    )
+
+
+def run(
+    case: PagedCase, plan: DecodePlan, *, measure: bool = True, soft_cap: float = 0.0
+) -> torch.Tensor:
+    """Run the kernels, which update the case's statistics; return the output."""
+    rows, q_heads, head_size = case.query.shape
+    output = torch.empty_like(case.query)
+    decode_attention(
+        query=case.query,
+        kv_cache=case.kv_cache,
+        live_table=case.live_table,
+        live_lens=case.live_lens,
+        evicted_before=case.evicted_before,
+        statistics=case.statistics if measure else None,
+        output=output,
+        scratch=DecodeScratch.allocate(
+            plans=[(rows, plan)],
+            num_q_heads=q_heads,
+            head_size=head_size,
+            block_size=case.block_size,
+            max_live_tokens=case.max_live_tokens,
+            measure=measure,
+            device=case.query.device,
+        ),
+        plan=plan,
+        scale=case.scale,
+        soft_cap=soft_cap,
+    )
+    return output
+
+
+def check(case: PagedCase, plan: DecodePlan, *, soft_cap: float = 0.0) -> None:
+    exact = case.expected(soft_cap=soft_cap)
+    low = case.expected(soft_cap=soft_cap, dtype=case.query.dtype)
+    output = run(case, plan, soft_cap=soft_cap)
+    assert output.isfinite().all()
+    assert_as_good_as(output, exact.output, low.output)
+    assert_statistics(case.statistics, exact.statistics)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_head_shapes(heads: Heads, device: torch.device) -> None:
+    check(build([1, 70, 33, 0], heads, device), PLAN)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_lengths_around_every_boundary(
+    block_size: int, splits: int, device: torch.device
+) -> None:
+    plan = dataclasses.replace(PLAN, splits=splits)
+    lengths = [0, *boundary_lengths(block_size), 0]
+    check(build(lengths, Heads(3, 1, 16), device, block_size=block_size), plan)
+
+
+@pytest.mark.parametrize("tile", [16, 64, 128])
+def test_tiles(tile: int, device: torch.device) -> None:
+    """A block may span tiles, and a tile blocks."""
+    plan = dataclasses.replace(PLAN, tile=tile)
+    check(build([150, 64, 1], Heads(4, 2, 32), device, block_size=32), plan)
+
+
+@pytest.mark.parametrize("token_major", [True, False], ids=["LBNHC", "LBHNC"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_layouts_and_dtypes(
+    token_major: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    case = build(
+        [90, 17, 1, 0], Heads(6, 3, 64), device, dtype=dtype, token_major=token_major
+    )
+    check(case, PLAN)
+
+
+def test_soft_cap(device: torch.device) -> None:
+    case = build([90, 17], Heads(4, 2, 32), device)
+    case.scale *= 20
+    check(case, PLAN, soft_cap=5.0)
+
+
+def test_soft_cap_far_beyond_its_bound(device: torch.device) -> None:
+    case = build([40], Heads(2, 1, 32), device)
+    case.scale *= 1e4
+    check(case, PLAN, soft_cap=0.5)
+
+
+def test_without_statistics(device: torch.device) -> None:
+    case = build([90, 17, 0], Heads(4, 2, 32), device)
+    exact = case.expected()
+    before = case.statistics.clone()
+    output = run(case, PLAN, measure=False)
+    torch.testing.assert_close(output, exact.output)
+    torch.testing.assert_close(case.statistics, before, equal_nan=True, rtol=0, atol=0)
+
+
+def test_masses_of_a_step_add_up_to_one(device: torch.device) -> None:
+    case = build([130], Heads(8, 2, 32), device)
+    blocks = case.live_table[0, :9].long()
+    case.statistics[blocks] = 0
+    run(case, PLAN)
+    total = case.statistics[blocks, :, page.MASS_SUM].sum(0)
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+@pytest.mark.parametrize("rows", [1, 8, 300])
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_plan_is_one_the_kernels_take(
+    rows: int, head_size: int, dtype: torch.dtype
+) -> None:
+    plan = plan_decode(
+        num_rows=rows,
+        num_kv_heads=8,
+        head_size=head_size,
+        max_live_tokens=2304,
+        dtype=dtype,
+        num_multiprocessors=132,
+        capability=(9, 0),
+    )
+    assert plan.tile in (16, 32, 64, 128)
+    assert 1 <= plan.splits <= 128
+    assert plan.dependent_launch
