@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.tiny_models import save_config
 from vllm import LLM, ModelRegistry, envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.scheduler import Scheduler
+
+from tests.tiny_models import save_config
 from vllm_roco.scheduler import RocoSchedulerMixin
 
 OPTIONS = {"budget": 128, "stride": 32, "chunk": 64}

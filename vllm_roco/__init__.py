@@ -29,6 +29,7 @@ def register() -> None:
         AttentionBackendEnum,
         register_backend,
     )
+
     from vllm_roco import compat
     from vllm_roco.prometheus import register_collector
 

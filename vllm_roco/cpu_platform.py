@@ -10,6 +10,7 @@ from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.import_utils import resolve_obj_by_qualname
+
 from vllm_roco.config import NAMESPACE
 from vllm_roco.validation import (
     BACKEND_NAME,
