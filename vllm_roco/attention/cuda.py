@@ -8,7 +8,7 @@ what the blocks received. The last layer of a group closes the step.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -65,11 +65,10 @@ class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
         self.measures = validated_config(vllm_config).measures
         # None where FlashAttention does not run: our own kernel attends then
         self.flash_version: int | None = None
-        if vllm_config.model_config.dtype in (torch.float16, torch.bfloat16):
+        dtype = cast("torch.dtype", vllm_config.model_config.dtype)
+        if dtype in (torch.float16, torch.bfloat16):
             self.flash_version = get_flash_attn_version(head_size=head_size)
-        self.prefill_plan = plan_prefill(
-            head_size=head_size, dtype=vllm_config.model_config.dtype
-        )
+        self.prefill_plan = plan_prefill(head_size=head_size, dtype=dtype)
         self._cache_key: tuple[int, int] | None = None
         self._statistics: torch.Tensor | None = None
 
