@@ -19,6 +19,7 @@ import argparse
 import csv
 import gc
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator
@@ -133,7 +134,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    facts = environment()
+    # in a process of its own: engines are forked while CUDA is not yet in use
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        facts = pool.apply(environment)
     (arguments.out / "serving.json").write_text(json.dumps(facts, indent=1) + "\n")
     table = arguments.out / "serving.csv"
     is_new = not table.exists()
