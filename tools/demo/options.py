@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="length of the prompt that hides a passkey",
     )
     add("--generations", type=_positive, default=3, help="concurrent long generations")
-    add("--tokens", type=_positive, default=768, help="tokens each of them writes")
+    add("--tokens", type=_positive, default=640, help="tokens each of them writes")
     add(
         "--picture",
         type=Path,

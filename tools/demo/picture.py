@@ -37,7 +37,7 @@ def draw_picture(
     figure, grid = pyplot.subplots(
         rows,
         columns,
-        figsize=(0.6 + 2.7 * columns, 0.9 + 2.4 * rows),
+        figsize=(0.6 + 2.8 * columns, 0.9 + 2.4 * rows),
         sharey=True,
         squeeze=False,
         layout="constrained",
@@ -63,19 +63,20 @@ def draw_picture(
             where="post",
             color=_HELD,
             linewidth=1.8,
-            label="held with ROCO",
+            label="held with RoCo",
         )
         panel.axhline(budget, color=_BUDGET, linewidth=0.9, label=f"budget {budget:,}")
-        panel.set_title(title, fontsize=10)
+        panel.set_title(f"{title}: {max(held):,} instead of {max(full):,}", fontsize=10)
         panel.set_xlabel("seconds")
         panel.set_ylim(bottom=0)
         panel.set_xlim(left=0)
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", alpha=0.25)
+        panel.yaxis.set_major_formatter("{x:,.0f}")
     for panel in panels[len(sequences) :]:
         panel.set_visible(False)
     for row in grid:
-        row[0].set_ylabel("KV tokens")
+        row[0].set_ylabel("KV tokens held")
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside upper center",

@@ -30,6 +30,8 @@ def waiting(console: Console, text: str) -> Iterator[None]:
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        # the server needs the cores
+        refresh_per_second=4,
         disable=not console.is_terminal,
     ) as progress:
         progress.add_task(text, total=None)
@@ -49,6 +51,8 @@ def token_bars(
         TimeElapsedColumn(),
         console=console,
         transient=True,
+        # the server needs the cores
+        refresh_per_second=4,
         disable=not console.is_terminal,
     ) as progress:
         tasks = {

@@ -37,7 +37,7 @@ def build_prompts(
     """Return the passkey prompt and the long generations.
 
     The generations continue the text of the project's license, cut at different lengths
-    below half the budget: what they give back, they give back while they write.
+    up to the budget: what they give back, they give back while they write.
 
     Raises:
         DemoError: `prompt_tokens` is too short for the passkey task, or the model's
@@ -53,13 +53,12 @@ def build_prompts(
     except (OSError, ValueError) as error:
         raise DemoError(str(error)) from error
     text = tokenizer(_LICENSE.read_text(encoding="utf-8"))["input_ids"]
-    longest = budget // 2
     return (
         Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, passkey),
         [
             Prompt(
                 f"generation {number}",
-                text[: max(1, longest * number // generations)],
+                text[: max(1, budget * number // generations)],
                 tokens,
             )
             for number in range(1, generations + 1)

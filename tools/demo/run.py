@@ -109,7 +109,7 @@ def _serve_and_show(
         )
     draw_picture(
         options.picture,
-        [_title(answer) for answer in answers],
+        [answer.prompt.name for answer in answers],
         sequences,
         metrics.budget_tokens,
     )
@@ -131,13 +131,6 @@ def _ask(
             line += f"; hidden {passkey.key}, answered {answer.text.strip()!r}"
         _say(console, line)
     return answers
-
-
-def _title(answer: Answer) -> str:
-    return (
-        f"{answer.prompt.name}: {answer.tokens_read:,} read, "
-        f"{answer.tokens_written:,} written"
-    )
 
 
 def _with_log(console: Console, error: DemoError, log: Path, folder: Path) -> DemoError:

@@ -25,7 +25,7 @@ def build_table(
     """
     table = Table(box=box.SIMPLE_HEAD, show_footer=True, header_style="bold")
     for header, footer in (
-        ("request", "/metrics"),
+        ("request", "all, by /metrics"),
         ("tokens\nread", ""),
         ("tokens\nwritten", ""),
         ("peak KV\ntokens held", f"{metrics.peak_sequence_kv_tokens:,}"),
