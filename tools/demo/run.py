@@ -81,7 +81,7 @@ def _serve_and_show(
             command, environment | {"TMPDIR": str(scratch)}, url, log
         ) as server:
             with waiting(console, "starting"):
-                first, generations = build_prompts(
+                prompts = build_prompts(
                     model,
                     prompt_tokens=options.prompt_tokens,
                     generations=options.generations,
@@ -92,8 +92,10 @@ def _serve_and_show(
             _say(console, f"answers on {url} after {time.monotonic() - begin:.0f} s")
 
             _stage(console, 4, "requests")
-            answers = _ask(console, url, model, [first])
-            answers += _ask(console, url, model, generations)
+            with waiting(console, "warming up"):
+                ask(url, model, [prompts.warm_up])
+            answers = _ask(console, url, model, [prompts.passkey])
+            answers += _ask(console, url, model, prompts.generations)
             metrics = scrape(url)
     except DemoError as error:
         raise _with_log(console, error, log, options.picture.parent) from error
