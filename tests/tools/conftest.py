@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,12 +20,8 @@ def port() -> int:
 
 
 @pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
+def environment() -> Iterator[dict[str, str]]:
     """This Python, and a folder of its own for temporary files."""
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    return os.environ | {
-        "ROCO_PYTHON": sys.executable,
-        "TMPDIR": str(scratch),
-        "COLUMNS": "160",
-    }
+    # `tmp_path` is too long for the sockets in it
+    with tempfile.TemporaryDirectory() as scratch:
+        yield os.environ | {"ROCO_PYTHON": sys.executable, "TMPDIR": scratch}

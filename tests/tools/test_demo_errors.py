@@ -59,7 +59,7 @@ def test_busy_port_is_told_at_once(environment: dict[str, str], port: int) -> No
         (["--stride", "0"], "stride = 0 is not allowed"),
         (["--model", "./nowhere"], "--model ./nowhere is not the folder of a model"),
         (["--port", "0"], "'0' is not a port, 1 to 65535"),
-        (["--tokens", "-1"], "'-1' is not a whole number above 0"),
+        (["--tokens", "-1"], "'-1' is not a whole number above 1"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

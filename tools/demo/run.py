@@ -48,9 +48,10 @@ def run(options: Options) -> None:
         model = options.model
     _say(console, model)
 
-    # the server's temporary files go with the folder, however it ends
+    # the server's temporary files go with the folder, however it ends; a short name,
+    # because paths of the sockets among them may have about 100 characters
     with tempfile.TemporaryDirectory(
-        prefix="roco-demo-", ignore_cleanup_errors=True
+        prefix="roco-", ignore_cleanup_errors=True
     ) as scratch:
         _serve_and_show(console, options, model, gpu, Path(scratch))
     _show_own_use(console)
