@@ -18,13 +18,12 @@ A piece is the part of a block that lies in one tile, the whole block as a rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, piece_size
 from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
 
 # tensor cores multiply at least 16 rows
@@ -439,125 +438,6 @@ def _combine_kernel(
                 SPLITS_PADDED,
                 COMBINE_BLOCKS,
             )
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """How one decode shape is laid out on the device; fixed when a graph is captured.
-
-    Attributes:
-        tile: Tokens a program reads at a time, a power of two of at least 16.
-        splits: Programs that share the keys of one row and kv head.
-        num_warps: Warps of the attention kernel.
-        num_stages: Tiles in flight, the one being computed included.
-        dependent_launch: Whether the second kernel is launched before the first ends
-            (programmatic dependent launch, compute capability 9.0 and above).
-    """
-
-    tile: int
-    splits: int
-    num_warps: int
-    num_stages: int
-    dependent_launch: bool
-
-
-@dataclass(frozen=True)
-class DecodeScratch:
-    """What the first kernel leaves for the second; allocated once.
-
-    Attributes:
-        partial_output: Flat float32, `rows * q_heads * splits * head_size` numbers.
-        partial_lse: Flat float32, `rows * q_heads * splits` numbers.
-        piece_lse: Flat float32, `rows * q_heads * pieces of the longest row` numbers;
-            empty when nothing is measured.
-        max_blocks: Blocks of the longest row.
-    """
-
-    partial_output: torch.Tensor
-    partial_lse: torch.Tensor
-    piece_lse: torch.Tensor
-    max_blocks: int
-
-    @classmethod
-    def allocate(
-        cls,
-        *,
-        plans: Sequence[tuple[int, DecodePlan]],
-        num_q_heads: int,
-        head_size: int,
-        block_size: int,
-        max_live_tokens: int,
-        measure: bool,
-        device: torch.device,
-    ) -> DecodeScratch:
-        """Allocate enough for every launch that is to share the memory.
-
-        Args:
-            plans: The launches, as number of rows and plan.
-            num_q_heads: Query heads of the layer on this rank.
-            head_size: Numbers per head.
-            block_size: Tokens per block.
-            max_live_tokens: Bound of the rows' live lengths.
-            measure: Whether statistics are to be kept.
-            device: Where the kernels run.
-        """
-
-        def floats(count: int) -> torch.Tensor:
-            return torch.empty(count, dtype=torch.float32, device=device)
-
-        max_blocks = triton.cdiv(max_live_tokens, block_size)
-        splits = max(rows * plan.splits for rows, plan in plans)
-        pieces = max(
-            rows * max_blocks * (block_size // piece_size(block_size, plan.tile))
-            for rows, plan in plans
-        )
-        return cls(
-            partial_output=floats(splits * num_q_heads * head_size),
-            partial_lse=floats(splits * num_q_heads),
-            piece_lse=floats(pieces * num_q_heads if measure else 0),
-            max_blocks=max_blocks,
-        )
-
-
-def piece_size(block_size: int, tile: int) -> int:
-    """Return the tokens of a piece: the largest power of two in block and tile."""
-    return math.gcd(block_size, tile)
-
-
-def plan_decode(
-    *,
-    num_rows: int,
-    num_kv_heads: int,
-    head_size: int,
-    max_live_tokens: int,
-    dtype: torch.dtype,
-    num_multiprocessors: int,
-    capability: tuple[int, int],
-) -> DecodePlan:
-    """Choose tile and splits from what is known when the launch is recorded.
-
-    Args:
-        num_rows: Decode rows of the launch, padding included.
-        num_kv_heads: KV heads of the layer on this rank.
-        head_size: Numbers per head.
-        max_live_tokens: Bound of the rows' live lengths.
-        dtype: Element type of query and cache.
-        num_multiprocessors: Multiprocessors of the device.
-        capability: Compute capability of the device.
-    """
-    tile_bytes = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
-    tile = max(16, min(128, 32 * 1024 // tile_bytes))
-    programs = num_rows * num_kv_heads
-    wanted = triton.cdiv(4 * num_multiprocessors, programs)
-    most = max(1, max_live_tokens // (2 * tile))
-    splits = triton.next_power_of_2(min(wanted, most, 128))
-    return DecodePlan(
-        tile=tile,
-        splits=splits,
-        num_warps=4,
-        num_stages=3,
-        dependent_launch=capability >= (9, 0),
-    )
 
 
 def decode_attention(
