@@ -43,6 +43,7 @@ def server(
         *("--max-num-batched-tokens", "256"),
         *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
         # a small model of few words would fill its output with spaces
+        *("--structured-outputs-config.backend", "xgrammar"),
         "--structured-outputs-config.disable_any_whitespace=true",
         "--enforce-eager",
     ]
