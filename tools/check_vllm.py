@@ -20,7 +20,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from tools.vllm_source import SourceRelease
-from vllm_roco.hooks import HOOKS, complaints
+from vllm_roco.hook_check import complaints
+from vllm_roco.hooks import HOOKS
 
 
 def open_release(path: Path) -> Traversable:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from vllm_roco.hooks import Symbol, spell_signature
+from vllm_roco.hook_check import INITIALISERS, Symbol, spell_signature
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -96,9 +96,9 @@ class SourceRelease:
         for _, node in self._classes(owner):
             scope = _bindings(node.body)
             yield from scope
-            initialiser = scope.get("__init__")
-            if isinstance(initialiser, FunctionNode):
-                yield from _assigned_to_self(initialiser)
+            for initialiser in map(scope.get, INITIALISERS):
+                if isinstance(initialiser, FunctionNode):
+                    yield from _assigned_to_self(initialiser)
 
     def _classes(self, owner: Definition) -> Iterator[tuple[str, ast.ClassDef]]:
         """Yield a class and its bases, depth first, each with its module."""
@@ -204,7 +204,7 @@ def _flatten(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def _assigned_to_self(initialiser: FunctionNode) -> Iterator[str]:
-    """Yield the attributes that `__init__` gives an instance."""
+    """Yield the attributes that a method gives its instance."""
     self_name = initialiser.args.args[0].arg
     for node in ast.walk(initialiser):
         if (

@@ -14,14 +14,15 @@ import dis
 import importlib
 import inspect
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import InvalidVersion, Version
 
-from vllm_roco.hooks import HOOKS, Symbol, complaints, spell_signature
+from vllm_roco.hook_check import INITIALISERS, Symbol, complaints, spell_signature
+from vllm_roco.hooks import HOOKS
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -73,7 +74,7 @@ def check_version() -> None:
             "VLLM_PLUGINS."
         )
     if version is None or version.public not in TESTED_VLLM:
-        init_logger(__name__).warning_once(
+        init_logger(f"vllm.{__name__}").warning_once(
             "roco: vLLM %s was not tested with this plugin; %s were. Run "
             "`python -m vllm_roco.verify`: it checks every hook of this release and "
             "names those that changed.",
@@ -118,12 +119,13 @@ class InstalledRelease:
         # whatever an import raises, the hook cannot be used
         except Exception as error:
             raise LookupError(f"{module} cannot be imported ({error})") from error
+        is_method = False
         for part in filter(None, name.split(".")):
             container, owner = owner, _attribute(owner, part)
             if owner is None:
-                place = container.__name__
-                raise LookupError(f"{place} has no {part}")
-        return Symbol(parameters=_parameters(owner), members=_members(owner))
+                raise LookupError(f"{container.__name__} has no {part}")
+            is_method = inspect.isclass(container)
+        return Symbol(_parameters(owner, is_method), _members(owner))
 
 
 def pickle_backend_by_name() -> None:
@@ -173,16 +175,15 @@ def _attribute(owner: Any, name: str) -> Any:
     return inspect.getattr_static(owner, name, None)
 
 
-def _parameters(symbol: Any) -> str | None:
+def _parameters(symbol: Any, is_method: bool) -> str | None:
     """Return a function's signature without `self` or `cls`, None for anything else."""
     is_static = isinstance(symbol, staticmethod)
     if isinstance(symbol, staticmethod | classmethod):
         symbol = symbol.__func__
-    if not isinstance(inspect.unwrap(symbol), FunctionType):
-        return None
     function = inspect.unwrap(symbol)
+    if not isinstance(function, FunctionType):
+        return None
     parameters = list(inspect.signature(function).parameters.values())
-    is_method = "." in function.__qualname__.rpartition("<locals>.")[2]
     if is_method and not is_static:
         del parameters[0]
     return spell_signature(
@@ -192,18 +193,25 @@ def _parameters(symbol: Any) -> str | None:
 
 
 def _members(symbol: Any) -> frozenset[str]:
-    """Return the attributes of a class and its instances, or of a module."""
+    """Return the attributes of a class and its instances, or of a module.
+
+    Annotations without a value are seen in dataclasses only.
+    """
     if not inspect.isclass(symbol):
         return frozenset(dir(symbol))
     members: set[str] = set()
     # not dir(), from which an enum leaves its methods out
     for base in inspect.getmro(symbol):
         members.update(vars(base), getattr(base, "__dataclass_fields__", ()))
-        initialiser: Any = inspect.unwrap(base.__init__)  # type: ignore[misc]
-        if isinstance(initialiser, FunctionType):
-            members.update(
-                instruction.argval
-                for instruction in dis.get_instructions(initialiser)
-                if instruction.opname == "STORE_ATTR"
-            )
+        for name in INITIALISERS:
+            initialiser = vars(base).get(name)
+            if isinstance(initialiser, FunctionType):
+                members.update(_stored_attributes(inspect.unwrap(initialiser)))
     return frozenset(members)
+
+
+def _stored_attributes(function: Callable[..., Any]) -> Iterator[str]:
+    """Yield the names of the attributes that a function assigns."""
+    for instruction in dis.get_instructions(function):
+        if instruction.opname == "STORE_ATTR":
+            yield instruction.argval

@@ -2,144 +2,22 @@
 """Every place where the plugin leans on vLLM, as data.
 
 vLLM promises none of these names. Each is listed once, with what is needed of it and
-why, so that a release can be checked without running it: the installed one by
-`vllm_roco.compat`, any other one by `tools/check_vllm.py`.
+why, so that a release can be checked before it is used: the installed one by
+`vllm_roco.compat.missing_hooks`, any other one by `tools/check_vllm.py`.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hook:
-    """One name of vLLM and what the plugin needs of it.
-
-    Attributes:
-        module: Dotted name of the module that the plugin imports it from.
-        name: Dotted name within the module, empty for the module itself.
-        why: What the plugin does with it.
-        calls: Names of the arguments that the plugin passes. The function must take
-            them, and must need no other.
-        overrides: The whole signature, as `spell_signature` writes it, where the plugin
-            puts its own function in vLLM's place or vLLM calls one of the plugin's.
-        members: Attributes, fields or methods that are read.
-        platform: `"cpu"` or `"cuda"` where only that platform's part needs it.
-    """
-
-    module: str
-    name: str
-    why: str
-    calls: tuple[str, ...] | None = None
-    overrides: str | None = None
-    members: tuple[str, ...] = ()
-    platform: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The full dotted name."""
-        return f"{self.module}.{self.name}" if self.name else self.module
-
-
-@dataclass(frozen=True)
-class Symbol:
-    """What a release has under a name.
-
-    Attributes:
-        parameters: The signature of a function as `spell_signature` writes it; None if
-            it is something else.
-        members: The attributes of a class and of its instances, or of a module.
-    """
-
-    parameters: str | None
-    members: frozenset[str]
-
-
-class Release(Protocol):
-    """A release of vLLM that can be asked what it has."""
-
-    def find(self, module: str, name: str) -> Symbol:
-        """Return what a module's name stands for; LookupError if there is nothing."""
-
-
-def complaints(hook: Hook, release: Release) -> Iterator[str]:
-    """Yield a sentence for everything that a release does not have as a hook needs."""
-    try:
-        symbol = release.find(hook.module, hook.name)
-    except LookupError as error:
-        yield f"{hook.label} is missing: {error.args[0]}. Needed to {hook.why}."
-        return
-    lost = [member for member in hook.members if member not in symbol.members]
-    if lost:
-        yield f"{hook.label} has no {', '.join(lost)}. Needed to {hook.why}."
-    if hook.overrides is not None and hook.overrides != symbol.parameters:
-        yield (
-            f"{hook.label} takes ({symbol.parameters}), not ({hook.overrides}). "
-            f"Overridden to {hook.why}."
-        )
-    if hook.calls is not None:
-        yield from _call_complaints(hook, hook.calls, symbol.parameters)
-
-
-def spell_signature(parameters: Iterable[tuple[str, Any, bool]]) -> str:
-    """Write a signature without types and values, such as `a, b=, *, c, **rest`.
-
-    Args:
-        parameters: Name, `inspect.Parameter` kind and whether there is a default, of
-            each parameter.
-    """
-    spelled: list[str] = []
-    keyword_only = False
-    for name, kind, has_default in parameters:
-        if kind is inspect.Parameter.KEYWORD_ONLY and not keyword_only:
-            keyword_only = True
-            spelled.append("*")
-        if kind is inspect.Parameter.VAR_POSITIONAL:
-            keyword_only = True
-            name = f"*{name}"
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            name = f"**{name}"
-        spelled.append(f"{name}=" if has_default else name)
-    return ", ".join(spelled)
-
-
-def _call_complaints(
-    hook: Hook, passed: tuple[str, ...], parameters: str | None
-) -> Iterator[str]:
-    """Yield what speaks against calling a function with the given arguments."""
-    if parameters is None:
-        yield f"{hook.label} is not a function. Called to {hook.why}."
-        return
-    taken = [name for name in parameters.split(", ") if name and name != "*"]
-    names = [name.removesuffix("=") for name in taken if not name.startswith("*")]
-    swallows = any(name.startswith("**") for name in taken)
-    unknown = [name for name in passed if name not in names and not swallows]
-    needed = [
-        name
-        for name in taken
-        if not name.startswith("*") and not name.endswith("=") and name not in passed
-    ]
-    if unknown:
-        yield (
-            f"{hook.label} takes ({parameters}), without {', '.join(unknown)}. "
-            f"Called to {hook.why}."
-        )
-    if needed:
-        yield (
-            f"{hook.label} takes ({parameters}) and now needs {', '.join(needed)}. "
-            f"Called to {hook.why}."
-        )
-
+from vllm_roco.hook_check import Hook
 
 _REGISTRY = "vllm.v1.attention.backends.registry"
 _BACKEND = "vllm.v1.attention.backend"
 _SPEC = "vllm.v1.kv_cache_interface"
 _SPEC_REGISTRY = "vllm.v1.kv_cache_spec_registry"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
+_SCHEDULER = "vllm.v1.core.sched.scheduler"
 _CPU = "vllm.platforms.cpu"
+_FLASH = "vllm.v1.attention.backends.fa_utils"
 
 _NAMING = (
     Hook(
@@ -163,8 +41,8 @@ _NAMING = (
     Hook(
         module=_REGISTRY,
         name="AttentionBackendEnum",
-        why="find the member that was registered, and pickle it by name",
-        members=("register", "get_class", "get_path", "is_overridden", "CPU_ATTN"),
+        why="find the registered member, and pickle it by name",
+        members=("register", "get_class", "get_path"),
     ),
 )
 
@@ -183,21 +61,82 @@ _CONFIGURATION = (
     ),
     Hook(
         module="vllm.config",
+        name="get_layers_from_vllm_config",
+        why="reach the caches of all layers of a group",
+        calls=("vllm_config", "layer_type"),
+    ),
+    Hook(
+        module="vllm.config",
         name="VllmConfig",
         why="read the options, and refuse what does not go together with a budget",
         members=(
             "additional_config",
             "attention_config",
             "cache_config",
-            "compilation_config",
+            "diffusion_config",
             "instance_id",
             "kv_transfer_config",
             "max_concurrent_batches",
-            "max_in_flight_tokens",
             "model_config",
             "parallel_config",
             "scheduler_config",
             "speculative_config",
+        ),
+    ),
+    Hook(
+        module="vllm.config",
+        name="AttentionConfig",
+        why="know whether the backend is selected",
+        members=("backend", "backend_per_kind"),
+    ),
+    Hook(
+        module="vllm.config",
+        name="CacheConfig",
+        why="check the block size, and refuse a quantised cache",
+        members=(
+            "block_size",
+            "cache_dtype",
+            "enable_prefix_caching",
+            "kv_sharing_fast_prefill",
+            "user_specified_block_size",
+        ),
+    ),
+    Hook(
+        module="vllm.config.cache",
+        name="CacheDType",
+        why="name the dtypes of the cache",
+    ),
+    Hook(
+        module="vllm.config",
+        name="KVTransferConfig",
+        why="name the connector that is refused",
+        members=("kv_connector",),
+    ),
+    Hook(
+        module="vllm.config",
+        name="ModelConfig",
+        why="bound the memory of one sequence, and refuse kinds of models",
+        members=(
+            "is_attention_free",
+            "is_encoder_decoder",
+            "is_hybrid",
+            "max_model_len",
+            "model",
+            "runner_type",
+            "served_model_name",
+            "use_mla",
+        ),
+    ),
+    Hook(
+        module="vllm.config",
+        name="ParallelConfig",
+        why="refuse context parallelism and micro-batches, and tell engines apart",
+        members=(
+            "data_parallel_index",
+            "decode_context_parallel_size",
+            "enable_dbo",
+            "prefill_context_parallel_size",
+            "ubatch_size",
         ),
     ),
     Hook(
@@ -207,6 +146,7 @@ _CONFIGURATION = (
         members=(
             "async_scheduling",
             "enable_chunked_prefill",
+            "get_scheduler_cls",
             "long_prefill_token_threshold",
             "max_num_batched_tokens",
             "max_num_seqs",
@@ -215,31 +155,9 @@ _CONFIGURATION = (
     ),
     Hook(
         module="vllm.config",
-        name="CacheConfig",
-        why="know the block size and the cache's dtype",
-        members=("block_size", "cache_dtype", "enable_prefix_caching"),
-    ),
-    Hook(
-        module="vllm.config",
-        name="ModelConfig",
-        why="bound the memory of one sequence, and refuse hybrid models",
-        members=("max_model_len", "is_hybrid", "dtype"),
-    ),
-    Hook(
-        module="vllm.config",
-        name="ParallelConfig",
-        why="refuse context parallelism and micro-batches",
-        members=(
-            "decode_context_parallel_size",
-            "prefill_context_parallel_size",
-            "use_ubatching",
-        ),
-    ),
-    Hook(
-        module="vllm.config",
-        name="CompilationConfig",
-        why="find the last layer of a group, which evicts for all of them",
-        members=("static_forward_context",),
+        name="SpeculativeConfig",
+        why="name the speculation that is refused",
+        members=("method",),
     ),
 )
 
@@ -250,18 +168,28 @@ _ATTENTION = (
         why="say what the backend can do, so that vLLM refuses the rest",
         members=(
             "forward_includes_kv_cache_update",
-            "get_builder_cls",
-            "get_impl_cls",
-            "get_name",
-            "get_supported_head_sizes",
             "supported_dtypes",
             "supported_kv_cache_dtypes",
-            "supports_attn_type",
-            "supports_kv_connector",
-            "supports_sink",
-            "supports_sliding_window",
             "validate_configuration",
         ),
+    ),
+    Hook(
+        module=_BACKEND,
+        name="AttentionBackend.get_name",
+        why="be found under the registered name",
+        overrides="",
+    ),
+    Hook(
+        module=_BACKEND,
+        name="AttentionBackend.get_impl_cls",
+        why="hand out the implementation of the platform",
+        overrides="",
+    ),
+    Hook(
+        module=_BACKEND,
+        name="AttentionBackend.get_builder_cls",
+        why="hand out the metadata builder of the platform",
+        overrides="",
     ),
     Hook(
         module=_BACKEND,
@@ -279,6 +207,12 @@ _ATTENTION = (
         module=_BACKEND,
         name="AttentionBackend.supported_kv_cache_layouts",
         why="get pages that are contiguous, with the statistics in their tail",
+        overrides="",
+    ),
+    Hook(
+        module=_BACKEND,
+        name="AttentionBackend.supports_kv_connector",
+        why="refuse connectors, which move blocks by position",
         overrides="",
     ),
     Hook(
@@ -303,7 +237,7 @@ _ATTENTION = (
         module=_BACKEND,
         name="AttentionCGSupport",
         why="declare full CUDA graphs for decoding",
-        members=("NEVER", "UNIFORM_SINGLE_TOKEN_DECODE"),
+        members=("UNIFORM_SINGLE_TOKEN_DECODE",),
     ),
     Hook(
         module=_BACKEND,
@@ -327,18 +261,12 @@ _ATTENTION = (
         module=_BACKEND,
         name="AttentionMetadataBuilder",
         why="keep the tables of a step in buffers that CUDA graphs can read",
-        members=(
-            "_cudagraph_support",
-            "device",
-            "kv_cache_spec",
-            "layer_names",
-            "vllm_config",
-        ),
+        members=("_cudagraph_support", "build_for_cudagraph_capture"),
     ),
     Hook(
         module=_BACKEND,
         name="AttentionMetadataBuilder.__init__",
-        why="allocate those buffers once",
+        why="prepare for the layers of a group once",
         overrides="kv_cache_spec, layer_names, vllm_config, device",
     ),
     Hook(
@@ -349,8 +277,14 @@ _ATTENTION = (
     ),
     Hook(
         module=_BACKEND,
+        name="AttentionImpl",
+        why="let vLLM refuse context parallelism",
+        members=("supports_dcp", "supports_pcp"),
+    ),
+    Hook(
+        module=_BACKEND,
         name="AttentionImpl.__init__",
-        why="refuse what the kernels cannot do",
+        why="refuse what a layer may not be",
         overrides=(
             "num_heads, head_size, scale, num_kv_heads=, alibi_slopes=, "
             "sliding_window=, kv_cache_dtype=, logits_soft_cap=, attn_type=, "
@@ -366,23 +300,44 @@ _ATTENTION = (
             "output_scale=, output_block_scale="
         ),
     ),
+    # the base class does not declare what vLLM calls, so a stock backend speaks for it
+    Hook(
+        module="vllm.v1.attention.backends.cpu_attn",
+        name="CPUAttentionBackendImpl.do_kv_cache_update",
+        why="write keys and values into their slots",
+        overrides="layer, key, value, kv_cache, slot_mapping",
+    ),
+    Hook(
+        module=_BACKEND,
+        name="AttentionLayer",
+        why="tell the layer that attends",
+    ),
     Hook(
         module="vllm.model_executor.layers.attention",
         name="Attention",
         why="reach the caches of all layers of a group",
-        members=("impl", "kv_cache", "layer_name", "get_kv_cache_spec"),
+        members=("attn_backend", "kv_cache", "layer_name", "num_heads"),
+    ),
+    Hook(
+        module="vllm.model_executor.models.utils",
+        name="extract_layer_index",
+        why="know the last layer of a group, which evicts for all of them",
+        calls=("layer_name",),
     ),
 )
 
 _KV_CACHE = (
     Hook(
         module=_SPEC,
+        name="KVCacheSpec",
+        why="tell RoCo's layers from others",
+    ),
+    Hook(
+        module=_SPEC,
         name="AttentionSpec",
         why="add the statistics to the page",
         members=(
             "block_size",
-            "dtype",
-            "head_size",
             "num_kv_heads",
             "page_size_bytes",
             "page_size_padded",
@@ -391,25 +346,30 @@ _KV_CACHE = (
     ),
     Hook(
         module=_SPEC,
-        name="FullAttentionSpec",
-        why="recognise the layers that get a budget",
-        members=("block_size", "sliding_window", "attention_chunk_size"),
+        name="AttentionSpec.__post_init__",
+        why="size the page on every copy of the spec",
+        overrides="",
     ),
     Hook(
         module=_SPEC,
-        name="KVCacheSpec.max_memory_usage_bytes",
+        name="FullAttentionSpec",
+        why="recognise the layers that get a budget",
+    ),
+    Hook(
+        module=_SPEC,
+        name="AttentionSpec.max_memory_usage_bytes",
         why="tell the truth about the memory of one sequence",
         overrides="vllm_config",
     ),
     Hook(
         module=_SPEC,
-        name="KVCacheSpec.merge",
+        name="AttentionSpec.merge",
         why="keep the budget when layers become one group",
         overrides="specs",
     ),
     Hook(
         module=_SPEC,
-        name="KVCacheSpec.is_uniform_with_collection",
+        name="AttentionSpec.is_uniform_with_collection",
         why="never share a group with layers that keep everything",
         overrides="kv_cache_specs",
     ),
@@ -427,7 +387,7 @@ _KV_CACHE = (
     Hook(
         module=_MANAGER,
         name="register_all_kvcache_specs",
-        why="register vLLM's own specs before ours, which vLLM would then skip",
+        why="register vLLM's own specs before ours, or vLLM would never do so",
         calls=("vllm_config",),
     ),
     Hook(
@@ -437,7 +397,6 @@ _KV_CACHE = (
         members=(
             "_null_block",
             "block_pool",
-            "block_size",
             "has_positionally_stable_blocks",
             "max_admission_blocks_per_request",
             "req_to_blocks",
@@ -501,18 +460,57 @@ _KV_CACHE = (
     ),
 )
 
-_SCHEDULER = (
+_SCHEDULING = (
     Hook(
-        module="vllm.v1.core.sched.scheduler",
+        module=_SCHEDULER,
         name="Scheduler",
-        why="cut prompts into chunks",
-        members=("schedule",),
+        why="reach the block managers and the running requests",
+        members=("current_step", "kv_cache_manager", "requests"),
     ),
     Hook(
-        module="vllm.v1.core.sched.scheduler",
+        module=_SCHEDULER,
+        name="Scheduler.__init__",
+        why="read the options",
+        overrides=(
+            "vllm_config, kv_cache_config, structured_output_manager, block_size, "
+            "hash_block_size=, mm_registry=, include_finished_set=, log_stats="
+        ),
+    ),
+    Hook(
+        module=_SCHEDULER,
         name="Scheduler._reserve_prefill_lookahead",
         why="end a prompt chunk at a multiple of the option `chunk`",
         overrides="request, num_computed_tokens, num_new_tokens",
+    ),
+    Hook(
+        module=_SCHEDULER,
+        name="Scheduler.add_request",
+        why="refuse requests whose length goes back",
+        overrides="request",
+    ),
+    Hook(
+        module=_SCHEDULER,
+        name="Scheduler.finish_requests",
+        why="refuse requests whose length goes back",
+        calls=("request_ids", "finished_status"),
+    ),
+    Hook(
+        module=_SCHEDULER,
+        name="Scheduler.schedule",
+        why="publish and trace what requests hold",
+        overrides="throttle_prefills=",
+    ),
+    Hook(
+        module=_SCHEDULER,
+        name="Scheduler.update_from_output",
+        why="answer refused requests",
+        overrides="scheduler_output, model_runner_output",
+    ),
+    Hook(
+        module=_SCHEDULER,
+        name="Scheduler.shutdown",
+        why="remove the published numbers",
+        overrides="",
     ),
     Hook(
         module="vllm.v1.core.sched.async_scheduler",
@@ -521,12 +519,42 @@ _SCHEDULER = (
         members=("_reserve_prefill_lookahead",),
     ),
     Hook(
+        module="vllm.v1.core.kv_cache_manager",
+        name="KVCacheManager",
+        why="reach the block managers",
+        members=("coordinator",),
+    ),
+    Hook(
+        module="vllm.v1.core.kv_cache_coordinator",
+        name="KVCacheCoordinator",
+        why="reach the block managers",
+        members=("single_type_managers",),
+    ),
+    Hook(
+        module=_SPEC,
+        name="KVCacheConfig",
+        why="hand it to vLLM's scheduler",
+    ),
+    Hook(
+        module="vllm.v1.core.sched.output",
+        name="SchedulerOutput",
+        why="trace the requests of a step",
+        members=("num_scheduled_tokens",),
+    ),
+    Hook(
+        module="vllm.v1.outputs",
+        name="ModelRunnerOutput",
+        why="hand it to vLLM's scheduler",
+    ),
+    Hook(
         module="vllm.v1.request",
         name="Request",
-        why="tell a decode from a prompt, and a resumed request from a new one",
+        why="tell a decode from a prompt, and refuse what cannot be served",
         members=(
+            "client_index",
+            "get_finished_reason",
+            "has_encoder_inputs",
             "num_computed_tokens",
-            "num_in_flight_tokens",
             "num_output_placeholders",
             "num_prompt_tokens",
             "num_tokens",
@@ -534,30 +562,59 @@ _SCHEDULER = (
             "resumable",
         ),
     ),
+    Hook(
+        module="vllm.v1.request",
+        name="RequestStatus",
+        why="end a refused request",
+        members=("FINISHED_ERROR",),
+    ),
+    Hook(
+        module="vllm.v1.engine",
+        name="EngineCoreOutput",
+        why="answer a refused request",
+        members=("finish_reason", "new_token_ids", "request_id"),
+    ),
+    Hook(
+        module="vllm.v1.engine",
+        name="EngineCoreOutputs",
+        why="answer a refused request",
+        members=("outputs",),
+    ),
 )
 
 _METRICS = (
     Hook(
-        module="vllm.v1.metrics.loggers",
-        name="StatLoggerBase.__init__",
-        why="start the metrics of an engine",
-        overrides="vllm_config, engine_index=",
+        module="vllm",
+        name="LLM",
+        why="find the numbers of its engine",
+        members=("llm_engine",),
     ),
     Hook(
-        module="vllm.v1.metrics.loggers",
-        name="StatLoggerBase.record",
-        why="count what was evicted",
-        overrides=("scheduler_stats, iteration_stats, mm_cache_stats=, engine_idx="),
+        module="vllm.v1.engine.llm_engine",
+        name="LLMEngine",
+        why="find the numbers of an engine",
+        members=("vllm_config",),
     ),
     Hook(
-        module="vllm.v1.metrics.loggers",
-        name="StatLoggerBase.log_engine_initialized",
-        why="satisfy the interface",
-        overrides="",
+        module="vllm.v1.engine.async_llm",
+        name="AsyncLLM",
+        why="find the numbers of an engine",
+        members=("vllm_config",),
     ),
 )
 
 _PLATFORMS = (
+    Hook(
+        module="vllm.platforms",
+        name="current_platform",
+        why="know which implementation to use",
+    ),
+    Hook(
+        module="vllm.platforms.interface",
+        name="Platform",
+        why="know which implementation to use",
+        members=("is_cpu", "is_cuda"),
+    ),
     Hook(
         module="vllm.platforms",
         name="cpu_platform_plugin",
@@ -565,9 +622,17 @@ _PLATFORMS = (
         calls=(),
     ),
     Hook(
-        module="vllm.platforms",
-        name="current_platform",
-        why="know which implementation to use",
+        module="vllm.v1.attention.selector",
+        name="AttentionSelectorConfig",
+        why="validate a layer on the CPU build",
+        members=("head_size",),
+    ),
+    Hook(
+        module=_CPU,
+        name="CpuPlatform",
+        why="let the CPU build use a registered backend",
+        members=("device_name", "device_type"),
+        platform="cpu",
     ),
     Hook(
         module=_CPU,
@@ -579,9 +644,38 @@ _PLATFORMS = (
     Hook(
         module=_CPU,
         name="CpuPlatform.check_and_update_config",
-        why="put the scheduler in place on the CPU build",
+        why="check the options early, and prefer small blocks, on the CPU build",
         overrides="vllm_config",
         platform="cpu",
+    ),
+    Hook(
+        module=_FLASH,
+        name="flash_attn_varlen_func",
+        why="attend to prompts on CUDA",
+        calls=(
+            "q",
+            "k",
+            "v",
+            "max_seqlen_q",
+            "cu_seqlens_q",
+            "max_seqlen_k",
+            "seqused_k",
+            "softmax_scale",
+            "causal",
+            "softcap",
+            "block_table",
+            "return_softmax_lse",
+            "out",
+            "fa_version",
+        ),
+        platform="cuda",
+    ),
+    Hook(
+        module=_FLASH,
+        name="get_flash_attn_version",
+        why="attend to prompts on CUDA",
+        calls=(),
+        platform="cuda",
     ),
 )
 
@@ -590,7 +684,7 @@ HOOKS = (
     *_CONFIGURATION,
     *_ATTENTION,
     *_KV_CACHE,
-    *_SCHEDULER,
+    *_SCHEDULING,
     *_METRICS,
     *_PLATFORMS,
 )

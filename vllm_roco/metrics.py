@@ -31,7 +31,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -166,7 +166,7 @@ def get_metrics(llm: LLM | LLMEngine | AsyncLLM) -> RocoMetrics:
         RuntimeError: No engine of `llm` publishes: another attention backend is in
             use, or the engine has been shut down.
     """
-    engine = getattr(llm, "llm_engine", llm)
+    engine: Any = getattr(llm, "llm_engine", llm)
     instance_id = engine.vllm_config.instance_id
     engines = read_engines(instance_id)
     if not engines:

@@ -163,12 +163,15 @@ def create_publisher(vllm_config: VllmConfig, budget_tokens: int) -> MetricsPubl
     Raises:
         OSError: See `MetricsPublisher`.
     """
+    model_name = vllm_config.model_config.served_model_name
+    # of several names the configuration keeps the first
+    assert isinstance(model_name, str)
     shared = os.path.isdir(os.environ.get(_MULTIPROCESS_DIRECTORY, ""))
     publisher = MultiprocessPublisher if shared else MetricsPublisher
     return publisher(
         instance_id=vllm_config.instance_id,
         engine=vllm_config.parallel_config.data_parallel_index,
-        model_name=vllm_config.model_config.served_model_name,
+        model_name=model_name,
         budget_tokens=budget_tokens,
     )
 

@@ -153,7 +153,8 @@ def _run_step(
             f"{model.config.num_hidden_layers} layers used the attention interface; "
             "the oracle needs all of them"
         )
-    return output.logits[0, -1]
+    logits: torch.Tensor = output.logits[0, -1]
+    return logits
 
 
 def _evict(
@@ -212,7 +213,9 @@ def _attention(
         raise NotImplementedError(
             f"{type(module).__name__} does not receive its model's forward arguments"
         )
-    output = live_sequence.attend(module.layer_idx, query[0], key[0], value[0], scaling)
+    layer_index = module.layer_idx
+    assert isinstance(layer_index, int)
+    output = live_sequence.attend(layer_index, query[0], key[0], value[0], scaling)
     return output[None], None
 
 

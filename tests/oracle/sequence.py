@@ -101,8 +101,8 @@ class LiveSequence:
 
         # query heads are grouped by kv head: [kv heads, group, queries, live tokens]
         grouped = query.reshape(num_kv_heads, -1, head_size)
-        logits = (grouped @ layer.keys.transpose(1, 2) * scale).unflatten(
-            1, (-1, num_queries)
+        logits = (grouped @ layer.keys.transpose(1, 2) * scale).reshape(
+            num_kv_heads, -1, num_queries, len(self.positions)
         )
         logits.masked_fill_(~self._visible, -torch.inf)
         probabilities = logits.softmax(dim=-1)

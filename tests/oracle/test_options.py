@@ -2,6 +2,7 @@
 """How many blocks go and when, against examples counted by hand."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,6 @@ def test_steps(
         ("recent", 21, r"sink \+ recent is '7 blocks'"),
     ],
 )
-def test_bad_options_are_refused(field: str, value: object, message: str) -> None:
+def test_bad_options_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **{field: value})

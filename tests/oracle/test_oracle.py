@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from tests.oracle import Options, OracleResult, generate
+from tests.oracle.options import Shield
 from tests.oracle.victims import Block
 
 # a large initializer range makes attention sharp and the generated tokens varied
@@ -39,20 +40,22 @@ _TINY: dict[str, Any] = dict(
     eos_token_id=None,
     pad_token_id=None,
 )
+# not hidden_size / num_attention_heads
+_WIDE_HEADS: dict[str, Any] = dict(head_dim=16)
 _EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2)
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_TINY),
     "llama-mqa": LlamaConfig(**{**_TINY, "num_key_value_heads": 1}),
     "qwen2": Qwen2Config(**_TINY),
-    "qwen3": Qwen3Config(**_TINY, head_dim=16),
+    "qwen3": Qwen3Config(**_TINY, **_WIDE_HEADS),
     "mistral": MistralConfig(**_TINY, sliding_window=None),
     "phi3": Phi3Config(**_TINY, original_max_position_embeddings=512),
     "mixtral": MixtralConfig(
         **_TINY, **_EXPERTS, num_local_experts=4, sliding_window=None
     ),
     "qwen3-moe": Qwen3MoeConfig(
-        **_TINY, **_EXPERTS, num_experts=4, moe_intermediate_size=24, head_dim=16
+        **_TINY, **_EXPERTS, num_experts=4, moe_intermediate_size=24, **_WIDE_HEADS
     ),
 }
 
@@ -116,7 +119,7 @@ class TestAgainstHuggingFace:
     @pytest.mark.parametrize("shield", ["peak", "deviation"])
     @pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen3", "phi3"])
     def test_evictions_equal_one_masked_pass_over_the_whole_text(
-        self, name: str, shield: str
+        self, name: str, shield: Shield
     ) -> None:
         """Hugging Face's eager attention, told by a mask what each query may see.
 
@@ -242,7 +245,7 @@ class TestKeptBlocks:
 
     @pytest.mark.parametrize("shield", ["peak", "deviation"])
     def test_roco_always_keeps_sinks_recent_and_arriving_blocks(
-        self, shield: str
+        self, shield: Shield
     ) -> None:
         options = dataclasses.replace(SMALL, shield=shield)
         result = generate(build("qwen2"), prompt(), options, NEW_TOKENS)

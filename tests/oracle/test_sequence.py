@@ -10,7 +10,7 @@ def test_the_masses_of_a_query_sum_to_one() -> None:
     """Also after blocks went, and with a partial last block."""
     generator = torch.Generator().manual_seed(0)
     sequence = LiveSequence(block_size=4)
-    first_sum = 0.0
+    first_sum = torch.zeros(2)
     for start, end in ((0, 10), (10, 11), (11, 21)):
         sequence.begin_step(torch.arange(start, end))
         size = (4, end - start, 8)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ class TestVictims:
     def test_by_hand(
         self,
         candidates: list[Block],
-        changes: dict[str, object],
+        changes: dict[str, Any],
         num_victims: int,
         expected: tuple[int, ...],
     ) -> None:

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine core's file of numbers, between real processes that live and die."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from vllm_roco.metrics import MetricsPublisher, RocoMetrics, get_metrics, read_engines
+
+Method = Literal["fork", "spawn"]
+
+# every bit of the word changes between the two
+TORN_WORDS = (0x0123456789ABCDEF, 0xFEDCBA9876543210)
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the test, and the processes it starts, a temporary directory."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return tmp_path / f"vllm_roco-{os.geteuid()}"
+
+
+def publisher(engine: int = 0, instance_id: str = "1") -> MetricsPublisher:
+    return MetricsPublisher(
+        instance_id=instance_id, engine=engine, model_name="m", budget_tokens=64
+    )
+
+
+def run_engine(engine: int, ready: Connection) -> None:
+    """Publish once, then live until the parent says so or kills."""
+    owned = publisher(engine)
+    owned.publish(10 + engine, 80)
+    ready.send(os.getpid())
+    ready.recv()
+    owned.close()
+
+
+def run_torn_writer(ready: Connection) -> None:
+    """Alternate between two words as fast as possible."""
+    owned = publisher()
+    owned.publish(TORN_WORDS[0], TORN_WORDS[0])
+    ready.send(True)
+    while not ready.poll():
+        for word in TORN_WORDS:
+            owned.publish(word, word)
+    owned.close()
+
+
+@contextlib.contextmanager
+def started(
+    method: Method, target: object, *args: object
+) -> Iterator[tuple[BaseProcess, Connection]]:
+    """Run `target(*args, connection)` in a child that has reported itself ready."""
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(*args, theirs))
+    process.start()
+    try:
+        assert ours.poll(30), "the child did not start"
+        ours.recv()
+        yield process, ours
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            ours.send("stop")
+        process.join(30)
+        assert process.exitcode is not None
+
+
+def test_a_new_engine_shows_zeros() -> None:
+    with contextlib.closing(publisher()):
+        (metrics,) = read_engines()
+    assert (metrics.engine, metrics.model_name, metrics.budget_tokens) == (0, "m", 64)
+    assert metrics.freed_blocks == 0
+    assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 0
+
+
+def test_the_peak_outlives_the_request() -> None:
+    with contextlib.closing(publisher()) as owned:
+        for freed_blocks, tokens in ((0, 48), (4, 96), (6, 80), (6, 0)):
+            owned.publish(freed_blocks, tokens)
+        (metrics,) = read_engines()
+    assert metrics.freed_blocks == 6
+    assert metrics.max_sequence_kv_tokens == 0
+    assert metrics.peak_sequence_kv_tokens == 96
+
+
+def test_engines_are_summed_and_sorted() -> None:
+    with (
+        contextlib.closing(publisher(engine=1)) as second,
+        contextlib.closing(publisher(engine=0)) as first,
+    ):
+        first.publish(3, 64)
+        second.publish(5, 96)
+        metrics = RocoMetrics(engines=read_engines())
+    assert [engine.engine for engine in metrics.engines] == [0, 1]
+    assert metrics.freed_blocks == 8
+    assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 96
+    assert metrics.budget_tokens == 64
+
+
+def test_instances_are_told_apart() -> None:
+    with (
+        contextlib.closing(publisher(instance_id="1")) as one,
+        contextlib.closing(publisher(instance_id="2")),
+    ):
+        one.publish(3, 64)
+        assert [engine.freed_blocks for engine in read_engines("1")] == [3]
+        assert [engine.freed_blocks for engine in read_engines("2")] == [0]
+        assert len(read_engines()) == 2
+        assert read_engines("3") == ()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_the_parent_reads_its_engine_processes(method: Method) -> None:
+    with started(method, run_engine, 0), started(method, run_engine, 1):
+        assert [engine.freed_blocks for engine in read_engines()] == [10, 11]
+    assert read_engines() == ()
+
+
+def test_another_programs_engines_are_not_ours(directory: Path) -> None:
+    code = (
+        "from vllm_roco.metrics import MetricsPublisher, read_engines\n"
+        "owned = MetricsPublisher("
+        "instance_id='1', engine=0, model_name='m', budget_tokens=64)\n"
+        "print(len(read_engines()), flush=True)\n"
+        "input()\n"
+    )
+    with (
+        contextlib.closing(publisher()),
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as other,
+    ):
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        assert len(list(directory.iterdir())) == 2
+        assert len(read_engines()) == 1
+        other.communicate("\n")
+    # the other one never closed its publisher: its exit did
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_killed_engine_is_not_read_and_is_swept(
+    method: Method, directory: Path
+) -> None:
+    with started(method, run_engine, 0) as (process, _):
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        # not joined yet: a zombie must not count as alive
+        deadline = time.monotonic() + 30
+        while read_engines():
+            assert time.monotonic() < deadline, "a killed engine is still read"
+    (leftover,) = directory.iterdir()
+    with contextlib.closing(publisher(engine=7)):
+        assert [engine.engine for engine in read_engines()] == [7]
+        assert not leftover.exists()
+
+
+def test_engines_that_start_together_do_not_sweep_each_other() -> None:
+    code = (
+        "from vllm_roco.metrics import MetricsPublisher, read_engines\n"
+        "for engine in range(300):\n"
+        "    owned = MetricsPublisher("
+        "instance_id='1', engine=engine, model_name='m', budget_tokens=64)\n"
+        "    assert [metrics.engine for metrics in read_engines()] == [engine]\n"
+        "    owned.close()\n"
+    )
+    programs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(4)]
+    assert [program.wait(60) for program in programs] == [0] * 4
+
+
+def test_a_reader_never_sees_half_a_number() -> None:
+    seen = set()
+    with started("fork", run_torn_writer):
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline:
+            (metrics,) = read_engines()
+            seen |= {metrics.freed_blocks, metrics.max_sequence_kv_tokens}
+    assert seen == set(TORN_WORDS)
+
+
+def test_closing_removes_the_file_and_may_be_repeated(directory: Path) -> None:
+    owned = publisher()
+    assert len(list(directory.iterdir())) == 1
+    owned.close()
+    owned.close()
+    assert list(directory.iterdir()) == []
+    assert read_engines() == ()
+
+
+def test_a_dropped_publisher_removes_its_file(directory: Path) -> None:
+    owned = publisher()
+    del owned
+    assert list(directory.iterdir()) == []
+
+
+def test_a_forked_child_leaves_the_file_alone() -> None:
+    with contextlib.closing(publisher()) as owned:
+        child = multiprocessing.get_context("fork").Process(target=owned.close)
+        child.start()
+        child.join(30)
+        assert child.exitcode == 0
+        assert len(read_engines()) == 1
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "readable"])
+def test_a_directory_that_others_control_is_refused(kind: str, directory: Path) -> None:
+    if kind == "link":
+        elsewhere = directory.with_name("elsewhere")
+        elsewhere.mkdir(mode=0o700)
+        directory.symlink_to(elsewhere)
+    elif kind == "file":
+        directory.touch(mode=0o600)
+    else:
+        directory.mkdir()
+        directory.chmod(0o755)
+    with pytest.raises(PermissionError, match=r"vllm_roco-.* must be .* TMPDIR"):
+        publisher()
+    # a scrape must not fail, whoever made that directory
+    assert read_engines() == ()
+
+
+def test_get_metrics_says_why_there_are_none() -> None:
+    @dataclass
+    class Engine:
+        vllm_config: object
+
+    from vllm.config import VllmConfig
+
+    with pytest.raises(RuntimeError, match=r"no running engine .* backend is None"):
+        get_metrics(Engine(VllmConfig()))  # type: ignore[arg-type]

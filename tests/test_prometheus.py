@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `/metrics` shows: with one API server, and with several."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from vllm.v1.metrics.prometheus import (
+    get_prometheus_registry,
+    unregister_vllm_metrics,
+)
+from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
+
+from vllm_roco.metrics import MetricsPublisher
+from vllm_roco.prometheus import (
+    MultiprocessPublisher,
+    RocoCollector,
+    register_collector,
+)
+
+Method = Literal["fork", "spawn"]
+Samples = dict[tuple[str, str], float]
+
+FREED = "vllm:roco_freed_blocks_total"
+MAX = "vllm:roco_max_sequence_kv_tokens"
+PEAK = "vllm:roco_peak_sequence_kv_tokens"
+BUDGET = "vllm:roco_budget_tokens"
+
+
+@pytest.fixture(autouse=True)
+def temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+
+
+@pytest.fixture
+def multiprocess_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set what vLLM sets for several API servers, after the client's import."""
+    directory = tmp_path / "multiprocess"
+    directory.mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(directory))
+    return directory
+
+
+def publisher(
+    kind: type[MetricsPublisher] = MetricsPublisher,
+    *,
+    engine: int = 0,
+    model_name: str = "m",
+) -> MetricsPublisher:
+    return kind(instance_id="1", engine=engine, model_name=model_name, budget_tokens=64)
+
+
+def scrape(registry: Collector) -> Samples:
+    """Return {(sample name, engine): value} of RoCo's lines, refusing a repeat."""
+    samples: Samples = {}
+    for family in text_string_to_metric_families(generate_latest(registry).decode()):
+        for sample in family.samples:
+            if sample.name.startswith("vllm:roco"):
+                assert set(sample.labels) == {"model_name", "engine"}
+                assert family.type == ("counter" if sample.name == FREED else "gauge")
+                key = sample.name, sample.labels["engine"]
+                assert key not in samples, "a repeated line fails the whole scrape"
+                samples[key] = sample.value
+    return samples
+
+
+def run_engine(engine: int, connection: Connection) -> None:
+    """Publish growing numbers, as an engine core of several API servers does."""
+    owned = publisher(MultiprocessPublisher, engine=engine)
+    while (freed_blocks := connection.recv()) is not None:
+        owned.publish(freed_blocks, 16 * freed_blocks)
+        owned.publish(freed_blocks, 0)
+        connection.send(True)
+    owned.close()
+
+
+@contextlib.contextmanager
+def running_engine(method: Method, engine: int) -> Iterator[Connection]:
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=run_engine, args=(engine, theirs))
+    process.start()
+    try:
+        yield ours
+    finally:
+        ours.send(None)
+        process.join(60)
+
+
+def tell(engine: Connection, freed_blocks: int) -> None:
+    engine.send(freed_blocks)
+    assert engine.poll(60)
+    engine.recv()
+
+
+def test_nothing_is_shown_without_an_engine() -> None:
+    registry = CollectorRegistry()
+    registry.register(RocoCollector())
+    assert generate_latest(registry) == b""
+
+
+def test_a_scrape_shows_the_newest_numbers() -> None:
+    registry = CollectorRegistry()
+    registry.register(RocoCollector())
+    with contextlib.closing(publisher(engine=3)) as owned:
+        for freed_blocks, tokens in ((2, 96), (5, 80)):
+            owned.publish(freed_blocks, tokens)
+            assert scrape(registry) == {
+                (FREED, "3"): freed_blocks,
+                (MAX, "3"): tokens,
+                (PEAK, "3"): 96,
+                (BUDGET, "3"): 64,
+            }
+    assert scrape(registry) == {}
+
+
+def test_engines_have_lines_of_their_own_and_none_is_repeated() -> None:
+    registry = CollectorRegistry()
+    registry.register(RocoCollector())
+    with (
+        contextlib.closing(publisher(engine=0)) as first,
+        contextlib.closing(publisher(engine=1)) as second,
+        contextlib.closing(publisher(engine=1)) as namesake,
+    ):
+        first.publish(1, 16)
+        second.publish(2, 32)
+        namesake.publish(3, 48)
+        samples = scrape(registry)
+    assert [samples[FREED, engine] for engine in "01"] == [1, 5]
+    assert [samples[MAX, engine] for engine in "01"] == [16, 48]
+
+
+def test_the_metrics_outlive_vllm_building_its_loggers() -> None:
+    """vLLM unregisters every collector that looks like one of its own metrics."""
+    register_collector()
+    register_collector()
+    with contextlib.closing(publisher()) as owned:
+        owned.publish(5, 80)
+        unregister_vllm_metrics()
+        assert scrape(get_prometheus_registry())[FREED, "0"] == 5
+        assert scrape(REGISTRY.restricted_registry([MAX])) == {(MAX, "0"): 80}
+
+
+def test_vllm_reads_them_offline_too() -> None:
+    register_collector()
+    with contextlib.closing(publisher()) as owned:
+        owned.publish(5, 80)
+        snapshot = {metric.name: metric for metric in get_metrics_snapshot()}
+    labels = {"model_name": "m", "engine": "0"}
+    assert snapshot[FREED.removesuffix("_total")] == Counter(
+        FREED.removesuffix("_total"), labels, 5
+    )
+    assert snapshot[MAX] == Gauge(MAX, labels, 80.0)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.usefixtures("multiprocess_directory")
+def test_several_api_servers_show_each_engine_once(method: Method) -> None:
+    # each API server has such a registry; they must agree
+    servers = [get_prometheus_registry() for _ in range(2)]
+    with running_engine(method, 0) as first, running_engine(method, 1) as second:
+        for freed_blocks in (2, 7):
+            tell(first, freed_blocks)
+            tell(second, 10 * freed_blocks)
+            expected = {
+                (FREED, "0"): freed_blocks,
+                (FREED, "1"): 10 * freed_blocks,
+                (MAX, "0"): 0,
+                (MAX, "1"): 0,
+                (PEAK, "0"): 16 * freed_blocks,
+                (PEAK, "1"): 160 * freed_blocks,
+                (BUDGET, "0"): 64,
+                (BUDGET, "1"): 64,
+            }
+            assert [scrape(server) for server in servers] == [expected, expected]
+
+
+def test_the_shared_files_are_not_those_of_other_metrics(
+    multiprocess_directory: Path,
+) -> None:
+    """Two writers of one file of prometheus_client would corrupt it."""
+    with contextlib.closing(publisher(MultiprocessPublisher)):
+        names = {path.name for path in multiprocess_directory.iterdir()}
+    assert names == {
+        f"counter_roco{os.getpid()}.db",
+        f"gauge_mostrecent_roco{os.getpid()}.db",
+    }

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# What CI checks beside the tests: lint, format, types, spelling, import arrows, package.
+#
+#   tools/check.sh              all of them
+#   tools/check.sh lint types   some of them
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source tools/setup_env.sh
+
+package() {
+  local dist status=0
+  dist="$(mktemp -d)"
+  # the log tells every file that is packed: of use only if it fails
+  "$PYTHON" -m build --no-isolation --outdir "$dist" >"$dist.log" 2>&1 || status=$?
+  if ((status)); then
+    cat "$dist.log"
+  else
+    "$PYTHON" -m twine --no-color check --strict "$dist"/* || status=$?
+  fi
+  rm -r "$dist" "$dist.log"
+  return "$status"
+}
+
+run_check() {
+  case $1 in
+    lint) ruff check && shellcheck -x .ci/run ./*.sh tools/*.sh ;;
+    format) ruff format --check ;;
+    types) mypy ;;
+    spelling) typos ;;
+    imports) lint-imports --no-logo ;;
+    package) package ;;
+    *)
+      echo "unknown check '$1': use lint, format, types, spelling, imports or package"
+      return 2
+      ;;
+  esac
+}
+
+setup_env test dev
+
+checks=("$@")
+((${#checks[@]})) || checks=(lint format types spelling imports package)
+failed=()
+for check in "${checks[@]}"; do
+  printf '== %s\n' "$check"
+  run_check "$check" || failed+=("$check")
+done
+if ((${#failed[@]})); then
+  printf 'failed: %s\n' "${failed[*]}"
+  exit 1
+fi

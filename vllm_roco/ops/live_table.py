@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live table: which blocks a sequence attends over in this step.
+
+The row of a sequence has a gap where blocks were evicted; attention reads it without::
+
+    row        0 ... B-1 | B ......... B+E-1 | B+E ....... last
+    live row   0 ... B-1 |                   | B ......... last-E
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+COLUMNS = 1024
+
+
+@triton.jit
+def _live_table_kernel(
+    block_table_ptr,  # [num_rows, width] int32
+    seq_lens_ptr,  # [num_rows] int32
+    query_start_loc_ptr,  # [num_rows + 1] int32
+    live_table_ptr,  # [num_rows, live_width] int32
+    live_lens_ptr,  # [num_rows] int32
+    evicted_before_ptr,  # [num_rows] int32
+    evicted_after_ptr,  # [num_rows] int32
+    stride_table_row,
+    stride_live_row,
+    width,
+    live_width,
+    BUDGET_BLOCKS: tl.constexpr,
+    STRIDE_BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+
+    after = tl.load(seq_lens_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - tl.load(
+        query_start_loc_ptr + row
+    )
+    before = after - query_len
+    over_before = tl.maximum(before // BLOCK_SIZE - BUDGET_BLOCKS, 0)
+    over_after = tl.maximum(after // BLOCK_SIZE - BUDGET_BLOCKS, 0)
+    evicted_before = over_before // STRIDE_BLOCKS * STRIDE_BLOCKS
+    evicted_after = over_after // STRIDE_BLOCKS * STRIDE_BLOCKS
+    live_len = after - evicted_before * BLOCK_SIZE
+
+    if chunk == 0:
+        tl.store(live_lens_ptr + row, live_len)
+        tl.store(evicted_before_ptr + row, evicted_before)
+        tl.store(evicted_after_ptr + row, evicted_after)
+
+    column = chunk * COLUMNS + tl.arange(0, COLUMNS)
+    source = tl.where(column < BUDGET_BLOCKS, column, column + evicted_before)
+    live = (column * BLOCK_SIZE < live_len) & (column < live_width) & (source < width)
+    block = tl.load(block_table_ptr + row * stride_table_row + source, mask=live)
+    tl.store(live_table_ptr + row * stride_live_row + column, block, mask=live)
+
+
+def build_live_table(
+    *,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    live_table: torch.Tensor,
+    live_lens: torch.Tensor,
+    evicted_before: torch.Tensor,
+    evicted_after: torch.Tensor,
+    budget_blocks: int,
+    stride_blocks: int,
+    block_size: int,
+) -> None:
+    """Write the live table, its lengths and `E` before and after the step.
+
+    Entries of `live_table` behind a sequence's last live block keep what they held.
+    Padded rows, with length and query length 0, get length 0 and `E` = 0.
+
+    Args:
+        block_table: `[num_rows, width]` int32, indexed by `position // block_size`.
+        seq_lens: `[num_rows]` int32, computed tokens after the step.
+        query_start_loc: `[num_rows + 1]` int32, first query of each row.
+        live_table: `[num_rows, live_width]` int32, output.
+        live_lens: `[num_rows]` int32, output: tokens to attend over.
+        evicted_before: `[num_rows]` int32, output: `E` at the start of the step.
+        evicted_after: `[num_rows]` int32, output: `E` at its end.
+        budget_blocks: `B`, the blocks of the home.
+        stride_blocks: `S`, the blocks evicted at a time.
+        block_size: Tokens per block.
+    """
+    num_rows, width = block_table.shape
+    live_width = live_table.shape[1]
+    _live_table_kernel[(num_rows, triton.cdiv(live_width, COLUMNS))](
+        block_table_ptr=block_table,
+        seq_lens_ptr=seq_lens,
+        query_start_loc_ptr=query_start_loc,
+        live_table_ptr=live_table,
+        live_lens_ptr=live_lens,
+        evicted_before_ptr=evicted_before,
+        evicted_after_ptr=evicted_after,
+        stride_table_row=block_table.stride(0),
+        stride_live_row=live_table.stride(0),
+        width=width,
+        live_width=live_width,
+        BUDGET_BLOCKS=budget_blocks,
+        STRIDE_BLOCKS=stride_blocks,
+        BLOCK_SIZE=block_size,
+        COLUMNS=COLUMNS,
+    )

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the kernels compute, in plain PyTorch: for tests, benchmarks and `verify`.
+
+Rows are handled one by one and positions are spelt out, so that each function can be
+read beside the definition of what it computes. No kernel imports this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_roco.kv_cache import page
+
+
+def paged_cache(
+    *,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    token_major: bool = False,
+) -> torch.Tensor:
+    """Allocate a layer's cache, with room for the statistics in every page.
+
+    Args:
+        num_blocks: Pages.
+        num_kv_heads: KV heads.
+        block_size: Tokens per page.
+        head_size: Numbers per head.
+        dtype: Element type.
+        device: Where it lives.
+        token_major: Whether a page holds `[token, head]` (vLLM's LBNHC), not
+            `[head, token]` (LBHNC).
+
+    Returns:
+        `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, a view as vLLM binds it.
+        Everything in it, the tails included, is NaN.
+    """
+    content = 2 * head_size
+    raw = num_kv_heads * block_size * content
+    size = raw + page.statistics_bytes(num_kv_heads) // dtype.itemsize
+    nan = torch.full(
+        (num_blocks * size,), float("nan"), dtype=torch.float32, device=device
+    )
+    storage = nan.to(dtype)
+    inner = (
+        (content, num_kv_heads * content)
+        if token_major
+        else (block_size * content, content)
+    )
+    return storage.as_strided(
+        (num_blocks, num_kv_heads, block_size, content), (size, *inner, 1)
+    )
+
+
+def live_row(
+    row: torch.Tensor,
+    *,
+    evicted: int,
+    live_len: int,
+    budget_blocks: int,
+    block_size: int,
+) -> torch.Tensor:
+    """Return the blocks that a sequence attends over, in order.
+
+    Args:
+        row: `[width]`, the block-table row, indexed by logical block.
+        evicted: `E` at the start of the step.
+        live_len: Tokens to attend over.
+        budget_blocks: `B`, the blocks of the home.
+        block_size: Tokens per block.
+    """
+    live = torch.cat([row[:budget_blocks], row[budget_blocks + evicted :]])
+    return live[: -(-live_len // block_size)]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One sequence's step.
+
+    Attributes:
+        output: `[query_len, num_q_heads, head_size]`.
+        lse: `[num_q_heads, query_len]` float32, natural logarithm.
+        mass: `[query_len, num_kv_heads, blocks]` float32: mean over the query heads of
+            a group of the softmax weight in each live block; 0 where nothing is seen.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    mass: torch.Tensor
+
+
+def attend(
+    *,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    live_len: int,
+    scale: float,
+    soft_cap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Attended:
+    """Attend causally over a sequence's live blocks, the newest tokens its queries.
+
+    Args:
+        query: `[query_len, num_q_heads, head_size]`.
+        kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+        blocks: Live blocks in order.
+        live_len: Tokens in them.
+        scale: Softmax scale.
+        soft_cap: Bound of the logits' soft cap, 0 for none.
+        dtype: Element type to which weights and output are rounded; the cache's tells
+            which error to expect of a kernel with tensor cores.
+    """
+    query_len, num_q_heads, head_size = query.shape
+    _, num_kv_heads, block_size, _ = kv_cache.shape
+    group = num_q_heads // num_kv_heads
+    # [num_kv_heads, live_len, 2 * head_size]
+    content = kv_cache[blocks.long()].transpose(0, 1).flatten(1, 2)[:, :live_len]
+    keys, values = content.float().repeat_interleave(group, 0).split(head_size, -1)
+    logits = query.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    position = torch.arange(live_len, device=query.device)
+    seen = position <= position[live_len - query_len :, None]
+    logits = logits.masked_fill(~seen, float("-inf"))
+    weights = logits.softmax(-1)
+    output = (weights.to(dtype).float() @ values).transpose(0, 1).to(dtype)
+
+    padded = weights.new_zeros(num_q_heads, query_len, len(blocks) * block_size)
+    padded[..., :live_len] = weights
+    mass = padded.view(num_kv_heads, group, query_len, -1, block_size).sum(-1).mean(1)
+    return Attended(
+        output=output,
+        lse=logits.logsumexp(-1),
+        mass=mass.transpose(0, 1),
+    )
+
+
+def update_statistics(
+    *,
+    statistics: torch.Tensor,
+    blocks: torch.Tensor,
+    mass: torch.Tensor,
+    live_len: int,
+    evicted: int,
+    block_size: int,
+) -> None:
+    """Add a sequence's step to the statistics of its live blocks, in place.
+
+    Args:
+        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32.
+        blocks: Live blocks in order.
+        mass: `[query_len, num_kv_heads, blocks]`, see `Attended`.
+        live_len: Tokens in the blocks, the step's own included.
+        evicted: `E` at the start of the step.
+        block_size: Tokens per block.
+    """
+    query_len = mass.shape[0]
+    for index, block in enumerate(blocks.tolist()):
+        first_token = index * block_size
+        of_block = mass[:, :, index]
+        entry = statistics[block]
+        if first_token >= live_len - query_len:
+            entry.zero_()
+            entry[:, page.FIRST_POSITION] = first_token + evicted * block_size
+        entry[:, page.MASS_SUM] += of_block.sum(0)
+        entry[:, page.MASS_SQUARES] += of_block.square().sum(0)
+        entry[:, page.MASS_PEAK] = torch.maximum(
+            entry[:, page.MASS_PEAK], of_block.amax(0)
+        )
