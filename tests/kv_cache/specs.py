@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -15,6 +14,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheTensor,
     create_kv_cache_views,
 )
+
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.spec import RocoSpec
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tests.kv_cache.specs import one_group, roco_spec
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -25,6 +23,8 @@ from vllm.v1.kv_cache_interface import (
     KVCacheGroupSpec,
 )
 from vllm.v1.request import Request
+
+from tests.kv_cache.specs import one_group, roco_spec
 from vllm_roco.kv_cache.manager import RocoManager
 
 BLOCK = 16
@@ -244,7 +244,7 @@ def test_nothing_is_ever_cached() -> None:
     assert second.block_hashes
     blocks, num_tokens, _ = cache.get_computed_blocks(second)
     assert num_tokens == 0
-    assert blocks.blocks == ([],)
+    assert not any(blocks.blocks)
     assert all(block.block_hash is None for block in cache.block_pool.blocks)
 
 
@@ -366,5 +366,12 @@ def test_integrity_notices_a_count_of_a_request_that_is_gone(
 ) -> None:
     manager = roco_manager(cache)
     del manager.req_to_blocks["b"]
-    with pytest.raises(RuntimeError, match="b"):
+    with pytest.raises(RuntimeError, match="b has no row, but 3 blocks are on the"):
+        manager.check_integrity()
+
+
+def test_integrity_notices_a_block_that_is_free(cache: KVCacheManager) -> None:
+    manager = roco_manager(cache)
+    cache.block_pool.free_blocks([manager.req_to_blocks["b"][2]])
+    with pytest.raises(RuntimeError, match="of request b has 0 references"):
         manager.check_integrity()

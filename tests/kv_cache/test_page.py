@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
-from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.page import (
     NUM_FIELDS,

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.configs import engine_config
-from tests.kv_cache.specs import roco_spec
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import (
     get_kv_cache_configs,
@@ -26,6 +23,9 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from tests.configs import engine_config
+from tests.kv_cache.specs import roco_spec
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import statistics_bytes

@@ -137,9 +137,14 @@ class RocoManager(FullAttentionManager):
         """Raise if the books do not agree with the block tables.
 
         Raises:
-            RuntimeError: A block stands in two places, a gap is not where it must be,
-                or the running counts differ from the rows.
+            RuntimeError: A block stands in two places or is free, a gap is not where it
+                must be, or the running counts differ from the rows.
         """
+        for request_id in self.held.requests - self.req_to_blocks.keys():
+            raise RuntimeError(
+                f"request {request_id} has no row, but {self.held.of(request_id)} "
+                "blocks are on the books"
+            )
         seen: dict[int, str] = {}
         for request_id, row in self.req_to_blocks.items():
             held = self.held_blocks(request_id)
@@ -164,3 +169,8 @@ class RocoManager(FullAttentionManager):
                         f"by request {seen[block.block_id]}"
                     )
                 seen[block.block_id] = request_id
+                if block.ref_cnt != 1:
+                    raise RuntimeError(
+                        f"block {block.block_id} of request {request_id} has "
+                        f"{block.ref_cnt} references, but blocks are never shared"
+                    )
