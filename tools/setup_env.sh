@@ -162,8 +162,8 @@ _step() {
   fi
   "$@" >"$log" 2>&1 </dev/null || status=$?
   if [[ -n $ticker ]]; then
-    kill "$ticker" 2>/dev/null
-    wait "$ticker" 2>/dev/null
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
     printf '\r' >&2
   fi
   if ((status)); then

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
+
 from vllm_roco.chunking import next_chunk_end
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.prometheus import create_publisher
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
     from vllm_roco.config import RocoConfig
 
 logger = init_logger(f"vllm.{__name__}")
@@ -181,7 +183,7 @@ def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) 
     policy = config.policy
     if config.measures:
         policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
-    most = manager.max_admission_blocks_per_request * schedule.block_size
+    most = manager.max_blocks_per_sequence * schedule.block_size
     switched_off = ["speculative decoding", "KV connectors"]
     if vllm_config.cache_config.enable_prefix_caching:
         switched_off.insert(0, "prefix-cache hits")

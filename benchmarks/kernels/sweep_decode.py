@@ -22,9 +22,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from decode_workload import HEADS, SHAPES, Shape, Workload, allocate_pool
 from measuring import Timing, captured, copy_bandwidth, environment, sample
 from triton.runtime.errors import OutOfResources
+from workload import HEADS, SHAPES, Shape, Workload, allocate_pool
 
 from vllm_roco.ops.decode import DecodePlan
 

@@ -11,13 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
+
     from vllm_roco.kv_cache.spec import RocoSpec
 
 
@@ -35,6 +39,7 @@ class RocoManager(FullAttentionManager):
 
     Attributes:
         schedule: The eviction arithmetic.
+        max_blocks_per_sequence: The most blocks ever held for one sequence.
         held: Blocks held per request, kept up to date by allocation and freeing.
         num_freed_blocks: Blocks given back by eviction since the start.
     """
@@ -46,8 +51,9 @@ class RocoManager(FullAttentionManager):
         kwargs["enable_caching"] = False
         super().__init__(kv_cache_spec, **kwargs)
         self.schedule = kv_cache_spec.schedule
+        self.max_blocks_per_sequence = kv_cache_spec.max_blocks_per_sequence
         # vLLM hands the cap only to its own recycling specs
-        self.max_admission_blocks_per_request = kv_cache_spec.max_blocks_per_sequence
+        self.max_admission_blocks_per_request = self.max_blocks_per_sequence
         self.held = HeldBlocks()
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
@@ -110,7 +116,16 @@ class RocoManager(FullAttentionManager):
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], **_: Any
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Never hit: a prefix that lost blocks cannot be shared."""
         return tuple([] for _ in kv_cache_group_ids), 0

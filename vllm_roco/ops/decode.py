@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over the live table, measuring every block's attention mass.
 
-One query a row. Two launches: `_attend_kernel` splits the keys of a (row, kv head) over
-several programs, each with an online softmax over tiles of tokens; `_combine_kernel`
-merges the splits and, knowing the final log-sum-exp, turns what the first kernel noted of
-each block into its mass and updates the statistics.
+One query a row. Two launches: `_attend_kernel` splits the keys of a (row, kv head)
+over several programs, each with an online softmax over tiles of tokens;
+`_combine_kernel` merges the splits and, knowing the final log-sum-exp, turns what the
+first kernel noted of each block into its mass and updates the statistics.
 
-With `s` the logits in base 2, `m` the running maximum and `L` the log-sum-exp of a query
-head, both in base 2, the first kernel notes for each piece of a block
+With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
+all in base 2, the first kernel notes for each piece of a block
 
     log2 sum_t 2^(s_t)  =  m + log2 sum_t 2^(s_t - m)
 
@@ -25,17 +25,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.kv_cache import page
+from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
 COMBINE_BLOCKS = 64
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_NUM_FIELDS = tl.constexpr(page.NUM_FIELDS)
-_MASS_SQUARES = tl.constexpr(page.MASS_SQUARES)
-_MASS_PEAK = tl.constexpr(page.MASS_PEAK)
-_FIRST_POSITION = tl.constexpr(page.FIRST_POSITION)
 
 
 @triton.jit
@@ -126,10 +122,7 @@ def _attend_kernel(
     for tile in tl.range(first_tile, last_tile):
         position = tile * TILE + token
         visible = position < length
-        if TILE % BLOCK_SIZE == 0:
-            offset = token % BLOCK_SIZE
-        else:
-            offset = position % BLOCK_SIZE
+        offset = token % BLOCK_SIZE if TILE % BLOCK_SIZE == 0 else position % BLOCK_SIZE
         slot = block.to(tl.int64) * stride_cache_block + offset * stride_cache_token
         following = position + TILE
         block = tl.load(
@@ -263,13 +256,6 @@ def _update_statistics(
 ):
     """Add one query's attention mass to a run of live blocks of one kv head."""
     index = first_index + tl.arange(0, COMBINE_BLOCKS)
-    live = index * BLOCK_SIZE < length
-    block = tl.load(table_ptr + index, mask=live, other=0).to(tl.int64)
-    field = tl.arange(0, _NUM_FIELDS)[None, :]
-    # [COMBINE_BLOCKS, NUM_FIELDS]
-    statistics = statistics_ptr + block[:, None] * stride_statistics_block + field
-    before = tl.load(statistics, mask=live[:, None], other=0.0)
-
     split = tl.arange(0, SPLITS_PADDED)
     group = tl.arange(0, GROUP_PADDED)
     first_tile, last_tile = _split_range(length, split, num_splits, TILE)
@@ -296,22 +282,20 @@ def _update_statistics(
             other=float("-inf"),
         )
         mass += tl.sum(tl.where(noted_mask, tl.exp2(noted - lse[None, :]), 0.0), 1)
-    mass = (mass / GROUP)[:, None]
-
-    first_position = ((index + evicted) * BLOCK_SIZE).to(tl.float32)[:, None]
-    fresh = tl.where(
-        field == _FIRST_POSITION,
-        first_position,
-        tl.where(field == _MASS_SQUARES, mass * mass, mass),
+    mass /= GROUP
+    add_to_statistics(
+        statistics_ptr,
+        stride_statistics_block,
+        table_ptr,
+        index,
+        length,
+        1,
+        evicted,
+        mass,
+        mass * mass,
+        mass,
+        BLOCK_SIZE,
     )
-    grown = tl.where(
-        field == _FIRST_POSITION,
-        before,
-        tl.where(field == _MASS_PEAK, tl.maximum(before, fresh), before + fresh),
-    )
-    # a block whose first token is this step's still holds what its last owner left
-    is_new = (index * BLOCK_SIZE >= length - 1)[:, None]
-    tl.store(statistics, tl.where(is_new, fresh, grown), mask=live[:, None])
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "num_splits"])
@@ -372,7 +356,7 @@ def _combine_kernel(
                 partial_lse_ptr,
                 piece_lse_ptr + row_kv_head * max_pieces * GROUP,
                 live_table_ptr + row * stride_table_row,
-                statistics_ptr + kv_head * _NUM_FIELDS,
+                statistics_ptr + kv_head * NUM_FIELDS,
                 stride_statistics_block,
                 row_kv_head * GROUP,
                 first_index,
@@ -600,10 +584,11 @@ def decode_attention(
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,
-        statistics_ptr=statistics if measure else scratch.partial_lse,
+        # without statistics no program touches them
+        statistics_ptr=scratch.partial_lse if statistics is None else statistics,
         output_ptr=output,
         stride_table_row=live_table.stride(0),
-        stride_statistics_block=statistics.stride(0) if measure else 0,
+        stride_statistics_block=0 if statistics is None else statistics.stride(0),
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
