@@ -21,6 +21,7 @@ from tests.attention.reference import DenseSequence
 from tests.configs import engine_config
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.cpu import RocoCpuMetadataBuilder
+from vllm_roco.attention.cpu_metadata import RocoCpuMetadata
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.page import (
     FIRST_POSITION,
@@ -158,17 +159,15 @@ class Rig:
         Args:
             queries: New tokens by sequence; the rest of the batch.
         """
-        metadata, num_padded = self._metadata(queries)
+        metadata, slots = self.metadata(queries)
         for number, (layer, cache) in enumerate(
             zip(self.layers, self.caches, strict=True)
         ):
-            query = self._random_states(num_padded, self.shape.num_heads)
-            key = self._random_states(num_padded, self.shape.num_kv_heads)
-            value = self._random_states(num_padded, self.shape.num_kv_heads)
+            query = self._random_states(len(slots), self.shape.num_heads)
+            key = self._random_states(len(slots), self.shape.num_kv_heads)
+            value = self._random_states(len(slots), self.shape.num_kv_heads)
             expected = self._expected(queries, number, query, key, value)
-            layer.impl.do_kv_cache_update(
-                layer, key, value, cache, metadata.slot_mapping
-            )
+            layer.impl.do_kv_cache_update(layer, key, value, cache, slots)
             output = torch.full_like(query, torch.nan)
             result = layer.impl.forward(
                 layer, query, key, value, cache, metadata, output
@@ -186,7 +185,15 @@ class Rig:
         states = torch.randn(size, generator=self._generator) * 2**0.5
         return states.to(self.shape.dtype)
 
-    def _metadata(self, queries: dict[int, int]) -> tuple[Any, int]:
+    def metadata(self, queries: dict[int, int]) -> tuple[RocoCpuMetadata, torch.Tensor]:
+        """Give the new tokens blocks, and describe the step.
+
+        Args:
+            queries: New tokens by sequence.
+
+        Returns:
+            The step's metadata and slots, the batch padded as for a captured graph.
+        """
         size = self.shape.block_size
         starts, lengths, slots = [0], [], []
         for index, num_queries in queries.items():
@@ -226,7 +233,7 @@ class Rig:
             block_table_tensor=table,
             slot_mapping=torch.tensor(slots),
         )
-        return self.builder.build(0, common), len(slots)
+        return self.builder.build(0, common), common.slot_mapping
 
     def _expected(
         self, queries: dict[int, int], layer: int, *states: torch.Tensor

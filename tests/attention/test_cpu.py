@@ -161,8 +161,8 @@ def test_the_last_layer_must_come_last() -> None:
     rig = Rig(Shape(num_layers=3))
     sequence = rig.add()
     rig.step({sequence: 5})
-    metadata, num_tokens = rig._metadata({sequence: 1})
-    states = torch.zeros(num_tokens, 4, 64)
+    metadata, slots = rig.metadata({sequence: 1})
+    states = torch.zeros(len(slots), 4, 64)
     last = rig.layers[-1]
     with pytest.raises(RuntimeError, match="after 0 of 2 other layers"):
         last.impl.forward(

@@ -96,11 +96,28 @@ def test_the_builder_refuses_another_spec(vllm_config: VllmConfig) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"alibi_slopes": [0.5] * 4}, "ALiBi"),
-        ({"per_layer_sliding_window": 128}, "sliding-window layer"),
-        ({"attn_type": AttentionType.ENCODER_ONLY}, "'encoder_only'"),
-        ({"kv_sharing_target_layer_name": name_of(0)}, "sharing the KV cache of layer"),
-        ({"sinks": torch.zeros(4)}, "sinks"),
+        pytest.param({"alibi_slopes": [0.5] * 4}, "ALiBi", id="ALiBi"),
+        pytest.param(
+            {"per_layer_sliding_window": 128},
+            "sliding-window layers are not supported. Give these layers another",
+            id="window",
+        ),
+        pytest.param(
+            {"attn_type": AttentionType.ENCODER_ONLY},
+            "attention type AttentionType.ENCODER_ONLY not supported",
+            id="encoder",
+        ),
+        pytest.param(
+            {"kv_sharing_target_layer_name": name_of(0)},
+            "sharing the KV cache of layer 'model.layers.0.self_attn.attn'",
+            id="sharing",
+        ),
+        pytest.param(
+            {"sinks": torch.zeros(4)},
+            "attention sinks of the model are not supported",
+            id="sinks",
+        ),
+        pytest.param({"unheard": 3}, "the layer option unheard", id="unknown"),
     ],
 )
 def test_a_layer_that_cannot_be_bounded_is_refused(
@@ -108,9 +125,17 @@ def test_a_layer_that_cannot_be_bounded_is_refused(
 ) -> None:
     """By the backend's announcement or by the layer, before anything is served."""
     build(vllm_config, name_of(0))
-    with pytest.raises((NotImplementedError, ValueError), match="roco: ") as error:
+    with pytest.raises((NotImplementedError, ValueError)) as error:
         build(vllm_config, name_of(1), **options)
-    assert message in str(error.value) or "not supported" in str(error.value)
+    assert str(error.value).startswith("roco: ")
+    assert message in str(error.value)
+
+
+def test_values_of_another_size_than_keys_are_refused(vllm_config: VllmConfig) -> None:
+    """A page was cut in two halves as if both had the same size."""
+    layer = build(vllm_config, name_of(0), head_size_v=32)
+    with pytest.raises(NotImplementedError, match="head_size_v = 32 .* head_size = 64"):
+        RocoBackend.customize_spec(layer.get_kv_cache_spec(vllm_config))
 
 
 def test_a_layer_option_of_none_is_no_option(vllm_config: VllmConfig) -> None:
@@ -119,7 +144,7 @@ def test_a_layer_option_of_none_is_no_option(vllm_config: VllmConfig) -> None:
 
 def test_a_layers_spec_becomes_rocos(vllm_config: VllmConfig) -> None:
     layer = build(vllm_config, name_of(0))
-    spec = layer.get_kv_cache_spec(vllm_config)
+    spec = RocoBackend.customize_spec(layer.get_kv_cache_spec(vllm_config))
     assert type(spec) is RocoSpec
     assert (spec.budget, spec.stride, spec.chunk) == (64, 32, 64)
     assert spec.block_size == vllm_config.cache_config.block_size

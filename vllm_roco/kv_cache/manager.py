@@ -57,6 +57,9 @@ class RocoManager(FullAttentionManager):
         self.held = HeldBlocks()
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
+        self._first_eviction = self.schedule.next_eviction(0)
+        # processed lengths at which requests that lost blocks lose the next ones
+        self._next_evictions: dict[str, int] = {}
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
@@ -88,12 +91,16 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
-        if not evicted:
+        due = self._next_evictions.get(request_id, self._first_eviction)
+        if processed_computed_tokens < due:
             return
         row = self.req_to_blocks.get(request_id)
         if row is None:
             return
+        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
+        self._next_evictions[request_id] = self.schedule.next_eviction(
+            processed_computed_tokens
+        )
         null_block = self._null_block
         freed: list[KVCacheBlock] = []
         end = min(self._budget_blocks + evicted, len(row))
@@ -112,6 +119,7 @@ class RocoManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
+        self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
