@@ -233,6 +233,11 @@ class Driver:
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
         self.check()
 
+    def preempt_all(self) -> None:
+        """Preempt every running request, as for an update of the weights."""
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        self.check()
+
     def drain(self, max_steps: int) -> None:
         """Run until nothing is left to do.
 

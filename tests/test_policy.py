@@ -242,6 +242,12 @@ def test_a_tie_in_the_shield_leaves_the_younger_shielded() -> None:
     assert victims_of(statistics, 8, 1, config_of(3, shield_ratio=0.67)) == [3]
 
 
+def test_a_tie_in_the_mean_goes_to_the_older_whatever_its_shield() -> None:
+    # blocks 0 to 2 are exposed with equal means; the oldest has the largest peak
+    statistics = statistics_of(8, [0.0] * 4, peak=[0.3, 0.1, 0.2, 0.9])
+    assert victims_of(statistics, 8, 1, config_of(3, shield_ratio=0.4)) == [0]
+
+
 @pytest.mark.parametrize(
     ("sink", "recent", "num_tokens", "expected"),
     [

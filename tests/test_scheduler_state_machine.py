@@ -92,6 +92,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.driver is not None
         self.driver.complete()
 
+    @rule()
+    def preempt_all(self) -> None:
+        assert self.driver is not None
+        self.driver.preempt_all()
+
     @precondition(lambda self: self.driver is not None and self.unfinished)
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
