@@ -18,7 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.tiny_models import save_config
+from tests.model_configs import save_config
 from vllm_roco.scheduler import RocoSchedulerMixin
 
 OPTIONS = {"budget": 128, "stride": 32, "chunk": 64}

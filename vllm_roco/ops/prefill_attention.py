@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of prompt rows over the live table where FlashAttention does not run.
 
-FlashAttention wants 16-bit numbers. This kernel takes float32 as well; it is written for
-checking a model in full precision, not for speed.
+FlashAttention wants 16-bit numbers. This kernel takes float32 as well; it is there to
+check a model in full precision, and not tuned for speed.
 """
 
 from __future__ import annotations

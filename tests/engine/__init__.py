@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole engines: vLLM with the plugin, judged by the oracle and by stock vLLM."""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that live inside the test's own process, one after another.
+
+In one process a test can look at the scheduler, the block manager and the pages while
+the engine runs, and can put a recorder between them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.model_executor.layers.attention import Attention
+from vllm.outputs import CompletionOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCore
+
+from tests.oracle import Options
+from vllm_roco.kv_cache.manager import RocoManager
+
+Prompt = Sequence[int]
+
+_ARGUMENTS: dict[str, Any] = dict(
+    # another order of additions does not change a float32 token
+    dtype="float32",
+    enforce_eager=True,
+    skip_tokenizer_init=True,
+    disable_log_stats=True,
+    max_model_len=1024,
+    max_num_seqs=8,
+    max_num_batched_tokens=512,
+    # memory is touched when the pool is made, and most tests need little
+    num_gpu_blocks_override=512,
+)
+
+
+class Engine:
+    """A vLLM engine that generates greedily from token ids."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+
+    @property
+    def core(self) -> EngineCore:
+        """The engine core, which lives in this process."""
+        return self.llm.llm_engine.engine_core.engine_core
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """The engine core's scheduler."""
+        return self.core.scheduler
+
+    @property
+    def manager(self) -> RocoManager:
+        """The block manager of the only KV cache group."""
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        return manager
+
+    @property
+    def layers(self) -> dict[str, Attention]:
+        """The attention layers by name; the worker lives in this process too."""
+        return get_layers_from_vllm_config(self.core.vllm_config, Attention)
+
+    @property
+    def kv_caches(self) -> list[torch.Tensor]:
+        """The layers' caches, `[num_blocks, num_kv_heads, block_size, ...]`."""
+        return [layer.kv_cache for layer in self.layers.values()]
+
+    @property
+    def num_lost_blocks(self) -> int:
+        """Blocks that are not free; none must be left when all requests are done."""
+        pool = self.manager.block_pool
+        # one more is vLLM's null block
+        return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+
+    def complete(
+        self, prompts: Sequence[Prompt], max_tokens: int, **sampling: Any
+    ) -> list[CompletionOutput]:
+        """Generate for all prompts at once; no token ends a sequence early."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                **sampling,
+            ),
+            use_tqdm=False,
+        )
+        return [output.outputs[0] for output in outputs]
+
+    def generate(
+        self, prompts: Sequence[Prompt], max_tokens: int
+    ) -> list[tuple[int, ...]]:
+        """Return the generated tokens of all prompts, sent at once."""
+        return [tuple(x.token_ids) for x in self.complete(prompts, max_tokens)]
+
+    def generate_one_by_one(
+        self, prompts: Sequence[Prompt], max_tokens: int
+    ) -> list[tuple[int, ...]]:
+        """Return the generated tokens of all prompts, each sent alone."""
+        return [self.generate([prompt], max_tokens)[0] for prompt in prompts]
+
+
+def roco_arguments(options: Options) -> dict[str, Any]:
+    """Return the arguments of `LLM` that stand for an oracle's options."""
+    return dict(
+        attention_backend="roco",
+        block_size=options.block_size,
+        additional_config={
+            "roco": {
+                name: getattr(options, name)
+                for name in (
+                    *("policy", "shield", "shield_ratio"),
+                    *("budget", "stride", "chunk", "sink", "recent"),
+                )
+            }
+        },
+    )
+
+
+@contextlib.contextmanager
+def running_engine(
+    model: Path, options: Options | None, **arguments: Any
+) -> Iterator[Engine]:
+    """Run an engine in this process, and take it down so that another can follow.
+
+    Args:
+        model: A Hugging Face folder.
+        options: Of the plugin; None for vLLM's stock backend.
+        arguments: Of `LLM`, over this module's own.
+    """
+    chosen = {} if options is None else roco_arguments(options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # bound threads crawl where anything else uses their core
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        # a worker replaces it for good
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        # vLLM asks for nine collections, most of a short engine's life
+        patch.setattr(gc, "collect", lambda *_: 0)
+        llm = LLM(str(model), **{**_ARGUMENTS, **chosen, **arguments})
+        try:
+            yield Engine(llm)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+            cleanup_dist_env_and_memory()
+    torch.set_num_threads(threads)
+    del llm
+    gc.collect()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks a running engine really keeps, read from its pages."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.engines import Engine
+from vllm_roco.attention import cpu
+from vllm_roco.kv_cache.page import FIRST_POSITION, page_view, statistics_view
+
+KeptBlocks = dict[tuple[int, ...], dict[int, tuple[int, ...]]]
+"""Prompt, then computed tokens at an eviction, to the blocks that live on after it.
+
+Blocks are logical indices, full blocks only, sorted.
+"""
+
+
+@contextlib.contextmanager
+def recorded_kept_blocks(engine: Engine) -> Iterator[KeptBlocks]:
+    """Record every eviction of an engine while the context lasts.
+
+    Prompts must differ from each other. An eviction that a preempted request repeats
+    must keep what it kept the first time.
+    """
+    recorder = _Recorder(engine)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "evict", recorder.evict)
+        yield recorder.kept
+
+
+class _Recorder:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._evict = cpu.evict
+        # per request, the logical index of the block at each place of its home
+        self._homes: dict[str, list[int]] = {}
+        self.kept: KeptBlocks = defaultdict(dict)
+
+    def evict(
+        self,
+        sequence: Any,
+        kv_caches: Sequence[torch.Tensor],
+        schedule: Any,
+        config: Any,
+    ) -> None:
+        """Evict, and find every block of the live table by its content before."""
+        request_id = self._request_of(int(sequence.live_blocks[0]))
+        num_home = schedule.budget_blocks
+        num_full = sequence.num_tokens // schedule.block_size
+        if sequence.evicted_before == 0:
+            self._homes[request_id] = list(range(num_home))
+        arriving = range(num_home + sequence.evicted_before, num_full)
+        indices = [*self._homes[request_id], *arriving]
+        full = sequence.live_blocks[: len(indices)]
+        before = [_contents(cache, full) for cache in kv_caches]
+
+        self._evict(sequence, kv_caches, schedule, config)
+
+        num_evicted = sequence.evicted_after - sequence.evicted_before
+        live = torch.cat((full[:num_home], full[num_home + num_evicted :]))
+        per_layer = {
+            tuple(indices[old.index(page)] for page in _contents(cache, live))
+            for cache, old in zip(kv_caches, before, strict=True)
+        }
+        assert len(per_layer) == 1, "the layers do not keep the same blocks"
+        (kept,) = per_layer
+        assert len(set(kept)) == len(kept), "a block lies in two places"
+        if config.measures:
+            for cache in kv_caches:
+                first = statistics_view(cache)[live, :, FIRST_POSITION]
+                expected = torch.tensor(kept)[:, None] * schedule.block_size
+                assert torch.equal(first, expected.expand_as(first).float())
+
+        self._homes[request_id] = list(kept[:num_home])
+        prompt = tuple(self._engine.scheduler.requests[request_id].prompt_token_ids)
+        first_time = self.kept[prompt].setdefault(
+            sequence.num_tokens, tuple(sorted(kept))
+        )
+        assert first_time == tuple(sorted(kept)), "a repetition keeps other blocks"
+
+    def _request_of(self, first_block: int) -> str:
+        rows = self._engine.manager.req_to_blocks
+        (request_id,) = (
+            name for name, row in rows.items() if row and row[0].block_id == first_block
+        )
+        return request_id
+
+
+def _contents(kv_cache: torch.Tensor, blocks: torch.Tensor) -> list[bytes]:
+    pages = page_view(kv_cache)[blocks].view(torch.uint8)
+    return [page.numpy().tobytes() for page in pages]

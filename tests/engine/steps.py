@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens in an engine step by step, seen from its scheduler and its pages."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.engines import Engine
+from vllm_roco.kv_cache.page import page_view
+
+
+@dataclass
+class Steps:
+    """What a recording saw.
+
+    Attributes:
+        scheduled: Per step, the tokens scheduled for each request id.
+        num_preemptions: Per request id.
+        peak_held_blocks: The most blocks that the manager held for one request.
+    """
+
+    scheduled: list[dict[str, int]] = field(default_factory=list)
+    num_preemptions: Counter[str] = field(default_factory=Counter)
+    peak_held_blocks: int = 0
+
+
+@contextlib.contextmanager
+def recorded_steps(engine: Engine) -> Iterator[Steps]:
+    """Record every step that computes something while the context lasts."""
+    steps = Steps()
+    scheduler = engine.scheduler
+    schedule, preempt = scheduler.schedule, scheduler._preempt_request
+
+    def record_schedule(*args: Any, **kwargs: Any) -> Any:
+        output = schedule(*args, **kwargs)
+        if output.num_scheduled_tokens:
+            steps.scheduled.append(dict(output.num_scheduled_tokens))
+        return output
+
+    def record_preemption(request: Any, *args: Any, **kwargs: Any) -> None:
+        steps.num_preemptions[request.request_id] += 1
+        preempt(request, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "schedule", record_schedule)
+        patch.setattr(scheduler, "_preempt_request", record_preemption)
+        yield steps
+
+
+@contextlib.contextmanager
+def audited_manager(engine: Engine) -> Iterator[Steps]:
+    """Record steps as `recorded_steps`, and look into the manager after each of them.
+
+    Raises:
+        RuntimeError: The manager's books are wrong.
+    """
+    scheduler, manager = engine.scheduler, engine.manager
+    update = scheduler.update_from_output
+    with recorded_steps(engine) as steps, pytest.MonkeyPatch.context() as patch:
+        schedule = scheduler.schedule
+
+        def look() -> None:
+            manager.check_integrity()
+            held = [manager.held_blocks(name) for name in manager.req_to_blocks]
+            assert max(held, default=0) == manager.held.largest
+            steps.peak_held_blocks = max(steps.peak_held_blocks, *held, 0)
+
+        def audit_schedule(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            look()
+            return output
+
+        def audit_update(*args: Any, **kwargs: Any) -> Any:
+            outputs = update(*args, **kwargs)
+            look()
+            return outputs
+
+        patch.setattr(scheduler, "schedule", audit_schedule)
+        patch.setattr(scheduler, "update_from_output", audit_update)
+        yield steps
+
+
+@contextlib.contextmanager
+def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
+    """Fill every block that no request owns with NaN before each step."""
+    pages = [page_view(cache) for cache in engine.kv_caches]
+    pool = engine.manager.block_pool
+    executor = engine.core.model_executor
+    execute = executor.execute_model
+
+    def poison_and_execute(*args: Any, **kwargs: Any) -> Any:
+        poison()
+        return execute(*args, **kwargs)
+
+    def poison() -> None:
+        free = pool.free_block_queue.get_all_free_blocks()
+        blocks = torch.tensor([pool.null_block.block_id, *(x.block_id for x in free)])
+        for layer in pages:
+            layer[blocks] = math.nan
+
+    poison()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "execute_model", poison_and_execute)
+        yield

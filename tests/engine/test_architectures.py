@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kind of decoder: evicting equals the oracle, not evicting equals stock vLLM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.engine.agreement import assert_agreement
+from tests.engine.engines import running_engine
+from tests.engine.kept_blocks import recorded_kept_blocks
+from tests.engine.tiny_models import (
+    CONFIGS,
+    load_for_oracle,
+    random_prompt,
+    save_tiny_model,
+)
+from tests.oracle import Options, generate
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+
+CHUNK = 64
+OPTIONS = Options(
+    policy="roco",
+    shield="peak",
+    shield_ratio=0.5,
+    budget=128,
+    stride=32,
+    chunk=CHUNK,
+    sink=16,
+    recent=16,
+    block_size=16,
+)
+LONG = [random_prompt(length, seed=length) for length in (240, 90)]
+NUM_NEW_LONG = 140
+# 150 tokens in the end, and the first eviction comes at 160
+SHORT = [random_prompt(length, seed=length) for length in (100, 30)]
+NUM_NEW_SHORT = 50
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_architecture(name: str, tmp_path: Path) -> None:
+    folder = save_tiny_model(name, tmp_path)
+    model = load_for_oracle(folder)
+    oracle = [generate(model, prompt, OPTIONS, NUM_NEW_LONG) for prompt in LONG]
+    # one sequence at a time, whose chunks are then the most tokens of a step
+    with running_engine(
+        folder, None, max_num_seqs=1, max_num_batched_tokens=CHUNK
+    ) as engine:
+        stock = engine.generate_one_by_one(SHORT, NUM_NEW_SHORT)
+
+    with running_engine(folder, OPTIONS) as engine:
+        not_evicting = engine.generate_one_by_one(SHORT, NUM_NEW_SHORT)
+        assert engine.manager.num_freed_blocks == 0
+        with recorded_kept_blocks(engine) as kept:
+            evicting = engine.generate(LONG, NUM_NEW_LONG)
+        assert engine.num_lost_blocks == 0
+    assert not_evicting == stock
+    assert_agreement(LONG, evicting, kept, oracle)

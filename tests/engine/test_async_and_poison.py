@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freed blocks are free: nobody reads them again, whenever the scheduler runs ahead.
+
+vLLM's CPU platform schedules synchronously; here it is told to run one step ahead, as
+on other platforms. One engine lives in one process, so the steps still take turns, but
+the scheduler allocates and frees a step before it sees what the last one gave.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.engines import running_engine
+from tests.engine.steps import audited_manager, poisoned_free_blocks
+from tests.engine.tiny_models import random_prompt
+from tests.oracle import Options
+from vllm_roco.cpu_platform import RocoCpuPlatform
+from vllm_roco.scheduler import RocoAsyncScheduler
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+
+OPTIONS = Options(
+    policy="roco",
+    shield="peak",
+    shield_ratio=0.7,
+    budget=96,
+    stride=32,
+    chunk=64,
+    sink=16,
+    recent=32,
+    block_size=16,
+)
+PROMPTS = [
+    random_prompt(length, seed=length) for length in (20, 70, 96, 150, 210, 333, 480)
+]
+NUM_NEW = 150
+SMALL_POOL = dict(num_gpu_blocks_override=40)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path, engine_lock: None) -> list[tuple[int, ...]]:
+    """What synchronous scheduling says while freed blocks keep what they held."""
+    with running_engine(tiny_llama, OPTIONS) as engine:
+        return engine.generate(PROMPTS, NUM_NEW)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU platform have asynchronous scheduling."""
+    check = RocoCpuPlatform.check_and_update_config
+
+    def check_and_turn_on(vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(
+        RocoCpuPlatform, "check_and_update_config", staticmethod(check_and_turn_on)
+    )
+
+
+@pytest.mark.parametrize("pool", [{}, SMALL_POOL], ids=["large-pool", "small-pool"])
+class TestPoison:
+    def test_synchronous(
+        self,
+        pool: dict[str, int],
+        tiny_llama: Path,
+        expected: list[tuple[int, ...]],
+    ) -> None:
+        with running_engine(tiny_llama, OPTIONS, **pool) as engine:
+            assert engine.core.batch_queue is None
+            # B + S + one chunk + 1
+            check_poisoned_run(engine, expected, bound=6 + 2 + 4 + 1, pool=pool)
+
+    def test_asynchronous(
+        self,
+        pool: dict[str, int],
+        tiny_llama: Path,
+        expected: list[tuple[int, ...]],
+        asynchronous: None,
+    ) -> None:
+        with running_engine(tiny_llama, OPTIONS, **pool) as engine:
+            assert isinstance(engine.scheduler, RocoAsyncScheduler)
+            assert engine.core.batch_queue_size == 2
+            # B + S + two chunks + 1
+            check_poisoned_run(engine, expected, bound=6 + 2 + 8 + 1, pool=pool)
+
+
+def check_poisoned_run(
+    engine: Any, expected: list[tuple[int, ...]], bound: int, pool: dict[str, int]
+) -> None:
+    with audited_manager(engine) as steps, poisoned_free_blocks(engine):
+        tokens = engine.generate(PROMPTS, NUM_NEW)
+    assert tokens == expected
+    assert bool(steps.num_preemptions) == bool(pool), "the pool has the wrong size"
+    assert engine.manager.num_freed_blocks > 0
+    assert OPTIONS.budget_blocks < steps.peak_held_blocks <= bound
+    assert engine.num_lost_blocks == 0

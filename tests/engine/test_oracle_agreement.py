@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM with the plugin generates and keeps what the independent oracle does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedModel
+
+from tests.engine.agreement import assert_agreement
+from tests.engine.engines import running_engine
+from tests.engine.kept_blocks import recorded_kept_blocks
+from tests.engine.tiny_models import load_for_oracle, random_prompt
+from tests.oracle import Options, generate
+from tools.passkey import build_passkey
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+
+
+def options(**changed: object) -> Options:
+    base: dict[str, object] = dict(
+        policy="roco",
+        shield="peak",
+        shield_ratio=0.5,
+        budget=64,
+        stride=32,
+        chunk=64,
+        sink=16,
+        recent=16,
+        block_size=16,
+    )
+    return Options(**{**base, **changed})
+
+
+RANDOM_MODEL = {
+    "peak": options(),
+    "deviation": options(shield="deviation", shield_ratio=0.3, budget=96, stride=16),
+    "recent": options(policy="recent", stride=48),
+    "mean-alone": options(shield_ratio=0),
+    "shield-alone": options(shield_ratio=1, budget=80, sink=0, recent=0),
+    "whole-prompt-in-one-step": options(chunk=256),
+    "stride-above-budget": options(budget=48, stride=96),
+    "peak-blocks-of-32": options(block_size=32, budget=128, stride=64, chunk=96),
+    "deviation-blocks-of-32": options(
+        shield="deviation", block_size=32, budget=96, chunk=32
+    ),
+    "recent-blocks-of-32": options(
+        policy="recent", block_size=32, budget=96, stride=64, sink=40
+    ),
+}
+
+SMOLLM2 = {
+    "peak": options(shield_ratio=0.7, budget=128, recent=32),
+    "deviation-blocks-of-32": options(
+        shield="deviation", shield_ratio=0.3, block_size=32, budget=96, chunk=128
+    ),
+    "recent": options(policy="recent", stride=16, chunk=96),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM_MODEL)
+def test_random_model(
+    name: str, tiny_llama: Path, tiny_llama_for_oracle: PreTrainedModel
+) -> None:
+    """Prompts and generations around and above the budget, alone and together."""
+    options = RANDOM_MODEL[name]
+    prompts = [random_prompt(length, seed=length) for length in (230, 33, 129, 80)]
+    num_new = options.budget + 40
+    expected = [
+        generate(tiny_llama_for_oracle, prompt, options, num_new) for prompt in prompts
+    ]
+    with running_engine(tiny_llama, options) as engine:
+        with recorded_kept_blocks(engine) as kept:
+            alone = engine.generate_one_by_one(prompts, num_new)
+        assert_agreement(prompts, alone, kept, expected)
+        with recorded_kept_blocks(engine) as kept:
+            together = engine.generate(prompts, num_new)
+        assert_agreement(prompts, together, kept, expected)
+        assert engine.num_lost_blocks == 0
+
+
+@pytest.mark.parametrize("name", SMOLLM2)
+def test_smollm2(name: str, smollm2: Path, prose: str) -> None:
+    """A passkey prompt and free text, both longer than the budget, as is the answer."""
+    options = SMOLLM2[name]
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    key = build_passkey(tokenizer, num_tokens=300, depth=0.3, seed=7)
+    prompts = [key.token_ids, tokenizer(prose)["input_ids"][:230]]
+    num_new = options.budget + 12
+    model = load_for_oracle(smollm2)
+    expected = [generate(model, prompt, options, num_new) for prompt in prompts]
+    with running_engine(smollm2, options) as engine:
+        with recorded_kept_blocks(engine) as kept:
+            together = engine.generate(prompts, num_new)
+        assert engine.num_lost_blocks == 0
+    assert_agreement(prompts, together, kept, expected)
