@@ -24,8 +24,14 @@ for name, value in {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tools.smollm2 import smollm2_path  # noqa: E402
+
+# a busy machine makes deadlines fail; `--hypothesis-profile=thorough` looks for more
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("steady")
 
 ENGINE_LOCK = FileLock(Path(tempfile.gettempdir()) / "vllm_roco_engine.lock")
 
