@@ -37,7 +37,8 @@ SMALL = [
 
 ROW = re.compile(
     r"^ +(?P<name>passkey|generation \d) +(?P<read>\S+) +(?P<written>\S+)"
-    r" +(?P<held>\S+) +(?P<full>\S+) +\d+% +(?P<freed>\S+) +(?P<answer>\S+) +(?P<speed>\S+)",
+    r" +(?P<held>\S+) +(?P<full>\S+) +\d+% +(?P<freed>\S+) +(?P<answer>\S+)"
+    r" +(?P<speed>\S+)",
     re.MULTILINE,
 )
 FOOTER = re.compile(
