@@ -197,7 +197,9 @@ def steps_of(schedule: EvictionSchedule) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("shield", ["peak", "deviation"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
-def test_moves_are_those_of_the_policy(shield: str, ratio: float, device: torch.device) -> None:
+def test_moves_are_those_of_the_policy(
+    shield: str, ratio: float, device: torch.device
+) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
     config = options(SMALL, shield=shield, shield_ratio=ratio)
     expected = group.expected(config)
