@@ -31,7 +31,7 @@ def build_table(
         caption_justify="left",
         caption=f"KV held is in tokens, by whole blocks of {metrics.block_size}; the "
         f"budget is {metrics.budget_tokens:,}.\n"
-        "tokens/s is the speed of reading the passkey prompt and of writing the others.",
+        "tokens/s is the speed of reading the passkey prompt and of writing the rest.",
     )
     table.add_column("request", "by /metrics", no_wrap=True)
     for header, footer in (
