@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the backend by name, everywhere; and not being there when it is not chosen."""
+"""Choosing the backend by name everywhere, and not being there when not chosen."""
 
 from __future__ import annotations
 

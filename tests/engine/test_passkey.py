@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.engine.engines import running_engine
-from tests.engine.steps import audited_manager
+from tests.engine.steps import audited_manager, most_held_blocks
 from tests.oracle import Options
 from tools.passkey import build_passkey
 
@@ -33,8 +33,7 @@ PEAK = Options(
     recent=32,
     block_size=16,
 )
-# B + S + one chunk + 1
-BOUND = 32 + 8 + 16 + 1
+BOUND = most_held_blocks(PEAK, 1)
 
 
 def test_both_shields_find_it_and_recent_does_not(smollm2: Path) -> None:
