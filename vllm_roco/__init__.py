@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 __version__ = "0.1.0"
 
 BACKEND_PATH = "vllm_roco.attention.backend.RocoBackend"
@@ -16,20 +18,60 @@ def register() -> None:
     """Name the backend `ROCO` (entry point `vllm.general_plugins`).
 
     Called in every vLLM process, any number of times, whatever backend is chosen: it
-    only adds a name and imports nothing heavy.
+    only adds a name and imports nothing heavy. Where the platform would run its own
+    attention under that name, the name is not added, so that choosing it is an error.
 
     Raises:
         ImportError: vLLM is older than any version that has the hooks.
     """
+    from vllm.logger import init_logger
     from vllm.v1.attention.backends.registry import (
         AttentionBackendEnum,
         register_backend,
     )
+
     from vllm_roco import compat
     from vllm_roco.prometheus import register_collector
 
     compat.check_version()
+    if (obstacle := _obstacle()) is not None:
+        # once for the user, not again from every engine process
+        if multiprocessing.parent_process() is None:
+            init_logger(f"vllm.{__name__}").warning_once(
+                "roco: --attention-backend roco cannot be chosen here: %s", obstacle
+            )
+        return
     register_collector()
     if "ROCO" not in AttentionBackendEnum.__members__:
         register_backend("ROCO", BACKEND_PATH)
         compat.pickle_backend_by_name()
+
+
+def _obstacle() -> str | None:
+    """Return why vLLM's platform would ignore the choice of ROCO, None if it would not.
+
+    CPU platforms and out-of-tree ones choose attention by themselves; the built-in
+    platforms of accelerators honour the choice, or refuse it.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() or current_platform.is_out_of_tree()):
+        return None
+    name = type(current_platform).__qualname__
+    if envs.VLLM_TARGET_DEVICE == "cpu":
+        return (
+            f"VLLM_TARGET_DEVICE = 'cpu' makes vLLM ignore platform plugins, and its "
+            f"{name} runs its own attention whatever is chosen. Unset "
+            "VLLM_TARGET_DEVICE; a CPU build of vLLM does not need it at run time."
+        )
+    if current_platform.is_cpu():
+        from vllm_roco.cpu_platform import RocoCpuPlatform
+
+        if isinstance(current_platform, RocoCpuPlatform):
+            return None
+    return (
+        f"vLLM runs on the platform {name}, which chooses attention by itself. Leave "
+        "the other platform plugin out with VLLM_PLUGINS=roco, or derive its class "
+        "from vllm_roco.cpu_platform.RocoCpuPlatform."
+    )

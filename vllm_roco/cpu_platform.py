@@ -3,20 +3,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from vllm.logger import init_logger
+from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.cpu import CpuPlatform
-from vllm_roco.validation import BACKEND_NAME, is_selected, validated_config
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from vllm_roco.config import NAMESPACE
+from vllm_roco.validation import (
+    BACKEND_NAME,
+    check_scheduler_class,
+    is_selected,
+    validated_config,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
+    StockPlatform = CpuPlatform
+else:
+    # vLLM has a platform of its own for AMD Zen
+    path = cpu_platform_plugin()
+    StockPlatform = CpuPlatform if path is None else resolve_obj_by_qualname(path)
+
+logger = init_logger(f"vllm.{__name__}")
+
 PREFERRED_BLOCK_SIZE = 16
 
 
-class RocoCpuPlatform(CpuPlatform):
+class RocoCpuPlatform(StockPlatform):
     """The stock CPU platform unless a layer's backend is ROCO."""
 
     @classmethod
@@ -36,23 +55,34 @@ class RocoCpuPlatform(CpuPlatform):
                 selected_backend, attn_selector_config, num_heads
             )
         reasons = selected_backend.get_class().validate_configuration(
-            device_capability=None, **attn_selector_config._asdict()
+            # a CPU has none, and RoCo's checks do not ask for it
+            device_capability=None,  # type: ignore[arg-type]
+            **attn_selector_config._asdict(),
         )
         if reasons:
             raise ValueError(
-                f"roco: this layer is not supported: {'; '.join(reasons)}. Otherwise "
-                "use another --attention-backend."
+                f"roco: an attention layer of this model is refused: "
+                f"{'; '.join(reasons)}. Or use another --attention-backend."
             )
         return selected_backend.get_path()
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check RoCo's options early, and prefer blocks of 16 tokens."""
-        selected = is_selected(vllm_config)
-        cache_config = vllm_config.cache_config
-        if selected:
-            validated_config(vllm_config)
+        if not is_selected(vllm_config):
+            additional = vllm_config.additional_config
+            if isinstance(additional, Mapping) and NAMESPACE in additional:
+                logger.warning_once(
+                    "roco: additional_config has options for RoCo, but no layer uses "
+                    "it. Add --attention-backend roco, or remove them."
+                )
+            super().check_and_update_config(vllm_config)
+            return
+        config = validated_config(vllm_config)
+        if vllm_config.scheduler_config.scheduler_cls is not None:
+            check_scheduler_class(vllm_config)
         super().check_and_update_config(vllm_config)
-        if selected and not cache_config.user_specified_block_size:
+        cache_config = vllm_config.cache_config
+        if not cache_config.user_specified_block_size:
             cache_config.block_size = PREFERRED_BLOCK_SIZE
-            validated_config(vllm_config).check_block_size(PREFERRED_BLOCK_SIZE)
+            config.check_block_size(PREFERRED_BLOCK_SIZE)

@@ -491,8 +491,9 @@ _SCHEDULING = (
     Hook(
         module=_SCHEDULER,
         name="Scheduler.finish_requests",
-        why="refuse requests whose length goes back",
+        why="forget refused requests",
         calls=("request_ids", "finished_status"),
+        overrides="request_ids, finished_status",
     ),
     Hook(
         module=_SCHEDULER,
@@ -613,7 +614,19 @@ _PLATFORMS = (
         module="vllm.platforms.interface",
         name="Platform",
         why="know which implementation to use",
-        members=("is_cpu", "is_cuda"),
+        members=("is_cpu", "is_cuda", "is_out_of_tree"),
+    ),
+    Hook(
+        module="vllm.envs",
+        name="",
+        why="know what the user told vLLM about platforms and plugins",
+        members=("VLLM_PLUGINS", "VLLM_TARGET_DEVICE"),
+    ),
+    Hook(
+        module="vllm.utils.import_utils",
+        name="resolve_obj_by_qualname",
+        why="derive from the CPU platform that vLLM would take",
+        calls=("qualname",),
     ),
     Hook(
         module="vllm.platforms",

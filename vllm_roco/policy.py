@@ -36,14 +36,15 @@ def block_mass(probabilities: torch.Tensor, block_size: int) -> torch.Tensor:
     paper, section 4.1).
 
     Args:
-        probabilities: `[..., num_kv_heads, group, num_queries, num_blocks * block_size]`
-            float32, the softmax over the live tokens; zero where a query cannot see.
+        probabilities: `[..., num_kv_heads, group, num_queries, num_tokens]` float32,
+            the softmax over whole blocks of live tokens; zero where a query cannot see.
 
     Returns:
-        `[..., num_kv_heads, num_queries, num_blocks]` float32.
+        `[..., num_kv_heads, num_queries, num_tokens / block_size]` float32.
     """
     per_block = probabilities.unflatten(-1, (-1, block_size)).sum(-1)
-    return per_block.mean(-3)
+    mass: torch.Tensor = per_block.mean(-3)
+    return mass
 
 
 def accumulate(statistics: torch.Tensor, mass: torch.Tensor) -> None:

@@ -138,19 +138,23 @@ class MultiprocessPublisher(MetricsPublisher):
             for family in _FAMILIES
         }
         self._set(_BUDGET, budget_tokens)
+        self._published: tuple[int, int] | None = None
         self.publish(0, 0)
 
     def publish(self, freed_blocks: int, max_sequence_kv_tokens: int) -> None:
         """See `MetricsPublisher.publish`."""
+        numbers = freed_blocks, max_sequence_kv_tokens
+        # most steps change nothing, and these stores are dearer
+        if numbers == self._published:
+            return
+        self._published = numbers
         super().publish(freed_blocks, max_sequence_kv_tokens)
         self._set(_FREED_BLOCKS, freed_blocks)
         self._set(_MAX_SEQUENCE, max_sequence_kv_tokens)
         self._set(_PEAK_SEQUENCE, self._peak)
 
     def _set(self, family: _Family, number: int) -> None:
-        value = self._exported[family]
-        if value.get() != number:
-            value.set(float(number), timestamp=time.time())
+        self._exported[family].set(float(number), timestamp=time.time())
 
 
 def create_publisher(vllm_config: VllmConfig, budget_tokens: int) -> MetricsPublisher:

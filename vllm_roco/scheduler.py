@@ -14,6 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
+
 from vllm_roco.chunking import next_chunk_end
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.prometheus import create_publisher
@@ -21,11 +22,14 @@ from vllm_roco.trace import TraceWriter
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
     from vllm_roco.config import RocoConfig
 
 logger = init_logger(f"vllm.{__name__}")
@@ -71,6 +75,7 @@ class RocoSchedulerMixin(Scheduler):
             engine = vllm_config.parallel_config.data_parallel_index
             self._trace = TraceWriter(self.roco_config.trace, engine)
         self._refused: list[Request] = []
+        self._refused_streams: set[str] = set()
         logger.info_once(
             "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
         )
@@ -105,16 +110,34 @@ class RocoSchedulerMixin(Scheduler):
 
     def add_request(self, request: Request) -> None:
         """Take a request, or refuse it alone if eviction cannot serve it."""
+        request_id = request.request_id
+        if request_id in self._refused_streams and not request.resumable:
+            # vLLM ends a stream with a request, which would be generated for nobody
+            self._refused_streams.discard(request_id)
+            return
         super().add_request(request)
         if request.resumable:
-            logger.error(
-                "roco: request %s streams its input, so its computed length goes back "
-                "to where eviction has already been. It is refused; send the whole "
-                "prompt at once, or use another --attention-backend.",
-                request.request_id,
-            )
-            self.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            if request_id not in self._refused_streams:
+                logger.error(
+                    "roco: request %s streams its input, so its computed length goes "
+                    "back to where eviction has already been. It is refused; send the "
+                    "whole prompt at once, or use another --attention-backend.",
+                    request_id,
+                )
+            self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
+            self._refused_streams.add(request_id)
             self._refused.append(request)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """Finish as vLLM does, and forget refused streams that were given up."""
+        if request_ids is not None:
+            if isinstance(request_ids, str):
+                request_ids = (request_ids,)
+            request_ids = set(request_ids)
+            self._refused_streams -= request_ids
+        return super().finish_requests(request_ids, finished_status)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
@@ -181,7 +204,7 @@ def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) 
     policy = config.policy
     if config.measures:
         policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
-    most = manager.max_admission_blocks_per_request * schedule.block_size
+    most = manager.max_blocks_per_sequence * schedule.block_size
     switched_off = ["speculative decoding", "KV connectors"]
     if vllm_config.cache_config.enable_prefix_caching:
         switched_off.insert(0, "prefix-cache hits")

@@ -18,7 +18,17 @@ BACKEND_NAME = "ROCO"
 SCHEDULER = "vllm_roco.scheduler.RocoScheduler"
 ASYNC_SCHEDULER = "vllm_roco.scheduler.RocoAsyncScheduler"
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+KERNEL_BLOCK_SIZE = 16
+"""Tokens. Block sizes are multiples of it, so that RoCo sees vLLM's own blocks."""
+
+OTHER_BACKEND_FOR_WINDOWS = (
+    "Give these layers another backend, on a CPU with "
+    "--attention-config.backend_per_kind.sliding_window CPU_ATTN, on CUDA with "
+    "FLASH_ATTN"
+)
+"""What to do about sliding-window layers."""
+
+_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -43,7 +53,7 @@ def validated_config(vllm_config: VllmConfig) -> RocoConfig:
     _refuse_models(vllm_config)
     _check_scheduling(vllm_config, config)
     if vllm_config.cache_config.user_specified_block_size:
-        config.check_block_size(vllm_config.cache_config.block_size)
+        _check_block_size(vllm_config.cache_config.block_size, config)
     return config
 
 
@@ -64,6 +74,16 @@ def use_roco_scheduler(vllm_config: VllmConfig) -> None:
         scheduler_config.scheduler_cls = (
             ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
         )
+    check_scheduler_class(vllm_config)
+
+
+def check_scheduler_class(vllm_config: VllmConfig) -> None:
+    """Refuse a scheduler class that does not end prompt chunks where RoCo evicts.
+
+    Raises:
+        ValueError: The user chose a scheduler class without `RocoSchedulerMixin`.
+    """
+    scheduler_config = vllm_config.scheduler_config
     chosen = scheduler_config.get_scheduler_cls()
     if not getattr(chosen, "ends_roco_chunks", False):
         raise ValueError(
@@ -86,6 +106,13 @@ def _refuse_features(vllm_config: VllmConfig) -> None:
     if (speculative := vllm_config.speculative_config) is not None:
         raise _refuse(
             "speculative_config", speculative.method, "Leave --speculative-config out"
+        )
+    if cache.kv_offloading_size is not None:
+        # vLLM makes a KV connector of it only after the platform has seen the settings
+        raise _refuse(
+            "kv_offloading_size",
+            cache.kv_offloading_size,
+            "Leave --kv-offloading-size out",
         )
     if (transfer := vllm_config.kv_transfer_config) is not None:
         raise _refuse(
@@ -115,16 +142,31 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
         return
     if model.runner_type != "generate":
         raise _refuse("runner", model.runner_type, "Serve a model that generates text")
-    if model.use_mla:
-        raise _refuse(
-            "multi-head latent attention of model", model.model, "Serve another model"
+    reasons = {
+        "is an encoder-decoder model": model.is_encoder_decoder,
+        "has multi-head latent attention (MLA)": model.use_mla,
+        "has state-space (Mamba) layers": model.is_hybrid or model.is_attention_free,
+        "has chunked-local attention": model.attention_chunk_size is not None,
+        "attends to multimodal inputs in both directions": model.is_mm_prefix_lm,
+        "is a diffusion model": vllm_config.diffusion_config is not None,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise NotImplementedError(
+                f"roco: model = {model.model!r} {reason}, which is not supported. "
+                "Serve a model of full-attention decoder layers, or use another "
+                "--attention-backend."
+            )
+
+
+def _check_block_size(block_size: int, config: RocoConfig) -> None:
+    if block_size % KERNEL_BLOCK_SIZE:
+        raise ValueError(
+            f"roco: block_size = {block_size} is not a multiple of "
+            f"{KERNEL_BLOCK_SIZE} tokens. Leave --block-size out, or use 16, 32, 64 or "
+            "128."
         )
-    if model.is_hybrid or model.is_attention_free:
-        raise _refuse("state-space model", model.model, "Serve another model")
-    if model.is_encoder_decoder:
-        raise _refuse("encoder-decoder model", model.model, "Serve another model")
-    if vllm_config.diffusion_config is not None:
-        raise _refuse("diffusion model", model.model, "Serve another model")
+    config.check_block_size(block_size)
 
 
 def _check_scheduling(vllm_config: VllmConfig, config: RocoConfig) -> None:
@@ -142,11 +184,13 @@ def _check_scheduling(vllm_config: VllmConfig, config: RocoConfig) -> None:
             f"{config.chunk}, or lower roco's chunk to at most {threshold}."
         )
     needed = scheduler.max_num_seqs + config.chunk
-    if scheduler.max_num_batched_tokens < needed:
-        raise ValueError(
-            f"roco: max_num_batched_tokens = {scheduler.max_num_batched_tokens} is "
-            f"less than max_num_seqs + chunk = {scheduler.max_num_seqs} + "
-            f"{config.chunk} = {needed}, so running sequences could keep prompts "
-            f"waiting for ever. Use --max-num-batched-tokens {needed} or more, or "
-            "lower --max-num-seqs or roco's chunk."
-        )
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        limit = getattr(scheduler, name)
+        if limit is not None and limit < needed:
+            raise ValueError(
+                f"roco: {name} = {limit} is less than max_num_seqs + chunk = "
+                f"{scheduler.max_num_seqs} + {config.chunk} = {needed}, so running "
+                "sequences could keep prompts waiting for ever. Use "
+                f"--{name.replace('_', '-')} {needed} or more, or lower "
+                "--max-num-seqs or roco's chunk."
+            )

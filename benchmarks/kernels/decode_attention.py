@@ -9,8 +9,9 @@ page layout and bound of splits for each shape. All sides run in CUDA graphs ove
 permuted block table and a cold L2 cache, in turns. Every shape is checked against the
 float32 reference before it is timed.
 
-Writes `decode_attention.csv` (microseconds, medians; `_low` and `_high` are the 20 % and
-80 % quantiles; `ratio` is flash_us / roco_us) and `decode_attention.json`, the versions.
+Writes `decode_attention.csv` (microseconds, medians; `_low` and `_high` are the 20 %
+and 80 % quantiles; `ratio` is flash_us / roco_us) and `decode_attention.json`, the
+versions.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import time
 from pathlib import Path
 
 import torch
-from decode_workload import DTYPE, SHAPES, Call, Shape, Workload, allocate_pool
 from measuring import copy_bandwidth, environment, interleaved
 from sweep_decode import best_flash
+from workload import DTYPE, SHAPES, Call, Shape, Workload, allocate_pool
 
-from vllm_roco.ops.decode import plan_decode
+from vllm_roco.ops.decode_plan import plan_decode
 
 BLOCK_SIZE = 16
 

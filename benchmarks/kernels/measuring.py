@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How kernels are timed here, and on what: shared by the benchmarks of this folder.
 
-Every timed call is one of several inside a CUDA graph, each on memory of its own, as the
-layers of a model are, so that none finds its input in the L2 cache.
+Every timed call is one of several inside a CUDA graph, each on memory of its own, as
+the layers of a model are, so that none finds its input in the L2 cache.
 """
 
 from __future__ import annotations

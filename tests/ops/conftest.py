@@ -9,7 +9,6 @@ machine without GPU these tests run in a process of their own, which
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -23,12 +22,3 @@ if not INTERPRETED and not torch.cuda.is_available():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_empty() -> Iterator[None]:
-    """Let `torch.empty` hand out NaN, so that nobody lives on what memory holds."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)

@@ -4,8 +4,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_roco import reference
 from vllm_roco.eviction_schedule import EvictionSchedule
-from vllm_roco.ops import reference
 from vllm_roco.ops.live_table import COLUMNS, build_live_table
 
 UNTOUCHED = -7

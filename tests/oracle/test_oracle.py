@@ -138,8 +138,10 @@ class TestAgainstHuggingFace:
             output = model(
                 text, attention_mask=mask[None, None], output_attentions=True
             )
-        expected = output.logits[0, PROMPT_LENGTH - 1 :].argmax(dim=-1)
-        assert list(result.token_ids) == expected.tolist()
+        best = output.logits[0, PROMPT_LENGTH - 1 :].topk(2)
+        assert list(result.token_ids) == best.indices[:, 0].tolist()
+        margins = best.values[:, 0] - best.values[:, 1]
+        assert result.token_margins == pytest.approx(margins.tolist(), abs=1e-4)
 
         # E grows by 2 at 32, 40, 48, ... tokens; the prompt stops at 20, 40, 60 and 70
         assert [(x.num_computed_tokens, len(x.victims)) for x in result.evictions] == [
@@ -173,6 +175,23 @@ class TestAgainstHuggingFace:
             model, prompt(), SMALL, NEW_TOKENS, continuation=free.token_ids
         )
         assert forced == free
+
+    def test_a_continuation_is_read_in_place_of_the_own_choice(self) -> None:
+        model = build("llama")
+        options = dataclasses.replace(SMALL, budget=512)
+        text = prompt(PROMPT_LENGTH + NEW_TOKENS - 1)
+
+        result = generate(
+            model,
+            text[:PROMPT_LENGTH],
+            options,
+            NEW_TOKENS,
+            continuation=text[PROMPT_LENGTH:],
+        )
+
+        with torch.inference_mode():
+            logits = model(torch.tensor([text])).logits[0, PROMPT_LENGTH - 1 :]
+        assert list(result.token_ids) == logits.argmax(dim=-1).tolist()
 
     def test_the_models_own_attention_is_restored(self) -> None:
         model = build("llama")

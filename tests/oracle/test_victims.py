@@ -56,15 +56,24 @@ class TestScores:
         assert [block.peak for block in blocks] == pytest.approx([3 / 5, 8 / 9])
 
     def test_a_head_without_deviation_says_nothing(self) -> None:
-        """Rounding may also leave a variance just below zero."""
         blocks = score_blocks(
             [0, 1],
             torch.tensor([2, 2]),
             torch.tensor([[1.0, 1.0]]),
-            torch.tensor([[0.5, 0.4999]]),
+            torch.tensor([[0.5, 0.5]]),
             torch.tensor([[0.5, 0.5]]),
         )
         assert [block.deviation for block in blocks] == [0, 0]
+
+    def test_a_variance_rounded_below_zero_counts_as_zero(self) -> None:
+        blocks = score_blocks(
+            [0, 1],
+            torch.tensor([2, 2]),
+            torch.tensor([[1.0, 1.0]]),
+            torch.tensor([[0.4999, 0.6]]),
+            torch.tensor([[0.5, 0.5]]),
+        )
+        assert [block.deviation for block in blocks] == [0, 1]
 
 
 class TestCandidates:

@@ -10,13 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
 from vllm_roco.attention.process_config import process_config
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import BACKEND_NAME, validated_config
+from vllm_roco.validation import (
+    BACKEND_NAME,
+    KERNEL_BLOCK_SIZE,
+    OTHER_BACKEND_FOR_WINDOWS,
+    validated_config,
+)
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -25,13 +30,13 @@ if TYPE_CHECKING:
 
 _WHAT_TO_DO = {
     "sliding window not supported": (
-        "sliding-window layers are not supported; give them another backend with "
-        '--attention-config.backend_per_kind \'{"sliding_window": "..."}\''
+        f"sliding-window layers are not supported. {OTHER_BACKEND_FOR_WINDOWS}"
     ),
     "MLA not supported": "multi-head latent attention is not supported",
     "attention sinks not supported": "attention sinks of the model are not supported",
     "block_size not supported": (
-        "the block size must be a multiple of 16 tokens; change --block-size"
+        f"the block size must be a multiple of {KERNEL_BLOCK_SIZE} tokens; change "
+        "--block-size"
     ),
     "kv_cache_dtype not supported": (
         "a quantised KV cache is not supported; leave --kv-cache-dtype out"
@@ -60,7 +65,7 @@ class RocoBackend(AttentionBackend):
         return BACKEND_NAME
 
     @staticmethod
-    def get_impl_cls() -> type[AttentionImpl]:
+    def get_impl_cls() -> type[AttentionImpl[Any]]:
         """The implementation of this platform.
 
         Raises:
@@ -70,15 +75,23 @@ class RocoBackend(AttentionBackend):
             from vllm_roco.attention.cpu import RocoCpuImpl
 
             return RocoCpuImpl
+        if current_platform.is_cuda():
+            from vllm_roco.attention.cuda import RocoCudaImpl
+
+            return RocoCudaImpl
         raise _unsupported_platform()
 
     @staticmethod
-    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+    def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
         """The metadata builder of this platform; raises as `get_impl_cls` does."""
         if current_platform.is_cpu():
             from vllm_roco.attention.cpu import RocoCpuMetadataBuilder
 
             return RocoCpuMetadataBuilder
+        if current_platform.is_cuda():
+            from vllm_roco.attention.cuda_metadata import RocoCudaMetadataBuilder
+
+            return RocoCudaMetadataBuilder
         raise _unsupported_platform()
 
     @staticmethod
@@ -86,7 +99,7 @@ class RocoBackend(AttentionBackend):
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
         """Any multiple of 16: RoCo must see the block manager's own blocks."""
-        return [MultipleOf(16)]
+        return [MultipleOf(KERNEL_BLOCK_SIZE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -110,9 +123,16 @@ class RocoBackend(AttentionBackend):
 
         Raises:
             ValueError: The options do not fit the block size.
+            NotImplementedError: Values have another size than keys.
         """
         if type(spec) is not FullAttentionSpec:
             return spec
+        if spec.head_size_v != spec.head_size:
+            raise NotImplementedError(
+                f"roco: layers with values of another size than keys (head_size_v = "
+                f"{spec.head_size_v}, head_size = {spec.head_size}) are not supported. "
+                "Use another --attention-backend."
+            )
         vllm_config = process_config()
         config = validated_config(vllm_config)
         # vLLM also asks with a block of one token, for a page size per token
@@ -126,5 +146,5 @@ class RocoBackend(AttentionBackend):
 def _unsupported_platform() -> NotImplementedError:
     return NotImplementedError(
         f"roco: platform {current_platform.device_name!r} is not supported; the ROCO "
-        "backend runs on CPUs. Use another --attention-backend."
+        "backend runs on CPUs and NVIDIA GPUs. Use another --attention-backend."
     )

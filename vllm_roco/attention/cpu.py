@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-
 from vllm.v1.attention.backend import (
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
 )
+
 from vllm_roco import policy
 from vllm_roco.attention.cpu_metadata import (
     Batch,
@@ -24,10 +24,14 @@ from vllm_roco.attention.cpu_metadata import (
     sequences_of,
 )
 from vllm_roco.attention.eviction import evict
-from vllm_roco.attention.layers import LayerGroup, refuse_layer
+from vllm_roco.attention.layers import (
+    LayerGroup,
+    name_of,
+    refuse_layer,
+    roco_spec,
+)
 from vllm_roco.attention.process_config import remember_config
 from vllm_roco.kv_cache.page import statistics_view
-from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -50,12 +54,7 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        if not isinstance(kv_cache_spec, RocoSpec):
-            raise NotImplementedError(
-                f"roco: layers with a {type(kv_cache_spec).__name__} are not "
-                "supported. Use another --attention-backend."
-            )
-        self._schedule = kv_cache_spec.schedule
+        self._schedule = roco_spec(kv_cache_spec).schedule
         self._layers = LayerGroup(layer_names, vllm_config)
 
     def build(
@@ -75,7 +74,6 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
             )
         )
         return RocoCpuMetadata(
-            slot_mapping=common.slot_mapping,
             schedule=self._schedule,
             layers=self._layers,
             batches=batches_of(sequences, self._schedule),
@@ -168,7 +166,7 @@ class RocoCpuImpl(AttentionImpl[RocoCpuMetadata]):
         for batch in attn_metadata.batches:
             self._attend(query, kv_cache, batch, output)
         attn_metadata.num_layers_done += 1
-        if layer.layer_name == attn_metadata.layers.last:
+        if name_of(layer) == attn_metadata.layers.last:
             self._close_step(attn_metadata)
         return output
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_roco.config import blocks_of
 
@@ -92,11 +93,10 @@ class Batch:
 
 
 @dataclass
-class RocoCpuMetadata:
+class RocoCpuMetadata(AttentionMetadata):
     """One step of one KV cache group.
 
     Attributes:
-        slot_mapping: `[num_tokens]` int64, where each token's K and V go; -1 for none.
         schedule: The eviction arithmetic.
         layers: The layers of the group.
         batches: The step's sequences.
@@ -104,7 +104,6 @@ class RocoCpuMetadata:
         num_layers_done: Layers that have attended in this step.
     """
 
-    slot_mapping: torch.Tensor
     schedule: EvictionSchedule
     layers: LayerGroup
     batches: list[Batch]

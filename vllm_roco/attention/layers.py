@@ -3,20 +3,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
-from vllm_roco.validation import BACKEND_NAME
+
+from vllm_roco.kv_cache.spec import RocoSpec
+from vllm_roco.validation import BACKEND_NAME, OTHER_BACKEND_FOR_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionLayer
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class LayerGroup:
@@ -51,6 +54,11 @@ class LayerGroup:
         return len(self._layers)
 
     @property
+    def num_heads(self) -> int:
+        """Query heads of each layer on this rank."""
+        return int(self._layers[0].num_heads)
+
+    @property
     def last(self) -> str:
         """Name of the layer that closes the step."""
         return self._layers[-1].layer_name
@@ -61,6 +69,25 @@ class LayerGroup:
         Not to be kept: vLLM binds throw-away caches while it profiles.
         """
         return [layer.kv_cache for layer in self._layers]
+
+
+def name_of(layer: AttentionLayer) -> str:
+    """Return a layer's name in `static_forward_context`."""
+    return cast("Attention", layer).layer_name
+
+
+def roco_spec(kv_cache_spec: AttentionSpec) -> RocoSpec:
+    """Return the spec of a group whose layers are RoCo's.
+
+    Raises:
+        NotImplementedError: vLLM planned another kind of attention for the layers.
+    """
+    if not isinstance(kv_cache_spec, RocoSpec):
+        raise NotImplementedError(
+            f"roco: layers with a {type(kv_cache_spec).__name__} are not supported. "
+            "Use another --attention-backend."
+        )
+    return kv_cache_spec
 
 
 def refuse_layer(
@@ -86,8 +113,7 @@ def refuse_layer(
     if sliding_window is not None:
         refuse(
             f"a sliding-window layer (sliding_window = {sliding_window})",
-            "Give these layers another backend with --attention-config."
-            'backend_per_kind \'{"sliding_window": "..."}\'',
+            OTHER_BACKEND_FOR_WINDOWS,
         )
     if attn_type != AttentionType.DECODER:
         refuse(f"attention type {attn_type!r}")

@@ -11,13 +11,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
+
     from vllm_roco.kv_cache.spec import RocoSpec
 
 
@@ -35,6 +39,7 @@ class RocoManager(FullAttentionManager):
 
     Attributes:
         schedule: The eviction arithmetic.
+        max_blocks_per_sequence: The most blocks ever held for one sequence.
         held: Blocks held per request, kept up to date by allocation and freeing.
         num_freed_blocks: Blocks given back by eviction since the start.
     """
@@ -46,11 +51,15 @@ class RocoManager(FullAttentionManager):
         kwargs["enable_caching"] = False
         super().__init__(kv_cache_spec, **kwargs)
         self.schedule = kv_cache_spec.schedule
+        self.max_blocks_per_sequence = kv_cache_spec.max_blocks_per_sequence
         # vLLM hands the cap only to its own recycling specs
-        self.max_admission_blocks_per_request = kv_cache_spec.max_blocks_per_sequence
+        self.max_admission_blocks_per_request = self.max_blocks_per_sequence
         self.held = HeldBlocks()
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
+        self._first_eviction = self.schedule.next_eviction(0)
+        # processed lengths at which requests that lost blocks lose the next ones
+        self._next_evictions: dict[str, int] = {}
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
@@ -82,12 +91,16 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
-        if not evicted:
+        due = self._next_evictions.get(request_id, self._first_eviction)
+        if processed_computed_tokens < due:
             return
         row = self.req_to_blocks.get(request_id)
         if row is None:
             return
+        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
+        self._next_evictions[request_id] = self.schedule.next_eviction(
+            processed_computed_tokens
+        )
         null_block = self._null_block
         freed: list[KVCacheBlock] = []
         end = min(self._budget_blocks + evicted, len(row))
@@ -106,11 +119,21 @@ class RocoManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
+        self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
     def find_longest_cache_hit(
-        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], **_: Any
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """Never hit: a prefix that lost blocks cannot be shared."""
         return tuple([] for _ in kv_cache_group_ids), 0
@@ -137,9 +160,14 @@ class RocoManager(FullAttentionManager):
         """Raise if the books do not agree with the block tables.
 
         Raises:
-            RuntimeError: A block stands in two places, a gap is not where it must be,
-                or the running counts differ from the rows.
+            RuntimeError: A block stands in two places or is free, a gap is not where it
+                must be, or the running counts differ from the rows.
         """
+        for request_id in self.held.requests - self.req_to_blocks.keys():
+            raise RuntimeError(
+                f"request {request_id} has no row, but {self.held.of(request_id)} "
+                "blocks are on the books"
+            )
         seen: dict[int, str] = {}
         for request_id, row in self.req_to_blocks.items():
             held = self.held_blocks(request_id)
@@ -164,3 +192,8 @@ class RocoManager(FullAttentionManager):
                         f"by request {seen[block.block_id]}"
                     )
                 seen[block.block_id] = request_id
+                if block.ref_cnt != 1:
+                    raise RuntimeError(
+                        f"block {block.block_id} of request {request_id} has "
+                        f"{block.ref_cnt} references, but blocks are never shared"
+                    )

@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_spec_registry import (
     _REGISTRY_KVCACHESPEC_LIST,
     register_kv_cache_spec,
 )
+
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
@@ -52,7 +53,7 @@ class RocoSpec(AttentionSpec):
     max_steps_in_flight: int
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         page = self.unpadded_page_size_bytes
         if self.has_statistics:
             page += statistics_bytes(self.num_kv_heads)
@@ -106,7 +107,7 @@ class RocoSpec(AttentionSpec):
         return blocks * self.page_size_bytes
 
     @classmethod
-    def merge(cls, specs: list[RocoSpec]) -> RocoSpec:  # type: ignore[override]
+    def merge(cls, specs: list[RocoSpec]) -> RocoSpec:
         """Return the one spec that all layers of a group share.
 
         Raises:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over the live table, measuring every block's attention mass.
 
-One query a row. Two launches: `_attend_kernel` splits the keys of a (row, kv head) over
-several programs, each with an online softmax over tiles of tokens; `_combine_kernel`
-merges the splits and, knowing the final log-sum-exp, turns what the first kernel noted of
-each block into its mass and updates the statistics.
+One query a row. Two launches: `_attend_kernel` splits the keys of a (row, kv head)
+over several programs, each with an online softmax over tiles of tokens;
+`_combine_kernel` merges the splits and, knowing the final log-sum-exp, turns what the
+first kernel noted of each block into its mass and updates the statistics.
 
-With `s` the logits in base 2, `m` the running maximum and `L` the log-sum-exp of a query
-head, both in base 2, the first kernel notes for each piece of a block
+With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
+all in base 2, the first kernel notes for each piece of a block
 
     log2 sum_t 2^(s_t)  =  m + log2 sum_t 2^(s_t - m)
 
@@ -18,24 +18,19 @@ A piece is the part of a block that lies in one tile, the whole block as a rule.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.kv_cache import page
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, piece_size
+from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
 COMBINE_BLOCKS = 64
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-_NUM_FIELDS = tl.constexpr(page.NUM_FIELDS)
-_MASS_SQUARES = tl.constexpr(page.MASS_SQUARES)
-_MASS_PEAK = tl.constexpr(page.MASS_PEAK)
-_FIRST_POSITION = tl.constexpr(page.FIRST_POSITION)
 
 
 @triton.jit
@@ -45,12 +40,111 @@ def _split_range(length, split, num_splits, TILE: tl.constexpr):
     return split * num_tiles // num_splits, (split + 1) * num_tiles // num_splits
 
 
+@triton.jit
+def _token_order(TILE: tl.constexpr, PIECE: tl.constexpr, WARPS: tl.constexpr):
+    """Return a tile's tokens in the order of its columns.
+
+    Warps take turns at a tile's columns, eight at a time. Dealt out like that, a piece
+    lies in one warp, which sums it up alone.
+    """
+    RUN: tl.constexpr = 8
+    column = tl.arange(0, TILE)
+    run = column // RUN
+    piece = run // (WARPS * (PIECE // RUN)) * WARPS + run % WARPS
+    return piece * PIECE + run // WARPS % (PIECE // RUN) * RUN + column % RUN
+
+
+@triton.jit
+def _by_piece(
+    columns,  # [GROUP_PADDED, TILE]
+    GROUP_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Return `[GROUP_PADDED, TILE // PIECE, PIECE]`; see `_token_order`."""
+    RUN: tl.constexpr = 8
+    runs = tl.reshape(
+        columns,
+        [GROUP_PADDED, TILE // (WARPS * PIECE), PIECE // RUN, WARPS, RUN],
+    )
+    return tl.reshape(
+        tl.permute(runs, [0, 1, 3, 2, 4]), [GROUP_PADDED, TILE // PIECE, PIECE]
+    )
+
+
+@triton.jit
+def _update_statistics(
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
+    pieces_ptr,  # [max_pieces, GROUP] float32, base 2, of one row and kv head
+    table_ptr,  # [live_width] int32, of one row
+    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
+    stride_statistics_block,
+    row_head,  # row * num_q_heads + the group's first query head
+    first_index,  # first of the COMBINE_BLOCKS live blocks to update
+    length,
+    evicted,
+    num_splits,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+    COMBINE_BLOCKS: tl.constexpr,
+):
+    """Add one query's attention mass to a run of live blocks of one kv head."""
+    index = first_index + tl.arange(0, COMBINE_BLOCKS)
+    split = tl.arange(0, SPLITS_PADDED)
+    group = tl.arange(0, GROUP_PADDED)
+    first_tile, last_tile = _split_range(length, split, num_splits, TILE)
+    used = (split < num_splits) & (first_tile < last_tile)
+    slot = (row_head + group) * num_splits
+    # [GROUP_PADDED, SPLITS_PADDED]
+    split_lse = tl.load(
+        partial_lse_ptr + slot[:, None] + split[None, :],
+        mask=(group < GROUP)[:, None] & used[None, :],
+        other=float("-inf"),
+    )
+    largest = tl.where(group < GROUP, tl.max(split_lse, 1), 0.0)
+    lse = largest + tl.log2(tl.sum(tl.exp2(split_lse - largest[:, None]), 1))
+
+    PIECES: tl.constexpr = BLOCK_SIZE // PIECE
+    mass = tl.zeros([COMBINE_BLOCKS], tl.float32)
+    for piece in tl.static_range(PIECES):
+        number = index * PIECES + piece
+        # [COMBINE_BLOCKS, GROUP_PADDED]
+        noted_mask = (number * PIECE < length)[:, None] & (group < GROUP)[None, :]
+        noted = tl.load(
+            pieces_ptr + number[:, None] * GROUP + group[None, :],
+            mask=noted_mask,
+            other=float("-inf"),
+        )
+        mass += tl.sum(tl.where(noted_mask, tl.exp2(noted - lse[None, :]), 0.0), 1)
+    mass /= GROUP
+    add_to_statistics(
+        statistics_ptr,
+        stride_statistics_block,
+        table_ptr,
+        index,
+        length,
+        1,
+        evicted,
+        mass,
+        mass * mass,
+        mass,
+        BLOCK_SIZE,
+    )
+
+
 @triton.jit(do_not_specialize=["stride_table_row", "max_pieces"])
 def _attend_kernel(
     query_ptr,  # [num_rows, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
+    evicted_before_ptr,  # [num_rows] int32
+    statistics_ptr,  # [num_blocks, num_kv_heads, NUM_FIELDS] float32
     output_ptr,  # [num_rows, num_q_heads, head_size]
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
@@ -63,19 +157,23 @@ def _attend_kernel(
     stride_cache_head,
     stride_cache_token,
     stride_table_row,
+    stride_statistics_block,
     stride_output_row,
     stride_output_head,
     max_pieces,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
+    DOT_GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
+    COMBINE_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MEASURE: tl.constexpr,
+    WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0).to(tl.int64)
@@ -93,13 +191,13 @@ def _attend_kernel(
     if SPLIT and first_tile >= last_tile:
         return
 
-    group = tl.arange(0, GROUP_PADDED)
+    group = tl.arange(0, DOT_GROUP)
     dim = tl.arange(0, HEAD_PADDED)
-    token = tl.arange(0, TILE)
+    token = _token_order(TILE, PIECE, WARPS)
     head = kv_head * GROUP + group
     query_mask = (group < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
 
-    # [GROUP_PADDED, HEAD_PADDED]
+    # [DOT_GROUP, HEAD_PADDED]
     query = tl.load(
         query_ptr
         + row * stride_query_row
@@ -114,10 +212,11 @@ def _attend_kernel(
 
     PIECES: tl.constexpr = TILE // PIECE
     piece = tl.arange(0, PIECES)
-    running_max = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
-    # a sum for each place of a piece in the tile: they are added up once, at the end
-    running_sum = tl.zeros([GROUP_PADDED, PIECES], tl.float32)
-    accumulated = tl.zeros([GROUP_PADDED, HEAD_PADDED], tl.float32)
+    running_max = tl.full([DOT_GROUP], float("-inf"), tl.float32)
+    # a sum for each place in the tile: they are added up once, at the end, so that no
+    # tile waits for a sum over several warps
+    running_sum = tl.zeros([DOT_GROUP, TILE], tl.float32)
+    accumulated = tl.zeros([DOT_GROUP, HEAD_PADDED], tl.float32)
 
     # block ids are read a tile ahead, so that the loads of K and V depend on no load of
     # their own iteration and are pipelined to the full depth
@@ -126,10 +225,7 @@ def _attend_kernel(
     for tile in tl.range(first_tile, last_tile):
         position = tile * TILE + token
         visible = position < length
-        if TILE % BLOCK_SIZE == 0:
-            offset = token % BLOCK_SIZE
-        else:
-            offset = position % BLOCK_SIZE
+        offset = token % BLOCK_SIZE if TILE % BLOCK_SIZE == 0 else position % BLOCK_SIZE
         slot = block.to(tl.int64) * stride_cache_block + offset * stride_cache_token
         following = position + TILE
         block = tl.load(
@@ -154,13 +250,17 @@ def _attend_kernel(
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         weights = tl.exp2(logits - new_max[:, None])
         decay = tl.exp2(running_max - new_max)
-        piece_sum = tl.sum(tl.reshape(weights, [GROUP_PADDED, PIECES, PIECE]), 2)
-        running_sum = running_sum * decay[:, None] + piece_sum
+        running_sum = running_sum * decay[:, None] + weights
         if MEASURE:
+            piece_sum = tl.sum(_by_piece(weights, DOT_GROUP, TILE, PIECE, WARPS), 2)
+            # the maximum again, laid out as the sums are: what is added in two layouts
+            # goes through shared memory twice
+            spread = tl.broadcast_to(new_max[:, None], [DOT_GROUP, TILE])
+            piece_max = tl.max(_by_piece(spread, DOT_GROUP, TILE, PIECE, WARPS), 2)
             number = tile * PIECES + piece
             tl.store(
                 pieces_ptr + number[None, :] * GROUP + group[:, None],
-                new_max[:, None] + tl.log2(piece_sum),
+                piece_max + tl.log2(piece_sum),
                 mask=(group < GROUP)[:, None] & (number * PIECE < length)[None, :],
             )
 
@@ -203,6 +303,31 @@ def _attend_kernel(
             running_max + tl.log2(total),
             mask=group < GROUP,
         )
+    if MEASURE and not SPLIT:
+        # whoever has seen every key can close the books itself, while its neighbours
+        # still read; what its other threads have noted is visible behind the barrier
+        tl.debug_barrier()
+        evicted = tl.load(evicted_before_ptr + row)
+        for first_index in range(0, tl.cdiv(length, BLOCK_SIZE), COMBINE_BLOCKS):
+            _update_statistics(
+                partial_lse_ptr,
+                pieces_ptr,
+                table_ptr,
+                statistics_ptr + kv_head * NUM_FIELDS,
+                stride_statistics_block,
+                (row * num_kv_heads + kv_head) * GROUP,
+                first_index,
+                length,
+                evicted,
+                num_splits,
+                GROUP,
+                GROUP_PADDED,
+                BLOCK_SIZE,
+                PIECE,
+                TILE,
+                1,
+                COMBINE_BLOCKS,
+            )
 
 
 @triton.jit
@@ -241,79 +366,6 @@ def _merge_output(
     )
 
 
-@triton.jit
-def _update_statistics(
-    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    pieces_ptr,  # [max_pieces, GROUP] float32, base 2, of one row and kv head
-    table_ptr,  # [live_width] int32, of one row
-    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
-    stride_statistics_block,
-    row_head,  # row * num_q_heads + the group's first query head
-    first_index,  # first of the COMBINE_BLOCKS live blocks to update
-    length,
-    evicted,
-    num_splits,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PIECE: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-    COMBINE_BLOCKS: tl.constexpr,
-):
-    """Add one query's attention mass to a run of live blocks of one kv head."""
-    index = first_index + tl.arange(0, COMBINE_BLOCKS)
-    live = index * BLOCK_SIZE < length
-    block = tl.load(table_ptr + index, mask=live, other=0).to(tl.int64)
-    field = tl.arange(0, _NUM_FIELDS)[None, :]
-    # [COMBINE_BLOCKS, NUM_FIELDS]
-    statistics = statistics_ptr + block[:, None] * stride_statistics_block + field
-    before = tl.load(statistics, mask=live[:, None], other=0.0)
-
-    split = tl.arange(0, SPLITS_PADDED)
-    group = tl.arange(0, GROUP_PADDED)
-    first_tile, last_tile = _split_range(length, split, num_splits, TILE)
-    used = (split < num_splits) & (first_tile < last_tile)
-    slot = (row_head + group) * num_splits
-    # [GROUP_PADDED, SPLITS_PADDED]
-    split_lse = tl.load(
-        partial_lse_ptr + slot[:, None] + split[None, :],
-        mask=(group < GROUP)[:, None] & used[None, :],
-        other=float("-inf"),
-    )
-    largest = tl.where(group < GROUP, tl.max(split_lse, 1), 0.0)
-    lse = largest + tl.log2(tl.sum(tl.exp2(split_lse - largest[:, None]), 1))
-
-    PIECES: tl.constexpr = BLOCK_SIZE // PIECE
-    mass = tl.zeros([COMBINE_BLOCKS], tl.float32)
-    for piece in tl.static_range(PIECES):
-        number = index * PIECES + piece
-        # [COMBINE_BLOCKS, GROUP_PADDED]
-        noted_mask = (number * PIECE < length)[:, None] & (group < GROUP)[None, :]
-        noted = tl.load(
-            pieces_ptr + number[:, None] * GROUP + group[None, :],
-            mask=noted_mask,
-            other=float("-inf"),
-        )
-        mass += tl.sum(tl.where(noted_mask, tl.exp2(noted - lse[None, :]), 0.0), 1)
-    mass = (mass / GROUP)[:, None]
-
-    first_position = ((index + evicted) * BLOCK_SIZE).to(tl.float32)[:, None]
-    fresh = tl.where(
-        field == _FIRST_POSITION,
-        first_position,
-        tl.where(field == _MASS_SQUARES, mass * mass, mass),
-    )
-    grown = tl.where(
-        field == _FIRST_POSITION,
-        before,
-        tl.where(field == _MASS_PEAK, tl.maximum(before, fresh), before + fresh),
-    )
-    # a block whose first token is this step's still holds what its last owner left
-    is_new = (index * BLOCK_SIZE >= length - 1)[:, None]
-    tl.store(statistics, tl.where(is_new, fresh, grown), mask=live[:, None])
-
-
 @triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "num_splits"])
 def _combine_kernel(
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
@@ -338,7 +390,6 @@ def _combine_kernel(
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    OUTPUT_PARTS: tl.constexpr,
     COMBINE_BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -350,7 +401,7 @@ def _combine_kernel(
         tl.extra.cuda.gdc_wait()
 
     length = tl.load(live_lens_ptr + row)
-    if part < OUTPUT_PARTS:
+    if part < GROUP:
         _merge_output(
             partial_output_ptr,
             partial_lse_ptr,
@@ -366,13 +417,13 @@ def _combine_kernel(
             SPLITS_PADDED,
         )
     else:
-        first_index = (part - OUTPUT_PARTS) * COMBINE_BLOCKS
+        first_index = (part - GROUP) * COMBINE_BLOCKS
         if first_index * BLOCK_SIZE < length:
             _update_statistics(
                 partial_lse_ptr,
                 piece_lse_ptr + row_kv_head * max_pieces * GROUP,
                 live_table_ptr + row * stride_table_row,
-                statistics_ptr + kv_head * _NUM_FIELDS,
+                statistics_ptr + kv_head * NUM_FIELDS,
                 stride_statistics_block,
                 row_kv_head * GROUP,
                 first_index,
@@ -387,125 +438,6 @@ def _combine_kernel(
                 SPLITS_PADDED,
                 COMBINE_BLOCKS,
             )
-
-
-@dataclass(frozen=True)
-class DecodePlan:
-    """How one decode shape is laid out on the device; fixed when a graph is captured.
-
-    Attributes:
-        tile: Tokens a program reads at a time, a power of two of at least 16.
-        splits: Programs that share the keys of one row and kv head.
-        num_warps: Warps of the attention kernel.
-        num_stages: Tiles in flight, the one being computed included.
-        dependent_launch: Whether the second kernel is launched before the first ends
-            (programmatic dependent launch, compute capability 9.0 and above).
-    """
-
-    tile: int
-    splits: int
-    num_warps: int
-    num_stages: int
-    dependent_launch: bool
-
-
-@dataclass(frozen=True)
-class DecodeScratch:
-    """What the first kernel leaves for the second; allocated once.
-
-    Attributes:
-        partial_output: Flat float32, `rows * q_heads * splits * head_size` numbers.
-        partial_lse: Flat float32, `rows * q_heads * splits` numbers.
-        piece_lse: Flat float32, `rows * q_heads * pieces of the longest row` numbers;
-            empty when nothing is measured.
-        max_blocks: Blocks of the longest row.
-    """
-
-    partial_output: torch.Tensor
-    partial_lse: torch.Tensor
-    piece_lse: torch.Tensor
-    max_blocks: int
-
-    @classmethod
-    def allocate(
-        cls,
-        *,
-        plans: Sequence[tuple[int, DecodePlan]],
-        num_q_heads: int,
-        head_size: int,
-        block_size: int,
-        max_live_tokens: int,
-        measure: bool,
-        device: torch.device,
-    ) -> DecodeScratch:
-        """Allocate enough for every launch that is to share the memory.
-
-        Args:
-            plans: The launches, as number of rows and plan.
-            num_q_heads: Query heads of the layer on this rank.
-            head_size: Numbers per head.
-            block_size: Tokens per block.
-            max_live_tokens: Bound of the rows' live lengths.
-            measure: Whether statistics are to be kept.
-            device: Where the kernels run.
-        """
-
-        def floats(count: int) -> torch.Tensor:
-            return torch.empty(count, dtype=torch.float32, device=device)
-
-        max_blocks = triton.cdiv(max_live_tokens, block_size)
-        splits = max(rows * plan.splits for rows, plan in plans)
-        pieces = max(
-            rows * max_blocks * (block_size // piece_size(block_size, plan.tile))
-            for rows, plan in plans
-        )
-        return cls(
-            partial_output=floats(splits * num_q_heads * head_size),
-            partial_lse=floats(splits * num_q_heads),
-            piece_lse=floats(pieces * num_q_heads if measure else 0),
-            max_blocks=max_blocks,
-        )
-
-
-def piece_size(block_size: int, tile: int) -> int:
-    """Return the tokens of a piece: the largest power of two in block and tile."""
-    return math.gcd(block_size, tile)
-
-
-def plan_decode(
-    *,
-    num_rows: int,
-    num_kv_heads: int,
-    head_size: int,
-    max_live_tokens: int,
-    dtype: torch.dtype,
-    num_multiprocessors: int,
-    capability: tuple[int, int],
-) -> DecodePlan:
-    """Choose tile and splits from what is known when the launch is recorded.
-
-    Args:
-        num_rows: Decode rows of the launch, padding included.
-        num_kv_heads: KV heads of the layer on this rank.
-        head_size: Numbers per head.
-        max_live_tokens: Bound of the rows' live lengths.
-        dtype: Element type of query and cache.
-        num_multiprocessors: Multiprocessors of the device.
-        capability: Compute capability of the device.
-    """
-    tile_bytes = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
-    tile = max(16, min(128, 32 * 1024 // tile_bytes))
-    programs = num_rows * num_kv_heads
-    wanted = triton.cdiv(4 * num_multiprocessors, programs)
-    most = max(1, max_live_tokens // (2 * tile))
-    splits = triton.next_power_of_2(min(wanted, most, 128))
-    return DecodePlan(
-        tile=tile,
-        splits=splits,
-        num_warps=4,
-        num_stages=3,
-        dependent_launch=capability >= (9, 0),
-    )
 
 
 def decode_attention(
@@ -550,6 +482,10 @@ def decode_attention(
     piece = piece_size(block_size, plan.tile) if measure else plan.tile
     max_pieces = scratch.max_blocks * block_size // piece
     head_padded = triton.next_power_of_2(head_size)
+    group_padded = triton.next_power_of_2(group)
+    # without statistics no program touches them
+    statistics_or_nothing = scratch.partial_lse if statistics is None else statistics
+    stride_statistics_block = 0 if statistics is None else statistics.stride(0)
     launch_dependent = {"launch_pdl": True} if plan.dependent_launch else {}
 
     _attend_kernel[(num_kv_heads, plan.splits, num_rows)](
@@ -557,6 +493,8 @@ def decode_attention(
         kv_cache_ptr=kv_cache,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
+        evicted_before_ptr=evicted_before,
+        statistics_ptr=statistics_or_nothing,
         output_ptr=output,
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
@@ -569,30 +507,33 @@ def decode_attention(
         stride_cache_head=kv_cache.stride(1),
         stride_cache_token=kv_cache.stride(2),
         stride_table_row=live_table.stride(0),
+        stride_statistics_block=stride_statistics_block,
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
         GROUP=group,
-        GROUP_PADDED=max(MIN_GROUP, triton.next_power_of_2(group)),
+        GROUP_PADDED=group_padded,
+        DOT_GROUP=max(MIN_GROUP, group_padded),
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
+        COMBINE_BLOCKS=COMBINE_BLOCKS,
         SPLIT=plan.splits > 1,
         SOFT_CAP=soft_cap != 0.0,
         MEASURE=measure,
-        PDL=plan.dependent_launch,
+        WARPS=min(plan.num_warps, plan.tile // piece),
+        PDL=plan.dependent_launch and plan.splits > 1,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
 
-    output_parts = group if plan.splits > 1 else 0
-    parts = output_parts
+    if plan.splits == 1:
+        return
+    parts = group
     if measure:
         parts += triton.cdiv(scratch.max_blocks, COMBINE_BLOCKS)
-    if parts == 0:
-        return
     _combine_kernel[(num_kv_heads, parts, num_rows)](
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
@@ -600,23 +541,22 @@ def decode_attention(
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,
-        statistics_ptr=statistics if measure else scratch.partial_lse,
+        statistics_ptr=statistics_or_nothing,
         output_ptr=output,
         stride_table_row=live_table.stride(0),
-        stride_statistics_block=statistics.stride(0) if measure else 0,
+        stride_statistics_block=stride_statistics_block,
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
         num_splits=plan.splits,
         GROUP=group,
-        GROUP_PADDED=triton.next_power_of_2(group),
+        GROUP_PADDED=group_padded,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
         SPLITS_PADDED=triton.next_power_of_2(plan.splits),
-        OUTPUT_PARTS=output_parts,
         COMBINE_BLOCKS=COMBINE_BLOCKS,
         PDL=plan.dependent_launch,
         num_warps=1 if plan.splits <= 8 else 4,

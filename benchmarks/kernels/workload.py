@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One decode step of a model's attention layers, for each kernel that can do it.
+"""One step of a model's attention layers, for each kernel that can do it.
 
 All kernels read the same memory, through views of their own: only shapes and strides
 decide how fast they are. Pages lie in random order.
@@ -7,6 +7,7 @@ decide how fast they are. Pages lie in random order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ import torch
 import triton
 from measuring import COLD_BYTES
 
+from vllm_roco import reference
 from vllm_roco.kv_cache import page
-from vllm_roco.ops import reference
-from vllm_roco.ops.decode import DecodePlan, DecodeScratch, decode_attention
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
 
 DTYPE = torch.bfloat16
 SMALLEST_BLOCK = 16
@@ -27,17 +30,27 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of equally long sequences and the heads of a layer."""
+    """A batch of equally long sequences and the heads of a layer.
+
+    Attributes:
+        batch: Sequences.
+        context: Tokens that each attends over.
+        q_heads: Query heads.
+        kv_heads: KV heads.
+        head_size: Numbers per head.
+        query_len: Queries of each sequence, its newest tokens.
+    """
 
     batch: int
     context: int
     q_heads: int
     kv_heads: int
     head_size: int
+    query_len: int = 1
 
     def __str__(self) -> str:
         heads = f"{self.q_heads}/{self.kv_heads}/{self.head_size}"
-        return f"{self.batch} x {self.context}, {heads}"
+        return f"{self.batch} x {self.query_len} of {self.context}, {heads}"
 
     @property
     def kv_bytes(self) -> int:
@@ -48,12 +61,12 @@ class Shape:
     @property
     def layers(self) -> int:
         """Layers whose caches together are too large for the L2 cache."""
-        return min(MOST_LAYERS, max(2, triton.cdiv(COLD_BYTES, self.kv_bytes)))
+        return min(MOST_LAYERS, max(2, -(-COLD_BYTES // self.kv_bytes)))
 
     @property
     def layer_numel(self) -> int:
         """Elements set aside for a layer, for pages of any size, tails included."""
-        pages = self.batch * triton.cdiv(self.context, SMALLEST_BLOCK)
+        pages = self.batch * -(-self.context // SMALLEST_BLOCK)
         tail = page.statistics_bytes(self.kv_heads) // DTYPE.itemsize
         slack = 256 * self.batch * self.kv_heads * 2 * self.head_size
         return self.kv_bytes // DTYPE.itemsize + pages * tail + slack
@@ -84,14 +97,18 @@ class Workload:
         self.pool.normal_()
         device = pool.device
         self.query = torch.randn(
-            shape.batch, shape.q_heads, shape.head_size, dtype=DTYPE, device=device
+            shape.batch * shape.query_len,
+            shape.q_heads,
+            shape.head_size,
+            dtype=DTYPE,
+            device=device,
         )
         self.output = torch.empty_like(self.query)
         self.lengths = torch.full(
             (shape.batch,), shape.context, dtype=torch.int32, device=device
         )
         self.evicted = torch.zeros_like(self.lengths)
-        self.query_starts = torch.arange(
+        self.query_starts = shape.query_len * torch.arange(
             shape.batch + 1, dtype=torch.int32, device=device
         )
         self.scale = shape.head_size**-0.5
@@ -133,7 +150,15 @@ class Workload:
         measure: bool = True,
         table: torch.Tensor | None = None,
     ) -> list[Call]:
-        """Return our kernels' calls, one a layer, over a table of their own if None."""
+        """Return our decode kernels' calls, one a layer.
+
+        Args:
+            plan: Layout of the launch.
+            block_size: Tokens per page.
+            token_major: Whether the page is `[token, head]`.
+            measure: Whether statistics are kept.
+            table: Block table, drawn at random if None.
+        """
         shape = self.shape
         if table is None:
             table = self.table(block_size)
@@ -167,6 +192,45 @@ class Workload:
 
         return [call(layer) for layer in range(shape.layers)]
 
+    def prefill_mass(
+        self,
+        plan: PrefillPlan,
+        *,
+        block_size: int = 16,
+        token_major: bool = False,
+        table: torch.Tensor | None = None,
+    ) -> list[Call]:
+        """Return our prompt kernel's calls, one a layer; arguments as of `roco`."""
+        shape = self.shape
+        if table is None:
+            table = self.table(block_size)
+        # any log-sum-exp will do for timing: weights above 1 cost what others do
+        lse = torch.full(
+            (shape.q_heads, shape.batch * shape.query_len),
+            math.log(shape.context),
+            device=self.pool.device,
+        )
+
+        def call(layer: int) -> Call:
+            cache = self.cache(layer, block_size, token_major=token_major, tail=True)
+            statistics = page.statistics_view(cache)
+            statistics.zero_()
+            return lambda: measure_prefill(
+                query=self.query,
+                kv_cache=cache,
+                lse=lse,
+                query_start_loc=self.query_starts,
+                live_table=table,
+                live_lens=self.lengths,
+                evicted_before=self.evicted,
+                statistics=statistics,
+                max_live_tokens=shape.context,
+                plan=plan,
+                scale=self.scale,
+            )
+
+        return [call(layer) for layer in range(shape.layers)]
+
     def flash(
         self, *, block_size: int, token_major: bool, max_splits: int
     ) -> list[Call]:
@@ -187,7 +251,7 @@ class Workload:
         # worked out once a step, for all layers, so it is no part of a layer's time
         metadata = get_scheduler_metadata(
             batch_size=shape.batch,
-            max_seqlen_q=1,
+            max_seqlen_q=shape.query_len,
             max_seqlen_k=shape.context,
             num_heads_q=shape.q_heads,
             num_heads_kv=shape.kv_heads,
@@ -207,7 +271,7 @@ class Workload:
                 q=self.query,
                 k=keys,
                 v=values,
-                max_seqlen_q=1,
+                max_seqlen_q=shape.query_len,
                 cu_seqlens_q=self.query_starts,
                 max_seqlen_k=shape.context,
                 seqused_k=self.lengths,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_roco import policy
 from vllm_roco.kv_cache import page
 
 
@@ -37,8 +38,8 @@ def paged_cache(
             `[head, token]` (LBHNC).
 
     Returns:
-        `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, a view as vLLM binds it.
-        Everything in it, the tails included, is NaN.
+        `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, a view as vLLM binds
+        it. Everything in it, the tails included, is NaN.
     """
     content = 2 * head_size
     raw = num_kv_heads * block_size * content
@@ -133,11 +134,11 @@ def attend(
 
     padded = weights.new_zeros(num_q_heads, query_len, len(blocks) * block_size)
     padded[..., :live_len] = weights
-    mass = padded.view(num_kv_heads, group, query_len, -1, block_size).sum(-1).mean(1)
+    by_group = padded.unflatten(0, (num_kv_heads, group))
     return Attended(
         output=output,
         lse=logits.logsumexp(-1),
-        mass=mass.transpose(0, 1),
+        mass=policy.block_mass(by_group, block_size).transpose(0, 1),
     )
 
 
@@ -161,15 +162,12 @@ def update_statistics(
         block_size: Tokens per block.
     """
     query_len = mass.shape[0]
-    for index, block in enumerate(blocks.tolist()):
-        first_token = index * block_size
-        of_block = mass[:, :, index]
-        entry = statistics[block]
-        if first_token >= live_len - query_len:
-            entry.zero_()
-            entry[:, page.FIRST_POSITION] = first_token + evicted * block_size
-        entry[:, page.MASS_SUM] += of_block.sum(0)
-        entry[:, page.MASS_SQUARES] += of_block.square().sum(0)
-        entry[:, page.MASS_PEAK] = torch.maximum(
-            entry[:, page.MASS_PEAK], of_block.amax(0)
-        )
+    first_token = torch.arange(len(blocks), device=blocks.device) * block_size
+    is_new = first_token >= live_len - query_len
+    # [blocks, num_kv_heads, NUM_FIELDS]
+    entries = statistics[blocks.long()]
+    fresh = entries[is_new]
+    policy.start(fresh, first_token[is_new] + evicted * block_size)
+    entries[is_new] = fresh
+    policy.accumulate(entries, mass.transpose(0, 1))
+    statistics[blocks.long()] = entries

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ragged batches over a cache of which only live tokens are numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_roco import reference
+from vllm_roco.kv_cache import page
+
+
+@dataclass(frozen=True)
+class Heads:
+    q_heads: int
+    kv_heads: int
+    head_size: int
+
+    def __str__(self) -> str:
+        return f"{self.q_heads}/{self.kv_heads}/{self.head_size}"
+
+
+HEADS = [
+    Heads(8, 2, 128),
+    Heads(7, 1, 128),
+    Heads(16, 2, 128),
+    Heads(3, 1, 64),
+    Heads(2, 2, 128),
+    Heads(4, 2, 80),
+    Heads(2, 1, 96),
+    Heads(2, 1, 256),
+    Heads(20, 1, 64),
+]
+
+
+@dataclass
+class PagedCase:
+    """Rows with queries, live tables and statistics, before a step.
+
+    Attributes:
+        query: `[num_queries, q_heads, head_size]`.
+        query_start_loc: `[num_rows + 1]` int32.
+        kv_cache: `[num_blocks, kv_heads, block_size, 2 * head_size]`; NaN wherever no
+            live token lies.
+        live_table: `[num_rows, live_width]` int32.
+        live_lens: `[num_rows]` int32.
+        evicted_before: `[num_rows]` int32.
+        scale: Softmax scale.
+    """
+
+    query: torch.Tensor
+    query_start_loc: torch.Tensor
+    kv_cache: torch.Tensor
+    live_table: torch.Tensor
+    live_lens: torch.Tensor
+    evicted_before: torch.Tensor
+    scale: float
+
+    @classmethod
+    def build(
+        cls,
+        rows: list[tuple[int, int]],
+        heads: Heads,
+        device: torch.device,
+        *,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        token_major: bool = False,
+    ) -> PagedCase:
+        """Build a case, with statistics where a block is older than the step.
+
+        Args:
+            rows: Query length and live length of each row.
+            heads: The heads of the layer.
+            device: Where the tensors go.
+            block_size: Tokens per block.
+            dtype: Element type of query and cache.
+            token_major: Page layout.
+        """
+        generator = torch.Generator().manual_seed(len(rows) + block_size)
+        longest = max(length for _, length in rows)
+        width = -(-longest // block_size) + 1
+        num_blocks = len(rows) * width
+        cache = reference.paged_cache(
+            num_blocks=num_blocks,
+            num_kv_heads=heads.kv_heads,
+            block_size=block_size,
+            head_size=heads.head_size,
+            dtype=dtype,
+            device=device,
+            token_major=token_major,
+        )
+        statistics = page.statistics_view(cache)
+        table = torch.randperm(num_blocks, generator=generator).view(-1, width)
+        for row, (query_len, length) in enumerate(rows):
+            for index in range(-(-length // block_size)):
+                block = table[row, index]
+                count = min(block_size, length - index * block_size)
+                content = torch.randn(
+                    heads.kv_heads, count, 2 * heads.head_size, generator=generator
+                )
+                cache[block, :, :count] = content.to(device, dtype)
+                if index * block_size < length - query_len:
+                    statistics[block] = torch.rand(
+                        heads.kv_heads, page.NUM_FIELDS, generator=generator
+                    ).to(device)
+        starts = torch.tensor([0, *(query_len for query_len, _ in rows)]).cumsum(0)
+        query = torch.randn(
+            int(starts[-1]), heads.q_heads, heads.head_size, generator=generator
+        )
+        return cls(
+            query=query.to(device, dtype),
+            query_start_loc=starts.to(device, torch.int32),
+            kv_cache=cache,
+            live_table=table.to(device, torch.int32),
+            live_lens=torch.tensor(
+                [length for _, length in rows], dtype=torch.int32, device=device
+            ),
+            evicted_before=2 * torch.arange(len(rows), device=device).to(torch.int32),
+            scale=heads.head_size**-0.5,
+        )
+
+    @property
+    def block_size(self) -> int:
+        return self.kv_cache.shape[2]
+
+    @property
+    def statistics(self) -> torch.Tensor:
+        return page.statistics_view(self.kv_cache)
+
+    @property
+    def max_live_tokens(self) -> int:
+        return self.live_table.shape[1] * self.block_size
+
+    def expected(
+        self, *, soft_cap: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> Expected:
+        """Return what a step should leave.
+
+        Args:
+            soft_cap: Bound of the logits' soft cap, 0 for none.
+            dtype: Element type to round to, see `reference.attend`.
+        """
+        output = torch.zeros_like(self.query, dtype=torch.float32)
+        lse = torch.zeros(self.query.shape[1], len(self.query), device=output.device)
+        statistics = self.statistics.clone()
+        starts = self.query_start_loc.tolist()
+        for row, length in enumerate(self.live_lens.tolist()):
+            queries = slice(starts[row], starts[row + 1])
+            if length == 0:
+                continue
+            blocks = self.live_table[row, : -(-length // self.block_size)]
+            attended = reference.attend(
+                query=self.query[queries],
+                kv_cache=self.kv_cache,
+                blocks=blocks,
+                live_len=length,
+                scale=self.scale,
+                soft_cap=soft_cap,
+                dtype=dtype,
+            )
+            output[queries] = attended.output.float()
+            lse[:, queries] = attended.lse
+            reference.update_statistics(
+                statistics=statistics,
+                blocks=blocks,
+                mass=attended.mass,
+                live_len=length,
+                evicted=int(self.evicted_before[row]),
+                block_size=self.block_size,
+            )
+        return Expected(output=output, lse=lse, statistics=statistics)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a step should leave, in float32.
+
+    Attributes:
+        output: `[num_queries, q_heads, head_size]`.
+        lse: `[q_heads, num_queries]`, natural logarithm.
+        statistics: `[num_blocks, kv_heads, NUM_FIELDS]`, NaN where nothing is written.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    statistics: torch.Tensor
+
+
+def assert_as_good_as(
+    got: torch.Tensor, exact: torch.Tensor, low: torch.Tensor, floor: float = 2e-6
+) -> None:
+    """Assert that `got` errs at most twice as much as `low` does.
+
+    Args:
+        got: What a kernel returned.
+        exact: The float32 reference; NaN where nothing may be written.
+        low: The reference rounded to the kernel's element type on its way.
+        floor: Relative error of float32 sums in another order.
+    """
+    assert got.shape == exact.shape
+    torch.testing.assert_close(got.isnan(), exact.isnan())
+    error = (got.float() - exact).nan_to_num().abs().max()
+    allowed = 2 * (low.float() - exact).nan_to_num().abs().max()
+    assert error <= allowed + floor * (1 + exact.nan_to_num().abs().max())
+
+
+def assert_statistics(got: torch.Tensor, exact: torch.Tensor) -> None:
+    """Assert that every field is as exact as float32 sums are."""
+    for field in range(page.NUM_FIELDS):
+        assert_as_good_as(got[..., field], exact[..., field], exact[..., field])
+
+
+def boundary_lengths(block_size: int) -> list[int]:
+    """Return lengths around every boundary of a budget of 4, a stride of 2 blocks."""
+    budget, stride = 4 * block_size, 2 * block_size
+    edges = [1, block_size - 1, block_size, block_size + 1, budget]
+    return [*edges, budget + stride - 1, budget + stride, budget + stride + 1]

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.paged_case import (
+    HEADS,
+    Heads,
+    PagedCase,
+    assert_statistics,
+    boundary_lengths,
+)
+from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill, plan_prefill
+
+
+def check(
+    case: PagedCase, *, soft_cap: float = 0.0, plan: PrefillPlan | None = None
+) -> None:
+    exact = case.expected(soft_cap=soft_cap)
+    measure_prefill(
+        query=case.query,
+        kv_cache=case.kv_cache,
+        lse=exact.lse,
+        query_start_loc=case.query_start_loc,
+        live_table=case.live_table,
+        live_lens=case.live_lens,
+        evicted_before=case.evicted_before,
+        statistics=case.statistics,
+        max_live_tokens=case.max_live_tokens,
+        plan=plan
+        or plan_prefill(head_size=case.query.shape[2], dtype=case.query.dtype),
+        scale=case.scale,
+        soft_cap=soft_cap,
+    )
+    assert_statistics(case.statistics, exact.statistics)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_head_shapes(heads: Heads, device: torch.device) -> None:
+    check(PagedCase.build([(40, 40), (5, 70), (1, 33), (0, 0)], heads, device))
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
+def test_lengths_around_every_boundary(block_size: int, device: torch.device) -> None:
+    """A whole prompt, its last chunk, and a prompt of one token."""
+    rows = [(0, 0)]
+    for length in boundary_lengths(block_size):
+        rows += [(length, length), (min(length, block_size + 1), length), (1, length)]
+    # large tiles: the interpreter takes its time by the program, not by the number
+    plan = PrefillPlan(rows=128, columns=128, num_warps=4, num_stages=2)
+    case = PagedCase.build(rows, Heads(3, 1, 16), device, block_size=block_size)
+    check(case, plan=plan)
+
+
+@pytest.mark.parametrize("token_major", [True, False], ids=["LBNHC", "LBHNC"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_layouts_and_dtypes(
+    token_major: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    case = PagedCase.build(
+        [(90, 150), (17, 17)],
+        Heads(6, 3, 64),
+        device,
+        dtype=dtype,
+        token_major=token_major,
+    )
+    check(case)
+
+
+def test_soft_cap(device: torch.device) -> None:
+    case = PagedCase.build([(30, 90), (17, 17)], Heads(4, 2, 32), device)
+    case.scale *= 20
+    check(case, soft_cap=5.0)
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+@pytest.mark.parametrize("columns", [16, 64])
+def test_tiles(rows: int, columns: int, device: torch.device) -> None:
+    plan = PrefillPlan(rows=rows, columns=columns, num_warps=4, num_stages=2)
+    case = PagedCase.build([(70, 150), (17, 17)], Heads(6, 2, 32), device)
+    check(case, plan=plan)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from vllm_roco import policy, reference
+from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.kv_cache import page
+from vllm_roco.ops.select_victims import (
+    SCORES,
+    first_statistics,
+    select_oldest,
+    select_victims,
+)
+
+BLOCK_SIZE = 16
+Moves = list[list[tuple[int, int]]]
+
+
+@dataclasses.dataclass
+class Group:
+    """A group's layers and the rows that end a step over them.
+
+    Attributes:
+        caches: One a layer.
+        live_table: `[num_rows, width]` int32.
+        steps: Computed tokens of each row, before and after.
+    """
+
+    caches: list[torch.Tensor]
+    live_table: torch.Tensor
+    steps: list[tuple[int, int]]
+    schedule: EvictionSchedule
+
+    @classmethod
+    def build(
+        cls,
+        steps: list[tuple[int, int]],
+        schedule: EvictionSchedule,
+        device: torch.device,
+        *,
+        layers: int = 3,
+        kv_heads: int = 2,
+        distinct: int | None = None,
+    ) -> Group:
+        """Draw statistics at random, of `distinct` different values if given.
+
+        First positions are those of blocks moved about: distinct, in no order.
+        """
+        generator = torch.Generator().manual_seed(len(steps))
+        num_full = [after // BLOCK_SIZE for _, after in steps]
+        width = max(schedule.budget_blocks, *(n + 1 for n in num_full))
+        caches = [
+            reference.paged_cache(
+                num_blocks=len(steps) * width,
+                num_kv_heads=kv_heads,
+                block_size=BLOCK_SIZE,
+                head_size=16,
+                dtype=torch.float16,
+                device=device,
+            )
+            for _ in range(layers)
+        ]
+        table = torch.randperm(len(steps) * width, generator=generator)
+        table = table.view(-1, width)
+        for row, (before, after) in enumerate(steps):
+            live = after // BLOCK_SIZE - schedule.evicted_blocks(before)
+            logical = torch.randperm(after // BLOCK_SIZE, generator=generator)[:live]
+            for cache in caches:
+                drawn = torch.rand(live, kv_heads, page.NUM_FIELDS, generator=generator)
+                if distinct:
+                    drawn = (drawn * distinct).ceil()
+                drawn[..., page.FIRST_POSITION] = logical[:, None] * BLOCK_SIZE
+                page.statistics_view(cache)[table[row, :live]] = drawn.to(device)
+        return cls(caches, table.to(device, torch.int32), steps, schedule)
+
+    def evicted(self, which: int) -> torch.Tensor:
+        return self.int32(
+            [self.schedule.evicted_blocks(step[which]) for step in self.steps]
+        )
+
+    def int32(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.live_table.device)
+
+    def expected(self, config: RocoConfig) -> Moves:
+        """Return each row's moves, as block ids, by the policy in PyTorch."""
+        result: Moves = []
+        for row, (before, after) in enumerate(self.steps):
+            evicted, victims = (
+                self.schedule.evicted_blocks(before),
+                self.schedule.evicted_blocks(after),
+            )
+            places: list[tuple[int, int]] = []
+            if victims > evicted:
+                full = self.live_table[row, : after // BLOCK_SIZE - evicted].long()
+                statistics = [
+                    page.statistics_view(cache)[full] for cache in self.caches
+                ]
+                places = policy.plan_moves(
+                    policy.select_victims(
+                        torch.stack(statistics).transpose(1, 2),
+                        after,
+                        victims - evicted,
+                        BLOCK_SIZE,
+                        config,
+                    ),
+                    self.schedule.budget_blocks,
+                )
+            result.append(self.blocks(row, places))
+        return result
+
+    def blocks(self, row: int, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        ids = self.live_table[row].tolist()
+        return [(ids[source], ids[target]) for source, target in places]
+
+    def run(self, config: RocoConfig, *, slices: int = 2) -> Moves:
+        """Return each row's moves by the kernels, after checking their count."""
+        views = [page.statistics_view(cache) for cache in self.caches]
+        device = self.live_table.device
+        max_moves = self.schedule.budget_blocks
+        moves = torch.full(
+            (len(self.steps), max_moves, 2), -1, dtype=torch.int32, device=device
+        )
+        num_moves = self.int32([-1] * len(self.steps))
+        moved = torch.full((1,), 100, dtype=torch.int64, device=device)
+        outputs = {
+            "live_table": self.live_table,
+            "evicted_before": self.evicted(0),
+            "evicted_after": self.evicted(1),
+            "moves": moves,
+            "num_moves": num_moves,
+            "moved": moved,
+            "budget_blocks": self.schedule.budget_blocks,
+        }
+        if config.measures:
+            select_victims(
+                first_statistics_of_layer=first_statistics(views),
+                stride_statistics_block=views[0].stride(0),
+                num_kv_heads=views[0].shape[1],
+                seq_lens=self.int32([after for _, after in self.steps]),
+                scores=torch.empty(
+                    len(self.steps),
+                    slices,
+                    SCORES,
+                    self.live_table.shape[1],
+                    device=device,
+                ),
+                block_size=BLOCK_SIZE,
+                shield_by_peak=config.shield == "peak",
+                shield_blocks=int(config.shield_ratio * self.schedule.budget_blocks),
+                sink=config.sink,
+                recent=config.recent,
+                **outputs,  # type: ignore[arg-type]
+            )
+        else:
+            select_oldest(
+                sink_blocks=blocks_of(config.sink, BLOCK_SIZE),
+                **outputs,  # type: ignore[arg-type]
+            )
+        counts = num_moves.tolist()
+        assert moved.item() == 100 + sum(counts)
+        for row, count in enumerate(counts):
+            assert (moves[row, count:] == -1).all()
+        return [
+            [(s, t) for s, t in moves[row, :count].tolist()]
+            for row, count in enumerate(counts)
+        ]
+
+
+def options(schedule: EvictionSchedule, **changes: object) -> RocoConfig:
+    sizes = {"budget": schedule.budget, "stride": schedule.stride}
+    return RocoConfig(**{"recent": 16, **sizes, **changes})  # type: ignore[arg-type]
+
+
+SMALL = EvictionSchedule(block_size=BLOCK_SIZE, budget=12 * 16, stride=4 * 16)
+
+
+def steps_of(schedule: EvictionSchedule) -> list[tuple[int, int]]:
+    """Return decode and prompt steps, evicting or not, and a padded row."""
+    edge = schedule.budget + schedule.stride
+    chunk = 2 * schedule.stride + 5
+    return [
+        (0, 0),
+        (edge - 1, edge),
+        (edge - 2, edge - 1),
+        (edge, edge + 1),
+        (edge - 3, edge + chunk),
+        (edge + schedule.stride - 1, edge + schedule.stride),
+        (edge + 7 * schedule.stride - 40, edge + 7 * schedule.stride + 3),
+        (0, edge + schedule.stride),
+    ]
+
+
+@pytest.mark.parametrize("shield", ["peak", "deviation"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
+def test_moves_are_those_of_the_policy(
+    shield: str, ratio: float, device: torch.device
+) -> None:
+    group = Group.build(steps_of(SMALL), SMALL, device)
+    config = options(SMALL, shield=shield, shield_ratio=ratio)
+    expected = group.expected(config)
+    assert any(expected)
+    assert group.run(config) == expected
+
+
+@pytest.mark.parametrize("distinct", [1, 2])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_ties_go_against_the_older_block(
+    distinct: int, ratio: float, device: torch.device
+) -> None:
+    """With equal ages no count differs, so masses of few values tie exactly."""
+    group = Group.build(steps_of(SMALL), SMALL, device, distinct=distinct)
+    config = options(SMALL, shield_ratio=ratio)
+    assert group.run(config) == group.expected(config)
+
+
+def test_heads_without_any_mass(device: torch.device) -> None:
+    group = Group.build(steps_of(SMALL), SMALL, device)
+    for cache in group.caches:
+        page.statistics_view(cache)[..., : page.FIRST_POSITION] = 0
+    config = options(SMALL)
+    assert group.run(config) == group.expected(config)
+
+
+def test_protected_blocks_fill_the_budget(device: torch.device) -> None:
+    """Only the victims themselves are left to choose from."""
+    group = Group.build([(255, 256)], SMALL, device)
+    config = options(SMALL, sink=80, recent=112)
+    assert group.run(config) == group.expected(config)
+
+
+@pytest.mark.parametrize("slices", [1, 3, 5])
+def test_slices_of_the_layers(slices: int, device: torch.device) -> None:
+    group = Group.build(steps_of(SMALL), SMALL, device, layers=4)
+    config = options(SMALL)
+    assert group.run(config, slices=slices) == group.expected(config)
+
+
+def test_large_budget(device: torch.device) -> None:
+    schedule = EvictionSchedule(block_size=BLOCK_SIZE, budget=1024 * 16, stride=256)
+    edge = schedule.budget + schedule.stride
+    group = Group.build([(edge - 1, edge)], schedule, device, layers=1, kv_heads=1)
+    config = options(schedule)
+    assert group.run(config) == group.expected(config)
+
+
+@pytest.mark.parametrize("sink", [0, 16, 40, 192])
+def test_recent_moves_are_those_of_the_policy(sink: int, device: torch.device) -> None:
+    group = Group.build(steps_of(SMALL), SMALL, device)
+    config = options(SMALL, policy="recent", sink=sink, recent=0)
+    expected = [
+        group.blocks(
+            row,
+            policy.plan_recent_moves(
+                SMALL.evicted_blocks(before),
+                SMALL.evicted_blocks(after),
+                SMALL.budget_blocks,
+                blocks_of(sink, BLOCK_SIZE),
+            )
+            if SMALL.evicted_blocks(after) > SMALL.evicted_blocks(before)
+            else [],
+        )
+        for row, (before, after) in enumerate(group.steps)
+    ]
+    assert group.run(config) == expected

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A `vllm serve` of the test's own, as a user would start it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+START_TIMEOUT = 300
+"""Seconds; on two busy cores the processes of a server take a while to import vLLM."""
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        url: Where it listens.
+        log: The file that it writes to.
+    """
+
+    def __init__(self, url: str, log: Path) -> None:
+        self.url = url
+        self.log = log
+
+    def is_healthy(self) -> bool:
+        """Ask `/health`, which asks the engine."""
+        return httpx.get(f"{self.url}/health", timeout=30).status_code == 200
+
+    def metrics(self) -> dict[str, float]:
+        """Return every sample of `/metrics`, summed over its labels, by name."""
+        response = httpx.get(f"{self.url}/metrics", timeout=30)
+        response.raise_for_status()
+        values: dict[str, float] = {}
+        for family in text_string_to_metric_families(response.text):
+            for sample in family.samples:
+                values[sample.name] = values.get(sample.name, 0) + sample.value
+        return values
+
+
+@contextlib.contextmanager
+def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Server]:
+    """Start a server on a free port, and stop it at the end.
+
+    Args:
+        model: A Hugging Face folder.
+        arguments: Of `vllm serve`, after the model.
+        log: A file for what it writes.
+
+    Raises:
+        RuntimeError: It ended, or did not answer in time; with the end of its log.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # bound threads crawl where anything else uses their core
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    command = Path(sys.executable).with_name("vllm")
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [command, "serve", model, "--port", str(port), *arguments],
+            env=os.environ | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log)
+
+    def answers() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"vllm serve ended:\n{log.read_text()[-4000:]}")
+        with contextlib.suppress(httpx.TransportError):
+            return server.is_healthy()
+        return False
+
+    try:
+        if not eventually(answers, START_TIMEOUT):
+            raise RuntimeError(f"no answer from vllm serve:\n{log.read_text()[-4000:]}")
+        yield server
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def eventually(holds: Callable[[], bool], timeout: float) -> bool:
+    """Wait until something holds; return whether it did within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

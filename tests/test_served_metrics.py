@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The proof that the budget acts, as a user gets it: from a server and from `LLM`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import requests
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_roco.eviction_schedule import EvictionSchedule
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+
+SCHEDULE = EvictionSchedule(block_size=16, budget=64, stride=32)
+CHUNK = 64
+OPTIONS = {"budget": 64, "stride": 32, "chunk": CHUNK, "sink": 16, "recent": 16}
+
+PROMPT = list(range(100, 140))
+NUM_REQUESTS = 4
+NUM_NEW_TOKENS = 200
+
+# the last token is sampled but never computed
+FREED_PER_REQUEST = SCHEDULE.evicted_blocks(len(PROMPT) + NUM_NEW_TOKENS - 1)
+# two chunks are in flight under asynchronous scheduling
+MOST_TOKENS = 16 * SCHEDULE.max_blocks(2 * CHUNK)
+
+FREED = "vllm:roco_freed_blocks_total"
+MAX = "vllm:roco_max_sequence_kv_tokens"
+PEAK = "vllm:roco_peak_sequence_kv_tokens"
+BUDGET = "vllm:roco_budget_tokens"
+
+START_SECONDS = 600
+
+OFFLINE = """
+import dataclasses, json, sys
+from vllm import LLM, SamplingParams
+from vllm_roco.metrics import get_metrics
+
+def main() -> None:
+    model, options, prompt, requests, new_tokens = map(json.loads, sys.argv[1:])
+    llm = LLM(
+        model,
+        attention_backend="ROCO",
+        additional_config={"roco": options},
+        block_size=16,
+        max_model_len=512,
+        max_num_batched_tokens=512,
+        max_num_seqs=requests,
+        enforce_eager=True,
+    )
+    llm.generate(
+        [{"prompt_token_ids": prompt}] * requests,
+        SamplingParams(max_tokens=new_tokens, ignore_eos=True),
+        use_tqdm=False,
+    )
+    print("METRICS", json.dumps(dataclasses.asdict(get_metrics(llm))))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A `vllm serve` that answers."""
+
+    url: str
+    num_engines: int
+
+    def scrape(self) -> dict[str, list[float]]:
+        """Return {sample name: one value per engine}."""
+        samples: dict[tuple[str, int], float] = {}
+        text = requests.get(f"{self.url}/metrics", timeout=60).text
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                if sample.name.startswith("vllm:roco"):
+                    assert sample.labels["model_name"] == "the-model"
+                    key = sample.name, int(sample.labels["engine"])
+                    assert key not in samples
+                    samples[key] = sample.value
+        return {
+            name: [samples[name, engine] for engine in range(self.num_engines)]
+            for name in (FREED, MAX, PEAK, BUDGET)
+        }
+
+    def complete(self, _: int) -> None:
+        """Generate `NUM_NEW_TOKENS` tokens after `PROMPT`."""
+        response = requests.post(
+            f"{self.url}/v1/completions",
+            json={
+                "model": "the-model",
+                "prompt": PROMPT,
+                "max_tokens": NUM_NEW_TOKENS,
+                "ignore_eos": True,
+                "temperature": 0,
+            },
+            timeout=600,
+        )
+        assert response.json()["usage"]["completion_tokens"] == NUM_NEW_TOKENS
+
+
+@contextlib.contextmanager
+def serving(model: Path, log: Path, *arguments: str) -> Iterator[str]:
+    """Run `vllm serve` and yield its address; show its log if it does not start."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    command = [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--served-model-name=the-model",
+        f"--port={port}",
+        "--host=127.0.0.1",
+        "--attention-backend=ROCO",
+        f"--additional-config={json.dumps({'roco': OPTIONS})}",
+        "--block-size=16",
+        "--max-model-len=512",
+        "--max-num-seqs=4",
+        "--max-num-batched-tokens=256",
+        "--enforce-eager",
+        *arguments,
+    ]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{' '.join(command)} did not start:\n{log.read_text()}")
+            time.sleep(1)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/health", timeout=5).ok
+    except requests.ConnectionError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "num_engines"),
+    [
+        pytest.param(["--disable-log-stats"], 1, id="one-server-without-statistics"),
+        pytest.param(["--api-server-count=2"], 1, id="two-servers"),
+        pytest.param(
+            ["--data-parallel-size=2", "--api-server-count=1"], 2, id="two-engines"
+        ),
+        pytest.param(["--data-parallel-size=2"], 2, id="two-engines-and-two-servers"),
+    ],
+)
+def test_a_server_shows_what_the_budget_does(
+    arguments: list[str],
+    num_engines: int,
+    smollm2: Path,
+    tmp_path: Path,
+) -> None:
+    with serving(smollm2, tmp_path / "log", *arguments) as url:
+        server = Server(url, num_engines)
+        zeros = [0] * num_engines
+        budgets = [OPTIONS["budget"]] * num_engines
+        assert server.scrape() == {
+            FREED: zeros,
+            MAX: zeros,
+            PEAK: zeros,
+            BUDGET: budgets,
+        }
+        with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+            done = [pool.submit(server.complete, i) for i in range(NUM_REQUESTS)]
+            held = set()
+            while not all(future.done() for future in done):
+                held.update(server.scrape()[MAX])
+        for future in done:
+            future.result()
+        # each connection may reach another server: all must agree, and at once
+        scrapes = [server.scrape() for _ in range(8)]
+    assert held - {0}
+    assert max(held) <= MOST_TOKENS
+    assert scrapes == [scrapes[0]] * 8
+    assert sum(scrapes[0][FREED]) == NUM_REQUESTS * FREED_PER_REQUEST
+    assert scrapes[0][MAX] == zeros
+    assert OPTIONS["budget"] < max(scrapes[0][PEAK]) <= MOST_TOKENS
+
+
+@pytest.mark.parametrize("multiprocessing", ["0", "1"], ids=["in-process", "processes"])
+def test_an_llm_tells_what_the_budget_did(
+    multiprocessing: str, smollm2: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "offline.py"
+    script.write_text(OFFLINE)
+    arguments = map(
+        json.dumps, (str(smollm2), OPTIONS, PROMPT, NUM_REQUESTS, NUM_NEW_TOKENS)
+    )
+    run = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": multiprocessing},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout
+    (line,) = (line for line in run.stdout.splitlines() if line.startswith("METRICS"))
+    (engine,) = json.loads(line.removeprefix("METRICS"))["engines"]
+    assert engine["engine"] == 0
+    assert engine["budget_tokens"] == OPTIONS["budget"]
+    assert engine["freed_blocks"] == NUM_REQUESTS * FREED_PER_REQUEST
+    assert engine["max_sequence_kv_tokens"] == 0
+    assert OPTIONS["budget"] < engine["peak_sequence_kv_tokens"] <= MOST_TOKENS

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over a bounded KV cache on CUDA.
+
+Decode rows go through a kernel that attends and measures in one pass. Prompt rows go
+through vLLM's FlashAttention over the live table, then through a kernel that adds up
+what the blocks received. The last layer of a group closes the step.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backends.fa_utils import (
+    flash_attn_varlen_func,
+    get_flash_attn_version,
+    reshape_and_cache_flash,
+)
+
+from vllm_roco.attention.cuda_metadata import Decodes, Prefills, RocoCudaMetadata
+from vllm_roco.attention.layers import name_of, refuse_layer
+from vllm_roco.attention.process_config import remember_config
+from vllm_roco.kv_cache.page import statistics_view
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodeScratch
+from vllm_roco.ops.prefill_attention import prefill_attention
+from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.validation import validated_config
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
+
+
+class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
+    """One layer's attention; arguments as in `AttentionImpl`.
+
+    Raises:
+        NotImplementedError: The layer cannot have its cache bounded.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **extra: Any,
+    ) -> None:
+        refuse_layer(
+            alibi_slopes, sliding_window, attn_type, kv_sharing_target_layer_name, extra
+        )
+        vllm_config = remember_config()
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.soft_cap = logits_soft_cap or 0.0
+        self.measures = validated_config(vllm_config).measures
+        # None where FlashAttention does not run: our own kernel attends then
+        self.flash_version: int | None = None
+        dtype = cast("torch.dtype", vllm_config.model_config.dtype)
+        if dtype in (torch.float16, torch.bfloat16):
+            self.flash_version = get_flash_attn_version(head_size=head_size)
+        self.prefill_plan = plan_prefill(head_size=head_size, dtype=dtype)
+        self._cache_key: tuple[int, int] | None = None
+        self._statistics: torch.Tensor | None = None
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the step's keys and values into their slots.
+
+        Args:
+            layer: The vLLM layer.
+            key: `[num_tokens, num_kv_heads, head_size]`, perhaps padded.
+            value: Likewise.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            slot_mapping: `[num_tokens]` int64, -1 for padding.
+        """
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        reshape_and_cache_flash(
+            key,
+            value,
+            keys,
+            values,
+            slot_mapping,
+            self.kv_cache_dtype,
+            layer._k_scale,
+            layer._v_scale,
+        )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: RocoCudaMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the live blocks, measure, and in the last layer evict.
+
+        Args:
+            layer: The vLLM layer.
+            query: `[num_tokens, num_heads, head_size]`.
+            key: Already in the cache, see `do_kv_cache_update`.
+            value: Likewise.
+            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            attn_metadata: The step, or None in profiling runs.
+            output: `[num_tokens, num_heads, head_size]`, written in place.
+            output_scale: Must be None: quantised outputs are not announced.
+            output_block_scale: Likewise.
+        """
+        if attn_metadata is None:
+            return output.fill_(0)
+        statistics = self._bound_statistics(kv_cache) if self.measures else None
+        decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
+        if decodes is not None:
+            self._decode(
+                query, kv_cache, statistics, output, decodes, attn_metadata.scratch
+            )
+        if prefills is not None:
+            self._prefill(query, kv_cache, statistics, output, prefills)
+        if name_of(layer) == attn_metadata.eviction.last_layer:
+            attn_metadata.eviction.close_step(
+                attn_metadata.step, attn_metadata.seq_lens
+            )
+        return output
+
+    def _decode(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        statistics: torch.Tensor | None,
+        output: torch.Tensor,
+        decodes: Decodes,
+        scratch: DecodeScratch,
+    ) -> None:
+        step = decodes.step
+        decode_attention(
+            query=query[: decodes.num_rows],
+            kv_cache=kv_cache,
+            live_table=step.live_table,
+            live_lens=step.live_lens,
+            evicted_before=step.evicted_before,
+            statistics=statistics,
+            output=output[: decodes.num_rows],
+            scratch=scratch,
+            plan=decodes.plan,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+        )
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        statistics: torch.Tensor | None,
+        output: torch.Tensor,
+        prefills: Prefills,
+    ) -> None:
+        tokens = slice(prefills.first_token, prefills.first_token + prefills.num_tokens)
+        query, output = query[tokens], output[tokens]
+        step = prefills.step
+        if self.flash_version is not None:
+            lse = self._flash(query, kv_cache, output, prefills, self.flash_version)
+        else:
+            lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+            prefill_attention(
+                query=query,
+                kv_cache=kv_cache,
+                query_start_loc=prefills.query_start_loc,
+                live_table=step.live_table,
+                live_lens=step.live_lens,
+                output=output,
+                lse=lse,
+                max_query_len=prefills.max_query_len,
+                scale=self.scale,
+                soft_cap=self.soft_cap,
+            )
+        if statistics is not None:
+            measure_prefill(
+                query=query,
+                kv_cache=kv_cache,
+                lse=lse,
+                query_start_loc=prefills.query_start_loc,
+                live_table=step.live_table,
+                live_lens=step.live_lens,
+                evicted_before=step.evicted_before,
+                statistics=statistics,
+                max_live_tokens=prefills.max_live_tokens,
+                plan=self.prefill_plan,
+                scale=self.scale,
+                soft_cap=self.soft_cap,
+            )
+
+    def _flash(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        prefills: Prefills,
+        version: int,
+    ) -> torch.Tensor:
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        lse: torch.Tensor
+        _, lse = flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=values,
+            out=output,
+            cu_seqlens_q=prefills.query_start_loc,
+            max_seqlen_q=prefills.max_query_len,
+            seqused_k=prefills.step.live_lens,
+            max_seqlen_k=prefills.max_live_tokens,
+            softmax_scale=self.scale,
+            causal=True,
+            block_table=prefills.step.live_table,
+            softcap=self.soft_cap,
+            return_softmax_lse=True,
+            fa_version=version,
+        )
+        return lse
+
+    def _bound_statistics(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        # vLLM binds throw-away caches while it profiles, perhaps at the same address
+        key = (kv_cache.data_ptr(), kv_cache.shape[0])
+        if self._statistics is None or self._cache_key != key:
+            self._statistics = statistics_view(kv_cache)
+            self._cache_key = key
+        return self._statistics

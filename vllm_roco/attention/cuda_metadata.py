@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one step means for RoCo's layers on CUDA, in buffers that never move.
+
+A captured graph replays the addresses it was captured with, so everything that changes
+from step to step lies in memory that the builder allocates once, and everything that a
+graph has frozen (grids, splits) depends on the number of rows alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from vllm_roco.attention.cuda_eviction import CudaEviction
+from vllm_roco.attention.layers import LayerGroup, roco_spec
+from vllm_roco.config import blocks_of
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.live_table import build_live_table
+from vllm_roco.validation import validated_config
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What the live-table kernel writes each step; rows as in vLLM's batch.
+
+    Attributes:
+        live_table: `[num_rows, live_width]` int32, block ids.
+        live_lens: `[num_rows]` int32, tokens attended.
+        evicted_before: `[num_rows]` int32, `E` at the start of the step.
+        evicted_after: `[num_rows]` int32, `E` at its end.
+    """
+
+    live_table: torch.Tensor
+    live_lens: torch.Tensor
+    evicted_before: torch.Tensor
+    evicted_after: torch.Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, width: int, device: torch.device) -> StepBuffers:
+        """Allocate for at most `rows` rows of `width` live blocks."""
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(zeros(rows, width), zeros(rows), zeros(rows), zeros(rows))
+
+    def rows(self, start: int, end: int) -> StepBuffers:
+        """Return a range of rows, as views."""
+        return StepBuffers(
+            self.live_table[start:end],
+            self.live_lens[start:end],
+            self.evicted_before[start:end],
+            self.evicted_after[start:end],
+        )
+
+
+@dataclass(frozen=True)
+class Decodes:
+    """The rows with one query each; they come first in the batch.
+
+    Attributes:
+        num_rows: Their number, padding included.
+        step: Their rows of the step's buffers.
+        plan: How the kernels are laid out for so many rows.
+    """
+
+    num_rows: int
+    step: StepBuffers
+    plan: DecodePlan
+
+
+@dataclass(frozen=True)
+class Prefills:
+    """The rows with several queries, behind the decodes.
+
+    Attributes:
+        first_token: Index of their first query among the step's tokens.
+        num_tokens: Their queries.
+        step: Their rows of the step's buffers.
+        query_start_loc: `[num_rows + 1]` int32, counted from `first_token`.
+        max_query_len: Their longest query.
+        max_live_tokens: Bound of the tokens attended.
+    """
+
+    first_token: int
+    num_tokens: int
+    step: StepBuffers
+    query_start_loc: torch.Tensor
+    max_query_len: int
+    max_live_tokens: int
+
+
+@dataclass(frozen=True)
+class RocoCudaMetadata(AttentionMetadata):
+    """One step of one KV cache group.
+
+    Attributes:
+        decodes: The rows with one query, or None.
+        prefills: The rows with more, or None.
+        scratch: Memory that the decode kernels share.
+        seq_lens: `[num_rows]` int32, length of each row after the step.
+        step: The step's buffers, all rows.
+        eviction: Closes the step in the last layer.
+    """
+
+    decodes: Decodes | None
+    prefills: Prefills | None
+    scratch: DecodeScratch
+    seq_lens: torch.Tensor
+    step: StepBuffers
+    eviction: CudaEviction
+
+
+class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
+    """Builds the step's metadata with one kernel; arguments as in the base class."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        spec = roco_spec(kv_cache_spec)
+        layers = LayerGroup(layer_names, vllm_config)
+        config = validated_config(vllm_config)
+        self._schedule = spec.schedule
+        self._num_kv_heads = spec.num_kv_heads
+        self._head_size = spec.head_size
+        self._dtype = spec.dtype
+        properties = torch.cuda.get_device_properties(device)
+        self._num_multiprocessors = properties.multi_processor_count
+        self._capability = (properties.major, properties.minor)
+
+        scheduler = vllm_config.scheduler_config
+        max_model_len = vllm_config.model_config.max_model_len
+        # the warm-up does not go through the scheduler, so a chunk is no bound here
+        self._max_live_tokens = min(
+            max_model_len,
+            self._schedule.max_live_tokens() + scheduler.max_num_batched_tokens,
+        )
+        # a decode starts from what a step leaves and adds one token
+        self._max_decode_tokens = min(
+            max_model_len, self._schedule.max_live_tokens() + 1
+        )
+        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        max_rows = max(scheduler.max_num_seqs, captured)
+        max_blocks = blocks_of(self._max_live_tokens, spec.block_size)
+        self._buffers = StepBuffers.allocate(max_rows, max_blocks, device)
+        self._plans: dict[int, DecodePlan] = {}
+        self._scratch = DecodeScratch.allocate(
+            plans=[(rows, self._plan(rows)) for rows in range(1, max_rows + 1)],
+            num_q_heads=layers.num_heads,
+            head_size=spec.head_size,
+            block_size=spec.block_size,
+            max_live_tokens=self._max_decode_tokens,
+            measure=config.measures,
+            device=device,
+        )
+        self._eviction = CudaEviction(
+            layers,
+            spec,
+            config,
+            max_rows=max_rows,
+            max_blocks=max_blocks,
+            device=device,
+        )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> RocoCudaMetadata:
+        """Work out the live tables and `E` on the device, without a host read."""
+        common = common_attn_metadata
+        schedule = self._schedule
+        num_rows = common.num_reqs
+        step = self._buffers.rows(0, num_rows)
+        build_live_table(
+            block_table=common.block_table_tensor,
+            seq_lens=common.seq_lens,
+            query_start_loc=common.query_start_loc,
+            live_table=step.live_table,
+            live_lens=step.live_lens,
+            evicted_before=step.evicted_before,
+            evicted_after=step.evicted_after,
+            budget_blocks=schedule.budget_blocks,
+            stride_blocks=schedule.stride_blocks,
+            block_size=schedule.block_size,
+        )
+        num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
+            split_decodes_and_prefills(common)
+        )
+        decodes = prefills = None
+        if num_decodes:
+            decodes = Decodes(
+                num_rows=num_decodes,
+                step=step.rows(0, num_decodes),
+                plan=self._plan(num_decodes),
+            )
+        if num_prefills:
+            start = common.query_start_loc[num_decodes : num_rows + 1]
+            longest = schedule.max_live_tokens() + common.max_query_len
+            prefills = Prefills(
+                first_token=num_decode_tokens,
+                num_tokens=num_prefill_tokens,
+                step=step.rows(num_decodes, num_rows),
+                query_start_loc=start - num_decode_tokens if num_decodes else start,
+                max_query_len=common.max_query_len,
+                max_live_tokens=min(common.max_seq_len, longest),
+            )
+        return RocoCudaMetadata(
+            decodes=decodes,
+            prefills=prefills,
+            scratch=self._scratch,
+            seq_lens=common.seq_lens,
+            step=step,
+            eviction=self._eviction,
+        )
+
+    def _plan(self, num_rows: int) -> DecodePlan:
+        plan = self._plans.get(num_rows)
+        if plan is None:
+            plan = self._plans[num_rows] = plan_decode(
+                num_rows=num_rows,
+                num_kv_heads=self._num_kv_heads,
+                head_size=self._head_size,
+                max_live_tokens=self._max_decode_tokens,
+                dtype=self._dtype,
+                num_multiprocessors=self._num_multiprocessors,
+                capability=self._capability,
+            )
+        return plan

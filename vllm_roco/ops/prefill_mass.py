@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention mass that a prompt's queries give to every live block.
+
+Attention itself is FlashAttention's, which keeps no weights. From its log-sum-exp the
+weights are recomputed here, summed over the tokens of each block, averaged over the
+query heads of a group and only then squared. A program owns a run of blocks of one
+(row, kv head) and goes through the row's queries in order, so each block has one writer
+and the sums are the same in every run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "stride_lse_head"])
+def _prefill_mass_kernel(
+    query_ptr,  # [num_queries, num_q_heads, head_size]
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    lse_ptr,  # [num_q_heads, num_queries] float32, natural logarithm
+    query_start_loc_ptr,  # [num_rows + 1] int32
+    live_table_ptr,  # [num_rows, live_width] int32
+    live_lens_ptr,  # [num_rows] int32
+    evicted_before_ptr,  # [num_rows] int32
+    statistics_ptr,  # [num_blocks, num_kv_heads, NUM_FIELDS] float32
+    logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
+    soft_cap,
+    stride_query_token,
+    stride_query_head,
+    stride_cache_block,
+    stride_cache_head,
+    stride_cache_token,
+    stride_lse_head,
+    stride_table_row,
+    stride_statistics_block,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    kv_head = tl.program_id(0).to(tl.int64)
+    first_index = tl.program_id(1) * BLOCKS
+    row = tl.program_id(2).to(tl.int64)
+
+    length = tl.load(live_lens_ptr + row)
+    if first_index * BLOCK_SIZE >= length:
+        return
+    query_start = tl.load(query_start_loc_ptr + row)
+    query_len = tl.load(query_start_loc_ptr + row + 1) - query_start
+    table_ptr = live_table_ptr + row * stride_table_row
+
+    # a block that is no power of two has idle columns behind its last token
+    column = tl.arange(0, BLOCKS * BLOCK_PADDED)
+    offset = column % BLOCK_PADDED
+    token = (first_index + column // BLOCK_PADDED) * BLOCK_SIZE + offset
+    present = (token < length) & (offset < BLOCK_SIZE)
+    block = tl.load(
+        table_ptr + first_index + column // BLOCK_PADDED, mask=present, other=0
+    ).to(tl.int64)
+    dim = tl.arange(0, HEAD_PADDED)
+    # [BLOCKS * BLOCK_PADDED, HEAD_PADDED]
+    keys = tl.load(
+        kv_cache_ptr
+        + kv_head * stride_cache_head
+        + (block * stride_cache_block + offset * stride_cache_token)[:, None]
+        + dim[None, :],
+        mask=present[:, None] & (dim < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+
+    # the heads of a group lie beside each other in the rows, padded to a power of two
+    QUERIES: tl.constexpr = ROWS // GROUP_PADDED
+    member = tl.arange(0, ROWS) % GROUP_PADDED
+    head = kv_head * GROUP + member
+    mass = tl.zeros([BLOCKS], tl.float32)
+    squares = tl.zeros([BLOCKS], tl.float32)
+    peak = tl.zeros([BLOCKS], tl.float32)
+    # the first query that sees the run's first token
+    first_query = tl.maximum(first_index * BLOCK_SIZE - (length - query_len), 0)
+    for start in tl.range(first_query, query_len, QUERIES):
+        number = start + tl.arange(0, ROWS) // GROUP_PADDED
+        valid = (number < query_len) & (member < GROUP)
+        query_token = (query_start + number).to(tl.int64)
+        # [ROWS, HEAD_PADDED]
+        query = tl.load(
+            query_ptr
+            + (query_token * stride_query_token + head * stride_query_head)[:, None]
+            + dim[None, :],
+            mask=valid[:, None] & (dim < HEAD_SIZE)[None, :],
+            other=0.0,
+        )
+        lse = tl.load(
+            lse_ptr + head * stride_lse_head + query_token, mask=valid, other=0.0
+        )
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
+        if SOFT_CAP:
+            # tanh, in a form of which neither end overflows
+            growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
+            logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
+        position = length - query_len + number
+        seen = valid[:, None] & present[None, :] & (token[None, :] <= position[:, None])
+        weights = tl.where(seen, tl.exp2(logits - (lse * _LOG2_E)[:, None]), 0.0)
+        by_head = tl.sum(tl.reshape(weights, [ROWS, BLOCKS, BLOCK_PADDED]), 2)
+        by_query = (
+            tl.sum(tl.reshape(by_head, [QUERIES, GROUP_PADDED, BLOCKS]), 1) / GROUP
+        )
+        mass += tl.sum(by_query, 0)
+        squares += tl.sum(by_query * by_query, 0)
+        peak = tl.maximum(peak, tl.max(by_query, 0))
+
+    add_to_statistics(
+        statistics_ptr + kv_head * NUM_FIELDS,
+        stride_statistics_block,
+        table_ptr,
+        first_index + tl.arange(0, BLOCKS),
+        length,
+        query_len,
+        tl.load(evicted_before_ptr + row),
+        mass,
+        squares,
+        peak,
+        BLOCK_SIZE,
+    )
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """How the product of queries and keys is tiled.
+
+    Attributes:
+        rows: Queries times the heads of a group, a power of two of at least 16.
+        columns: Tokens, a power of two of at least 16; a longer block takes its own.
+        num_warps: Warps of a program.
+        num_stages: Tiles of queries in flight, the one being computed included.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def plan_prefill(*, head_size: int, dtype: torch.dtype) -> PrefillPlan:
+    """Choose a tile that fits in shared memory and registers.
+
+    Args:
+        head_size: Numbers per head.
+        dtype: Element type of query and cache.
+    """
+    if dtype.itemsize == 4:
+        # no tensor cores: the product lives in registers
+        return PrefillPlan(rows=32, columns=32, num_warps=4, num_stages=2)
+    stages = 3 if head_size <= 128 else 2
+    return PrefillPlan(rows=64, columns=64, num_warps=4, num_stages=stages)
+
+
+def measure_prefill(
+    *,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    lse: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    live_table: torch.Tensor,
+    live_lens: torch.Tensor,
+    evicted_before: torch.Tensor,
+    statistics: torch.Tensor,
+    max_live_tokens: int,
+    plan: PrefillPlan,
+    scale: float,
+    soft_cap: float = 0.0,
+) -> None:
+    """Add the attention mass of a step's prompt rows to the statistics.
+
+    Args:
+        query: `[num_queries, num_q_heads, head_size]`; last dimension contiguous.
+        kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V;
+            last dimension contiguous. Tokens beyond a row's length are not read.
+        lse: `[num_q_heads, num_queries]` float32, natural logarithm, as FlashAttention
+            returns it; last dimension contiguous.
+        query_start_loc: `[num_rows + 1]` int32, first query of each row in `query`.
+        live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
+        live_lens: `[num_rows]` int32, the step's tokens included.
+        evicted_before: `[num_rows]` int32, `E` at the start of the step.
+        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, updated in place.
+        max_live_tokens: Bound of `live_lens`, known on the host.
+        plan: The launch's tiles, see `plan_prefill`.
+        scale: Softmax scale.
+        soft_cap: Bound of the logits' soft cap, 0 for none.
+    """
+    _, num_q_heads, head_size = query.shape
+    _, num_kv_heads, block_size, _ = kv_cache.shape
+    num_rows = live_lens.shape[0]
+    group = num_q_heads // num_kv_heads
+    group_padded = triton.next_power_of_2(group)
+    block_padded = triton.next_power_of_2(block_size)
+    blocks = max(1, plan.columns // block_padded)
+    max_blocks = triton.cdiv(max_live_tokens, block_size)
+    _prefill_mass_kernel[(num_kv_heads, triton.cdiv(max_blocks, blocks), num_rows)](
+        query_ptr=query,
+        kv_cache_ptr=kv_cache,
+        lse_ptr=lse,
+        query_start_loc_ptr=query_start_loc,
+        live_table_ptr=live_table,
+        live_lens_ptr=live_lens,
+        evicted_before_ptr=evicted_before,
+        statistics_ptr=statistics,
+        logit_scale=scale if soft_cap else scale * math.log2(math.e),
+        soft_cap=soft_cap,
+        stride_query_token=query.stride(0),
+        stride_query_head=query.stride(1),
+        stride_cache_block=kv_cache.stride(0),
+        stride_cache_head=kv_cache.stride(1),
+        stride_cache_token=kv_cache.stride(2),
+        stride_lse_head=lse.stride(0),
+        stride_table_row=live_table.stride(0),
+        stride_statistics_block=statistics.stride(0),
+        GROUP=group,
+        GROUP_PADDED=group_padded,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=triton.next_power_of_2(head_size),
+        BLOCK_SIZE=block_size,
+        BLOCK_PADDED=block_padded,
+        BLOCKS=blocks,
+        ROWS=max(plan.rows, group_padded),
+        SOFT_CAP=soft_cap != 0.0,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+    )

@@ -1,0 +1,394 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the blocks that a sequence gives up, and the moves that follow from it.
+
+The arithmetic is `vllm_roco.policy`'s. Two launches: `_score_kernel` reduces the
+statistics of a slice of the layers to each block's largest share in any of their heads;
+`_select_kernel` takes the largest of all slices, shields, picks the victims and writes
+the moves, one program a row. Both return at once where nothing is due, so they may be
+part of every step.
+
+The `k` smallest of a set are found without sorting. A score is not negative, so its
+bits order as an integer does; with the block's first position behind them they form a
+63-bit key that no two blocks share, in which the older of two equal scores is the
+smaller. The k-th smallest key is built bit by bit from counts, exactly and in fixed
+order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_roco.ops.statistics import (
+    FIRST_POSITION,
+    MASS_PEAK,
+    MASS_SQUARES,
+    MASS_SUM,
+    NUM_FIELDS,
+)
+
+# smallest normal float32: keeps a head that nobody listened to from dividing by zero
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_KEY_BITS = tl.constexpr(63)
+# of a block: its largest share of the means, and of the shield's statistic
+SCORES = 2
+_SCORES = tl.constexpr(SCORES)
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "max_blocks", "layers_per_slice"])
+def _score_kernel(
+    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
+    seq_lens_ptr,  # [num_rows] int32
+    live_table_ptr,  # [num_rows, live_width] int32
+    evicted_before_ptr,  # [num_rows] int32
+    evicted_after_ptr,  # [num_rows] int32
+    scores_ptr,  # [num_rows, num_slices, SCORES, max_blocks] float32
+    num_layers,
+    layers_per_slice,
+    stride_table_row,
+    stride_statistics_block,
+    max_blocks,
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHIELD_BY_PEAK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    layer_slice = tl.program_id(1)
+    evicted = tl.load(evicted_before_ptr + row)
+    if tl.load(evicted_after_ptr + row) == evicted:
+        return
+
+    num_tokens = tl.load(seq_lens_ptr + row)
+    index = tl.arange(0, BLOCKS)
+    # shares are taken of all full live blocks, candidates or not
+    full = index < num_tokens // BLOCK_SIZE - evicted
+    block = tl.load(
+        live_table_ptr + row * stride_table_row + index, mask=full, other=0
+    ).to(tl.int64)
+    mean_score = tl.zeros([BLOCKS], tl.float32)
+    shield_score = tl.zeros([BLOCKS], tl.float32)
+    first_layer = layer_slice * layers_per_slice
+    last_layer = tl.minimum(first_layer + layers_per_slice, num_layers)
+    for layer in tl.range(first_layer, last_layer):
+        statistics = tl.load(first_statistics_ptr + layer).to(
+            tl.pointer_type(tl.float32)
+        )
+        for head in tl.range(NUM_KV_HEADS):
+            entry = statistics + block * stride_statistics_block + head * NUM_FIELDS
+            first = tl.load(entry + FIRST_POSITION, mask=full, other=0.0)
+            count = tl.where(full, num_tokens - first, 1.0)
+            mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
+            if SHIELD_BY_PEAK:
+                shield = tl.load(entry + MASS_PEAK, mask=full, other=0.0)
+            else:
+                squares = tl.load(entry + MASS_SQUARES, mask=full, other=0.0) / count
+                shield = tl.sqrt(tl.maximum(squares - mean * mean, 0.0))
+            mean_total = tl.maximum(tl.sum(mean, 0), _TINY)
+            shield_total = tl.maximum(tl.sum(shield, 0), _TINY)
+            mean_score = tl.maximum(mean_score, mean / mean_total)
+            shield_score = tl.maximum(shield_score, shield / shield_total)
+
+    slot = (row * tl.num_programs(1) + layer_slice) * _SCORES * max_blocks
+    tl.store(scores_ptr + slot + index, mean_score, mask=full)
+    tl.store(scores_ptr + slot + max_blocks + index, shield_score, mask=full)
+
+
+@triton.jit
+def _kth_smallest(keys, among, count, KEY_BITS: tl.constexpr):
+    """Return the count-th smallest of the keys in a set, 0 for a count of 0."""
+    found = tl.zeros([], tl.int64)
+    for step in tl.range(KEY_BITS):
+        trial = found | (tl.full([], 1, tl.int64) << (KEY_BITS - 1 - step))
+        below = tl.sum((among & (keys < trial)).to(tl.int32), 0)
+        found = tl.where(below < count, trial, found)
+    return found
+
+
+@triton.jit
+def _age_key(score, first_position):
+    """Return int64 keys in the order of (score, first position); scores >= 0."""
+    bits = score.to(tl.int32, bitcast=True).to(tl.int64)
+    return (bits << 32) | first_position.to(tl.int64)
+
+
+@triton.jit
+def _write_moves(
+    moves_ptr,  # [max_moves, 2] int32, of one row
+    table_ptr,  # [live_width] int32, of one row
+    index,  # [BLOCKS], places in the live table
+    is_source,  # [BLOCKS]
+    is_target,  # [BLOCKS], as many
+):
+    """Write the moves, sources and targets in live order; return how many."""
+    source_rank = tl.cumsum(is_source.to(tl.int32), 0) - 1
+    target_rank = tl.cumsum(is_target.to(tl.int32), 0) - 1
+    block = tl.load(table_ptr + index, mask=is_source | is_target, other=0)
+    tl.store(moves_ptr + 2 * source_rank, block, mask=is_source)
+    tl.store(moves_ptr + 2 * target_rank + 1, block, mask=is_target)
+    return tl.sum(is_source.to(tl.int32), 0)
+
+
+@triton.jit
+def _note_moves(count, row, num_moves_ptr, moved_ptr):
+    tl.store(num_moves_ptr + row, count)
+    if count > 0:
+        tl.atomic_add(moved_ptr, count.to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "max_blocks", "max_moves"])
+def _select_kernel(
+    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
+    scores_ptr,  # [num_rows, num_slices, SCORES, max_blocks] float32
+    seq_lens_ptr,  # [num_rows] int32
+    live_table_ptr,  # [num_rows, live_width] int32
+    evicted_before_ptr,  # [num_rows] int32
+    evicted_after_ptr,  # [num_rows] int32
+    moves_ptr,  # [num_rows, max_moves, 2] int32
+    num_moves_ptr,  # [num_rows] int32
+    moved_ptr,  # [1] int64
+    num_slices,
+    stride_table_row,
+    stride_statistics_block,
+    max_blocks,
+    max_moves,
+    shield_blocks,
+    sink,
+    recent,
+    BUDGET_BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    evicted = tl.load(evicted_before_ptr + row)
+    num_victims = tl.load(evicted_after_ptr + row) - evicted
+    if num_victims == 0:
+        tl.store(num_moves_ptr + row, 0)
+        return
+
+    num_tokens = tl.load(seq_lens_ptr + row)
+    table_ptr = live_table_ptr + row * stride_table_row
+    index = tl.arange(0, BLOCKS)
+    candidate = index < BUDGET_BLOCKS + num_victims
+    block = tl.load(table_ptr + index, mask=candidate, other=0).to(tl.int64)
+    # every head of every layer holds the same first position
+    statistics = tl.load(first_statistics_ptr).to(tl.pointer_type(tl.float32))
+    first = tl.load(
+        statistics + block * stride_statistics_block + FIRST_POSITION,
+        mask=candidate,
+        other=0.0,
+    ).to(tl.int32)
+    mean = tl.zeros([BLOCKS], tl.float32)
+    shield = tl.zeros([BLOCKS], tl.float32)
+    for layer_slice in tl.range(num_slices):
+        slot = scores_ptr + (row * num_slices + layer_slice) * _SCORES * max_blocks
+        mean = tl.maximum(mean, tl.load(slot + index, mask=candidate, other=0.0))
+        shield = tl.maximum(
+            shield, tl.load(slot + max_blocks + index, mask=candidate, other=0.0)
+        )
+
+    in_reach = candidate & (first >= sink) & (first + BLOCK_SIZE <= num_tokens - recent)
+    num_in_reach = tl.sum(in_reach.to(tl.int32), 0)
+    num_exposed = num_in_reach - tl.minimum(shield_blocks, num_in_reach - num_victims)
+    shield_key = _age_key(shield, first)
+    exposed = in_reach & (
+        shield_key <= _kth_smallest(shield_key, in_reach, num_exposed, _KEY_BITS)
+    )
+    mean_key = _age_key(mean, first)
+    victim = exposed & (
+        mean_key <= _kth_smallest(mean_key, exposed, num_victims, _KEY_BITS)
+    )
+
+    in_home = index < BUDGET_BLOCKS
+    count = _write_moves(
+        moves_ptr + row * max_moves * 2,
+        table_ptr,
+        index,
+        candidate & ~in_home & ~victim,
+        victim & in_home,
+    )
+    _note_moves(count, row, num_moves_ptr, moved_ptr)
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "max_moves"])
+def _recent_kernel(
+    live_table_ptr,  # [num_rows, live_width] int32
+    evicted_before_ptr,  # [num_rows] int32
+    evicted_after_ptr,  # [num_rows] int32
+    moves_ptr,  # [num_rows, max_moves, 2] int32
+    num_moves_ptr,  # [num_rows] int32
+    moved_ptr,  # [1] int64
+    stride_table_row,
+    max_moves,
+    BUDGET_BLOCKS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
+    RING_BLOCKS: tl.constexpr,
+    MOVES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    before = tl.load(evicted_before_ptr + row)
+    after = tl.load(evicted_after_ptr + row)
+    table_ptr = live_table_ptr + row * stride_table_row
+    # the newest blocks that the ring behind the sinks holds, of those that are dying
+    first = tl.maximum(BUDGET_BLOCKS + before, SINK_BLOCKS + after)
+    count = tl.where(after > before, tl.maximum(BUDGET_BLOCKS + after - first, 0), 0)
+    _note_moves(count, row, num_moves_ptr, moved_ptr)
+    move = tl.arange(0, MOVES)
+    due = move < count
+    logical = first + move
+    home = SINK_BLOCKS + (logical - SINK_BLOCKS) % RING_BLOCKS
+    pair_ptr = moves_ptr + (row * max_moves + move) * 2
+    source = tl.load(table_ptr + logical - before, mask=due, other=0)
+    target = tl.load(table_ptr + home, mask=due, other=0)
+    tl.store(pair_ptr, source, mask=due)
+    tl.store(pair_ptr + 1, target, mask=due)
+
+
+def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
+    """Return the address of block 0's statistics in every layer.
+
+    Args:
+        statistics: The layers' `[num_blocks, num_kv_heads, NUM_FIELDS]` float32 views,
+            of one group; the addresses are valid while the caches are bound.
+
+    Returns:
+        `[num_layers]` int64 on the views' device.
+    """
+    addresses = [view.data_ptr() for view in statistics]
+    return torch.tensor(addresses, dtype=torch.int64, device=statistics[0].device)
+
+
+def select_victims(
+    *,
+    first_statistics_of_layer: torch.Tensor,
+    stride_statistics_block: int,
+    num_kv_heads: int,
+    seq_lens: torch.Tensor,
+    live_table: torch.Tensor,
+    evicted_before: torch.Tensor,
+    evicted_after: torch.Tensor,
+    scores: torch.Tensor,
+    moves: torch.Tensor,
+    num_moves: torch.Tensor,
+    moved: torch.Tensor,
+    budget_blocks: int,
+    block_size: int,
+    shield_by_peak: bool,
+    shield_blocks: int,
+    sink: int,
+    recent: int,
+) -> None:
+    """Write the moves that close the step, for `policy="roco"`.
+
+    Args:
+        first_statistics_of_layer: `[num_layers]` int64, see `first_statistics`.
+        stride_statistics_block: Float32 numbers from one block's statistics to the
+            next's, the same in all layers.
+        num_kv_heads: KV heads of a layer on this rank.
+        seq_lens: `[num_rows]` int32, computed tokens after the step.
+        live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
+        evicted_before: `[num_rows]` int32, `E` at the start of the step.
+        evicted_after: `[num_rows]` int32, `E` at its end.
+        scores: `[num_rows, num_slices, SCORES, max_blocks]` float32 scratch,
+            contiguous; `max_blocks` bounds a row's full live blocks, and the layers are
+            shared out among the slices.
+        moves: `[num_rows, max_moves, 2]` int32, contiguous, output: source and
+            destination block of each move.
+        num_moves: `[num_rows]` int32, output.
+        moved: `[1]` int64, to which the moves are added.
+        budget_blocks: `B`, the blocks of the home.
+        block_size: Tokens per block.
+        shield_by_peak: Whether the peak shields, not the deviation.
+        shield_blocks: Blocks shielded, cut where too few victims would remain.
+        sink: First tokens that are never evicted.
+        recent: Newest tokens that are never evicted.
+    """
+    num_rows, num_slices, _, max_blocks = scores.shape
+    num_layers = first_statistics_of_layer.shape[0]
+    blocks = max(16, triton.next_power_of_2(max_blocks))
+    num_warps = min(8, max(1, blocks // 128))
+    _score_kernel[(num_rows, num_slices)](
+        first_statistics_ptr=first_statistics_of_layer,
+        seq_lens_ptr=seq_lens,
+        live_table_ptr=live_table,
+        evicted_before_ptr=evicted_before,
+        evicted_after_ptr=evicted_after,
+        scores_ptr=scores,
+        num_layers=num_layers,
+        layers_per_slice=triton.cdiv(num_layers, num_slices),
+        stride_table_row=live_table.stride(0),
+        stride_statistics_block=stride_statistics_block,
+        max_blocks=max_blocks,
+        NUM_KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        BLOCKS=blocks,
+        SHIELD_BY_PEAK=shield_by_peak,
+        num_warps=num_warps,
+    )
+    _select_kernel[(num_rows,)](
+        first_statistics_ptr=first_statistics_of_layer,
+        scores_ptr=scores,
+        seq_lens_ptr=seq_lens,
+        live_table_ptr=live_table,
+        evicted_before_ptr=evicted_before,
+        evicted_after_ptr=evicted_after,
+        moves_ptr=moves,
+        num_moves_ptr=num_moves,
+        moved_ptr=moved,
+        num_slices=num_slices,
+        stride_table_row=live_table.stride(0),
+        stride_statistics_block=stride_statistics_block,
+        max_blocks=max_blocks,
+        max_moves=moves.shape[1],
+        shield_blocks=shield_blocks,
+        sink=sink,
+        recent=recent,
+        BUDGET_BLOCKS=budget_blocks,
+        BLOCK_SIZE=block_size,
+        BLOCKS=blocks,
+        num_warps=num_warps,
+    )
+
+
+def select_oldest(
+    *,
+    live_table: torch.Tensor,
+    evicted_before: torch.Tensor,
+    evicted_after: torch.Tensor,
+    moves: torch.Tensor,
+    num_moves: torch.Tensor,
+    moved: torch.Tensor,
+    budget_blocks: int,
+    sink_blocks: int,
+) -> None:
+    """Write the moves that close the step, for `policy="recent"`.
+
+    Args:
+        live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
+        evicted_before: `[num_rows]` int32, `E` at the start of the step.
+        evicted_after: `[num_rows]` int32, `E` at its end.
+        moves: `[num_rows, max_moves, 2]` int32, contiguous, output: source and
+            destination block of each move.
+        num_moves: `[num_rows]` int32, output.
+        moved: `[1]` int64, to which the moves are added.
+        budget_blocks: `B`, the blocks of the home.
+        sink_blocks: First blocks that are never evicted, at most `B`.
+    """
+    num_rows, max_moves, _ = moves.shape
+    _recent_kernel[(num_rows,)](
+        live_table_ptr=live_table,
+        evicted_before_ptr=evicted_before,
+        evicted_after_ptr=evicted_after,
+        moves_ptr=moves,
+        num_moves_ptr=num_moves,
+        moved_ptr=moved,
+        stride_table_row=live_table.stride(0),
+        max_moves=max_moves,
+        BUDGET_BLOCKS=budget_blocks,
+        SINK_BLOCKS=sink_blocks,
+        # without a ring nothing is ever due
+        RING_BLOCKS=max(1, budget_blocks - sink_blocks),
+        MOVES=triton.next_power_of_2(max_moves),
+        num_warps=1,
+    )

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a kernel adds what it has measured to the statistics in the pages."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_roco.kv_cache import page
+
+NUM_FIELDS = tl.constexpr(page.NUM_FIELDS)
+MASS_SUM = tl.constexpr(page.MASS_SUM)
+MASS_SQUARES = tl.constexpr(page.MASS_SQUARES)
+MASS_PEAK = tl.constexpr(page.MASS_PEAK)
+FIRST_POSITION = tl.constexpr(page.FIRST_POSITION)
+
+
+@triton.jit
+def add_to_statistics(
+    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
+    stride_statistics_block,
+    table_ptr,  # [live_width] int32, the live table of one row
+    index,  # [N], places in the live table
+    length,  # live tokens, the step's own included
+    query_len,
+    evicted,  # E at the start of the step
+    mass,  # [N] float32, summed over the step's queries
+    squares,  # [N] float32, likewise
+    peak,  # [N] float32, the largest of a single query
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Add one step's attention mass to live blocks; the caller is their one writer.
+
+    Places behind the last live block are left out.
+    """
+    live = index * BLOCK_SIZE < length
+    block = tl.load(table_ptr + index, mask=live, other=0).to(tl.int64)
+    field = tl.arange(0, NUM_FIELDS)[None, :]
+    # [N, NUM_FIELDS]
+    entry = statistics_ptr + block[:, None] * stride_statistics_block + field
+    before = tl.load(entry, mask=live[:, None], other=0.0)
+
+    first_position = ((index + evicted) * BLOCK_SIZE).to(tl.float32)
+    fresh = tl.where(field == MASS_SUM, mass[:, None], squares[:, None])
+    fresh = tl.where(field == MASS_PEAK, peak[:, None], fresh)
+    fresh = tl.where(field == FIRST_POSITION, first_position[:, None], fresh)
+    grown = tl.where(field == MASS_PEAK, tl.maximum(before, fresh), before + fresh)
+    grown = tl.where(field == FIRST_POSITION, before, grown)
+    # a block whose first token is this step's still holds what its last owner left
+    is_new = index * BLOCK_SIZE >= length - query_len
+    tl.store(entry, tl.where(is_new[:, None], fresh, grown), mask=live[:, None])
