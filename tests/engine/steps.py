@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,18 +17,27 @@ from tests.oracle import Options
 from vllm_roco.kv_cache.page import page_view
 
 
+@dataclass(frozen=True)
+class Preemption:
+    """A running request that loses its blocks, with its lengths at that moment."""
+
+    request_id: str
+    num_prompt_tokens: int
+    num_computed_tokens: int
+
+
 @dataclass
 class Steps:
     """What a recording saw.
 
     Attributes:
         scheduled: Per step, the tokens scheduled for each request id.
-        num_preemptions: Per request id.
+        preemptions: In the order in which they happened.
         peak_held_blocks: The most blocks that the manager held for one request.
     """
 
     scheduled: list[dict[str, int]] = field(default_factory=list)
-    num_preemptions: Counter[str] = field(default_factory=Counter)
+    preemptions: list[Preemption] = field(default_factory=list)
     peak_held_blocks: int = 0
 
 
@@ -53,7 +61,13 @@ def recorded_steps(engine: Engine) -> Iterator[Steps]:
         return output
 
     def record_preemption(request: Any, *args: Any, **kwargs: Any) -> None:
-        steps.num_preemptions[request.request_id] += 1
+        steps.preemptions.append(
+            Preemption(
+                request.request_id,
+                request.num_prompt_tokens,
+                request.num_computed_tokens,
+            )
+        )
         preempt(request, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -84,7 +84,7 @@ def check_poisoned_run(
     with audited_manager(engine) as steps, poisoned_free_blocks(engine):
         tokens = engine.generate(PROMPTS, NUM_NEW)
     assert tokens == expected
-    assert bool(steps.num_preemptions) == bool(pool), "the pool has the wrong size"
+    assert bool(steps.preemptions) == bool(pool), "the pool has the wrong size"
     assert engine.manager.num_freed_blocks > 0
     assert SMALL_BUDGET.budget_blocks < steps.peak_held_blocks <= bound
     assert engine.num_lost_blocks == 0

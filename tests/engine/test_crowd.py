@@ -41,13 +41,20 @@ def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
 
     with (
         running_engine(
-            tiny_llama, SMALL_BUDGET, **TIGHT, num_gpu_blocks_override=30
+            tiny_llama, SMALL_BUDGET, **TIGHT, num_gpu_blocks_override=38
         ) as engine,
         recorded_steps(engine) as steps,
         recorded_kept_blocks(engine) as kept_preempted,
     ):
-        preempted = engine.generate(PROMPTS, NUM_NEW)
+        # the newest request is preempted, here a long one
+        preempted = engine.generate(PROMPTS[::-1], NUM_NEW)
         assert engine.num_lost_blocks == 0
-    assert len(steps.num_preemptions) >= 2, "too few requests were preempted to tell"
+    # tokens that were generated one by one come again in chunks, and evict again
+    assert any(
+        SMALL_BUDGET.evicted_blocks(preemption.num_computed_tokens)
+        - SMALL_BUDGET.evicted_blocks(preemption.num_prompt_tokens)
+        > SMALL_BUDGET.stride_blocks
+        for preemption in steps.preemptions
+    ), "no request was preempted late enough to tell"
     assert kept_preempted == kept_alone
-    assert preempted == alone
+    assert preempted == alone[::-1]
