@@ -1,28 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`demo.sh` as its user meets it: as a command, with its output and what it leaves."""
+"""`demo.sh` from end to end, as its user meets it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tools.demo.errors import DemoError
-from tools.demo.measured import find_sequence, read_trace
-from tools.demo.options import port_trouble
+from tests.tools.demo_command import DEMO, assert_nothing_is_left, run_demo
 
-DEMO = Path(__file__).parents[2] / "demo.sh"
-HOST = "127.0.0.1"
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
 BUDGET, STRIDE, CHUNK, BLOCK_SIZE = 192, 64, 64, 16
 PROMPT_TOKENS, GENERATIONS, TOKENS = 512, 2, 192
@@ -37,54 +30,13 @@ SMALL = [
 
 ROW = re.compile(
     r"^ +(?P<name>passkey|generation \d) +(?P<read>\S+) +(?P<written>\S+)"
-    r" +(?P<held>\S+) +(?P<full>\S+) +\d+% +(?P<freed>\S+) +(?P<answer>\S+)"
-    r" +(?P<speed>\S+)",
+    r" +(?P<held>\S+) +(?P<full>\S+) +\d+%"
+    r" +(?P<freed>\S+) +(?P<answer>\S+) +(?P<speed>\S+)",
     re.MULTILINE,
 )
-FOOTER = re.compile(
-    r"^ +all, by /metrics +(?P<held>\S+) +(?P<freed>\S+) *$", re.MULTILINE
-)
+FOOTER = re.compile(r"^ +by /metrics +(?P<held>\S+) +(?P<freed>\S+) *$", re.MULTILINE)
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as chosen:
-        chosen.bind((HOST, 0))
-        return int(chosen.getsockname()[1])
-
-
-@pytest.fixture
-def environment(tmp_path: Path) -> dict[str, str]:
-    """This Python, and a folder of its own for temporary files."""
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    return os.environ | {
-        "ROCO_PYTHON": sys.executable,
-        "TMPDIR": str(scratch),
-        "COLUMNS": "160",
-    }
-
-
-def run_demo(
-    arguments: Sequence[str], environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [DEMO, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
-def assert_nothing_is_left(environment: dict[str, str], port: int) -> None:
-    assert list(Path(environment["TMPDIR"]).iterdir()) == []
-    assert port_trouble(port) is None
-
-
-@pytest.mark.engine
-@pytest.mark.usefixtures("engine_lock")
 def test_table_and_picture(
     smollm2: Path, environment: dict[str, str], port: int, tmp_path: Path
 ) -> None:
@@ -129,8 +81,6 @@ def test_table_and_picture(
     assert_nothing_is_left(environment, port)
 
 
-@pytest.mark.engine
-@pytest.mark.usefixtures("engine_lock")
 def test_interrupt_leaves_nothing(
     smollm2: Path, environment: dict[str, str], port: int
 ) -> None:
@@ -162,105 +112,3 @@ def test_interrupt_leaves_nothing(
     _, alive = psutil.wait_procs(started, timeout=5)
     assert alive == []
     assert_nothing_is_left(environment, port)
-
-
-@pytest.mark.engine
-@pytest.mark.usefixtures("engine_lock")
-def test_failing_server_shows_its_log(
-    smollm2: Path, environment: dict[str, str], port: int, tmp_path: Path
-) -> None:
-    done = run_demo(
-        [*SMALL, "--model", str(smollm2), "--port", str(port)]
-        + ["--picture", str(tmp_path / "kv.png"), "--", "--max-model-len", "99999999"],
-        environment,
-    )
-
-    log = tmp_path / "server.log"
-    assert done.returncode == 1
-    assert "max_model_len (99999999)" in log.read_text()
-    assert "max_model_len (99999999)" in done.stdout
-    assert done.stderr.startswith("error: the server ended by itself, with status 1.")
-    assert str(log) in done.stderr
-    assert_nothing_is_left(environment, port)
-
-
-@contextlib.contextmanager
-def listening(port: int) -> Iterator[None]:
-    with socket.create_server((HOST, port)):
-        yield
-
-
-def test_busy_port_is_told_at_once(environment: dict[str, str], port: int) -> None:
-    with listening(port):
-        done = run_demo(["--port", str(port)], environment)
-
-    assert done.returncode == 2
-    assert (
-        f"port {port} of {HOST} cannot be used: Address already in use. Choose another "
-        "one with --port." in done.stderr
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--budget", "500"], "budget = 500 is not a multiple of the block size (16"),
-        (["--stride", "0"], "stride = 0 is not allowed"),
-        (["--model", "./nowhere"], "--model ./nowhere is not the folder of a model"),
-        (["--port", "0"], "'0' is not a port, 1 to 65535"),
-        (["--tokens", "-1"], "'-1' is not a whole number above 0"),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)
-def test_wrong_argument_is_told_at_once(
-    arguments: list[str], message: str, environment: dict[str, str], port: int
-) -> None:
-    done = run_demo(["--port", str(port), *arguments], environment)
-
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_missing_python_is_named(tmp_path: Path) -> None:
-    for name in ("bash", "dirname"):
-        (tmp_path / name).symlink_to(shutil.which(name) or pytest.fail(name))
-
-    none = run_demo([], {"PATH": str(tmp_path)})
-    wrong = run_demo([], os.environ | {"ROCO_PYTHON": "/no/python"})
-
-    assert none.returncode == wrong.returncode == 1
-    assert "found no Python 3.11 to 3.14" in none.stderr
-    assert "ROCO_PYTHON=/no/python is not a program" in wrong.stderr
-
-
-def test_help_needs_no_environment(tmp_path: Path) -> None:
-    done = run_demo(["--help"], os.environ | {"ROCO_PYTHON": sys.executable})
-
-    assert done.returncode == 0
-    assert done.stderr == ""
-    assert "--budget" in done.stdout
-    assert "--enforce-eager" in done.stdout
-
-
-def test_trace_is_read_by_request(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.jsonl"
-    trace.write_text(
-        '{"time": 1.0, "step": 0, "request": "a-0", "computed_tokens": 17, '
-        '"held_blocks": 2}\n'
-        '{"time": 1.0, "step": 0, "request": "b-0", "computed_tokens": 16, '
-        '"held_blocks": 1}\n'
-        '{"time": 2.0, "step": 1, "request": "a-0", "computed_tokens": 33, '
-        '"held_blocks": 1}\n'
-    )
-
-    sequences = read_trace(trace, block_size=16)
-
-    first = find_sequence(sequences, "a")
-    assert first.times == [1.0, 2.0]
-    assert first.held_tokens == [32, 16]
-    assert first.full_tokens == [32, 48]
-    assert first.freed_blocks == 2
-    assert find_sequence(sequences, "b").freed_blocks == 0
-    with pytest.raises(DemoError, match="0 requests named c"):
-        find_sequence(sequences, "c")

@@ -47,7 +47,7 @@ def ask(
     url: str,
     model: str,
     prompts: Sequence[Prompt],
-    on_token: Callable[[Prompt], None],
+    on_token: Callable[[Prompt], None] = lambda prompt: None,
 ) -> list[Answer]:
     """Send all prompts at once and return the answers in the same order.
 

@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         help="length of the prompt that hides a passkey",
     )
     add("--generations", type=_positive, default=3, help="concurrent long generations")
-    add("--tokens", type=_positive, default=640, help="tokens each of them writes")
+    add("--tokens", type=_several, default=640, help="tokens each of them writes")
     add(
         "--picture",
         type=Path,
@@ -185,6 +185,13 @@ class _HelpFormatter(
 def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _several(text: str) -> int:
+    # one token has no speed
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 1")
     return int(text)
 
 

@@ -31,13 +31,27 @@ class Prompt:
     passkey: Passkey | None = None
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What is sent, in this order; the generations at once.
+
+    Attributes:
+        warm_up: Short, so that what the server compiles on first use is not timed.
+        passkey: The number hidden in a long text.
+        generations: Continue the text of the project's license, cut at different
+            lengths up to the budget: what they give back, they give back while they
+            write.
+    """
+
+    warm_up: Prompt
+    passkey: Prompt
+    generations: list[Prompt]
+
+
 def build_prompts(
     model: str, *, prompt_tokens: int, generations: int, tokens: int, budget: int
-) -> tuple[Prompt, list[Prompt]]:
-    """Return the passkey prompt and the long generations.
-
-    The generations continue the text of the project's license, cut at different lengths
-    up to the budget: what they give back, they give back while they write.
+) -> Prompts:
+    """Return the prompts, as the model's tokenizer encodes them.
 
     Raises:
         DemoError: `prompt_tokens` is too short for the passkey task, or the model's
@@ -53,9 +67,10 @@ def build_prompts(
     except (OSError, ValueError) as error:
         raise DemoError(str(error)) from error
     text = tokenizer(_LICENSE.read_text(encoding="utf-8"))["input_ids"]
-    return (
-        Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, passkey),
-        [
+    return Prompts(
+        warm_up=Prompt("warm-up", text[:32], max_tokens=4),
+        passkey=Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, passkey),
+        generations=[
             Prompt(
                 f"generation {number}",
                 text[: max(1, budget * number // generations)],

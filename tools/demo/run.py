@@ -48,9 +48,10 @@ def run(options: Options) -> None:
         model = options.model
     _say(console, model)
 
-    # the server's temporary files go with the folder, however it ends
+    # the server's temporary files go with the folder, however it ends; a short name,
+    # because paths of the sockets among them may have about 100 characters
     with tempfile.TemporaryDirectory(
-        prefix="roco-demo-", ignore_cleanup_errors=True
+        prefix="roco-", ignore_cleanup_errors=True
     ) as scratch:
         _serve_and_show(console, options, model, gpu, Path(scratch))
     _show_own_use(console)
@@ -81,7 +82,7 @@ def _serve_and_show(
             command, environment | {"TMPDIR": str(scratch)}, url, log
         ) as server:
             with waiting(console, "starting"):
-                first, generations = build_prompts(
+                prompts = build_prompts(
                     model,
                     prompt_tokens=options.prompt_tokens,
                     generations=options.generations,
@@ -92,8 +93,10 @@ def _serve_and_show(
             _say(console, f"answers on {url} after {time.monotonic() - begin:.0f} s")
 
             _stage(console, 4, "requests")
-            answers = _ask(console, url, model, [first])
-            answers += _ask(console, url, model, generations)
+            with waiting(console, "warming up"):
+                ask(url, model, [prompts.warm_up])
+            answers = _ask(console, url, model, [prompts.passkey])
+            answers += _ask(console, url, model, prompts.generations)
             metrics = scrape(url)
     except DemoError as error:
         raise _with_log(console, error, log, options.picture.parent) from error
