@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,16 @@ for name, value in {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
+from hypothesis import settings  # noqa: E402
 
 from tools.smollm2 import smollm2_path  # noqa: E402
 
-ENGINE_LOCK = Path(tempfile.gettempdir()) / "vllm_roco_engine.lock"
+# a busy machine makes deadlines fail; `--hypothesis-profile=thorough` looks for more
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=2000)
+settings.load_profile("steady")
+
+ENGINE_LOCK = FileLock(Path(tempfile.gettempdir()) / "vllm_roco_engine.lock")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -36,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing is None:
         return
     for item in items:
-        if "gpu" in item.keywords:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=missing))
 
 
@@ -59,8 +65,17 @@ def smollm2() -> Path:
 @pytest.fixture(scope="module")
 def engine_lock() -> Iterator[None]:
     """Held while the module's engines live: two of them share cores and starve."""
-    with FileLock(ENGINE_LOCK):
+    with ENGINE_LOCK:
         yield
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Wait for the engine lock before the test's time limit starts to run."""
+    if "engine_lock" not in getattr(item, "fixturenames", ()):
+        return (yield)
+    with ENGINE_LOCK:
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

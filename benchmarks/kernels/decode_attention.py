@@ -29,7 +29,7 @@ from measuring import copy_bandwidth, environment, interleaved
 from sweep_decode import best_flash
 from workload import DTYPE, SHAPES, Call, Shape, Workload, allocate_pool
 
-from vllm_roco.ops.decode import plan_decode
+from vllm_roco.ops.decode_plan import plan_decode
 
 BLOCK_SIZE = 16
 

@@ -26,7 +26,7 @@ from measuring import Timing, captured, copy_bandwidth, environment, sample
 from triton.runtime.errors import OutOfResources
 from workload import HEADS, SHAPES, Shape, Workload, allocate_pool
 
-from vllm_roco.ops.decode import DecodePlan
+from vllm_roco.ops.decode_plan import DecodePlan
 
 FLASH_BLOCKS = (16, 32, 64, 128, 256)
 # tokens of 128 numbers a head; heads half as large have tiles twice as long

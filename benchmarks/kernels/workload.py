@@ -17,7 +17,8 @@ from measuring import COLD_BYTES
 
 from vllm_roco import reference
 from vllm_roco.kv_cache import page
-from vllm_roco.ops.decode import DecodePlan, DecodeScratch, decode_attention
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
 
 DTYPE = torch.bfloat16

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 
 import pytest
 import torch
 
 from tests.engine.engines import Engine
 from vllm_roco.attention import cpu
+from vllm_roco.attention.cpu_metadata import Sequence
+from vllm_roco.config import RocoConfig
+from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import FIRST_POSITION, page_view, statistics_view
 
 KeptBlocks = dict[tuple[int, ...], dict[int, tuple[int, ...]]]
@@ -45,10 +48,10 @@ class _Recorder:
 
     def evict(
         self,
-        sequence: Any,
-        kv_caches: Sequence[torch.Tensor],
-        schedule: Any,
-        config: Any,
+        sequence: Sequence,
+        kv_caches: SequenceOf[torch.Tensor],
+        schedule: EvictionSchedule,
+        config: RocoConfig,
     ) -> None:
         """Evict, and find every block of the live table by its content before."""
         request_id = self._request_of(int(sequence.live_blocks[0]))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.engine.engines import Engine
+from tests.oracle import Options
 from vllm_roco.kv_cache.page import page_view
 
 
@@ -30,6 +31,12 @@ class Steps:
     scheduled: list[dict[str, int]] = field(default_factory=list)
     num_preemptions: Counter[str] = field(default_factory=Counter)
     peak_held_blocks: int = 0
+
+
+def most_held_blocks(options: Options, steps_in_flight: int) -> int:
+    """Return the design's bound on the blocks that one sequence holds."""
+    in_flight = math.ceil(steps_in_flight * options.chunk / options.block_size)
+    return options.budget_blocks + options.stride_blocks + in_flight + 1
 
 
 @contextlib.contextmanager

@@ -13,26 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.engine.engines import running_engine
-from tests.engine.steps import audited_manager, poisoned_free_blocks
-from tests.engine.tiny_models import random_prompt
-from tests.oracle import Options
+from tests.engine.engines import Engine, running_engine
+from tests.engine.steps import audited_manager, most_held_blocks, poisoned_free_blocks
+from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from vllm_roco.cpu_platform import RocoCpuPlatform
 from vllm_roco.scheduler import RocoAsyncScheduler
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
-OPTIONS = Options(
-    policy="roco",
-    shield="peak",
-    shield_ratio=0.7,
-    budget=96,
-    stride=32,
-    chunk=64,
-    sink=16,
-    recent=32,
-    block_size=16,
-)
 PROMPTS = [
     random_prompt(length, seed=length) for length in (20, 70, 96, 150, 210, 333, 480)
 ]
@@ -43,7 +31,7 @@ SMALL_POOL = dict(num_gpu_blocks_override=40)
 @pytest.fixture(scope="module")
 def expected(tiny_llama: Path, engine_lock: None) -> list[tuple[int, ...]]:
     """What synchronous scheduling says while freed blocks keep what they held."""
-    with running_engine(tiny_llama, OPTIONS) as engine:
+    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
         return engine.generate(PROMPTS, NUM_NEW)
 
 
@@ -69,10 +57,9 @@ class TestPoison:
         tiny_llama: Path,
         expected: list[tuple[int, ...]],
     ) -> None:
-        with running_engine(tiny_llama, OPTIONS, **pool) as engine:
+        with running_engine(tiny_llama, SMALL_BUDGET, **pool) as engine:
             assert engine.core.batch_queue is None
-            # B + S + one chunk + 1
-            check_poisoned_run(engine, expected, bound=6 + 2 + 4 + 1, pool=pool)
+            check_poisoned_run(engine, expected, 1, pool)
 
     def test_asynchronous(
         self,
@@ -81,20 +68,23 @@ class TestPoison:
         expected: list[tuple[int, ...]],
         asynchronous: None,
     ) -> None:
-        with running_engine(tiny_llama, OPTIONS, **pool) as engine:
+        with running_engine(tiny_llama, SMALL_BUDGET, **pool) as engine:
             assert isinstance(engine.scheduler, RocoAsyncScheduler)
             assert engine.core.batch_queue_size == 2
-            # B + S + two chunks + 1
-            check_poisoned_run(engine, expected, bound=6 + 2 + 8 + 1, pool=pool)
+            check_poisoned_run(engine, expected, 2, pool)
 
 
 def check_poisoned_run(
-    engine: Any, expected: list[tuple[int, ...]], bound: int, pool: dict[str, int]
+    engine: Engine,
+    expected: list[tuple[int, ...]],
+    steps_in_flight: int,
+    pool: dict[str, int],
 ) -> None:
+    bound = most_held_blocks(SMALL_BUDGET, steps_in_flight)
     with audited_manager(engine) as steps, poisoned_free_blocks(engine):
         tokens = engine.generate(PROMPTS, NUM_NEW)
     assert tokens == expected
     assert bool(steps.num_preemptions) == bool(pool), "the pool has the wrong size"
     assert engine.manager.num_freed_blocks > 0
-    assert OPTIONS.budget_blocks < steps.peak_held_blocks <= bound
+    assert SMALL_BUDGET.budget_blocks < steps.peak_held_blocks <= bound
     assert engine.num_lost_blocks == 0

@@ -10,22 +10,10 @@ import pytest
 from tests.engine.engines import running_engine
 from tests.engine.kept_blocks import recorded_kept_blocks
 from tests.engine.steps import recorded_steps
-from tests.engine.tiny_models import random_prompt
-from tests.oracle import Options
+from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
-OPTIONS = Options(
-    policy="roco",
-    shield="peak",
-    shield_ratio=0.7,
-    budget=96,
-    stride=32,
-    chunk=64,
-    sink=16,
-    recent=32,
-    block_size=16,
-)
 PROMPTS = [
     random_prompt(length, seed=length) for length in (20, 45, 70, 96, 150, 210, 333)
 ]
@@ -34,7 +22,7 @@ NUM_NEW = 150
 
 def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
     """Seven requests at once need more blocks than the pool of the last run has."""
-    with running_engine(tiny_llama, OPTIONS) as engine:
+    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
         with recorded_kept_blocks(engine) as kept_alone:
             alone = engine.generate_one_by_one(PROMPTS, NUM_NEW)
         with recorded_kept_blocks(engine) as kept_together:
@@ -46,7 +34,7 @@ def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
     assert together == alone
 
     with (
-        running_engine(tiny_llama, OPTIONS, num_gpu_blocks_override=36) as engine,
+        running_engine(tiny_llama, SMALL_BUDGET, num_gpu_blocks_override=36) as engine,
         recorded_steps(engine) as steps,
         recorded_kept_blocks(engine) as kept_preempted,
     ):

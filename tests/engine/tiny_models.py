@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random models of a few thousand weights, one for each kind of decoder."""
+"""Random models of some 100,000 weights, one for each kind of decoder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,22 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.oracle import Options
+
 VOCABULARY = 256
+
+SMALL_BUDGET = Options(
+    policy="roco",
+    shield="peak",
+    shield_ratio=0.7,
+    budget=96,
+    stride=32,
+    chunk=64,
+    sink=16,
+    recent=32,
+    block_size=16,
+)
+"""Evicts first at 128 tokens."""
 
 # weights this large make attention sharp and the text varied; vLLM's own attention
 # for CPUs wants heads of a multiple of 32

@@ -15,12 +15,8 @@ from tests.ops.paged_case import (
     boundary_lengths,
 )
 from vllm_roco.kv_cache import page
-from vllm_roco.ops.decode import (
-    DecodePlan,
-    DecodeScratch,
-    decode_attention,
-    plan_decode,
-)
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
 
 PLAN = DecodePlan(tile=32, splits=3, num_warps=4, num_stages=2, dependent_launch=False)
 

@@ -197,7 +197,9 @@ def steps_of(schedule: EvictionSchedule) -> list[tuple[int, int]]:
 
 @pytest.mark.parametrize("shield", ["peak", "deviation"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
-def test_moves_are_the_policys(shield: str, ratio: float, device: torch.device) -> None:
+def test_moves_are_those_of_the_policy(
+    shield: str, ratio: float, device: torch.device
+) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
     config = options(SMALL, shield=shield, shield_ratio=ratio)
     expected = group.expected(config)
@@ -247,7 +249,7 @@ def test_large_budget(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sink", [0, 16, 40, 192])
-def test_recent_moves_are_the_policys(sink: int, device: torch.device) -> None:
+def test_recent_moves_are_those_of_the_policy(sink: int, device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
     config = options(SMALL, policy="recent", sink=sink, recent=0)
     expected = [

@@ -123,9 +123,16 @@ class RocoBackend(AttentionBackend):
 
         Raises:
             ValueError: The options do not fit the block size.
+            NotImplementedError: Values have another size than keys.
         """
         if type(spec) is not FullAttentionSpec:
             return spec
+        if spec.head_size_v != spec.head_size:
+            raise NotImplementedError(
+                f"roco: layers with values of another size than keys (head_size_v = "
+                f"{spec.head_size_v}, head_size = {spec.head_size}) are not supported. "
+                "Use another --attention-backend."
+            )
         vllm_config = process_config()
         config = validated_config(vllm_config)
         # vLLM also asks with a block of one token, for a page size per token

@@ -22,7 +22,8 @@ from vllm_roco.attention.cuda_metadata import Decodes, Prefills, RocoCudaMetadat
 from vllm_roco.attention.layers import name_of, refuse_layer
 from vllm_roco.attention.process_config import remember_config
 from vllm_roco.kv_cache.page import statistics_view
-from vllm_roco.ops.decode import DecodeScratch, decode_attention
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodeScratch
 from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
 from vllm_roco.validation import validated_config

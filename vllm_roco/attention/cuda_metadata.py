@@ -22,7 +22,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm_roco.attention.cuda_eviction import CudaEviction
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.config import blocks_of
-from vllm_roco.ops.decode import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.validation import validated_config
 

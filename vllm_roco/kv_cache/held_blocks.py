@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import KeysView
 
 
 class HeldBlocks:
@@ -22,6 +23,11 @@ class HeldBlocks:
     def largest(self) -> int:
         """The most blocks that one request holds now."""
         return self._largest
+
+    @property
+    def requests(self) -> KeysView[str]:
+        """The requests that have a count."""
+        return self._of.keys()
 
     def of(self, request_id: str) -> int:
         """Return the blocks that a request holds."""

@@ -57,6 +57,9 @@ class RocoManager(FullAttentionManager):
         self.held = HeldBlocks()
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
+        self._first_eviction = self.schedule.next_eviction(0)
+        # processed lengths at which requests that lost blocks lose the next ones
+        self._next_evictions: dict[str, int] = {}
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
@@ -88,12 +91,16 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
-        if not evicted:
+        due = self._next_evictions.get(request_id, self._first_eviction)
+        if processed_computed_tokens < due:
             return
         row = self.req_to_blocks.get(request_id)
         if row is None:
             return
+        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
+        self._next_evictions[request_id] = self.schedule.next_eviction(
+            processed_computed_tokens
+        )
         null_block = self._null_block
         freed: list[KVCacheBlock] = []
         end = min(self._budget_blocks + evicted, len(row))
@@ -112,6 +119,7 @@ class RocoManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
+        self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
@@ -152,9 +160,14 @@ class RocoManager(FullAttentionManager):
         """Raise if the books do not agree with the block tables.
 
         Raises:
-            RuntimeError: A block stands in two places, a gap is not where it must be,
-                or the running counts differ from the rows.
+            RuntimeError: A block stands in two places or is free, a gap is not where it
+                must be, or the running counts differ from the rows.
         """
+        for request_id in self.held.requests - self.req_to_blocks.keys():
+            raise RuntimeError(
+                f"request {request_id} has no row, but {self.held.of(request_id)} "
+                "blocks are on the books"
+            )
         seen: dict[int, str] = {}
         for request_id, row in self.req_to_blocks.items():
             held = self.held_blocks(request_id)
@@ -179,3 +192,8 @@ class RocoManager(FullAttentionManager):
                         f"by request {seen[block.block_id]}"
                     )
                 seen[block.block_id] = request_id
+                if block.ref_cnt != 1:
+                    raise RuntimeError(
+                        f"block {block.block_id} of request {request_id} has "
+                        f"{block.ref_cnt} references, but blocks are never shared"
+                    )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention and eviction of one sequence, dense, naive and in float64.
+
+Keeps every key and value for ever, and of each block the list of the masses that it
+received, one by one: no sums, no pages, no places.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import fmean
+
+import torch
+
+from vllm_roco.config import RocoConfig
+from vllm_roco.eviction_schedule import EvictionSchedule
+
+
+class DenseSequence:
+    """One sequence through all layers of a model.
+
+    Attributes:
+        length: Tokens computed.
+        kept: Logical blocks that are not evicted, in part filled ones included.
+        keys: By layer, `[length, num_kv_heads, head_size]` float64.
+        values: Likewise.
+        masses: By (layer, kv head, logical block), the mass from each query that saw
+            the block, in order.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        schedule: EvictionSchedule,
+        config: RocoConfig,
+        soft_cap: float | None = None,
+    ) -> None:
+        self.length = 0
+        self.kept: set[int] = set()
+        self.keys = [torch.empty(0)] * num_layers
+        self.values = [torch.empty(0)] * num_layers
+        self.masses: defaultdict[tuple[int, int, int], list[float]] = defaultdict(list)
+        self._schedule = schedule
+        self._config = config
+        self._soft_cap = soft_cap
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """Return one layer's output for the next tokens, and note what they look at.
+
+        Args:
+            layer: Number of the layer.
+            query: `[num_queries, num_heads, head_size]` float64.
+            key: `[num_queries, num_kv_heads, head_size]` float64.
+            value: Likewise.
+            scale: Of the scores.
+        """
+        size = self._schedule.block_size
+        start = self.length
+        if start:
+            key = torch.cat((self.keys[layer], key))
+            value = torch.cat((self.values[layer], value))
+        self.keys[layer], self.values[layer] = key, value
+        blocks = sorted(self.kept | set(range(start // size, -(-len(key) // size))))
+        group = query.shape[1] // key.shape[1]
+        output = torch.empty_like(query)
+        for index in range(len(query)):
+            position = start + index
+            seen = [block for block in blocks if block * size <= position]
+            tokens = torch.tensor(
+                [
+                    token
+                    for block in seen
+                    for token in range(
+                        block * size, min((block + 1) * size, position + 1)
+                    )
+                ]
+            )
+            for kv_head in range(key.shape[1]):
+                heads = slice(kv_head * group, (kv_head + 1) * group)
+                scores = query[index, heads] @ key[tokens, kv_head].T * scale
+                if self._soft_cap:
+                    scores = self._soft_cap * torch.tanh(scores / self._soft_cap)
+                probabilities = scores.softmax(-1)
+                output[index, heads] = probabilities @ value[tokens, kv_head]
+                by_token = probabilities.mean(0)
+                for block in seen:
+                    mass = by_token[tokens // size == block].sum().item()
+                    self.masses[layer, kv_head, block].append(mass)
+        return output
+
+    def close_step(self, num_queries: int) -> set[int]:
+        """Count the step's tokens and return the logical blocks that it evicts."""
+        size = self._schedule.block_size
+        before = self._schedule.evicted_blocks(self.length)
+        first_new = self.length // size
+        self.length += num_queries
+        after = self._schedule.evicted_blocks(self.length)
+        self.kept.update(range(first_new, -(-self.length // size)))
+        evicted = self._choose(after - before, self._schedule.budget_blocks + after)
+        self.kept -= evicted
+        return evicted
+
+    def _choose(self, count: int, first_arriving: int) -> set[int]:
+        if not count:
+            return set()
+        size = self._schedule.block_size
+        newest = self.length - self._config.recent
+        exposed = [
+            block
+            for block in self.kept
+            if block < first_arriving
+            and block * size >= self._config.sink
+            and (block + 1) * size <= newest
+        ]
+        if self._config.policy == "recent":
+            return set(sorted(exposed)[:count])
+        shielded = min(
+            int(self._config.shield_ratio * self._schedule.budget_blocks),
+            len(exposed) - count,
+        )
+        shield = self._largest_share(
+            max if self._config.shield == "peak" else _deviation
+        )
+        # of equals the older is exposed first
+        exposed.sort(key=lambda block: (shield[block], block))
+        exposed = exposed[: len(exposed) - shielded]
+        mean = self._largest_share(fmean)
+        exposed.sort(key=lambda block: (mean[block], block))
+        return set(exposed[:count])
+
+    def _largest_share(self, moment) -> dict[int, float]:  # type: ignore[no-untyped-def]
+        size = self._schedule.block_size
+        full = [block for block in self.kept if (block + 1) * size <= self.length]
+        shares = dict.fromkeys(full, 0.0)
+        heads = {(layer, kv_head) for layer, kv_head, _ in self.masses}
+        for layer, kv_head in heads:
+            values = {
+                block: moment(self.masses[layer, kv_head, block]) for block in full
+            }
+            total = sum(values.values()) or 1.0
+            for block in full:
+                shares[block] = max(shares[block], values[block] / total)
+        return shares
+
+
+def _deviation(values: list[float]) -> float:
+    mean = fmean(values)
+    return fmean((value - mean) ** 2 for value in values) ** 0.5

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that the tests of this folder share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from tests.engine.tiny_models import load_for_oracle, save_tiny_model
+from tools.smollm2 import smollm2_path
+
+MODEL_VARIABLE = "VLLM_ROCO_SMOLLM2"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a folder, which a host without network is told of."""
+    folder = os.environ.get(MODEL_VARIABLE)
+    return Path(folder) if folder else smollm2_path()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama as a Hugging Face folder, float32."""
+    return save_tiny_model("llama", tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_for_oracle(tiny_llama: Path) -> PreTrainedModel:
+    """The same, as the oracle wants it."""
+    return load_for_oracle(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def no_flashinfer_sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Greedy sampling needs no kernel of FlashInfer, which compiles on first use."""
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    yield

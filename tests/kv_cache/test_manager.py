@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block manager inside vLLM's real cache manager and block pool."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import (
+    KVCacheBlock,
+    get_request_block_hasher,
+    init_none_hash,
+)
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.request import Request
+
+from tests.kv_cache.specs import one_group, roco_spec
+from vllm_roco.kv_cache.manager import RocoManager
+
+BLOCK = 16
+BUDGET_BLOCKS = 4
+STRIDE_BLOCKS = 2
+NUM_BLOCKS = 65
+
+init_none_hash(sha256)
+
+
+def cache_manager(
+    plan: KVCacheConfig | None = None, enable_caching: bool = False
+) -> KVCacheManager:
+    """Return vLLM's cache manager for 64 usable blocks of 16 tokens."""
+    return KVCacheManager(
+        plan or one_group(roco_spec(), NUM_BLOCKS),
+        max_model_len=1 << 20,
+        max_in_flight_tokens=1 << 20,
+        enable_caching=enable_caching,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+    )
+
+
+def roco_manager(cache: KVCacheManager) -> RocoManager:
+    (manager, *_) = cache.coordinator.single_type_managers
+    assert isinstance(manager, RocoManager)
+    return manager
+
+
+def request(request_id: str = "a", num_tokens: int = 1 << 12) -> Request:
+    return Request(
+        request_id=request_id,
+        prompt_token_ids=[1] * num_tokens,
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK, sha256),
+    )
+
+
+def run(
+    cache: KVCacheManager, sequence: Request, num_tokens: int, in_flight: int = 0
+) -> bool:
+    """Allocate a step as the scheduler does, and count it as computed.
+
+    Returns:
+        Whether the pool had room.
+    """
+    sequence.num_in_flight_tokens = in_flight
+    if cache.allocate_slots(sequence, num_tokens) is None:
+        return False
+    sequence.num_computed_tokens += num_tokens
+    return True
+
+
+def null_places(manager: RocoManager, request_id: str = "a") -> list[int]:
+    row = manager.req_to_blocks[request_id]
+    return [place for place, block in enumerate(row) if block.is_null]
+
+
+def test_a_new_manager_holds_nothing() -> None:
+    manager = roco_manager(cache_manager())
+    assert manager.held.largest == 0
+    assert manager.num_freed_blocks == 0
+    assert manager.held_blocks("a") == 0
+    manager.check_integrity()
+
+
+@pytest.mark.parametrize("step", [1, 7, 16, 40, 64])
+def test_the_gap_is_where_the_schedule_says(step: int) -> None:
+    """After every step, whatever its size: `row[B : B+E]` and nothing else is null."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    sequence = request()
+    for _ in range(400 // step + 4):
+        processed = sequence.num_computed_tokens
+        assert run(cache, sequence, step)
+        evicted = manager.schedule.evicted_blocks(processed)
+        assert null_places(manager) == list(
+            range(BUDGET_BLOCKS, BUDGET_BLOCKS + evicted)
+        )
+        blocks = -(-sequence.num_computed_tokens // BLOCK)
+        assert len(manager.req_to_blocks["a"]) == blocks
+        assert manager.held_blocks("a") == manager.held.of("a") == blocks - evicted
+        assert manager.num_freed_blocks == evicted
+        free = cache.block_pool.get_num_free_blocks()
+        assert free == NUM_BLOCKS - 1 - (blocks - evicted)
+        manager.check_integrity()
+    assert manager.num_freed_blocks > 3 * STRIDE_BLOCKS
+
+
+def test_tokens_in_flight_keep_their_blocks() -> None:
+    """At 112 tokens two blocks are due, but only 95 are known to be processed."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    sequence = request()
+    run(cache, sequence, 95)
+    run(cache, sequence, 17)
+    assert run(cache, sequence, 16, in_flight=17)
+    assert null_places(manager) == []
+    assert run(cache, sequence, 16, in_flight=16)
+    assert null_places(manager) == [4, 5]
+
+
+def test_a_step_over_many_strides_frees_them_all() -> None:
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    sequence = request()
+    run(cache, sequence, 40 * BLOCK)
+    run(cache, sequence, 1)
+    assert null_places(manager) == list(range(4, 40))
+    assert manager.held_blocks("a") == 5
+
+
+def test_freeing_twice_at_one_length_frees_once() -> None:
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    sequence = request()
+    run(cache, sequence, 96)
+    for _ in range(3):
+        manager.remove_skipped_blocks("a", 96)
+    assert manager.num_freed_blocks == 2
+    manager.check_integrity()
+
+
+def test_a_request_that_holds_nothing_is_ignored() -> None:
+    """vLLM asks before the first allocation, and must not find a row afterwards."""
+    manager = roco_manager(cache_manager())
+    manager.remove_skipped_blocks("unknown", 1 << 16)
+    assert "unknown" not in manager.req_to_blocks
+    assert manager.held_blocks("unknown") == 0
+    assert "unknown" not in manager.req_to_blocks
+
+
+def test_freed_blocks_serve_others() -> None:
+    cache = cache_manager(one_group(roco_spec(), 10))
+    manager = roco_manager(cache)
+    first, second = request("a"), request("b")
+    assert run(cache, first, 6 * BLOCK)
+    assert not run(cache, second, 4 * BLOCK)
+    assert run(cache, first, 1)
+    assert run(cache, second, 4 * BLOCK)
+    manager.check_integrity()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40, 96, 97, 400])
+def test_everything_comes_back(num_tokens: int) -> None:
+    """A finished, aborted or preempted request is freed the same way."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    free = cache.block_pool.get_num_free_blocks()
+    sequence = request()
+    run(cache, sequence, num_tokens)
+    run(cache, sequence, 1)
+    cache.free(sequence)
+    assert cache.block_pool.get_num_free_blocks() == free
+    assert cache.block_pool.null_block.is_null
+    assert manager.held.largest == 0
+    assert not manager.req_to_blocks
+    manager.check_integrity()
+
+
+def test_a_request_that_starts_again_evicts_again() -> None:
+    """A preempted request comes back under its name, from its first token on."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    for _ in range(2):
+        sequence = request()
+        run(cache, sequence, 200)
+        run(cache, sequence, 1)
+        assert null_places(manager) == [4, 5, 6, 7, 8, 9, 10, 11]
+        cache.free(sequence)
+
+
+def test_a_request_that_was_never_allocated_can_be_freed() -> None:
+    cache = cache_manager()
+    cache.free(request())
+    assert cache.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
+    roco_manager(cache).check_integrity()
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_admission_is_capped_by_the_bound(steps_in_flight: int) -> None:
+    """vLLM asks whether the whole prompt fits before it admits a request."""
+    spec = roco_spec(max_steps_in_flight=steps_in_flight)
+    bound = spec.max_blocks_per_sequence
+    for num_blocks, fits in ((bound, False), (bound + 1, True)):
+        cache = cache_manager(one_group(spec, num_blocks))
+        allocated = cache.allocate_slots(
+            request(), 4 * BLOCK, full_sequence_must_fit=True
+        )
+        assert (allocated is not None) == fits
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.sampled_from("abc"), st.integers(1, 120)),
+            st.tuples(st.sampled_from("abc"), st.just(0)),
+        ),
+        max_size=40,
+    )
+)
+def test_books_agree_with_the_pool(steps: list[tuple[str, int]]) -> None:
+    """Any interleaving of steps and frees (0 tokens) of three requests."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    running: dict[str, Request] = {}
+    for request_id, num_tokens in steps:
+        if num_tokens:
+            sequence = running.setdefault(request_id, request(request_id))
+            run(cache, sequence, num_tokens)
+        elif request_id in running:
+            cache.free(running.pop(request_id))
+        manager.check_integrity()
+        held = [manager.held_blocks(name) for name in running]
+        assert manager.held.largest == max(held, default=0)
+        free = cache.block_pool.get_num_free_blocks()
+        assert free + sum(held) == NUM_BLOCKS - 1
+
+
+def test_nothing_is_ever_cached() -> None:
+    """A block of the home may hold other tokens than those that it was hashed for."""
+    cache = cache_manager(enable_caching=True)
+    first = request("a", 300)
+    assert run(cache, first, 300)
+    cache.free(first)
+    second = request("b", 300)
+    assert second.block_hashes
+    blocks, num_tokens, _ = cache.get_computed_blocks(second)
+    assert num_tokens == 0
+    assert not any(blocks.blocks)
+    assert all(block.block_hash is None for block in cache.block_pool.blocks)
+
+
+def test_another_group_keeps_its_prefix_cache_to_itself() -> None:
+    """Hits need every group, so there are none beside RoCo layers."""
+    spec = roco_spec()
+    full = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=spec.dtype
+    )
+    plan = one_group(spec, NUM_BLOCKS)
+    plan = replace(
+        plan, kv_cache_groups=[*plan.kv_cache_groups, KVCacheGroupSpec(["full"], full)]
+    )
+    cache = cache_manager(plan, enable_caching=True)
+    first = request("a", 160)
+    assert run(cache, first, 160)
+    assert run(cache, first, 1)
+    roco, other = cache.coordinator.single_type_managers
+    assert [block.is_null for block in roco.req_to_blocks["a"]].count(True) == 6
+    assert not any(block.is_null for block in other.req_to_blocks["a"])
+    cache.free(first)
+    _, num_tokens, _ = cache.get_computed_blocks(request("b", 160))
+    assert num_tokens == 0
+
+
+class CountingRow(list[KVCacheBlock]):
+    """A row that counts how often it is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(place)
+
+    def __iter__(self) -> Any:
+        raise AssertionError("walks the whole row")
+
+
+@pytest.mark.parametrize("num_blocks", [1, 6, 7, 100, 1000])
+def test_nothing_due_costs_no_look_at_a_row_of_any_length(num_blocks: int) -> None:
+    cache = cache_manager(one_group(roco_spec(), num_blocks + 2))
+    manager = roco_manager(cache)
+    sequence = request("a", 1)
+    run(cache, sequence, num_blocks * BLOCK)
+    processed = num_blocks * BLOCK
+    manager.remove_skipped_blocks("a", processed)
+    row = CountingRow(manager.req_to_blocks["a"])
+    manager.req_to_blocks["a"] = row
+    manager.remove_skipped_blocks("a", processed)
+    assert row.looks == 0
+
+
+@pytest.mark.parametrize("strides", [1, 2, 10])
+def test_what_is_due_costs_a_look_for_each_block_that_goes(strides: int) -> None:
+    cache = cache_manager(one_group(roco_spec(), 1002))
+    manager = roco_manager(cache)
+    sequence = request("a", 1)
+    run(cache, sequence, 1000 * BLOCK)
+    processed = (1000 - strides * STRIDE_BLOCKS) * BLOCK
+    manager.remove_skipped_blocks("a", processed)
+    freed = manager.num_freed_blocks
+    row = CountingRow(manager.req_to_blocks["a"])
+    manager.req_to_blocks["a"] = row
+    manager.remove_skipped_blocks("a", 1000 * BLOCK)
+    assert manager.num_freed_blocks - freed == strides * STRIDE_BLOCKS
+    assert row.looks <= strides * STRIDE_BLOCKS + 1
+
+
+@pytest.fixture
+def cache() -> KVCacheManager:
+    """Two requests, one of which has lost two blocks."""
+    cache = cache_manager()
+    first, second = request("a"), request("b")
+    run(cache, first, 96)
+    run(cache, first, 1)
+    run(cache, second, 40)
+    roco_manager(cache).check_integrity()
+    return cache
+
+
+def test_integrity_notices_a_block_that_two_requests_hold(
+    cache: KVCacheManager,
+) -> None:
+    manager = roco_manager(cache)
+    manager.req_to_blocks["b"][0] = manager.req_to_blocks["a"][0]
+    with pytest.raises(RuntimeError, match="is held by request b and by request a"):
+        manager.check_integrity()
+
+
+def test_integrity_notices_a_block_that_a_request_holds_twice(
+    cache: KVCacheManager,
+) -> None:
+    manager = roco_manager(cache)
+    manager.req_to_blocks["b"][0] = manager.req_to_blocks["b"][1]
+    with pytest.raises(RuntimeError, match="is held by request b and by request b"):
+        manager.check_integrity()
+
+
+@pytest.mark.parametrize("place", [0, 3, 6])
+def test_integrity_notices_a_gap_in_the_wrong_place(
+    cache: KVCacheManager, place: int
+) -> None:
+    manager = roco_manager(cache)
+    row = manager.req_to_blocks["a"]
+    row[4], row[place] = row[place], row[4]
+    with pytest.raises(RuntimeError, match=r"null blocks at .* a gap at \[4, 5\]"):
+        manager.check_integrity()
+
+
+def test_integrity_notices_wrong_counts(cache: KVCacheManager) -> None:
+    manager = roco_manager(cache)
+    manager.held.add("b", 1)
+    with pytest.raises(RuntimeError, match="holds 3 blocks, but 4 are on the books"):
+        manager.check_integrity()
+
+
+def test_integrity_notices_a_count_of_a_request_that_is_gone(
+    cache: KVCacheManager,
+) -> None:
+    manager = roco_manager(cache)
+    del manager.req_to_blocks["b"]
+    with pytest.raises(RuntimeError, match="b has no row, but 3 blocks are on the"):
+        manager.check_integrity()
+
+
+def test_integrity_notices_a_block_that_is_free(cache: KVCacheManager) -> None:
+    manager = roco_manager(cache)
+    cache.block_pool.free_blocks([manager.req_to_blocks["b"][2]])
+    with pytest.raises(RuntimeError, match="of request b has 0 references"):
+        manager.check_integrity()

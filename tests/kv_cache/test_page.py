@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pages in memory that vLLM lays out, in every layout that RoCo accepts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from tests.kv_cache.specs import bind_caches, one_group, roco_spec
+from vllm_roco.attention.backend import RocoBackend
+from vllm_roco.kv_cache.page import (
+    NUM_FIELDS,
+    PAGE_ALIGNMENT,
+    page_view,
+    statistics_bytes,
+    statistics_view,
+)
+
+NUM_BLOCKS = 5
+NUM_LAYERS = 3
+
+layouts = pytest.mark.parametrize(
+    "layout", RocoBackend.supported_kv_cache_layouts(), ids=lambda layout: layout.name
+)
+shapes = pytest.mark.parametrize(
+    ("num_kv_heads", "head_size", "block_size", "dtype"),
+    [
+        pytest.param(2, 16, 16, torch.float32, id="float32"),
+        pytest.param(3, 80, 16, torch.bfloat16, id="bfloat16-3x80"),
+        pytest.param(1, 64, 32, torch.float16, id="float16-1x64"),
+        pytest.param(9, 128, 128, torch.bfloat16, id="bfloat16-9x128"),
+    ],
+)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "expected"),
+    [(1, 128), (2, 128), (8, 128), (9, 256), (16, 256), (17, 384)],
+)
+def test_the_tail_is_padded_to_the_alignment(num_kv_heads: int, expected: int) -> None:
+    assert statistics_bytes(num_kv_heads) == expected
+    assert expected % PAGE_ALIGNMENT == 0
+    assert expected >= num_kv_heads * NUM_FIELDS * 4
+
+
+@layouts
+@shapes
+def test_the_tail_lies_in_the_page_behind_keys_and_values(
+    layout: KVCacheLayout,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> None:
+    spec = roco_spec(
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+    )
+    caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
+    memory = caches[0].untyped_storage().data_ptr()
+    for layer, cache in enumerate(caches):
+        statistics = statistics_view(cache)
+        assert statistics.shape == (NUM_BLOCKS, num_kv_heads, NUM_FIELDS)
+        assert statistics.dtype == torch.float32
+        for block in range(NUM_BLOCKS):
+            page = memory + (layer * NUM_BLOCKS + block) * spec.page_size_bytes
+            tail = statistics[block].data_ptr() - page
+            assert cache[block].data_ptr() == page
+            assert tail == spec.unpadded_page_size_bytes
+            assert tail + statistics_bytes(num_kv_heads) == spec.page_size_bytes
+            assert statistics[block].is_contiguous()
+
+
+@layouts
+@shapes
+def test_every_byte_has_one_owner(
+    layout: KVCacheLayout,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> None:
+    """Tails do not overlap keys and values, nor another layer or block."""
+    spec = roco_spec(
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+    )
+    caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
+    for number, cache in enumerate(caches):
+        for block in range(NUM_BLOCKS):
+            cache[block] = number * NUM_BLOCKS + block
+            statistics_view(cache)[block] = -(number * NUM_BLOCKS + block)
+    for number, cache in enumerate(caches):
+        for block in range(NUM_BLOCKS):
+            value = number * NUM_BLOCKS + block
+            assert (cache[block] == value).all()
+            assert (statistics_view(cache)[block] == -value).all()
+
+
+@layouts
+@shapes
+def test_a_moved_page_carries_keys_values_and_tail(
+    layout: KVCacheLayout,
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: torch.dtype,
+) -> None:
+    spec = roco_spec(
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+    )
+    generator = torch.Generator().manual_seed(0)
+    caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
+    for cache in caches:
+        cache.copy_(torch.randn(cache.shape, generator=generator))
+        statistics = statistics_view(cache)
+        statistics.copy_(torch.rand(statistics.shape, generator=generator))
+    before = [(cache.clone(), statistics_view(cache).clone()) for cache in caches]
+
+    # the last block of the second layer goes over its first one
+    pages = page_view(caches[1])
+    assert pages.shape == (NUM_BLOCKS, spec.page_size_bytes // dtype.itemsize)
+    pages[torch.tensor([0])] = pages[torch.tensor([NUM_BLOCKS - 1])]
+
+    source = [0, 1, 2, 3, 4], [4, 1, 2, 3, 4], [0, 1, 2, 3, 4]
+    for cache, (states, statistics), places in zip(caches, before, source, strict=True):
+        assert torch.equal(cache, states[places])
+        assert torch.equal(statistics_view(cache), statistics[places])
+
+
+@layouts
+def test_a_page_without_statistics_has_no_tail(layout: KVCacheLayout) -> None:
+    spec = roco_spec(policy="recent")
+    (cache,) = bind_caches(one_group(spec, NUM_BLOCKS), layout)
+    assert page_view(cache).shape[1] == cache[0].numel()
+
+
+@layouts
+def test_pages_that_vllm_padded_further_keep_their_tail(layout: KVCacheLayout) -> None:
+    """vLLM pads pages that share memory with larger ones of other layers."""
+    spec = roco_spec()
+    spec = replace(spec, page_size_padded=spec.page_size_bytes + 512)
+    (cache,) = bind_caches(one_group(spec, NUM_BLOCKS), layout)
+    statistics = statistics_view(cache)
+    cache.fill_(1)
+    statistics.fill_(2)
+    assert (cache == 1).all()
+    page = page_view(cache)
+    assert page.shape[1] * 4 == spec.page_size_bytes
+    assert int((page == 2).sum()) == statistics.numel()

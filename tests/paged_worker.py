@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker without a model: it runs a scheduler's steps over pages that carry labels.
+
+Every page says whose block it holds. A step that would read another sequence's block,
+write over one, or evict differently from the same request alone in an endless pool,
+fails. Which blocks go is arbitrary but a function of the sequence alone, as it is with
+attention.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.policy import plan_moves
+
+STOP_TOKEN = 0
+_NUM_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page holds.
+
+    Attributes:
+        owner: The request and how often it had been preempted.
+        logical: Index of the block in the sequence.
+        num_tokens: Tokens written so far.
+    """
+
+    owner: tuple[str, int]
+    logical: int
+    num_tokens: int
+
+
+@dataclass
+class Sequence:
+    """A sequence as the worker knows it.
+
+    Attributes:
+        num_prompt_tokens: Length of the prompt.
+        num_known_tokens: Prompt and sampled tokens.
+        row: Block ids by logical block; entries of freed blocks are stale.
+        num_runs: How often it was started, less one.
+        alone: What it keeps without any company.
+    """
+
+    num_prompt_tokens: int
+    num_known_tokens: int
+    row: list[int]
+    alone: LoneRun
+    num_runs: int = 0
+
+
+class LoneRun:
+    """What a sequence keeps when it is the only one, in sets and without pages."""
+
+    def __init__(
+        self, num_prompt_tokens: int, chunk: int, schedule: EvictionSchedule
+    ) -> None:
+        self._schedule = schedule
+        self._ends = chain(
+            range(chunk, num_prompt_tokens, chunk),
+            iter(lambda: max(self._length + 1, num_prompt_tokens), None),
+        )
+        self._length = 0
+        self._kept: set[int] = set()
+        self._after: dict[int, frozenset[int]] = {}
+
+    def after(self, num_tokens: int) -> frozenset[int]:
+        """Return the full blocks kept once an eviction at this length is done."""
+        while self._length < num_tokens:
+            self._step(next(self._ends))
+        return self._after[num_tokens]
+
+    def _step(self, end: int) -> None:
+        size = self._schedule.block_size
+        before = self._schedule.evicted_blocks(self._length)
+        after = self._schedule.evicted_blocks(end)
+        self._kept.update(range(self._length // size, end // size))
+        candidates = [
+            block
+            for block in self._kept
+            if block < self._schedule.budget_blocks + after
+        ]
+        self._kept.difference_update(choose(candidates, after - before, end))
+        self._length = end
+        if after > before:
+            self._after[end] = frozenset(self._kept)
+
+
+class PagedWorker:
+    """Executes steps in the order in which they were scheduled.
+
+    Args:
+        schedule: The eviction arithmetic.
+        chunk: Most prompt tokens in a step.
+    """
+
+    def __init__(self, schedule: EvictionSchedule, chunk: int) -> None:
+        self._schedule = schedule
+        self._chunk = chunk
+        self._pages: dict[int, Page] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self.num_evictions = 0
+        self.most_attended = 0
+
+    def execute(self, output: SchedulerOutput) -> tuple[ModelRunnerOutput, Touched]:
+        """Run a step and return its sampled tokens and the blocks that it touched."""
+        for request_id in output.finished_req_ids:
+            self._sequences.pop(request_id, None)
+        self._take_rows(output)
+        sampled = []
+        touched = Touched()
+        for request_id, num_queries in output.num_scheduled_tokens.items():
+            start = self._starts[request_id]
+            touched.rows[request_id] = self._run(request_id, start, start + num_queries)
+            sampled.append(self._sample(request_id, start + num_queries))
+        request_ids = list(output.num_scheduled_tokens)
+        result = ModelRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={name: index for index, name in enumerate(request_ids)},
+            sampled_token_ids=sampled,
+        )
+        return result, touched
+
+    def _take_rows(self, output: SchedulerOutput) -> None:
+        self._starts: dict[str, int] = {}
+        for new in output.scheduled_new_reqs:
+            assert new.prompt_token_ids is not None
+            assert new.num_computed_tokens == 0, "a prefix of RoCo layers was reused"
+            (blocks,) = new.block_ids
+            length = len(new.prompt_token_ids)
+            self._sequences[new.req_id] = Sequence(
+                num_prompt_tokens=length,
+                num_known_tokens=length,
+                row=list(blocks),
+                alone=LoneRun(length, self._chunk, self._schedule),
+            )
+            self._starts[new.req_id] = 0
+        cached = output.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            sequence = self._sequences[request_id]
+            new_blocks = cached.new_block_ids[index]
+            if request_id in cached.resumed_req_ids:
+                sequence.row = []
+                sequence.num_runs += 1
+                sequence.num_known_tokens = (
+                    sequence.num_prompt_tokens + cached.num_output_tokens[index]
+                )
+            sequence.row += new_blocks[0] if new_blocks else []
+            self._starts[request_id] = cached.num_computed_tokens[index]
+
+    def _run(self, request_id: str, start: int, end: int) -> dict[int, int]:
+        sequence = self._sequences[request_id]
+        owner = (request_id, sequence.num_runs)
+        size, home = self._schedule.block_size, self._schedule.budget_blocks
+        before = self._schedule.evicted_blocks(start)
+        after = self._schedule.evicted_blocks(end)
+        for position in range(start, end):
+            block = sequence.row[position // size]
+            if position % size:
+                written = Page(owner, position // size, position % size)
+                assert self._pages[block] == written, "a block was written over"
+            self._pages[block] = Page(owner, position // size, position % size + 1)
+
+        num_blocks = -(-end // size)
+        places = [*range(min(home, num_blocks)), *range(home + before, num_blocks)]
+        live = [sequence.row[place] for place in places]
+        assert len(set(live)) == len(live), "a block is in two places"
+        attended = 0
+        for block in live:
+            page = self._pages[block]
+            assert page.owner == owner, "a block of another sequence is read"
+            assert page.num_tokens == min(size, end - page.logical * size)
+            attended += page.num_tokens
+        assert attended == self._schedule.live_tokens(end, start)
+        self.most_attended = max(self.most_attended, attended - (end - start))
+        if after > before:
+            self._evict(sequence, live, after - before, end)
+        return dict(zip(places, live, strict=True))
+
+    def _evict(
+        self, sequence: Sequence, live: list[int], num_victims: int, end: int
+    ) -> None:
+        home = self._schedule.budget_blocks
+        labels = [self._pages[block].logical for block in live]
+        chosen = choose(labels[: home + num_victims], num_victims, end)
+        victims = sorted(labels.index(label) for label in chosen)
+        for source, destination in plan_moves(torch.tensor(victims), home):
+            self._pages[live[destination]] = self._pages[live[source]]
+        kept = [
+            self._pages[block] for block in live[:home] + live[home + num_victims :]
+        ]
+        full = {
+            page.logical
+            for page in kept
+            if page.num_tokens == self._schedule.block_size
+        }
+        assert full == sequence.alone.after(end), "company changed what is kept"
+        self.num_evictions += 1
+
+    def _sample(self, request_id: str, end: int) -> list[int]:
+        sequence = self._sequences[request_id]
+        if end < sequence.num_known_tokens:
+            return []
+        sequence.num_known_tokens = end + 1
+        return [_hash(request_id, end) % _NUM_TOKENS]
+
+
+@dataclass
+class Touched:
+    """Blocks that a step reads or writes, by request and place in the row."""
+
+    rows: dict[str, dict[int, int]] = field(default_factory=dict)
+
+
+def choose(blocks: list[int], count: int, length: int) -> set[int]:
+    """Return blocks to evict: arbitrary, but the same for the same arguments."""
+    return set(sorted(blocks, key=lambda block: _hash(block, length))[:count])
+
+
+def _hash(*values: object) -> int:
+    return zlib.crc32(repr(values).encode())

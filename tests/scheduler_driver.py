@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives vLLM's real scheduler, cache manager and block pool without an engine."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import tempfile
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.configs import engine_config
+from tests.kv_cache.specs import one_group
+from tests.paged_worker import STOP_TOKEN, PagedWorker, Touched
+from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.kv_cache.spec import RocoSpec
+from vllm_roco.scheduler import (
+    RocoAsyncScheduler,
+    RocoScheduler,
+    RocoSchedulerMixin,
+)
+
+BLOCK_SIZE = 4
+MAX_NUM_SEQS = 4
+MAX_MODEL_LEN = 1024
+
+init_none_hash(sha256)
+
+
+@functools.cache
+def _base_config() -> VllmConfig:
+    with tempfile.TemporaryDirectory() as folder:
+        return engine_config(
+            Path(folder),
+            {},
+            max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=MAX_MODEL_LEN,
+            enable_prefix_caching=True,
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Small blocks, so that little work covers many evictions.
+
+    Attributes:
+        budget: Option of RoCo, in tokens; likewise stride and chunk.
+        stride: See `budget`.
+        chunk: See `budget`.
+        max_num_batched_tokens: Tokens of a step; None for the least allowed.
+        asynchronous: Whether decodes are scheduled before the last token is known.
+        max_steps_in_flight: Steps that the driver keeps in flight.
+        spare_blocks: Blocks of the pool above the bound of one sequence.
+        trace: Option of RoCo.
+    """
+
+    budget: int = 16
+    stride: int = 8
+    chunk: int = 8
+    max_num_batched_tokens: int | None = None
+    asynchronous: bool = False
+    max_steps_in_flight: int = 1
+    spare_blocks: int = 1000
+    trace: str | None = None
+
+    def roco_config(self) -> RocoConfig:
+        """The options."""
+        return RocoConfig(
+            budget=self.budget,
+            stride=self.stride,
+            chunk=self.chunk,
+            sink=BLOCK_SIZE,
+            recent=BLOCK_SIZE,
+            trace=self.trace,
+        )
+
+    def spec(self) -> RocoSpec:
+        """The spec of a layer."""
+        full = FullAttentionSpec(
+            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+        )
+        return RocoSpec.from_attention_spec(
+            full, self.roco_config(), self.max_steps_in_flight
+        )
+
+    def scheduler(self, **changes: Any) -> RocoSchedulerMixin:
+        """A scheduler as the engine core builds it.
+
+        Args:
+            **changes: Attributes of `SchedulerConfig`.
+        """
+        spec = self.spec()
+        num_blocks = spec.max_blocks_per_sequence + 1 + self.spare_blocks
+        config = copy.copy(_base_config())
+        config.cache_config = copy.copy(config.cache_config)
+        config.cache_config.block_size = BLOCK_SIZE
+        config.cache_config.num_gpu_blocks = num_blocks
+        config.scheduler_config = copy.copy(config.scheduler_config)
+        config.scheduler_config.async_scheduling = self.asynchronous
+        config.scheduler_config.max_num_batched_tokens = (
+            self.max_num_batched_tokens or MAX_NUM_SEQS + self.chunk
+        )
+        for name, value in changes.items():
+            setattr(config.scheduler_config, name, value)
+        options = self.roco_config()
+        config.additional_config = {"roco": vars(options)}
+        scheduler = RocoAsyncScheduler if self.asynchronous else RocoScheduler
+        return scheduler(
+            config,
+            one_group(spec, num_blocks),
+            StructuredOutputManager(config),
+            block_size=BLOCK_SIZE,
+        )
+
+
+class Driver:
+    """An engine core without an engine; `PagedWorker` executes.
+
+    Attributes:
+        scheduler: The scheduler under test.
+        manager: Its block manager.
+        worker: Runs every scheduled step.
+        outputs: Tokens of each request so far.
+        num_steps: Calls of `schedule`.
+    """
+
+    def __init__(self, setup: Setup, **changes: Any) -> None:
+        self.setup = setup
+        self.scheduler = setup.scheduler(**changes)
+        (manager,) = self.scheduler.roco_managers
+        assert isinstance(manager, RocoManager)
+        self.manager = manager
+        self.worker = PagedWorker(manager.schedule, setup.chunk)
+        self.outputs: dict[str, list[int]] = {}
+        self.finished: dict[str, EngineCoreOutput] = {}
+        self.num_steps = 0
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput, Touched]] = (
+            deque()
+        )
+        self._preemptions: deque[dict[str, int]] = deque()
+
+    def add(
+        self,
+        num_prompt_tokens: int,
+        max_tokens: int = 1,
+        *,
+        ignore_stop: bool = True,
+        resumable: bool = False,
+    ) -> str:
+        """Add a request and return its id."""
+        request_id = str(len(self.outputs))
+        self.outputs[request_id] = []
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            stop_token_ids=None if ignore_stop else [STOP_TOKEN],
+        )
+        self.scheduler.add_request(
+            Request(
+                request_id=request_id,
+                # the same tokens in every prompt: prefixes could be shared
+                prompt_token_ids=[1] * num_prompt_tokens,
+                sampling_params=params,
+                pooling_params=None,
+                block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+                resumable=resumable,
+            )
+        )
+        return request_id
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that are scheduled but not processed."""
+        return len(self._in_flight)
+
+    def schedule(self) -> dict[str, int]:
+        """Schedule and execute a step.
+
+        Returns:
+            The tokens of each request in it.
+        """
+        self.num_steps += 1
+        output = self.scheduler.schedule()
+        result, touched = self.worker.execute(output)
+        self._in_flight.append((output, result, touched))
+        self._preemptions.append(
+            {
+                request_id: self.scheduler.requests[request_id].num_preemptions
+                for request_id in output.num_scheduled_tokens
+            }
+        )
+        self.check()
+        return dict(output.num_scheduled_tokens)
+
+    def complete(self) -> None:
+        """Process the output of the oldest step in flight."""
+        output, result, _ = self._in_flight.popleft()
+        self._preemptions.popleft()
+        for answers in self.scheduler.update_from_output(output, result).values():
+            for answer in answers.outputs:
+                self.outputs[answer.request_id] += answer.new_token_ids
+                if answer.finish_reason is not None:
+                    self.finished[answer.request_id] = answer
+        self.check()
+
+    def step(self) -> dict[str, int]:
+        """Schedule a step if there is work, and keep the pipeline as full as may be."""
+        if self.num_in_flight == self.setup.max_steps_in_flight:
+            self.complete()
+        scheduled = self.schedule() if self.scheduler.has_requests() else {}
+        is_full = self.num_in_flight == self.setup.max_steps_in_flight
+        if self.num_in_flight and (is_full or not scheduled):
+            self.complete()
+        return scheduled
+
+    def abort(self, request_id: str) -> None:
+        """Abort a request in any state."""
+        self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        self.check()
+
+    def preempt_all(self) -> None:
+        """Preempt every running request, as for an update of the weights."""
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        self.check()
+
+    def drain(self, max_steps: int) -> None:
+        """Run until nothing is left to do.
+
+        Raises:
+            AssertionError: That takes longer than `max_steps` steps.
+        """
+        last = self.num_steps + max_steps
+        while self.scheduler.has_requests() or self.num_in_flight:
+            assert self.num_steps < last, "a request starves"
+            self.step()
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+        assert not self.manager.req_to_blocks
+        assert self.manager.held.largest == 0
+
+    def check(self) -> None:
+        """Assert what must hold at any time."""
+        manager, schedule = self.manager, self.manager.schedule
+        manager.check_integrity()
+        bound = self.setup.spec().max_blocks_per_sequence
+        total = 0
+        for request_id, row in manager.req_to_blocks.items():
+            request = self.scheduler.requests[request_id]
+            processed = request.num_computed_tokens - request.num_in_flight_tokens
+            gap = sum(block.is_null for block in row)
+            assert gap <= schedule.evicted_blocks(max(0, processed))
+            assert len(row) - gap <= bound
+            total += len(row) - gap
+        pool = self.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() + total == pool.num_gpu_blocks - 1
+        assert self.worker.most_attended <= schedule.max_live_tokens()
+        self._check_in_flight()
+
+    def _check_in_flight(self) -> None:
+        for (_, _, touched), preemptions in zip(
+            self._in_flight, self._preemptions, strict=True
+        ):
+            for request_id, blocks in touched.rows.items():
+                request = self.scheduler.requests.get(request_id)
+                if (
+                    request is None
+                    or request.num_preemptions != preemptions[request_id]
+                ):
+                    # vLLM takes the blocks at once: later steps run later
+                    continue
+                row = self.manager.req_to_blocks[request_id]
+                for place, block_id in blocks.items():
+                    assert row[place].block_id == block_id, "freed while in flight"

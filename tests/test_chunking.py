@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where steps end: alone decisive for what a sequence keeps."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_roco.chunking import next_chunk_end
+from vllm_roco.eviction_schedule import EvictionSchedule
+
+SCHEDULE = EvictionSchedule(block_size=16, budget=64, stride=32)
+
+shapes = st.builds(
+    lambda block_size, budget, stride, chunk: (
+        EvictionSchedule(
+            block_size=block_size,
+            budget=budget * block_size,
+            stride=stride * block_size,
+        ),
+        chunk * block_size,
+    ),
+    st.sampled_from([1, 4, 16]),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.integers(1, 8),
+)
+
+
+def read(
+    prompt: int, known: int, chunk: int, schedule: EvictionSchedule, start: int = 0
+) -> list[int]:
+    """Return the lengths at which the steps end that read all known tokens."""
+    ends = [start]
+    while ends[-1] < known:
+        ends.append(next_chunk_end(ends[-1], prompt, known, chunk, schedule))
+    return ends
+
+
+def evictions(ends: list[int], schedule: EvictionSchedule) -> list[tuple[int, int]]:
+    """Return the lengths at which blocks go, and how many are gone by then."""
+    steps = [(after, schedule.evicted_blocks(after)) for after in ends[1:]]
+    before = [0] + [evicted for _, evicted in steps]
+    return [step for step, gone in zip(steps, before, strict=False) if step[1] > gone]
+
+
+@pytest.mark.parametrize(
+    ("computed", "prompt", "known", "chunk", "end"),
+    [
+        pytest.param(0, 300, 300, 128, 128, id="first chunk"),
+        pytest.param(128, 300, 300, 128, 256, id="middle chunk"),
+        pytest.param(256, 300, 300, 128, 300, id="end of the prompt"),
+        pytest.param(0, 40, 40, 128, 40, id="short prompt"),
+        pytest.param(0, 128, 128, 128, 128, id="one exact chunk"),
+        pytest.param(100, 300, 300, 128, 128, id="back to a multiple"),
+        pytest.param(256, 300, 330, 128, 300, id="resumed: the prompt ends as before"),
+        pytest.param(300, 300, 330, 128, 320, id="resumed: E grows at 320"),
+        pytest.param(320, 300, 330, 128, 330, id="resumed: the last token"),
+        pytest.param(320, 300, 900, 16, 336, id="resumed: chunk before E grows"),
+        pytest.param(340, 300, 900, 128, 352, id="resumed: E grows before the chunk"),
+    ],
+)
+def test_worked_examples(
+    computed: int, prompt: int, known: int, chunk: int, end: int
+) -> None:
+    assert next_chunk_end(computed, prompt, known, chunk, SCHEDULE) == end
+
+
+@given(shapes, st.integers(1, 500), st.integers(0, 300))
+def test_every_step_gets_ahead_by_a_chunk_at_most(
+    shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
+) -> None:
+    schedule, chunk = shape
+    ends = read(prompt, prompt + outputs, chunk, schedule)
+    assert ends[-1] == prompt + outputs
+    assert all(0 < after - before <= chunk for before, after in pairwise(ends))
+    assert prompt in ends
+
+
+@given(shapes, st.integers(1, 500), st.integers(0, 300))
+def test_prompt_steps_end_at_multiples_whatever_was_generated(
+    shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
+) -> None:
+    schedule, chunk = shape
+    ends = read(prompt, prompt + outputs, chunk, schedule)
+    expected = [*range(0, prompt, chunk), prompt]
+    assert ends[: len(expected)] == expected
+
+
+@given(shapes, st.integers(1, 500), st.integers(0, 300))
+def test_no_step_behind_the_prompt_jumps_over_an_eviction(
+    shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
+) -> None:
+    schedule, chunk = shape
+    ends = read(prompt, prompt + outputs, chunk, schedule)
+    for before, after in pairwise(ends):
+        if before >= prompt:
+            assert schedule.next_eviction(before) >= after
+
+
+@given(
+    shapes,
+    st.integers(1, 500),
+    st.integers(1, 300),
+    st.lists(st.integers(0, 400), max_size=3),
+)
+def test_a_resumed_request_evicts_where_the_first_run_did(
+    shape: tuple[EvictionSchedule, int],
+    prompt: int,
+    outputs: int,
+    preemptions: list[int],
+) -> None:
+    """Preempted after any number of steps, any number of times."""
+    schedule, chunk = shape
+    total = prompt + outputs
+
+    def run(known: int) -> list[int]:
+        # what is known in chunks, the rest token by token
+        ends = read(prompt, known, chunk, schedule)
+        return ends + list(range(known + 1, total + 1))
+
+    expected = evictions(run(prompt), schedule)
+    known = prompt
+    for num_steps in preemptions:
+        ends = run(known)[: num_steps + 1]
+        seen = evictions(ends, schedule)
+        assert seen == expected[: len(seen)]
+        # computing the last known token yields one more
+        known = min(total, max(known, ends[-1] + 1 if ends[-1] >= known else 0))
+    assert evictions(run(known), schedule) == expected

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from vllm_roco.config import RocoConfig, blocks_of
+
+
+def test_no_options_give_the_defaults() -> None:
+    assert RocoConfig.from_additional_config({}) == RocoConfig()
+
+
+@pytest.mark.parametrize("additional", [None, (), "roco", object()], ids=repr)
+def test_additional_config_that_is_no_dictionary_holds_no_options(
+    additional: object,
+) -> None:
+    assert RocoConfig.from_additional_config(additional) == RocoConfig()
+
+
+def test_options_of_other_plugins_are_left_alone() -> None:
+    config = RocoConfig.from_additional_config(
+        {"other": {"budget": -1}, "roco": {"budget": 512}}
+    )
+    assert config == RocoConfig(budget=512)
+
+
+def test_every_option_is_read() -> None:
+    options: dict[str, Any] = {
+        "policy": "recent",
+        "shield": "deviation",
+        "shield_ratio": 0.25,
+        "budget": 640,
+        "stride": 64,
+        "chunk": 128,
+        "sink": 32,
+        "recent": 48,
+        "trace": "trace.jsonl",
+    }
+    assert options.keys() == {field.name for field in dataclasses.fields(RocoConfig)}
+    config = RocoConfig.from_additional_config({"roco": options})
+    assert dataclasses.asdict(config) == options
+
+
+def test_options_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RocoConfig().budget = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("options", [None, 3, "budget", ["budget"]], ids=repr)
+def test_options_that_are_no_dictionary_are_refused(options: object) -> None:
+    message = f"additional_config['roco'] is {options!r}, but must be a dictionary"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RocoConfig.from_additional_config({"roco": options})
+
+
+def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError) as error:
+        RocoConfig.from_additional_config({"roco": {"buget": 512}})
+    assert "unknown option 'buget' = 512" in str(error.value)
+    assert "policy, shield, shield_ratio, budget, stride" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("policy", "h2o", '"roco" or "recent"'),
+        ("policy", None, '"roco" or "recent"'),
+        ("policy", ["roco"], '"roco" or "recent"'),
+        ("shield", "mean", '"peak" or "deviation"'),
+        ("budget", 0, "a whole number of tokens, at least 1"),
+        ("budget", -16, "a whole number of tokens, at least 1"),
+        ("budget", 512.0, "a whole number of tokens, at least 1"),
+        ("budget", "512", "a whole number of tokens, at least 1"),
+        ("budget", True, "a whole number of tokens, at least 1"),
+        ("stride", 0, "a whole number of tokens, at least 1"),
+        ("chunk", 0, "a whole number of tokens, at least 1"),
+        ("sink", -1, "a whole number of tokens, at least 0"),
+        ("recent", -1, "a whole number of tokens, at least 0"),
+        ("recent", None, "a whole number of tokens, at least 0"),
+        ("shield_ratio", -0.01, "a number from 0 to 1"),
+        ("shield_ratio", 1.01, "a number from 0 to 1"),
+        ("shield_ratio", float("nan"), "a number from 0 to 1"),
+        ("shield_ratio", "0.5", "a number from 0 to 1"),
+        ("shield_ratio", True, "a number from 0 to 1"),
+        ("trace", "", "a file path, or null for no trace"),
+        ("trace", " ", "a file path, or null for no trace"),
+        ("trace", True, "a file path, or null for no trace"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(key: str, value: object, allowed: str) -> None:
+    with pytest.raises(ValueError) as error:
+        RocoConfig.from_additional_config({"roco": {key: value}})
+    assert f"roco: {key} = {value!r} is not allowed. Use {allowed}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shield_ratio": 0},
+        {"shield_ratio": 1},
+        {"sink": 0, "recent": 0},
+        {"budget": 64, "sink": 32, "recent": 32},
+        {"budget": 1, "stride": 1, "chunk": 1, "sink": 0, "recent": 1},
+    ],
+    ids=repr,
+)
+def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
+    RocoConfig(**options)
+
+
+def test_protected_tokens_must_fit_the_budget() -> None:
+    with pytest.raises(ValueError) as error:
+        RocoConfig(budget=64, sink=32, recent=33)
+    assert "32 + 33 = 65 tokens, but must not exceed budget = 64" in str(error.value)
+
+
+def test_only_roco_measures() -> None:
+    assert RocoConfig(policy="roco").measures
+    assert not RocoConfig(policy="recent").measures
+
+
+@pytest.mark.parametrize(
+    ("options", "block_size", "message"),
+    [
+        ({"budget": 2040}, 16, "budget = 2040 is not a multiple of the block size"),
+        ({"budget": 2040}, 16, "Use 2032 or 2048, or another --block-size"),
+        ({"stride": 8}, 16, "stride = 8 is not a multiple of the block size"),
+        ({"stride": 8}, 16, "Use 16, or another --block-size"),
+        ({"chunk": 500}, 16, "Use 496 or 512, or another --block-size"),
+        (
+            {"budget": 64, "sink": 17, "recent": 17},
+            32,
+            "sink = 17 and recent = 17 protect 64 tokens",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_blocks_are_refused(
+    options: dict[str, int], block_size: int, message: str
+) -> None:
+    config = RocoConfig(**{"stride": 256, "chunk": 512, **options})
+    if message.startswith("sink"):
+        # 17 tokens take two blocks of 16 each: 64 tokens, exactly the budget
+        config.check_block_size(16)
+        config = dataclasses.replace(config, sink=33, recent=17, budget=64)
+        message = "sink = 33 and recent = 17 protect 96 tokens"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config.check_block_size(block_size)
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_the_defaults_fit_every_supported_block_size(block_size: int) -> None:
+    RocoConfig().check_block_size(block_size)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_blocks_of_is_the_least_number_that_holds_the_tokens(block_size: int) -> None:
+    for tokens in range(4 * block_size):
+        blocks = blocks_of(tokens, block_size)
+        assert blocks * block_size >= tokens
+        assert (blocks - 1) * block_size < tokens

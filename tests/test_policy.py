@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy on examples worked by hand, and against its definition in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_roco import policy
+from vllm_roco.config import RocoConfig
+from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.kv_cache.page import (
+    FIRST_POSITION,
+    MASS_PEAK,
+    MASS_SQUARES,
+    MASS_SUM,
+    NUM_FIELDS,
+)
+
+BLOCK_SIZE = 2
+
+
+def config_of(budget_blocks: int, **options: Any) -> RocoConfig:
+    defaults: dict[str, Any] = {"stride": BLOCK_SIZE, "sink": 0, "recent": 0}
+    return RocoConfig(
+        budget=budget_blocks * BLOCK_SIZE, **{**defaults, "shield_ratio": 0, **options}
+    )
+
+
+def statistics_of(
+    num_computed_tokens: int,
+    mean: list[Any],
+    *,
+    deviation: list[Any] | None = None,
+    peak: list[Any] | None = None,
+    first: list[int] | None = None,
+) -> torch.Tensor:
+    """Return `[layers, heads, blocks, fields]` whose moments are the given ones.
+
+    Args:
+        num_computed_tokens: Length after the step.
+        mean: By block, by head and block, or by layer, head and block.
+        deviation: Likewise; zero if left out.
+        peak: Likewise; zero if left out.
+        first: Position of each block's first token; ascending if left out.
+    """
+    means = torch.tensor(mean, dtype=torch.float32)
+    means = means.expand((1,) * (3 - means.dim()) + means.shape)
+
+    def like_means(values: list[Any] | None) -> torch.Tensor:
+        return torch.tensor(values or [0.0], dtype=torch.float32).expand_as(means)
+
+    positions = first or [BLOCK_SIZE * block for block in range(means.shape[-1])]
+    statistics = torch.empty(*means.shape, NUM_FIELDS)
+    statistics[..., FIRST_POSITION] = torch.tensor(positions, dtype=torch.float32)
+    count = num_computed_tokens - statistics[..., FIRST_POSITION]
+    statistics[..., MASS_SUM] = means * count
+    squares = like_means(deviation).square() + means.square()
+    statistics[..., MASS_SQUARES] = squares * count
+    statistics[..., MASS_PEAK] = like_means(peak)
+    return statistics
+
+
+def victims_of(
+    statistics: torch.Tensor,
+    num_computed_tokens: int,
+    num_victims: int,
+    config: RocoConfig,
+) -> list[int]:
+    victims = policy.select_victims(
+        statistics, num_computed_tokens, num_victims, BLOCK_SIZE, config
+    )
+    assert victims.dtype == torch.int64
+    return victims.tolist()
+
+
+def test_block_mass_sums_tokens_and_averages_the_group() -> None:
+    # [kv heads 1, group 2, queries 1, tokens 4]
+    probabilities = torch.tensor([[[[0.5, 0.1, 0.3, 0.1]], [[0.2, 0.2, 0.0, 0.6]]]])
+    mass = policy.block_mass(probabilities, BLOCK_SIZE)
+    torch.testing.assert_close(mass, torch.tensor([[[0.5, 0.5]]]))
+
+
+def test_the_group_is_averaged_before_anything_is_squared() -> None:
+    # one head looks at the first block only, its partner never
+    probabilities = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 1.0]]]])
+    statistics = torch.zeros(2, 1, NUM_FIELDS)
+    policy.accumulate(statistics, policy.block_mass(probabilities, BLOCK_SIZE))
+    assert statistics[:, 0, MASS_SQUARES].tolist() == [0.25, 0.25]
+    assert statistics[:, 0, MASS_PEAK].tolist() == [0.5, 0.5]
+
+
+def test_accumulate_adds_a_step() -> None:
+    statistics = torch.zeros(2, 1, NUM_FIELDS)
+    statistics[0, 0] = torch.tensor([1.0, 0.5, 0.75, 4.0])
+    # [kv heads 1, queries 2, blocks 2]
+    policy.accumulate(statistics, torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]))
+    expected = torch.tensor([[[1.75, 0.8125, 0.75, 4.0]], [[1.25, 0.8125, 0.75, 0.0]]])
+    torch.testing.assert_close(statistics, expected, rtol=0, atol=0)
+
+
+def test_accumulate_in_two_steps_equals_one() -> None:
+    mass = torch.rand(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    at_once = torch.zeros(5, 3, NUM_FIELDS)
+    policy.accumulate(at_once, mass)
+    in_steps = torch.zeros(5, 3, NUM_FIELDS)
+    policy.accumulate(in_steps, mass[:, :4])
+    policy.accumulate(in_steps, mass[:, 4:])
+    torch.testing.assert_close(in_steps, at_once)
+
+
+def test_the_mass_of_a_query_sums_to_one() -> None:
+    scores = torch.randn(2, 3, 4, 11, 6, generator=torch.Generator().manual_seed(1))
+    probabilities = scores.softmax(-1)
+    statistics = torch.zeros(2, 3, 3, NUM_FIELDS)
+    policy.accumulate(statistics, policy.block_mass(probabilities, BLOCK_SIZE))
+    total = statistics[..., MASS_SUM].sum(1)
+    torch.testing.assert_close(total, torch.full((2, 3), 11.0))
+
+
+def test_start_forgets_what_a_page_held() -> None:
+    statistics = torch.full((2, 3, NUM_FIELDS), torch.nan)
+    policy.start(statistics, torch.tensor([32, 4096]))
+    assert (statistics[..., :FIRST_POSITION] == 0).all()
+    assert statistics[0, :, FIRST_POSITION].tolist() == [32.0] * 3
+    assert statistics[1, :, FIRST_POSITION].tolist() == [4096.0] * 3
+
+
+def test_moments_count_from_the_blocks_first_token() -> None:
+    statistics = torch.zeros(NUM_FIELDS)
+    # masses 0.5, 0.25, 0.25, 1.0 of the queries at positions 6 to 9
+    statistics[MASS_SUM] = 2.0
+    statistics[MASS_SQUARES] = 1.375
+    statistics[FIRST_POSITION] = 6
+    assert policy.mean_of(statistics, 10).item() == 0.5
+    deviation = policy.deviation_of(statistics, 10).item()
+    assert deviation == pytest.approx(0.09375**0.5)
+
+
+def test_a_deviation_of_rounding_errors_is_zero() -> None:
+    statistics = torch.tensor([0.3, 0.3 * 0.1 - 1e-6, 0.1, 0.0])
+    assert policy.deviation_of(statistics, 3).item() == 0.0
+
+
+def test_any_head_takes_the_largest_share() -> None:
+    values = torch.tensor([[[1.0, 3.0], [2.0, 2.0]], [[0.0, 0.0], [9.0, 1.0]]])
+    torch.testing.assert_close(policy.any_head(values), torch.tensor([0.9, 0.75]))
+
+
+MEANS = [0.5, 0.1, 0.2, 0.3, 0.4]
+PEAKS = [0.1, 0.9, 0.8, 0.2, 0.3]
+DEVIATIONS = [0.5, 0.4, 0.1, 0.1, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("options", "num_victims", "expected"),
+    [
+        pytest.param({"shield_ratio": 0}, 1, [1], id="mean alone"),
+        # blocks 1 and 2 are shielded; of 0, 3 and 4 the third has the smallest mean
+        pytest.param({"shield_ratio": 0.5}, 1, [3], id="peak shields two"),
+        # floor(0.7 * 4) blocks: the same two
+        pytest.param({"shield_ratio": 0.7}, 1, [3], id="ratio rounds down"),
+        pytest.param({"shield_ratio": 0.75}, 1, [3], id="peak shields three"),
+        pytest.param({"shield_ratio": 1}, 1, [0], id="peak alone"),
+        # deviation shields 0 and 1; of the rest block 2 has the smallest mean
+        pytest.param(
+            {"shield": "deviation", "shield_ratio": 0.5}, 1, [2], id="deviation"
+        ),
+    ],
+)
+def test_two_stages(
+    options: dict[str, Any], num_victims: int, expected: list[int]
+) -> None:
+    statistics = statistics_of(10, MEANS, deviation=DEVIATIONS, peak=PEAKS)
+    config = config_of(4, **options)
+    assert victims_of(statistics, 10, num_victims, config) == expected
+
+
+def test_the_shield_is_cut_so_that_victims_remain() -> None:
+    # one sink, three candidates, two victims: only the highest peak can be shielded
+    statistics = statistics_of(8, [0.1, 0.2, 0.3, 0.4], peak=[0.9, 0.8, 0.2, 0.3])
+    config = config_of(2, sink=1, shield_ratio=1)
+    assert victims_of(statistics, 8, 2, config) == [2, 3]
+
+
+def test_one_head_in_one_layer_saves_a_block() -> None:
+    # block 0 has the smallest mean everywhere but in the last head
+    mean = [
+        [[0.01, 0.3, 0.3], [0.01, 0.3, 0.3]],
+        [[0.01, 0.3, 0.3], [0.80, 0.1, 0.2]],
+    ]
+    statistics = statistics_of(6, mean)
+    assert victims_of(statistics, 6, 1, config_of(2)) == [1]
+
+
+def test_heads_are_compared_by_shares_not_by_size() -> None:
+    # the second head's numbers are small, but block 0 is all that it looks at
+    statistics = statistics_of(6, [[0.3, 0.35, 0.35], [0.04, 0.003, 0.004]])
+    assert victims_of(statistics, 6, 1, config_of(2)) == [1]
+
+
+def test_shares_are_of_all_full_blocks_not_of_the_candidates() -> None:
+    # the arriving block takes most of the second head: among all blocks its share of
+    # block 0 is small, among the candidates alone it would be the largest
+    statistics = statistics_of(6, [[0.4, 0.6, 0.0], [0.3, 0.1, 0.6]])
+    assert victims_of(statistics, 6, 1, config_of(1)) == [0]
+
+
+def test_blocks_behind_the_dying_range_are_no_candidates() -> None:
+    statistics = statistics_of(10, [0.5, 0.4, 0.3, 0.1, 0.1])
+    assert victims_of(statistics, 10, 1, config_of(2)) == [2]
+
+
+@pytest.mark.parametrize("shield", ["peak", "deviation"])
+@pytest.mark.parametrize("ratio", [0, 0.5, 1])
+@pytest.mark.parametrize(
+    ("first", "expected"),
+    [
+        pytest.param([0, 2, 4, 6, 8, 10], [0, 1], id="in order"),
+        # the home's blocks were overwritten: the oldest are in the middle
+        pytest.param([8, 0, 6, 2, 10, 12], [1, 3], id="out of order"),
+    ],
+)
+def test_ties_go_to_the_older(
+    shield: str, ratio: float, first: list[int], expected: list[int]
+) -> None:
+    # masses that are zero have no rounding: every statistic is the same
+    statistics = statistics_of(14, [0.0] * 6, first=first)
+    config = config_of(4, shield=shield, shield_ratio=ratio)
+    assert victims_of(statistics, 14, 2, config) == expected
+
+
+def test_a_tie_in_the_shield_leaves_the_younger_shielded() -> None:
+    # equal peaks: the two youngest of four are shielded, whatever their mean
+    statistics = statistics_of(
+        8, [0.3, 0.4, 0.1, 0.2], peak=[0.5] * 4, first=[6, 0, 4, 2]
+    )
+    assert victims_of(statistics, 8, 1, config_of(3, shield_ratio=0.67)) == [3]
+
+
+def test_a_tie_in_the_mean_goes_to_the_older_whatever_its_shield() -> None:
+    # blocks 0 to 2 are exposed with equal means; the oldest has the largest peak
+    statistics = statistics_of(8, [0.0] * 4, peak=[0.3, 0.1, 0.2, 0.9])
+    assert victims_of(statistics, 8, 1, config_of(3, shield_ratio=0.4)) == [0]
+
+
+@pytest.mark.parametrize(
+    ("sink", "recent", "num_tokens", "expected"),
+    [
+        pytest.param(0, 0, 12, [0], id="nothing protected"),
+        pytest.param(1, 0, 12, [1], id="a sink takes its whole block"),
+        pytest.param(2, 0, 12, [1], id="a sink of one block"),
+        pytest.param(3, 0, 12, [2], id="a sink of a block and a token"),
+        pytest.param(0, 1, 12, [0], id="recent does not reach the smallest"),
+    ],
+)
+def test_sinks_are_protected(
+    sink: int, recent: int, num_tokens: int, expected: list[int]
+) -> None:
+    statistics = statistics_of(num_tokens, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    config = config_of(5, sink=sink, recent=recent)
+    assert victims_of(statistics, num_tokens, 1, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("recent", "num_tokens", "expected"),
+    [
+        pytest.param(0, 12, [5], id="nothing protected"),
+        pytest.param(1, 12, [4], id="the newest token protects its block"),
+        pytest.param(2, 12, [4], id="a whole block"),
+        pytest.param(3, 12, [3], id="a block and a token"),
+        # the newest token lies in a block that is not full
+        pytest.param(1, 13, [5], id="an arriving token"),
+        pytest.param(2, 13, [4], id="an arriving token and one before"),
+    ],
+)
+def test_the_newest_tokens_are_protected(
+    recent: int, num_tokens: int, expected: list[int]
+) -> None:
+    statistics = statistics_of(num_tokens, [0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    config = config_of(5, recent=recent)
+    assert victims_of(statistics, num_tokens, 1, config) == expected
+
+
+def test_protection_follows_the_token_not_the_place() -> None:
+    # the first token's block lies last, the newest first
+    statistics = statistics_of(8, [0.1, 0.4, 0.3, 0.1], first=[6, 2, 4, 0])
+    assert victims_of(statistics, 8, 1, config_of(3, sink=1, recent=1)) == [2]
+
+
+def test_everything_but_the_victims_may_be_protected() -> None:
+    statistics = statistics_of(8, [0.1, 0.9, 0.8, 0.2])
+    config = config_of(2, sink=2, recent=2, shield_ratio=1)
+    assert victims_of(statistics, 8, 2, config) == [1, 2]
+
+
+@st.composite
+def selections(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, RocoConfig]:
+    budget = draw(st.integers(1, 6))
+    num_victims = draw(st.integers(1, 8))
+    num_full = budget + num_victims + draw(st.integers(0, 2))
+    num_tokens = 100 + draw(st.integers(0, 1))
+    # the oldest blocks are gone, and the survivors lie in any order; the newest do not
+    ages = draw(st.permutations(range(50 - num_full, 50)))
+    sink = draw(st.integers(0, budget))
+    recent = draw(st.integers(0, budget - sink))
+    config = config_of(
+        budget,
+        sink=sink * BLOCK_SIZE,
+        recent=recent * BLOCK_SIZE,
+        shield=draw(st.sampled_from(["peak", "deviation"])),
+        shield_ratio=draw(st.sampled_from([0, 0.3, 0.7, 1])),
+    )
+    # few values, so that ties are common
+    mass = st.lists(
+        st.sampled_from([0.0, 0.25, 0.5]), min_size=num_full, max_size=num_full
+    )
+    statistics = statistics_of(
+        num_tokens,
+        [draw(mass), draw(mass)],
+        deviation=[draw(mass), draw(mass)],
+        peak=[draw(mass), draw(mass)],
+        first=[BLOCK_SIZE * age for age in ages],
+    )
+    return statistics, num_tokens, num_victims, config
+
+
+@given(selections())
+def test_victims_are_distinct_candidates_that_nothing_protects(
+    selection: tuple[torch.Tensor, int, int, RocoConfig],
+) -> None:
+    statistics, num_tokens, num_victims, config = selection
+    victims = victims_of(statistics, num_tokens, num_victims, config)
+    first = statistics[0, 0, :, FIRST_POSITION]
+    assert victims == sorted(set(victims))
+    assert len(victims) == num_victims
+    assert victims[-1] < config.budget // BLOCK_SIZE + num_victims
+    for victim in victims:
+        assert first[victim] >= config.sink
+        assert first[victim] + BLOCK_SIZE <= num_tokens - config.recent
+
+
+@given(selections())
+def test_selection_does_not_depend_on_where_candidates_lie(
+    selection: tuple[torch.Tensor, int, int, RocoConfig],
+) -> None:
+    statistics, num_tokens, num_victims, config = selection
+    victims = victims_of(statistics, num_tokens, num_victims, config)
+    num_candidates = config.budget // BLOCK_SIZE + num_victims
+    reversed_places = [
+        *range(num_candidates - 1, -1, -1),
+        *range(num_candidates, statistics.shape[2]),
+    ]
+    mirrored = victims_of(
+        statistics[:, :, reversed_places], num_tokens, num_victims, config
+    )
+    assert sorted(num_candidates - 1 - place for place in mirrored) == victims
+
+
+@pytest.mark.parametrize(
+    ("victims", "moves"),
+    [
+        pytest.param([4, 5], [], id="the dying range goes as it is"),
+        pytest.param([0, 2], [(4, 0), (5, 2)], id="all of it survives"),
+        pytest.param([1, 4], [(5, 1)], id="one survives"),
+        pytest.param([3, 5], [(4, 3)], id="the other survives"),
+        pytest.param([], [], id="nothing goes"),
+    ],
+)
+def test_moves_by_hand(victims: list[int], moves: list[tuple[int, int]]) -> None:
+    planned = policy.plan_moves(torch.tensor(victims, dtype=torch.int64), 4)
+    assert planned == moves
+
+
+@given(
+    st.integers(1, 12).flatmap(
+        lambda budget: st.integers(1, 12).flatmap(
+            lambda victims: st.tuples(
+                st.just(budget),
+                st.permutations(range(budget + victims)).map(
+                    lambda order: sorted(order[:victims])
+                ),
+            )
+        )
+    )
+)
+def test_moves_leave_nothing_needed_in_the_dying_range(
+    example: tuple[int, list[int]],
+) -> None:
+    budget, victims = example
+    places = list(range(budget + len(victims)))
+    survivors = set(places) - set(victims)
+    moves = policy.plan_moves(torch.tensor(victims), budget)
+    for source, destination in moves:
+        places[destination] = source
+    assert set(places[:budget]) == survivors
+    assert len(moves) == sum(place < budget for place in victims)
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 6),
+    st.integers(0, 8),
+    st.lists(st.integers(1, 40), min_size=1, max_size=30),
+)
+def test_recent_drops_the_oldest(
+    budget_blocks: int, stride_blocks: int, sink_blocks: int, steps: list[int]
+) -> None:
+    """Over many steps, some of them larger than the whole home."""
+    sink_blocks = min(sink_blocks, budget_blocks)
+    schedule = EvictionSchedule(
+        block_size=1, budget=budget_blocks, stride=stride_blocks
+    )
+    # logical index of the block at every place of the row
+    row: list[int] = []
+    kept: list[int] = []
+    for blocks in steps:
+        before = schedule.evicted_blocks(len(row))
+        arrived = range(len(row), len(row) + blocks)
+        row += arrived
+        kept += arrived
+        after = schedule.evicted_blocks(len(row))
+        oldest_first = [block for block in kept if block >= sink_blocks]
+        for block in oldest_first[: after - before]:
+            kept.remove(block)
+
+        live = [*range(budget_blocks), *range(budget_blocks + before, len(row))]
+        for source, destination in policy.plan_recent_moves(
+            before, after, budget_blocks, sink_blocks
+        ):
+            assert source >= budget_blocks
+            assert sink_blocks <= destination < budget_blocks
+            row[live[destination]] = row[live[source]]
+        live = [*range(budget_blocks), *range(budget_blocks + after, len(row))]
+        assert sorted(row[place] for place in live[: len(row) - after]) == kept
+
+
+def test_recent_moves_no_block_twice_in_a_large_step() -> None:
+    # a step of 20 blocks through a ring of 3: only the last 3 are worth a copy
+    moves = policy.plan_recent_moves(0, 20, 4, 1)
+    assert moves == [(21, 3), (22, 1), (23, 2)]
+
+
+def test_recent_with_sinks_alone_moves_nothing() -> None:
+    assert policy.plan_recent_moves(0, 20, 4, 4) == []

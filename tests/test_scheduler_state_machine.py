@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Anything that requests may do, in any order, over vLLM's real scheduler.
+
+`Driver.check` holds after every rule: no sequence above its bound, no block with two
+owners or lost, none freed under a step in flight. `PagedWorker` holds in every step:
+nobody reads or overwrites another's block, and each request evicts as it does alone.
+"""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from tests.scheduler_driver import BLOCK_SIZE, MAX_NUM_SEQS, Driver, Setup
+
+MAX_PROMPT = 150
+MAX_OUTPUT = 60
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Synchronous scheduling, one step at a time."""
+
+    asynchronous = False
+    max_steps_in_flight = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.driver: Driver | None = None
+        self.lengths: dict[str, tuple[int, int]] = {}
+        self.aborted: set[str] = set()
+
+    @initialize(
+        # in blocks: each larger than, equal to or smaller than the others
+        shape=st.sampled_from([(4, 2, 2), (4, 1, 6), (2, 4, 2), (1, 1, 1), (5, 3, 4)]),
+        spare_tokens=st.integers(0, 40),
+        # none at all, too few for two sequences, enough for every sequence
+        spare_blocks=st.sampled_from([0, 1, 3, 8, 12, 100]),
+    )
+    def start(
+        self, shape: tuple[int, int, int], spare_tokens: int, spare_blocks: int
+    ) -> None:
+        budget, stride, chunk = (blocks * BLOCK_SIZE for blocks in shape)
+        self.driver = Driver(
+            Setup(
+                # the first and the newest block are protected
+                budget=max(budget, 2 * BLOCK_SIZE),
+                stride=stride,
+                chunk=chunk,
+                max_num_batched_tokens=MAX_NUM_SEQS + chunk + spare_tokens,
+                asynchronous=self.asynchronous,
+                max_steps_in_flight=self.max_steps_in_flight,
+                spare_blocks=spare_blocks,
+            )
+        )
+
+    @rule(
+        num_prompt_tokens=st.integers(1, MAX_PROMPT),
+        max_tokens=st.integers(1, MAX_OUTPUT),
+        ignore_stop=st.booleans(),
+    )
+    def add(self, num_prompt_tokens: int, max_tokens: int, ignore_stop: bool) -> None:
+        assert self.driver is not None
+        request_id = self.driver.add(
+            num_prompt_tokens, max_tokens, ignore_stop=ignore_stop
+        )
+        self.lengths[request_id] = (num_prompt_tokens, max_tokens)
+
+    @rule(num_steps=st.integers(1, 40))
+    def step(self, num_steps: int) -> None:
+        assert self.driver is not None
+        for _ in range(num_steps):
+            self.driver.step()
+
+    @precondition(lambda self: self.driver is not None and self.has_room_in_flight)
+    @rule()
+    def schedule(self) -> None:
+        assert self.driver is not None
+        if self.driver.scheduler.has_requests():
+            self.driver.schedule()
+
+    @precondition(lambda self: self.driver is not None and self.driver.num_in_flight)
+    @rule()
+    def complete(self) -> None:
+        assert self.driver is not None
+        self.driver.complete()
+
+    @rule()
+    def preempt_all(self) -> None:
+        assert self.driver is not None
+        self.driver.preempt_all()
+
+    @precondition(lambda self: self.driver is not None and self.unfinished)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        assert self.driver is not None
+        request_id = data.draw(st.sampled_from(sorted(self.unfinished)))
+        self.driver.abort(request_id)
+        self.aborted.add(request_id)
+
+    def teardown(self) -> None:
+        if self.driver is None:
+            return
+        self.driver.drain(self.steps_to_finish())
+        for request_id, (_, max_tokens) in self.lengths.items():
+            num_outputs = len(self.driver.outputs[request_id])
+            if request_id in self.aborted:
+                continue
+            reason = str(self.driver.finished[request_id].finish_reason)
+            assert num_outputs == max_tokens if reason == "length" else reason == "stop"
+        self.driver.scheduler.shutdown()
+
+    @property
+    def has_room_in_flight(self) -> bool:
+        assert self.driver is not None
+        return self.driver.num_in_flight < self.max_steps_in_flight
+
+    @property
+    def unfinished(self) -> set[str]:
+        assert self.driver is not None
+        return set(self.driver.scheduler.requests)
+
+    def steps_to_finish(self) -> int:
+        """Return how many steps suffice, one request after the other.
+
+        The oldest request is never preempted, so each needs its own tokens once more
+        at most: what it knows in chunks, the rest one by one.
+        """
+        assert self.driver is not None
+        setup = self.driver.setup
+        total = 4
+        for request_id in self.unfinished:
+            num_prompt_tokens, max_tokens = self.lengths[request_id]
+            known = num_prompt_tokens + max_tokens
+            total += known // setup.chunk + known // setup.stride + 2 + max_tokens
+        # with steps in flight, some are empty: they only wait for a token
+        return total * setup.max_steps_in_flight + 8
+
+
+class AsyncMachine(SchedulerMachine):
+    """Asynchronous scheduling."""
+
+    asynchronous = True
+    max_steps_in_flight = 2
+
+
+class DeepAsyncMachine(SchedulerMachine):
+    """Asynchronous scheduling over two pipeline stages."""
+
+    asynchronous = True
+    max_steps_in_flight = 3
+
+
+class PipelineMachine(SchedulerMachine):
+    """Synchronous scheduling over two pipeline stages."""
+
+    max_steps_in_flight = 2
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [SchedulerMachine, AsyncMachine, DeepAsyncMachine, PipelineMachine],
+    ids=lambda machine: machine.__name__,
+)
+def test_requests_in_any_order(machine: type[SchedulerMachine]) -> None:
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=20))

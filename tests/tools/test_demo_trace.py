@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools.demo.errors import DemoError
+from tools.demo.measured import find_sequence, read_trace
+
+
+def test_trace_is_read_by_request(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text(
+        '{"time": 1.0, "step": 0, "request": "a-0", "computed_tokens": 17, '
+        '"held_blocks": 2}\n'
+        '{"time": 1.0, "step": 0, "request": "b-0", "computed_tokens": 16, '
+        '"held_blocks": 1}\n'
+        '{"time": 2.0, "step": 1, "request": "a-0", "computed_tokens": 33, '
+        '"held_blocks": 1}\n'
+    )
+
+    sequences = read_trace(trace, block_size=16)
+
+    first = find_sequence(sequences, "a")
+    assert first.times == [1.0, 2.0]
+    assert first.held_tokens == [32, 16]
+    assert first.full_tokens == [32, 48]
+    assert first.freed_blocks == 2
+    assert find_sequence(sequences, "b").freed_blocks == 0
+    with pytest.raises(DemoError, match="0 requests named c"):
+        find_sequence(sequences, "c")

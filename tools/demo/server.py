@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` as a child: started, waited for, and gone afterwards in any case."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx
+
+from tools.demo.errors import DemoError
+
+START_SECONDS = 900
+"""Time for a large model from a slow disk; a server that died is noticed at once."""
+
+STOP_SECONDS = 20
+
+
+class Server:
+    """A running `vllm serve`; a context manager that ends it.
+
+    Args:
+        command: The command line.
+        environment: Variables to set, on top of this process's own.
+        url: Where it will answer.
+        log: File that receives what it prints.
+
+    Raises:
+        DemoError: The command cannot be run.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        url: str,
+        log: Path,
+    ) -> None:
+        self.url = url
+        with log.open("wb") as output:
+            try:
+                self._process = subprocess.Popen(
+                    command,
+                    env=os.environ | environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    # a group of its own: Ctrl-C reaches the demo alone, which then
+                    # ends the server and all that it started
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise DemoError(
+                    f"cannot run {command[0]}: {error.strerror}."
+                ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def wait_until_ready(self) -> None:
+        """Return once the server answers.
+
+        Raises:
+            DemoError: It ended, or did not answer within `START_SECONDS`.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            self.check_alive()
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                    return
+            time.sleep(0.2)
+        raise DemoError(f"the server did not answer within {START_SECONDS} s.")
+
+    def check_alive(self) -> None:
+        """Raise if the server has ended.
+
+        Raises:
+            DemoError: It has.
+        """
+        status = self._process.poll()
+        if status is not None:
+            raise DemoError(f"the server ended by itself, with status {status}.")
+
+    def stop(self) -> None:
+        """End the server and every process it started. Stopping twice is harmless."""
+        # a second Ctrl-C must not leave half of them behind
+        previous = {
+            number: signal.signal(number, signal.SIG_IGN)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        }
+        try:
+            self._signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_SECONDS)
+            # what did not end with the server, and the server if it did not end
+            self._signal(signal.SIGKILL)
+            self._process.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+def serve_command(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    block_size: int,
+    additional_config: str,
+    eager: bool,
+    further: Sequence[str],
+) -> list[str]:
+    """Return the command line of `vllm serve`."""
+    command = ["vllm", "serve", model, "--host", host, "--port", str(port)]
+    command += ["--dtype", "bfloat16", "--block-size", str(block_size)]
+    if eager:
+        command.append("--enforce-eager")
+    command += ["--attention-backend", "roco", "--additional-config", additional_config]
+    return [*command, *further]
+
+
+def serve_environment(*, gpu: bool, local_model: bool) -> dict[str, str]:
+    """Return the variables of a short-lived server; the user's own have precedence."""
+    wanted = {"VLLM_NO_USAGE_STATS": "1"}
+    if local_model:
+        # nothing is to be asked of a hub
+        wanted["HF_HUB_OFFLINE"] = "1"
+    if not gpu:
+        # bound threads that wait for a core in use by others slow a step manyfold
+        wanted |= {
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+        }
+    return {name: text for name, text in wanted.items() if name not in os.environ}

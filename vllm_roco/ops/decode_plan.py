@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How decode attention is laid out on a device, and the memory it needs there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+
+TILE_BYTES = 32 * 1024
+"""Keys and values that a program reads at a time while several share a row."""
+
+LONG_WORK_BYTES = 1.1 * 2**20
+"""Keys and values for each multiprocessor above which two programs share it."""
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How one decode shape is laid out on the device; fixed when a graph is captured.
+
+    Attributes:
+        tile: Tokens a program reads at a time, a power of two of at least 16.
+        splits: Programs that share the keys of one row and kv head.
+        num_warps: Warps of the attention kernel.
+        num_stages: Tiles in flight, the one being computed included.
+        dependent_launch: Whether the second kernel is launched before the first ends
+            (programmatic dependent launch, compute capability 9.0 and above).
+    """
+
+    tile: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    dependent_launch: bool
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """What the first kernel leaves for the second; allocated once.
+
+    Attributes:
+        partial_output: Flat float32, `rows * q_heads * splits * head_size` numbers.
+        partial_lse: Flat float32, `rows * q_heads * splits` numbers.
+        piece_lse: Flat float32, `rows * q_heads * pieces of the longest row` numbers;
+            empty when nothing is measured.
+        max_blocks: Blocks of the longest row.
+    """
+
+    partial_output: torch.Tensor
+    partial_lse: torch.Tensor
+    piece_lse: torch.Tensor
+    max_blocks: int
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        plans: Sequence[tuple[int, DecodePlan]],
+        num_q_heads: int,
+        head_size: int,
+        block_size: int,
+        max_live_tokens: int,
+        measure: bool,
+        device: torch.device,
+    ) -> DecodeScratch:
+        """Allocate enough for every launch that is to share the memory.
+
+        Args:
+            plans: The launches, as number of rows and plan.
+            num_q_heads: Query heads of the layer on this rank.
+            head_size: Numbers per head.
+            block_size: Tokens per block.
+            max_live_tokens: Bound of the rows' live lengths.
+            measure: Whether statistics are to be kept.
+            device: Where the kernels run.
+        """
+
+        def floats(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.float32, device=device)
+
+        max_blocks = triton.cdiv(max_live_tokens, block_size)
+        splits = max(rows * plan.splits for rows, plan in plans)
+        pieces = max(
+            rows * max_blocks * (block_size // piece_size(block_size, plan.tile))
+            for rows, plan in plans
+        )
+        return cls(
+            partial_output=floats(splits * num_q_heads * head_size),
+            partial_lse=floats(splits * num_q_heads),
+            piece_lse=floats(pieces * num_q_heads if measure else 0),
+            max_blocks=max_blocks,
+        )
+
+
+def piece_size(block_size: int, tile: int) -> int:
+    """Return the tokens of a piece: the largest power of two in block and tile."""
+    return math.gcd(block_size, tile)
+
+
+def plan_decode(
+    *,
+    num_rows: int,
+    num_kv_heads: int,
+    head_size: int,
+    max_live_tokens: int,
+    dtype: torch.dtype,
+    num_multiprocessors: int,
+    capability: tuple[int, int],
+) -> DecodePlan:
+    """Choose a layout from what is known when the launch is recorded.
+
+    Every row is taken to be as long as it can be. Where rows and heads alone give each
+    multiprocessor two programs, splitting only costs, and large tiles save the most
+    work around them. Else keys are split until one program runs on each multiprocessor,
+    two where they have long work; a third stage hides what a single program waits for.
+    `benchmarks/kernels/score_plans.py` tells how far from the best this is.
+
+    Args:
+        num_rows: Decode rows of the launch, padding included.
+        num_kv_heads: KV heads of the layer on this rank.
+        head_size: Numbers per head.
+        max_live_tokens: Bound of the rows' live lengths.
+        dtype: Element type of query and cache.
+        num_multiprocessors: Multiprocessors of the device.
+        capability: Compute capability of the device.
+    """
+    token_bytes = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
+    tile = max(16, min(128, TILE_BYTES // token_bytes))
+    programs = num_rows * num_kv_heads
+    dependent_launch = capability >= (9, 0)
+    if programs >= 2 * num_multiprocessors:
+        return DecodePlan(min(128, 2 * tile), 1, 4, 2, dependent_launch)
+    work = programs * max_live_tokens * token_bytes / num_multiprocessors
+    wanted = num_multiprocessors * (2 if work > LONG_WORK_BYTES else 1)
+    splits = triton.next_power_of_2(max(1, wanted // programs))
+    # a split is worth its share of the second kernel from two tiles on
+    most = max(1, max_live_tokens // (2 * tile))
+    return DecodePlan(tile, min(splits, most), 4, 3, dependent_launch)
