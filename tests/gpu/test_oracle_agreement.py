@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.engine.agreement import assert_agreement
 from tests.engine.steps import poisoned_free_blocks
@@ -22,6 +23,7 @@ from tests.engine.tiny_models import random_prompt
 from tests.gpu.engines import EAGER, FULL_GRAPHS, PIECEWISE_GRAPHS, gpu_engine
 from tests.gpu.kept_blocks import recorded_kept_blocks
 from tests.oracle import Options, OracleResult, generate
+from vllm_roco.attention.backend import RocoBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,7 +80,10 @@ def test_token_major_pages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """vLLM's other layout, which a model whose other layers want it gets."""
-    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "LBNHC")
+    # not by the environment: vLLM remembers what it read for the process's first engine
+    monkeypatch.setattr(
+        RocoBackend, "supported_kv_cache_layouts", lambda: (KVCacheLayout.LBNHC,)
+    )
     with gpu_engine(tiny_llama, OPTIONS) as engine:
         cache = engine.kv_caches[0]
         assert cache.stride(1) < cache.stride(2), "the layout was not honoured"

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs each Triton kernel once on this machine and compares it with PyTorch.
+
+A quick check of an installation, for `vllm_roco.verify`; the kernels' own tests look at
+every shape and boundary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from vllm_roco import policy, reference
+from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache import page
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.live_table import build_live_table
+from vllm_roco.ops.move_blocks import first_pages, move_blocks
+from vllm_roco.ops.prefill_attention import prefill_attention
+from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.ops.select_victims import SCORES, first_statistics, select_victims
+
+BLOCK_SIZE = 16
+NUM_KV_HEADS = 2
+GROUP = 4
+HEAD_SIZE = 64
+WIDTH = 12
+"""Blocks of a row."""
+SCALE = HEAD_SIZE**-0.5
+
+
+def check_live_table(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise AssertionError unless the live table leaves out what was evicted."""
+    budget_blocks, stride_blocks, evicted = 4, 2, 4
+    num_tokens = (budget_blocks + evicted + 1) * BLOCK_SIZE + 3
+    row = _int32(torch.randperm(WIDTH), device)
+    buffers = {
+        name: _int32([0], device)
+        for name in ("live_lens", "evicted_before", "evicted_after")
+    }
+    live_table = torch.zeros_like(row)[None]
+    build_live_table(
+        block_table=row[None],
+        seq_lens=_int32([num_tokens], device),
+        query_start_loc=_int32([0, 1], device),
+        live_table=live_table,
+        budget_blocks=budget_blocks,
+        stride_blocks=stride_blocks,
+        block_size=BLOCK_SIZE,
+        **buffers,
+    )
+    length = num_tokens - evicted * BLOCK_SIZE
+    expected = reference.live_row(
+        row,
+        evicted=evicted,
+        live_len=length,
+        budget_blocks=budget_blocks,
+        block_size=BLOCK_SIZE,
+    )
+    assert buffers["live_lens"].item() == length
+    assert buffers["evicted_before"].item() == evicted
+    assert torch.equal(live_table[0, : len(expected)], expected)
+
+
+def check_decode(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise AssertionError unless decode attends and measures as PyTorch does."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9,)
+    for splits in (1, 3):
+        cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
+        query = _randn((1, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
+        length = WIDTH * BLOCK_SIZE - 5
+        statistics = page.statistics_view(cache).zero_()
+        expected = statistics.clone()
+        output = torch.empty_like(query)
+        plan = DecodePlan(
+            32, splits, num_warps=4, num_stages=2, dependent_launch=hopper
+        )
+        decode_attention(
+            query=query,
+            kv_cache=cache,
+            live_table=table,
+            live_lens=_int32([length], device),
+            evicted_before=_int32([0], device),
+            statistics=statistics,
+            output=output,
+            scratch=DecodeScratch.allocate(
+                plans=[(1, plan)],
+                num_q_heads=GROUP * NUM_KV_HEADS,
+                head_size=HEAD_SIZE,
+                block_size=BLOCK_SIZE,
+                max_live_tokens=WIDTH * BLOCK_SIZE,
+                measure=True,
+                device=device,
+            ),
+            plan=plan,
+            scale=SCALE,
+        )
+        _assert_step(query, cache, table[0], length, output, statistics, expected)
+
+
+def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise AssertionError unless prompts are attended and measured as by PyTorch."""
+    cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
+    query_len, length = 40, WIDTH * BLOCK_SIZE - 5
+    query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
+    statistics = page.statistics_view(cache).zero_()
+    expected = statistics.clone()
+    output = torch.empty_like(query)
+    lse = torch.empty(query.shape[1], query_len, device=device)
+    prefill_attention(
+        query=query,
+        kv_cache=cache,
+        query_start_loc=_int32([0, query_len], device),
+        live_table=table,
+        live_lens=_int32([length], device),
+        output=output,
+        lse=lse,
+        max_query_len=query_len,
+        scale=SCALE,
+    )
+    measure_prefill(
+        query=query,
+        kv_cache=cache,
+        lse=lse,
+        query_start_loc=_int32([0, query_len], device),
+        live_table=table,
+        live_lens=_int32([length], device),
+        evicted_before=_int32([0], device),
+        statistics=statistics,
+        max_live_tokens=length,
+        plan=plan_prefill(head_size=HEAD_SIZE, dtype=dtype),
+        scale=SCALE,
+    )
+    _assert_step(query, cache, table[0], length, output, statistics, expected)
+
+
+def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise AssertionError unless victims and moved pages are the policy's."""
+    config = RocoConfig(budget=8 * BLOCK_SIZE, stride=4 * BLOCK_SIZE)
+    budget_blocks, num_victims = 8, 4
+    num_tokens = WIDTH * BLOCK_SIZE
+    table = _int32([torch.randperm(WIDTH).tolist()], device)
+    blocks = table[0].long()
+    caches = [_cache(device, dtype, WIDTH) for _ in range(3)]
+    views = [page.statistics_view(cache) for cache in caches]
+    for view in views:
+        view.copy_(_randn(tuple(view.shape), device, torch.float32).abs())
+        first = torch.arange(WIDTH, device=device, dtype=torch.float32) * BLOCK_SIZE
+        view[blocks, :, page.FIRST_POSITION] = first[:, None]
+    moves = policy.plan_moves(
+        policy.select_victims(
+            torch.stack([view[blocks] for view in views]).transpose(1, 2),
+            num_tokens,
+            num_victims,
+            BLOCK_SIZE,
+            config,
+        ),
+        budget_blocks,
+    )
+    expected = [page.page_view(cache).clone() for cache in caches]
+    for source, destination in moves:
+        for pages in expected:
+            pages[blocks[destination]] = pages[blocks[source]]
+
+    page_bytes = caches[0].stride(0) * caches[0].element_size()
+    chosen = _int32([[[0, 0]] * budget_blocks], device)
+    num_moves = _int32([0], device)
+    select_victims(
+        first_statistics_of_layer=first_statistics(views),
+        stride_statistics_block=page_bytes // torch.float32.itemsize,
+        num_kv_heads=NUM_KV_HEADS,
+        seq_lens=_int32([num_tokens], device),
+        live_table=table,
+        evicted_before=_int32([0], device),
+        evicted_after=_int32([num_victims], device),
+        scores=torch.zeros(1, len(caches), SCORES, WIDTH, device=device),
+        moves=chosen,
+        num_moves=num_moves,
+        moved=torch.zeros(1, dtype=torch.int64, device=device),
+        budget_blocks=budget_blocks,
+        block_size=BLOCK_SIZE,
+        shield_by_peak=config.shield == "peak",
+        shield_blocks=int(config.shield_ratio * budget_blocks),
+        sink=config.sink,
+        recent=config.recent,
+    )
+    move_blocks(
+        first_page_of_layer=first_pages(caches),
+        moves=chosen,
+        num_moves=num_moves,
+        page_bytes=page_bytes,
+    )
+    for cache, pages in zip(caches, expected, strict=True):
+        found = page.page_view(cache)
+        assert torch.equal(found.view(torch.uint8), pages.view(torch.uint8))
+
+
+CHECKS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
+    "live table": check_live_table,
+    "decode": check_decode,
+    "prefill": check_prefill,
+    "eviction": check_eviction,
+}
+"""Name to a function of device and element type that raises AssertionError."""
+
+
+def _assert_step(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    blocks: torch.Tensor,
+    length: int,
+    output: torch.Tensor,
+    statistics: torch.Tensor,
+    before: torch.Tensor,
+) -> None:
+    """Compare one sequence's step with float32, by the error of the cache's dtype."""
+    exact, low = (
+        reference.attend(
+            query=query,
+            kv_cache=kv_cache,
+            blocks=blocks,
+            live_len=length,
+            scale=SCALE,
+            dtype=dtype,
+        )
+        for dtype in (torch.float32, query.dtype)
+    )
+    error = float((output.float() - exact.output).abs().max())
+    allowed = 2 * float((low.output.float() - exact.output).abs().max()) + 1e-5
+    assert error <= allowed, f"the output errs by {error:.1e}, allowed {allowed:.1e}"
+    reference.update_statistics(
+        statistics=before,
+        blocks=blocks,
+        mass=exact.mass,
+        live_len=length,
+        evicted=0,
+        block_size=BLOCK_SIZE,
+    )
+    torch.testing.assert_close(statistics, before, rtol=1e-4, atol=1e-5)
+
+
+def _cache(device: torch.device, dtype: torch.dtype, num_blocks: int) -> torch.Tensor:
+    cache = reference.paged_cache(
+        num_blocks=num_blocks,
+        num_kv_heads=NUM_KV_HEADS,
+        block_size=BLOCK_SIZE,
+        head_size=HEAD_SIZE,
+        dtype=dtype,
+        device=device,
+    )
+    cache.copy_(_randn(tuple(cache.shape), device, dtype))
+    return cache
+
+
+def _randn(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> torch.Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def _int32(values: object, device: torch.device) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.int32, device=device)
