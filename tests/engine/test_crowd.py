@@ -15,16 +15,22 @@ from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
 PROMPTS = [
-    random_prompt(length, seed=length) for length in (20, 45, 70, 96, 150, 210, 333)
+    random_prompt(length, seed=length) for length in (333, 210, 150, 96, 70, 45, 20)
 ]
 NUM_NEW = 150
+# room for one chunk of 64 beside seven decodes, so the others' chunks must wait
+TIGHT = dict(max_num_batched_tokens=100)
 
 
 def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
     """Seven requests at once need more blocks than the pool of the last run has."""
-    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
+    with running_engine(tiny_llama, SMALL_BUDGET, **TIGHT) as engine:
         with recorded_kept_blocks(engine) as kept_alone:
             alone = engine.generate_one_by_one(PROMPTS, NUM_NEW)
+        # freed when the last token but one was scheduled; the last is never computed
+        assert engine.manager.num_freed_blocks == sum(
+            SMALL_BUDGET.evicted_blocks(len(prompt) + NUM_NEW - 2) for prompt in PROMPTS
+        )
         with recorded_kept_blocks(engine) as kept_together:
             together = engine.generate(PROMPTS, NUM_NEW)
         assert engine.num_lost_blocks == 0
@@ -34,7 +40,9 @@ def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
     assert together == alone
 
     with (
-        running_engine(tiny_llama, SMALL_BUDGET, num_gpu_blocks_override=36) as engine,
+        running_engine(
+            tiny_llama, SMALL_BUDGET, **TIGHT, num_gpu_blocks_override=30
+        ) as engine,
         recorded_steps(engine) as steps,
         recorded_kept_blocks(engine) as kept_preempted,
     ):
