@@ -28,10 +28,10 @@ Arguments after -- go to `vllm serve` as they are:
   ./demo.sh -- --gpu-memory-utilization 0.5
 
 On a CPU the server runs with --enforce-eager, to start fast, with 1 GiB of KV cache and
-with one unbound OpenMP thread: a model this small gains little from more, and threads
-that wait for a busy core slow every step. So its speed is not the best this machine can
-do; a larger --model wants more threads. OMP_NUM_THREADS,
-VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE have precedence where they are set.
+with one unbound OpenMP thread, since threads that wait for a busy core slow every step.
+So its speed is not the best this machine can do; a larger --model wants more threads.
+OMP_NUM_THREADS, VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE have precedence
+where they are set.
 
 ROCO_PYTHON=/path/to/python uses an environment of your own.
 """
