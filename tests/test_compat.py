@@ -73,8 +73,11 @@ def test_a_source_tree_without_a_version_asks_its_distribution(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     installed = compat.installed_version()
+    assert installed is not None
     monkeypatch.setattr("vllm.__version__", "dev")
-    assert compat.installed_version() == installed
+    asked = compat.installed_version()
+    # on a CPU, the distribution's version may tell so: 0.32.0+cpu
+    assert asked is not None and asked.base_version == installed.base_version
 
 
 @pytest.fixture
@@ -90,10 +93,10 @@ def reducer() -> Iterator[None]:
 
 
 def _run(source: str, argument: Any = None) -> Any:
-    """Run code in a process that loads no plugin; it prints its result as JSON."""
+    """Run code in a process that has loaded no plugin; it prints its result as JSON."""
     process = subprocess.run(
         [sys.executable, "-c", source, json.dumps(argument)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "VLLM_PLUGINS": "none"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,

@@ -132,9 +132,9 @@ def test_only_roco_measures() -> None:
         ({"stride": 8}, 16, "Use 16, or another --block-size"),
         ({"chunk": 500}, 16, "Use 496 or 512, or another --block-size"),
         (
-            {"budget": 64, "sink": 17, "recent": 17},
+            {"budget": 64, "sink": 33, "recent": 17},
             32,
-            "sink = 17 and recent = 17 protect 64 tokens",
+            "sink = 33 and recent = 17 protect 96 tokens",
         ),
     ],
 )
@@ -142,13 +142,14 @@ def test_options_that_do_not_fit_the_blocks_are_refused(
     options: dict[str, int], block_size: int, message: str
 ) -> None:
     config = RocoConfig(**{"stride": 256, "chunk": 512, **options})
-    if message.startswith("sink"):
-        # 17 tokens take two blocks of 16 each: 64 tokens, exactly the budget
-        config.check_block_size(16)
-        config = dataclasses.replace(config, sink=33, recent=17, budget=64)
-        message = "sink = 33 and recent = 17 protect 96 tokens"
     with pytest.raises(ValueError, match=re.escape(message)):
         config.check_block_size(block_size)
+
+
+def test_protected_tokens_may_fill_the_budget_to_the_last_block() -> None:
+    config = RocoConfig(budget=64, stride=32, chunk=32, sink=17, recent=17)
+    config.check_block_size(16)
+    config.check_block_size(32)
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])

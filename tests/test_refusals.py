@@ -12,13 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 from vllm import LLM, ModelRegistry, envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.model_configs import save_config
+from tests.engine.engines import running_engine
+from tests.engine.tiny_models import random_prompt
+from tests.model_configs import TINY, save_config
+from tests.oracle import Options
+from vllm_roco.attention import backend
+from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.scheduler import RocoSchedulerMixin
 
 OPTIONS = {"budget": 128, "stride": 32, "chunk": 64}
@@ -184,6 +192,10 @@ BAD_SETTINGS = {
         ("kv_cache_dtype = 'fp8'", "auto, float16, bfloat16"),
         arguments={"kv_cache_dtype": "fp8"},
     ),
+    "diffusion": Case(
+        ("is a diffusion model", "Serve a model of"),
+        arguments={"diffusion_config": {"canvas_length": 32}},
+    ),
     "fast-prefill": Case(
         ("kv_sharing_fast_prefill = True", "Leave --kv-sharing-fast-prefill out"),
         arguments={"kv_sharing_fast_prefill": True},
@@ -252,7 +264,7 @@ class Model:
 
 MODELS = {
     "mla": Model(
-        "vllm.models.deepseek_v2.DeepseekV2ForCausalLM",
+        "vllm.model_executor.models.deepseek_v2.DeepseekV2ForCausalLM",
         "deepseek_v2",
         Case(("has multi-head latent attention (MLA)", "Serve a model of")),
         {
@@ -284,6 +296,12 @@ MODELS = {
         "vllm.model_executor.models.bert.BertModel",
         "bert",
         Case(("runner = 'pooling'", "Serve a model that generates text")),
+    ),
+    "multimodal-prefix": Model(
+        "vllm.model_executor.models.llama.LlamaForCausalLM",
+        "llama",
+        Case(("attends to multimodal inputs in both directions", "Serve a model of")),
+        {"is_mm_prefix_lm": True},
     ),
     "chunked-local": Model(
         "vllm.model_executor.models.llama4.Llama4ForCausalLM",
@@ -367,3 +385,79 @@ def test_layer_is_refused(
     with pytest.raises((ValueError, NotImplementedError)) as error:
         LLM(**arguments_of(folder, model.case))
     refused(str(error.value), model.case)
+
+
+def save_gemma2(folder: Path) -> Path:
+    """Write a model of which every other layer has a window, with random weights."""
+    torch.manual_seed(0)
+    config = Gemma2Config(**TINY, sliding_window=64, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
+
+
+def budget_of(tokens: int) -> Options:
+    return Options(
+        policy="roco",
+        shield="peak",
+        shield_ratio=0.7,
+        budget=tokens,
+        stride=32,
+        chunk=64,
+        sink=16,
+        recent=32,
+        block_size=16,
+    )
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("engine_lock")
+def test_windows_with_another_backend_are_served(tmp_path: Path) -> None:
+    """What the message advises works: one table is evicted, the other is not."""
+    model = save_gemma2(tmp_path)
+    windows = {"attention_config": {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}}
+    prompts = [random_prompt(length, seed=length) for length in (30, 150)]
+    with running_engine(model, None, max_model_len=512) as engine:
+        expected = engine.generate_one_by_one(prompts, 60)
+    with running_engine(model, budget_of(512), max_model_len=512, **windows) as engine:
+        assert engine.generate_one_by_one(prompts, 60) == expected
+    with running_engine(model, budget_of(96), max_model_len=512, **windows) as engine:
+        engine.generate(prompts, 60)
+        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (roco,) = [m for m in managers if isinstance(m, RocoManager)]
+        assert len(managers) == 2
+        # 209 computed tokens are 3 strides over the budget
+        assert roco.num_freed_blocks == 6
+        assert (
+            roco.block_pool.get_num_free_blocks() == roco.block_pool.num_gpu_blocks - 1
+        )
+
+
+@pytest.mark.engine
+def test_scheduler_without_layers_is_refused(in_process: None, llama: Path) -> None:
+    case = Case(
+        ("RocoScheduler serves layers", "no layer uses it", "Add --attention-backend"),
+        arguments={
+            "attention_backend": None,
+            "scheduler_cls": "vllm_roco.scheduler.RocoScheduler",
+        },
+    )
+    with pytest.raises(ValueError) as error:
+        LLM(**arguments_of(llama, case))
+    refused(str(error.value), case)
+
+
+@pytest.mark.parametrize("kind", [PlatformEnum.ROCM, PlatformEnum.XPU])
+def test_platform_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: PlatformEnum
+) -> None:
+    class OtherPlatform(Platform):
+        _enum = kind
+        device_name = kind.name.lower()
+
+    monkeypatch.setattr(backend, "current_platform", OtherPlatform())
+    for ask in (backend.RocoBackend.get_impl_cls, backend.RocoBackend.get_builder_cls):
+        with pytest.raises(NotImplementedError) as error:
+            ask()
+        says = (f"platform '{kind.name.lower()}'", "another --attention-backend")
+        refused(str(error.value), Case(says))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Choosing the backend by name everywhere, and not being there when not chosen."""
+"""The backend can be chosen by name everywhere, and is idle where it is not."""
 
 from __future__ import annotations
 

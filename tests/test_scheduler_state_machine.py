@@ -170,4 +170,5 @@ class PipelineMachine(SchedulerMachine):
     ids=lambda machine: machine.__name__,
 )
 def test_requests_in_any_order(machine: type[SchedulerMachine]) -> None:
-    run_state_machine_as_test(machine, settings=settings(stateful_step_count=20))
+    more = settings(max_examples=2 * settings().max_examples, stateful_step_count=25)
+    run_state_machine_as_test(machine, settings=more)

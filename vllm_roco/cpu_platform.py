@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
@@ -21,6 +21,9 @@ from vllm_roco.validation import (
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.inputs import EngineInput
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -37,6 +40,9 @@ PREFERRED_BLOCK_SIZE = 16
 
 class RocoCpuPlatform(StockPlatform):
     """The stock CPU platform unless a layer's backend is ROCO."""
+
+    _serves_roco: ClassVar[bool] = False
+    """Whether the engine that this process configured last has RoCo layers."""
 
     @classmethod
     def get_attn_backend_cls(
@@ -69,7 +75,8 @@ class RocoCpuPlatform(StockPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check RoCo's options early, and prefer blocks of 16 tokens."""
-        if not is_selected(vllm_config):
+        cls._serves_roco = is_selected(vllm_config)
+        if not cls._serves_roco:
             additional = vllm_config.additional_config
             if isinstance(additional, Mapping) and NAMESPACE in additional:
                 logger.warning_once(
@@ -86,3 +93,32 @@ class RocoCpuPlatform(StockPlatform):
         if not cache_config.user_specified_block_size:
             cache_config.block_size = PREFERRED_BLOCK_SIZE
             config.check_block_size(PREFERRED_BLOCK_SIZE)
+
+    @classmethod
+    def validate_request(
+        cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams
+    ) -> None:
+        """Refuse a request that would stop the engine.
+
+        Where a prompt is read in chunks, vLLM rewinds a request's own random generator
+        after each, which PyTorch's generators for CPUs cannot do.
+
+        Raises:
+            VLLMValidationError: The request asks for seeded random sampling.
+        """
+        # they import the platform
+        from vllm.exceptions import VLLMValidationError
+        from vllm.sampling_params import SamplingParams, SamplingType
+
+        super().validate_request(processed_inputs, params)
+        if (
+            cls._serves_roco
+            and isinstance(params, SamplingParams)
+            and params.sampling_type == SamplingType.RANDOM_SEED
+        ):
+            raise VLLMValidationError(
+                f"roco: seed = {params.seed} with temperature = {params.temperature:g} "
+                "is not supported on a CPU, where vLLM cannot read a prompt in chunks "
+                "for a request with a seed of its own. Leave seed out, use "
+                "temperature 0, or start the engine with --seed."
+            )

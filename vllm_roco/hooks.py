@@ -223,6 +223,11 @@ _ATTENTION = (
     ),
     Hook(
         module=_BACKEND,
+        name="AttentionMetadata",
+        why="be what the builder hands to the layers",
+    ),
+    Hook(
+        module=_BACKEND,
         name="MultipleOf",
         why="declare the block sizes",
         members=("base",),
@@ -447,6 +452,11 @@ _KV_CACHE = (
         overrides="request, num_tokens, retention_interval=, *, replay_boundaries",
     ),
     Hook(
+        module="vllm.v1.core.kv_cache_utils",
+        name="BlockHashList",
+        why="name what prefix-cache lookups are given",
+    ),
+    Hook(
         module="vllm.v1.core.block_pool",
         name="BlockPool.free_blocks",
         why="give evicted blocks back",
@@ -457,6 +467,25 @@ _KV_CACHE = (
         name="KVCacheBlock",
         why="tell null blocks from held ones",
         members=("block_id", "is_null"),
+    ),
+)
+
+_VERIFYING = (
+    Hook(
+        module="vllm",
+        name="SamplingParams",
+        why="say how the tiny engine generates",
+    ),
+    Hook(
+        module="vllm.inputs",
+        name="TokensPrompt",
+        why="give the tiny engine its prompts",
+    ),
+    Hook(
+        module="vllm.plugins",
+        name="load_general_plugins",
+        why="check that the plugin is found",
+        calls=(),
     ),
 )
 
@@ -662,6 +691,45 @@ _PLATFORMS = (
         platform="cpu",
     ),
     Hook(
+        module="vllm.platforms.interface",
+        name="Platform.validate_request",
+        why="refuse requests that stop the engine of the CPU build",
+        overrides="processed_inputs, params",
+        platform="cpu",
+    ),
+    Hook(
+        module="vllm.inputs",
+        name="EngineInput",
+        why="refuse requests that stop the engine of the CPU build",
+        platform="cpu",
+    ),
+    Hook(
+        module="vllm.pooling_params",
+        name="PoolingParams",
+        why="refuse requests that stop the engine of the CPU build",
+        platform="cpu",
+    ),
+    Hook(
+        module="vllm.sampling_params",
+        name="SamplingParams",
+        why="refuse requests that stop the engine of the CPU build",
+        members=("sampling_type", "seed", "temperature"),
+        platform="cpu",
+    ),
+    Hook(
+        module="vllm.sampling_params",
+        name="SamplingType",
+        why="refuse requests that stop the engine of the CPU build",
+        members=("RANDOM_SEED",),
+        platform="cpu",
+    ),
+    Hook(
+        module="vllm.exceptions",
+        name="VLLMValidationError",
+        why="refuse requests that stop the engine of the CPU build",
+        platform="cpu",
+    ),
+    Hook(
         module=_FLASH,
         name="flash_attn_varlen_func",
         why="attend to prompts on CUDA",
@@ -685,6 +753,18 @@ _PLATFORMS = (
     ),
     Hook(
         module=_FLASH,
+        name="reshape_and_cache_flash",
+        why="write keys and values on CUDA",
+        platform="cuda",
+    ),
+    Hook(
+        module="vllm.v1.attention.backends.utils",
+        name="split_decodes_and_prefills",
+        why="find where the decodes of a batch end on CUDA",
+        calls=("common_attn_metadata",),
+    ),
+    Hook(
+        module=_FLASH,
         name="get_flash_attn_version",
         why="attend to prompts on CUDA",
         calls=(),
@@ -699,5 +779,6 @@ HOOKS = (
     *_KV_CACHE,
     *_SCHEDULING,
     *_METRICS,
+    *_VERIFYING,
     *_PLATFORMS,
 )

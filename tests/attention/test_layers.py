@@ -134,7 +134,7 @@ def test_a_layer_that_cannot_be_bounded_is_refused(
 def test_values_of_another_size_than_keys_are_refused(vllm_config: VllmConfig) -> None:
     """A page was cut in two halves as if both had the same size."""
     layer = build(vllm_config, name_of(0), head_size_v=32)
-    with pytest.raises(NotImplementedError, match="head_size_v = 32 .* head_size = 64"):
+    with pytest.raises(NotImplementedError, match="head_size_v = 32, head_size = 64"):
         RocoBackend.customize_spec(layer.get_kv_cache_spec(vllm_config))
 
 

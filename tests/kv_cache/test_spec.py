@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,16 +255,3 @@ def test_planning_refuses_a_scheduler_that_ends_no_chunks(
         ValueError, match="does not end prompt chunks where RoCo evicts"
     ):
         plan(vllm_config, 100)
-
-
-def test_no_path_of_a_model_is_needed_to_plan(tmp_path: Path) -> None:
-    """A second configuration does not see the first one's options."""
-    other = engine_config(
-        tmp_path,
-        {**OPTIONS, "chunk": 32},
-        max_model_len=256,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-    )
-    assert other.additional_config["roco"]["chunk"] == 32
-    assert other.cache_config.block_size == 16

@@ -213,7 +213,7 @@ def assert_statistics(got: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def boundary_lengths(block_size: int) -> list[int]:
-    """Return lengths around every boundary of a budget of 4, a stride of 2 blocks."""
-    budget, stride = 4 * block_size, 2 * block_size
+    """Return lengths around every boundary of a budget of 2, a stride of 1 block."""
+    budget, stride = 2 * block_size, block_size
     edges = [1, block_size - 1, block_size, block_size + 1, budget]
     return [*edges, budget + stride - 1, budget + stride, budget + stride + 1]

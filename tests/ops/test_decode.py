@@ -85,8 +85,10 @@ def test_head_shapes(heads: Heads, device: torch.device) -> None:
     check(build([1, 70, 33, 0], heads, device), PLAN)
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
-@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("block_size", "splits"),
+    [(16, 1), (16, 2), (16, 5), (32, 2), (48, 1), (48, 5), (64, 2), (128, 1), (128, 5)],
+)
 def test_lengths_around_every_boundary(
     block_size: int, splits: int, device: torch.device
 ) -> None:

@@ -158,9 +158,16 @@ def complete(client: openai.OpenAI, **arguments: Any) -> openai.types.Completion
 
 @pytest.mark.usefixtures("evicts")
 def test_several_samples_of_a_prompt(client: openai.OpenAI) -> None:
-    done = complete(client, n=3, temperature=1, seed=7, max_tokens=40)
+    done = complete(client, n=3, temperature=1, max_tokens=40)
     texts = {choice.text for choice in done.choices}
     assert len(done.choices) == len(texts) == 3
+
+
+def test_seeded_sampling_is_refused(server: Server, client: openai.OpenAI) -> None:
+    """It stopped the engine: vLLM cannot rewind a generator on a CPU."""
+    with pytest.raises(openai.BadRequestError, match=r"roco: seed = 7 .* Leave seed"):
+        complete(client, seed=7, temperature=1, max_tokens=1)
+    assert complete(client, seed=7, max_tokens=1).choices[0].finish_reason == "length"
 
 
 @pytest.mark.usefixtures("evicts")

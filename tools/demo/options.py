@@ -29,8 +29,9 @@ Arguments after -- go to `vllm serve` as they are:
 
 On a CPU the server runs with --enforce-eager, to start fast, with 1 GiB of KV cache and
 with one unbound OpenMP thread, since threads that wait for a busy core slow every step.
-So its speed is not the best this machine can do. OMP_NUM_THREADS,
-VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE have precedence where they are set.
+So its speed is not the best this machine can do; a larger --model wants more threads.
+OMP_NUM_THREADS, VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE have precedence
+where they are set.
 
 ROCO_PYTHON=/path/to/python uses an environment of your own.
 """

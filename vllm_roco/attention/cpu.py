@@ -7,13 +7,11 @@ and choosing is that of `vllm_roco.policy` itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.v1.attention.backend import (
-    AttentionImpl,
     AttentionMetadataBuilder,
-    AttentionType,
 )
 
 from vllm_roco import policy
@@ -24,15 +22,13 @@ from vllm_roco.attention.cpu_metadata import (
     sequences_of,
 )
 from vllm_roco.attention.eviction import evict
+from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import (
     LayerGroup,
     name_of,
-    refuse_layer,
     roco_spec,
 )
-from vllm_roco.attention.process_config import remember_config
 from vllm_roco.kv_cache.page import statistics_view
-from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,37 +77,8 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         )
 
 
-class RocoCpuImpl(AttentionImpl[RocoCpuMetadata]):
-    """One layer's attention; arguments as in `AttentionImpl`.
-
-    Raises:
-        NotImplementedError: The layer cannot have its cache bounded.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        **extra: Any,
-    ) -> None:
-        refuse_layer(
-            alibi_slopes, sliding_window, attn_type, kv_sharing_target_layer_name, extra
-        )
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.scale = scale
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.soft_cap = logits_soft_cap or None
-        self.config = validated_config(remember_config())
+class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
+    """One layer's attention in PyTorch; see `RocoImpl`."""
 
     def do_kv_cache_update(
         self,
@@ -201,7 +168,7 @@ class RocoCpuImpl(AttentionImpl[RocoCpuMetadata]):
                 keys[:, :, : blocks * block_size],
                 values[:, :, : blocks * block_size],
                 seen,
-                self.soft_cap,
+                self.soft_cap or None,
             )
             output[tokens] = result.to(output.dtype)
             if statistics is not None:

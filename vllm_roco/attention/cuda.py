@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm.v1.attention.backends.fa_utils import (
     flash_attn_varlen_func,
     get_flash_attn_version,
@@ -19,57 +18,29 @@ from vllm.v1.attention.backends.fa_utils import (
 )
 
 from vllm_roco.attention.cuda_metadata import Decodes, Prefills, RocoCudaMetadata
-from vllm_roco.attention.layers import name_of, refuse_layer
-from vllm_roco.attention.process_config import remember_config
+from vllm_roco.attention.impl import RocoImpl
+from vllm_roco.attention.layers import name_of
 from vllm_roco.kv_cache.page import statistics_view
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodeScratch
 from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
-from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
 
 
-class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
-    """One layer's attention; arguments as in `AttentionImpl`.
+class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
+    """One layer's attention by kernels; see `RocoImpl`."""
 
-    Raises:
-        NotImplementedError: The layer cannot have its cache bounded.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = AttentionType.DECODER,
-        kv_sharing_target_layer_name: str | None = None,
-        **extra: Any,
-    ) -> None:
-        refuse_layer(
-            alibi_slopes, sliding_window, attn_type, kv_sharing_target_layer_name, extra
-        )
-        vllm_config = remember_config()
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.scale = float(scale)
-        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.soft_cap = logits_soft_cap or 0.0
-        self.measures = validated_config(vllm_config).measures
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # None where FlashAttention does not run: our own kernel attends then
         self.flash_version: int | None = None
-        dtype = cast("torch.dtype", vllm_config.model_config.dtype)
+        dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
         if dtype in (torch.float16, torch.bfloat16):
-            self.flash_version = get_flash_attn_version(head_size=head_size)
-        self.prefill_plan = plan_prefill(head_size=head_size, dtype=dtype)
+            self.flash_version = get_flash_attn_version(head_size=self.head_size)
+        self.prefill_plan = plan_prefill(head_size=self.head_size, dtype=dtype)
         self._cache_key: tuple[int, int] | None = None
         self._statistics: torch.Tensor | None = None
 
@@ -129,7 +100,7 @@ class RocoCudaImpl(AttentionImpl[RocoCudaMetadata]):
         """
         if attn_metadata is None:
             return output.fill_(0)
-        statistics = self._bound_statistics(kv_cache) if self.measures else None
+        statistics = self._bound_statistics(kv_cache) if self.config.measures else None
         decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
         if decodes is not None:
             self._decode(

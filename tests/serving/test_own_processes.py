@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines in processes of their own, without a server in front of them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import LLM, SamplingParams, envs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.engine.protocol import StreamingInput
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from tests.model_configs import save_config
+from vllm_roco.metrics import get_metrics
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("processes")]
+
+BUDGET = 64
+STRIDE = 32
+BLOCK_SIZE = 16
+
+
+@pytest.fixture
+def processes(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # an earlier engine in this process may have had them kept
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # bound threads crawl where anything else uses their core
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    envs.disable_envs_cache()
+
+
+def arguments(folder: Path) -> dict[str, Any]:
+    return {
+        "model": str(save_config(folder, "llama", "LlamaForCausalLM")),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 512,
+        "num_gpu_blocks_override": 64,
+        "enforce_eager": True,
+        "attention_backend": "roco",
+        "additional_config": {
+            "roco": {"budget": BUDGET, "stride": STRIDE, "chunk": 64}
+        },
+    }
+
+
+def sampling(max_tokens: int, **changes: Any) -> SamplingParams:
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        **changes,
+    )
+
+
+def test_llm(tmp_path: Path) -> None:
+    llm = LLM(**arguments(tmp_path))
+    prompts = [{"prompt_token_ids": [token] * 100} for token in range(3)]
+    requests = llm.generate(prompts, sampling(50), use_tqdm=False)
+    assert [len(request.outputs[0].token_ids) for request in requests] == [50] * 3
+    metrics = get_metrics(llm)
+    # at 149 computed tokens, 64 of them over the budget, two strides have gone
+    assert metrics.freed_blocks == 3 * 2 * STRIDE // BLOCK_SIZE
+    assert metrics.max_sequence_kv_tokens == 0
+
+
+async def generate(engine: AsyncLLM, request_id: str, prompt: Any) -> tuple[int, str]:
+    """Return how many tokens a request received, and how it finished."""
+    received = 0
+    reason = "none"
+    parameters = sampling(40, output_kind=RequestOutputKind.DELTA)
+    async for output in engine.generate(prompt, parameters, request_id):
+        received += len(output.outputs[0].token_ids)
+        reason = output.outputs[0].finish_reason or reason
+    return received, reason
+
+
+async def input_stream(pause: float) -> AsyncGenerator[StreamingInput, None]:
+    for _ in range(2):
+        yield StreamingInput(prompt={"prompt_token_ids": [3] * 20})
+        await asyncio.sleep(pause)
+
+
+async def serve_streams(folder: Path) -> None:
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments(folder)))
+    prompt = {"prompt_token_ids": [5] * 100}
+    try:
+        # alone, and among others; the input ends before its refusal, and after it
+        assert await generate(engine, "alone", input_stream(0.2)) == (0, "error")
+        others = [generate(engine, f"other-{n}", prompt) for n in range(2)]
+        refused = [generate(engine, f"stream-{n}", input_stream(n)) for n in (0, 0.1)]
+        answers = await asyncio.gather(*others, *refused)
+        assert answers == [(40, "length")] * 2 + [(0, "error")] * 2
+        assert await generate(engine, "after", prompt) == (40, "length")
+        # no step is left to be done: vLLM's end of a stream was not scheduled
+        assert get_metrics(engine).max_sequence_kv_tokens == 0
+    finally:
+        engine.shutdown()
+
+
+def test_streamed_input_is_refused_alone(tmp_path: Path) -> None:
+    asyncio.run(serve_streams(tmp_path))
