@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
-from vllm import LLM, SamplingParams, envs
+from vllm import LLM, SamplingParams, envs, logger
 from vllm.config import get_layers_from_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.benchmark import main as bench_command
@@ -272,6 +272,8 @@ def test_says_when_options_have_no_effect(
     model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Who forgets the backend's name would get a full cache and never know."""
+    # another test's engine may have been warned, and a process is warned but once
+    logger._print_warning_once.cache_clear()
     changes = {"additional_config": {"roco": OPTIONS}}
     EngineArgs(**arguments(model, **changes)).create_engine_config()
     assert "Add --attention-backend roco" in caplog.text
