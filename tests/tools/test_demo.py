@@ -81,6 +81,10 @@ def test_table_and_picture(
     assert_nothing_is_left(environment, port)
 
 
+def _hear_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupt_leaves_nothing(
     smollm2: Path, environment: dict[str, str], port: int
 ) -> None:
@@ -93,6 +97,8 @@ def test_interrupt_leaves_nothing(
         text=True,
         # what a terminal signals on Ctrl-C is the process group
         start_new_session=True,
+        # a shell's background job ignores Ctrl-C, and so would all that it starts
+        preexec_fn=_hear_interrupts,
     )
     try:
         assert demo.stdout is not None

@@ -35,6 +35,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.head_size % 8 or not 16 <= self.head_size <= 256:
+            raise NotImplementedError(
+                f"roco: head_size = {self.head_size} is not supported on CUDA. Serve a "
+                "model whose heads have 16 to 256 numbers, a multiple of 8, or use "
+                "another --attention-backend."
+            )
         # None where FlashAttention does not run: our own kernel attends then
         self.flash_version: int | None = None
         dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
