@@ -42,8 +42,8 @@ def register() -> None:
             )
         return
     register_collector()
-    if "ROCO" not in AttentionBackendEnum.__members__:
-        register_backend("ROCO", BACKEND_PATH)
+    if compat.BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(compat.BACKEND_NAME, BACKEND_PATH)
         compat.pickle_backend_by_name()
 
 

@@ -11,9 +11,9 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
 from vllm_roco.validation import (
-    BACKEND_NAME,
     check_scheduler_class,
     is_selected,
     validated_config,

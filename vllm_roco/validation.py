@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import RocoConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-BACKEND_NAME = "ROCO"
 SCHEDULER = "vllm_roco.scheduler.RocoScheduler"
 ASYNC_SCHEDULER = "vllm_roco.scheduler.RocoAsyncScheduler"
 

@@ -15,9 +15,9 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from vllm_roco.attention.process_config import process_config
+from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import (
-    BACKEND_NAME,
     KERNEL_BLOCK_SIZE,
     OTHER_BACKEND_FOR_WINDOWS,
     validated_config,

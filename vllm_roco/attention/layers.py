@@ -11,8 +11,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
+from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import BACKEND_NAME, OTHER_BACKEND_FOR_WINDOWS
+from vllm_roco.validation import OTHER_BACKEND_FOR_WINDOWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -487,8 +487,8 @@ def decode_attention(
     statistics_or_nothing = scratch.partial_lse if statistics is None else statistics
     stride_statistics_block = 0 if statistics is None else statistics.stride(0)
     launch_dependent = {"launch_pdl": True} if plan.dependent_launch else {}
-    # columns are dealt out as tensor cores lay them out; float32 uses none, and gave
-    # wrong sums in that order with Triton 3.6
+    # columns are dealt out as tensor cores lay them out; float32 uses none, so that its
+    # columns stay in natural order
     warps_of_a_tile = min(plan.num_warps, plan.tile // piece)
     if query.dtype == torch.float32:
         warps_of_a_tile = 1
