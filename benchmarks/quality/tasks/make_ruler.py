@@ -48,7 +48,11 @@ def main() -> None:
                     problem = {
                         "task": name,
                         "context": context,
-                        "prompt": task.fewshot_context(document, num_fewshot=0),
+                        "prompt": task.fewshot_context(
+                            document,
+                            num_fewshot=0,
+                            gen_prefix=task.doc_to_prefix(document),
+                        ),
                         "answers": document["outputs"],
                         "max_tokens": task.config.generation_kwargs["max_gen_toks"],
                     }
