@@ -165,7 +165,9 @@ class Oracle:
         newest = self._read_prompts(batch, prompts, keep.chunk)
         answers = [[token] for token in newest.tolist()]
         ended = [answer[-1] in self._ends for answer in answers]
-        while len(answers[0]) < max_tokens and not all(ended):
+        for _ in range(max_tokens - 1):
+            if all(ended):
+                break
             logits = self._read(batch, newest[:, None], [1] * len(prompts))
             newest = logits[:, -1].argmax(-1)
             for i, token in enumerate(newest.tolist()):
