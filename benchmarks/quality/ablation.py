@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the defaults rest on: one change at a time, on the same problems.
+
+    python -m benchmarks.quality.ablation --out DIR --device cuda --screen
+    python -m benchmarks.quality.ablation --out DIR --device cuda --confirm NAME ...
+
+`--screen` compares all of `candidates.CANDIDATES` on 64 problems a cell, `--confirm`
+the named ones on 400 problems that nothing was chosen by. Every cell is appended to
+`ablation.csv` as soon as it is known, and left out by later runs; `--part 2/4` takes
+the second of four shares, for processes that work side by side. At the end all that is
+known is compared with the default in `ablation_summary.csv`: answers by McNemar's test,
+perplexity by Wilcoxon's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from benchmarks.quality.candidates import CANDIDATES, DEFAULT, Candidate
+from benchmarks.quality.oracle import Keep, Oracle
+from benchmarks.quality.paired import (
+    compare_answers,
+    compare_nats,
+    score_answers,
+    score_perplexity,
+)
+from benchmarks.quality.tasks import Problem, build, prose
+from tools.smollm2 import smollm2_path
+
+PERPLEXITY = "perplexity"
+MOST_PASSAGES = 48
+"""The novel has no more text than that."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task at one budget; a perplexity is that of a passage's second half."""
+
+    task: str
+    context: int
+    budget_ratio: float
+
+
+SCREEN_CELLS = (
+    Cell("passkey", 2048, 0.125),
+    Cell("needle", 1024, 0.5),
+    Cell("needle", 1024, 0.25),
+    Cell("needle", 2048, 0.5),
+    Cell("needle", 2048, 0.25),
+    Cell(PERPLEXITY, 2048, 0.5),
+    Cell(PERPLEXITY, 2048, 0.25),
+)
+CONFIRM_CELLS = (
+    *SCREEN_CELLS,
+    Cell("passkey", 2048, 0.25),
+    Cell("passkey", 4096, 0.125),
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How many problems, and which."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    n: int
+    seed: int
+
+
+# both below `tasks.FIRST_REPORT_SEED`: a report reads other problems
+SCREEN = Phase("screen", SCREEN_CELLS, n=64, seed=1_000)
+CONFIRM = Phase("confirm", CONFIRM_CELLS, n=400, seed=20_000)
+
+_KEY = ("phase", "n", "seed", "candidate", "task", "context", "budget_ratio")
+_KEEP = tuple(asdict(Keep("full")))
+_SCORE = ("score", "ci_low", "ci_high")
+FIELDS = (*_KEY, "model", "dtype", *_KEEP, *_SCORE, "seconds", "values")
+SUMMARY_FIELDS = (*_KEY, *_SCORE, "better", "worse", "p_value")
+
+
+class Judge:
+    """Runs ways of keeping over cells, with the problems of a cell made once."""
+
+    def __init__(self, model: str, device: str, dtype: torch.dtype) -> None:
+        self._oracle = Oracle(model, device, dtype)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self._problems = functools.cache(self._build)
+
+    def values(self, keep: Keep, cell: Cell, phase: Phase) -> list[float]:
+        """Return a number for each problem: 1 if solved, or mean nats of a passage."""
+        if cell.task == PERPLEXITY:
+            n = min(phase.n, MOST_PASSAGES)
+            passages = prose(self._tokenizer, cell.context, n, phase.seed)
+            losses = self._oracle.losses(passages, keep, cell.context // 2, "prompt")
+            return [statistics.fmean(row) for row in losses]
+        problems = self._problems(cell.task, cell.context, phase.n, phase.seed)
+        prompts = [problem.token_ids for problem in problems]
+        answers = self._oracle.generate(prompts, keep, problems[0].max_tokens)
+        return [
+            problem.score(self._tokenizer.decode(answer))
+            for problem, answer in zip(problems, answers, strict=True)
+        ]
+
+    def _build(self, task: str, context: int, n: int, seed: int) -> list[Problem]:
+        return build(task, self._tokenizer, context, n, seed)
+
+
+class Table:
+    """The rows of `ablation.csv`, which several processes may append to."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = FileLock(path.with_suffix(".lock"))
+
+    def rows(self) -> list[dict[str, str]]:
+        if not self._path.exists():
+            return []
+        with self._lock, self._path.open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self._lock, self._path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def make_row(
+    candidate: Candidate, cell: Cell, phase: Phase, keep: Keep, values: list[float]
+) -> dict[str, Any]:
+    """Return what a table says of one candidate in one cell."""
+    score = score_perplexity if cell.task == PERPLEXITY else score_answers
+    settings = asdict(keep) | {"options": json.dumps(dict(keep.options))}
+    return (
+        key_of(candidate, cell, phase)
+        | settings
+        | {name: round(value, 4) for name, value in asdict(score(values)).items()}
+        | {"values": " ".join(f"{value:.6g}" for value in values)}
+    )
+
+
+def key_of(candidate: Candidate, cell: Cell, phase: Phase) -> dict[str, Any]:
+    """Return the columns that tell a cell from all others."""
+    n = min(phase.n, MOST_PASSAGES) if cell.task == PERPLEXITY else phase.n
+    key = {"phase": phase.name, "n": n, "seed": phase.seed}
+    return key | {"candidate": candidate.name} | asdict(cell)
+
+
+def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Compare every row with the default's on the same problems."""
+
+    def cell_of(row: dict[str, str]) -> tuple[str, ...]:
+        return tuple(row[name] for name in _KEY if name != "candidate")
+
+    def values_of(row: dict[str, str]) -> list[float]:
+        return [float(value) for value in row["values"].split()]
+
+    defaults = {
+        cell_of(row): values_of(row) for row in rows if row["candidate"] == DEFAULT
+    }
+    compared = []
+    for row in rows:
+        summary: dict[str, Any] = {name: row[name] for name in (*_KEY, *_SCORE)}
+        reference = defaults.get(cell_of(row))
+        if reference is not None:
+            compare = compare_nats if row["task"] == PERPLEXITY else compare_answers
+            comparison = compare(values_of(row), reference)
+            summary |= asdict(comparison)
+            summary["p_value"] = f"{comparison.p_value:.3g}"
+        compared.append(summary)
+    return compared
+
+
+def write_summary(folder: Path, rows: list[dict[str, str]]) -> None:
+    with (folder / "ablation_summary.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, SUMMARY_FIELDS)
+        writer.writeheader()
+        writer.writerows(summarise(rows))
+
+
+def run(
+    judge: Judge,
+    table: Table,
+    phase: Phase,
+    candidates: Sequence[Candidate],
+    deadline: float,
+    about: dict[str, str],
+) -> None:
+    """Run what the table lacks, and stop before the deadline.
+
+    Args:
+        judge: Runs a cell.
+        table: What is known.
+        phase: The cells and their problems.
+        candidates: In this order.
+        deadline: In the seconds of `time.monotonic`.
+        about: Columns that are the same for all.
+    """
+    done = {tuple(row[name] for name in _KEY) for row in table.rows()}
+    todo = [
+        (candidate, cell)
+        for candidate in candidates
+        for cell in phase.cells
+        if tuple(map(str, key_in_order(candidate, cell, phase))) not in done
+    ]
+    longest = 0.0
+    for candidate, cell in tqdm(todo, unit="cell", mininterval=10):
+        started = time.monotonic()
+        if started + longest > deadline:
+            break
+        keep = candidate.keep(int(cell.budget_ratio * cell.context))
+        values = judge.values(keep, cell, phase)
+        seconds = time.monotonic() - started
+        longest = max(longest, seconds)
+        row = make_row(candidate, cell, phase, keep, values)
+        table.append(row | about | {"seconds": round(seconds, 2)})
+
+
+def key_in_order(candidate: Candidate, cell: Cell, phase: Phase) -> list[Any]:
+    key = key_of(candidate, cell, phase)
+    return [key[name] for name in _KEY]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", help="Hugging Face folder; default: SmolLM2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="bfloat16", help="a torch type")
+    parser.add_argument("--time-limit", type=float, default=float("inf"))
+    parser.add_argument("--part", default="1/1", help="K/N: every Nth from the Kth on")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--screen", action="store_true")
+    what.add_argument("--confirm", nargs="+", choices=CANDIDATES, metavar="NAME")
+    what.add_argument("--list", action="store_true", help="name the candidates")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run one share of a phase, then compare all that is known."""
+    started = time.monotonic()
+    arguments = parse_arguments()
+    if arguments.list:
+        print("\n".join(CANDIDATES))
+        return
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    model = arguments.model or str(smollm2_path())
+    table = Table(arguments.out / "ablation.csv")
+    phase, names = SCREEN, list(CANDIDATES)
+    if arguments.confirm:
+        phase, names = CONFIRM, [DEFAULT, *arguments.confirm]
+    part, parts = map(int, arguments.part.split("/"))
+    names = list(dict.fromkeys(names))[part - 1 :: parts]
+    run(
+        Judge(model, arguments.device, getattr(torch, arguments.dtype)),
+        table,
+        phase,
+        [CANDIDATES[name] for name in names],
+        started + arguments.time_limit,
+        {"model": Path(model).name, "dtype": arguments.dtype},
+    )
+    write_summary(arguments.out, table.rows())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores with their intervals, and comparisons on the same problems."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scipy.stats import binomtest, wilcoxon
+
+
+@dataclass(frozen=True)
+class Score:
+    """A score and its 95 % interval."""
+
+    score: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one method does against another on the same problems.
+
+    Attributes:
+        better: Problems on which it does better.
+        worse: Problems on which it does worse.
+        p_value: Two-sided, of no difference.
+    """
+
+    better: int
+    worse: int
+    p_value: float
+
+
+def score_answers(found: Sequence[float]) -> Score:
+    """Return the share of problems solved, with Wilson's interval."""
+    count = sum(value == 1 for value in found)
+    interval = binomtest(count, len(found)).proportion_ci(method="wilson")
+    return Score(count / len(found), interval.low, interval.high)
+
+
+def score_perplexity(nats: Sequence[float]) -> Score:
+    """Return the perplexity of passages, with the interval of their mean.
+
+    Args:
+        nats: Mean loss of each of two or more passages.
+    """
+    mean = statistics.fmean(nats)
+    error = 1.96 * statistics.stdev(nats) / math.sqrt(len(nats))
+    return Score(*(math.exp(value) for value in (mean, mean - error, mean + error)))
+
+
+def compare_answers(found: Sequence[float], reference: Sequence[float]) -> Comparison:
+    """Compare problems solved, by McNemar's exact test."""
+    pairs = list(zip(found, reference, strict=True))
+    better = sum(ours > theirs for ours, theirs in pairs)
+    worse = sum(ours < theirs for ours, theirs in pairs)
+    p_value = binomtest(better, better + worse).pvalue if better + worse else 1.0
+    return Comparison(better, worse, float(p_value))
+
+
+def compare_nats(nats: Sequence[float], reference: Sequence[float]) -> Comparison:
+    """Compare losses of passages, by Wilcoxon's signed-rank test; less is better."""
+    pairs = list(zip(nats, reference, strict=True))
+    better = sum(ours < theirs for ours, theirs in pairs)
+    worse = sum(ours > theirs for ours, theirs in pairs)
+    p_value = wilcoxon(nats, reference).pvalue if better + worse else 1.0
+    return Comparison(better, worse, float(p_value))
