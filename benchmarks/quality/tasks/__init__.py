@@ -11,7 +11,7 @@ from benchmarks.quality.tasks.problem import Problem
 from benchmarks.quality.tasks.prose import FIRST_REPORT_SEED, prose
 from benchmarks.quality.tasks.ruler import RULER_TASKS, build_ruler
 
-__all__ = ["FIRST_REPORT_SEED", "TASKS", "Problem", "build", "prose"]
+__all__ = ["FIRST_REPORT_SEED", "RULER_TASKS", "TASKS", "Problem", "build", "prose"]
 
 TASKS = ("passkey", "needle", *RULER_TASKS)
 """The tasks that have problems."""
