@@ -51,6 +51,9 @@ def main() -> None:
     report = commands.add_parser("report", help="print Markdown tables")
     for command in (run, plot, report):
         command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    report.add_argument(
+        "--into", type=Path, metavar="FILE", help="document whose sections to replace"
+    )
     plot.add_argument("--pictures", type=Path, help="folder; default: DIR")
     arguments = parser.parse_args()
 
@@ -62,9 +65,12 @@ def main() -> None:
         for path in draw(arguments.out / running.TABLE, arguments.pictures):
             print(path)
     else:
-        from benchmarks.quality.report import markdown
+        from benchmarks.quality.report import fill, markdown
 
-        print(markdown(arguments.out / running.TABLE))
+        if arguments.into:
+            fill(arguments.into, arguments.out / running.TABLE)
+        else:
+            print(markdown(arguments.out / running.TABLE))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ problems; a share of the full cache's score is bootstrapped over pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
@@ -58,14 +59,14 @@ def share_of_full(
     return share, *_bootstrap((outcomes, full), ratio)
 
 
-def _statistic(metric: str) -> Callable[..., np.ndarray]:
+def _statistic(metric: str) -> Callable[..., Any]:
     if metric == "perplexity":
         return lambda losses, axis=-1: np.exp(np.mean(losses, axis))
     return np.mean
 
 
 def _bootstrap(
-    samples: tuple[Sequence[float], ...], statistic: Callable[..., np.ndarray]
+    samples: tuple[Sequence[float], ...], statistic: Callable[..., Any]
 ) -> tuple[float, float]:
     if len(samples[0]) < 2:
         return float("nan"), float("nan")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ def judge(
         that it would not have; `perplexity`, the mean loss in nats.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(device)
+    network: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    network.to(device)
     first = len(prompts[0])
     metrics: dict[str, list[float]] = {
         "agreement": [],

@@ -48,8 +48,9 @@ def measure(model: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Metrics]]
                 keep,
                 problems[0].max_tokens,
             )
+            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
             scores = [
-                problem.score(tokenizer.decode(answer, skip_special_tokens=True))
-                for problem, answer in zip(problems, answers, strict=True)
+                problem.score(text)
+                for problem, text in zip(problems, texts, strict=True)
             ]
             yield cell, {"accuracy": scores}
