@@ -21,7 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ class Phase:
 SCREEN = Phase("screen", SCREEN_CELLS, n=64, seed=1_000)
 CONFIRM = Phase("confirm", CONFIRM_CELLS, n=400, seed=20_000)
 
-_KEY = ("phase", "n", "seed", "candidate", "task", "context", "budget_ratio")
-_KEEP = tuple(asdict(Keep("full")))
+_CELL = ("phase", "model", "dtype", "n", "seed", "task", "context", "budget_ratio")
+_SETTING = (*_CELL, "candidate", *(field.name for field in fields(Keep)))
 _SCORE = ("score", "ci_low", "ci_high")
-FIELDS = (*_KEY, "model", "dtype", *_KEEP, *_SCORE, "seconds", "values")
-SUMMARY_FIELDS = (*_KEY, *_SCORE, "better", "worse", "p_value")
+FIELDS = (*_SETTING, *_SCORE, "seconds", "values")
+SUMMARY_FIELDS = (*_CELL, "candidate", *_SCORE, "better", "worse", "p_value")
 
 
 class Judge:
@@ -99,19 +99,20 @@ class Judge:
         self._oracle = Oracle(model, device, dtype)
         self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._problems = functools.cache(self._build)
+        self._passages = functools.cache(functools.partial(prose, self._tokenizer))
 
     def values(self, keep: Keep, cell: Cell, phase: Phase) -> list[float]:
         """Return a number for each problem: 1 if solved, or mean nats of a passage."""
         if cell.task == PERPLEXITY:
-            n = min(phase.n, MOST_PASSAGES)
-            passages = prose(self._tokenizer, cell.context, n, phase.seed)
+            n = _number(phase, cell)
+            passages = self._passages(cell.context, n, phase.seed)
             losses = self._oracle.losses(passages, keep, cell.context // 2, "prompt")
             return [statistics.fmean(row) for row in losses]
         problems = self._problems(cell.task, cell.context, phase.n, phase.seed)
         prompts = [problem.token_ids for problem in problems]
         answers = self._oracle.generate(prompts, keep, problems[0].max_tokens)
         return [
-            problem.score(self._tokenizer.decode(answer))
+            problem.score(str(self._tokenizer.decode(answer)))
             for problem, answer in zip(problems, answers, strict=True)
         ]
 
@@ -140,32 +141,46 @@ class Table:
             writer.writerow(row)
 
 
-def make_row(
-    candidate: Candidate, cell: Cell, phase: Phase, keep: Keep, values: list[float]
-) -> dict[str, Any]:
-    """Return what a table says of one candidate in one cell."""
-    score = score_perplexity if cell.task == PERPLEXITY else score_answers
-    settings = asdict(keep) | {"options": json.dumps(dict(keep.options))}
-    return (
-        key_of(candidate, cell, phase)
-        | settings
-        | {name: round(value, 4) for name, value in asdict(score(values)).items()}
-        | {"values": " ".join(f"{value:.6g}" for value in values)}
-    )
+@dataclass(frozen=True)
+class Setting:
+    """One candidate in one cell of one phase."""
+
+    phase: Phase
+    model: str
+    dtype: str
+    candidate: Candidate
+    cell: Cell
+
+    @property
+    def keep(self) -> Keep:
+        """What is kept."""
+        return self.candidate.keep(int(self.cell.budget_ratio * self.cell.context))
+
+    def columns(self) -> dict[str, Any]:
+        """Return what tells it from all others in a table."""
+        keep = self.keep
+        return {
+            "phase": self.phase.name,
+            "model": self.model,
+            "dtype": self.dtype,
+            "n": _number(self.phase, self.cell),
+            "seed": self.phase.seed,
+            **asdict(self.cell),
+            "candidate": self.candidate.name,
+            **asdict(keep),
+            "options": json.dumps(dict(keep.options)),
+        }
 
 
-def key_of(candidate: Candidate, cell: Cell, phase: Phase) -> dict[str, Any]:
-    """Return the columns that tell a cell from all others."""
-    n = min(phase.n, MOST_PASSAGES) if cell.task == PERPLEXITY else phase.n
-    key = {"phase": phase.name, "n": n, "seed": phase.seed}
-    return key | {"candidate": candidate.name} | asdict(cell)
+def _number(phase: Phase, cell: Cell) -> int:
+    return min(phase.n, MOST_PASSAGES) if cell.task == PERPLEXITY else phase.n
 
 
 def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Compare every row with the default's on the same problems."""
 
     def cell_of(row: dict[str, str]) -> tuple[str, ...]:
-        return tuple(row[name] for name in _KEY if name != "candidate")
+        return tuple(row[name] for name in _CELL)
 
     def values_of(row: dict[str, str]) -> list[float]:
         return [float(value) for value in row["values"].split()]
@@ -175,7 +190,9 @@ def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     }
     compared = []
     for row in rows:
-        summary: dict[str, Any] = {name: row[name] for name in (*_KEY, *_SCORE)}
+        summary: dict[str, Any] = {
+            name: row[name] for name in (*_CELL, "candidate", *_SCORE)
+        }
         reference = defaults.get(cell_of(row))
         if reference is not None:
             compare = compare_nats if row["task"] == PERPLEXITY else compare_answers
@@ -194,46 +211,34 @@ def write_summary(folder: Path, rows: list[dict[str, str]]) -> None:
 
 
 def run(
-    judge: Judge,
-    table: Table,
-    phase: Phase,
-    candidates: Sequence[Candidate],
-    deadline: float,
-    about: dict[str, str],
+    judge: Judge, table: Table, settings: Sequence[Setting], deadline: float
 ) -> None:
     """Run what the table lacks, and stop before the deadline.
 
     Args:
-        judge: Runs a cell.
+        judge: Runs a setting.
         table: What is known.
-        phase: The cells and their problems.
-        candidates: In this order.
+        settings: In this order.
         deadline: In the seconds of `time.monotonic`.
-        about: Columns that are the same for all.
     """
-    done = {tuple(row[name] for name in _KEY) for row in table.rows()}
-    todo = [
-        (candidate, cell)
-        for candidate in candidates
-        for cell in phase.cells
-        if tuple(map(str, key_in_order(candidate, cell, phase))) not in done
-    ]
+    done = {tuple(row[name] for name in _SETTING) for row in table.rows()}
+    todo = [s for s in settings if tuple(map(str, s.columns().values())) not in done]
     longest = 0.0
-    for candidate, cell in tqdm(todo, unit="cell", mininterval=10):
+    for setting in tqdm(todo, unit="cell", mininterval=10):
         started = time.monotonic()
         if started + longest > deadline:
             break
-        keep = candidate.keep(int(cell.budget_ratio * cell.context))
-        values = judge.values(keep, cell, phase)
+        values = judge.values(setting.keep, setting.cell, setting.phase)
         seconds = time.monotonic() - started
         longest = max(longest, seconds)
-        row = make_row(candidate, cell, phase, keep, values)
-        table.append(row | about | {"seconds": round(seconds, 2)})
-
-
-def key_in_order(candidate: Candidate, cell: Cell, phase: Phase) -> list[Any]:
-    key = key_of(candidate, cell, phase)
-    return [key[name] for name in _KEY]
+        perplexity = setting.cell.task == PERPLEXITY
+        score = score_perplexity(values) if perplexity else score_answers(values)
+        table.append(
+            setting.columns()
+            | {name: round(value, 4) for name, value in asdict(score).items()}
+            | {"seconds": round(seconds, 2)}
+            | {"values": " ".join(f"{value:.6g}" for value in values)}
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -267,15 +272,13 @@ def main() -> None:
     if arguments.confirm:
         phase, names = CONFIRM, [DEFAULT, *arguments.confirm]
     part, parts = map(int, arguments.part.split("/"))
-    names = list(dict.fromkeys(names))[part - 1 :: parts]
-    run(
-        Judge(model, arguments.device, getattr(torch, arguments.dtype)),
-        table,
-        phase,
-        [CANDIDATES[name] for name in names],
-        started + arguments.time_limit,
-        {"model": Path(model).name, "dtype": arguments.dtype},
-    )
+    settings = [
+        Setting(phase, Path(model).name, arguments.dtype, CANDIDATES[name], cell)
+        for name in list(dict.fromkeys(names))[part - 1 :: parts]
+        for cell in phase.cells
+    ]
+    judge = Judge(model, arguments.device, getattr(torch, arguments.dtype))
+    run(judge, table, settings, started + arguments.time_limit)
     write_summary(arguments.out, table.rows())
 
 

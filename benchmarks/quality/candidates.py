@@ -32,11 +32,12 @@ class Candidate:
 
     def keep(self, budget: int) -> Keep:
         """Return the candidate at a budget."""
-        fields = {k: v for k, v in self.changes.items() if k in _KEEP_FIELDS}
+        fields: dict[str, Any] = {"method": "roco", "budget": budget}
+        fields |= {k: v for k, v in self.changes.items() if k in _KEEP_FIELDS}
         options = tuple((k, v) for k, v in self.changes.items() if k not in fields)
         if self.recent_share:
             fields["recent"] = int(self.recent_share * budget)
-        return Keep(**({"method": "roco", "budget": budget} | fields), options=options)
+        return Keep(**fields, options=options)
 
 
 def _each(name: str, values: tuple[Any, ...], **others: Any) -> list[Candidate]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,16 @@ def test_chunks_of_one_read_a_prompt_as_generation_does(
         assert first == pytest.approx(second, abs=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gpu_answers_as_the_cpu_does(
+    method: str, tiny_folder: Path, tiny_oracle: Oracle
+) -> None:
+    gpu = Oracle(str(tiny_folder), "cuda", torch.float32)
+    expected = tiny_oracle.generate(prompts(), keep(method), 20)
+    assert gpu.generate(prompts(), keep(method), 20) == expected
+
+
 def test_generation_ends_with_the_models_end_token(
     tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +128,9 @@ def test_a_bad_option_is_told(
         tiny_oracle.generate(prompts(), Keep("roco", 64, options=(option,)), 1)
 
 
-def test_a_bad_call_is_told(tiny_oracle: Oracle) -> None:
+def test_a_bad_call_is_told(tiny_folder: Path, tiny_oracle: Oracle) -> None:
+    with pytest.raises(ValueError, match="device = 'meta'"):
+        Oracle(str(tiny_folder), "meta", torch.float32)
     with pytest.raises(ValueError, match="prompt is empty"):
         tiny_oracle.generate([[1], []], FULL, 1)
     with pytest.raises(ValueError, match="max_tokens = 0"):

@@ -12,11 +12,11 @@ VOCABULARY = 97
 LENGTHS = (70, 45, 8, 64, 63)
 
 
-def save_tiny_model(folder: Path) -> PreTrainedModel:
+def save_tiny_model(folder: Path, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """Save a float32 Llama of 3 layers, 4 query heads and 2 kv heads; return it."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,

@@ -37,7 +37,14 @@ class Oracle:
             model: Hugging Face folder of a decoder with plain causal attention.
             device: `cpu`, `cuda` or `cuda:0` and so on.
             dtype: Of weights, keys and values; statistics are float32 always.
+
+        Raises:
+            ValueError: The device is of another kind.
         """
+        if torch.device(device).type not in _BYTES:
+            raise ValueError(
+                f"device = {device!r} is not allowed. Use {' or '.join(_BYTES)}."
+            )
         self._model = load_model(model, device, dtype)
         self._device = torch.device(device)
         self._dtype = dtype
@@ -205,28 +212,29 @@ class Oracle:
         batch = self._start(keep, sequences, 0)
         # the last token is judged and not read
         lengths = [len(ids) - 1 for ids in sequences]
+        next_ids = [ids[1:] for ids in sequences]
+        in_chunks = lengths if mode == "prompt" else [first] * len(lengths)
         losses: list[list[float]] = [[] for _ in sequences]
         while batch.computed != lengths:
-            starts = batch.computed
-            if mode == "prompt" or min(starts) < first:
-                ends = lengths if mode == "prompt" else [first] * len(lengths)
-                counts = chunk_counts(starts, ends, keep.chunk)
+            if mode == "prompt" or batch.computed[0] < first:
+                counts = chunk_counts(batch.computed, in_chunks, keep.chunk)
             else:
-                counts = chunk_counts(starts, lengths, 1)
+                counts = chunk_counts(batch.computed, lengths, 1)
+            targets = self._rows(next_ids, batch, counts)
             rows = self._rows(sequences, batch, counts)
-            targets = self._rows([ids[1:] for ids in sequences], batch, counts)
-            ends = [n + count for n, count in zip(starts, counts, strict=True)]
             # the token at `first` is judged by what the one before it makes expect
             judged = [
-                max(0, min(count, end - (first - 1)))
-                for count, end in zip(counts, ends, strict=True)
+                max(0, min(count, start + count - (first - 1)))
+                for start, count in zip(batch.computed, counts, strict=True)
             ]
             width = max(1, *judged)
             logits = self._read(batch, rows, counts, width)
             values = F.cross_entropy(
-                logits.float().mT, targets[:, -width:], reduction="none"
+                logits.flatten(0, 1).float(),
+                targets[:, -width:].flatten(),
+                reduction="none",
             )
-            for i, row in enumerate(values.tolist()):
+            for i, row in enumerate(values.view(-1, width).tolist()):
                 losses[i] += row[width - judged[i] :]
         return losses
 
