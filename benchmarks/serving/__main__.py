@@ -80,6 +80,17 @@ def parser() -> argparse.ArgumentParser:
     )
     prefill.add_argument("--chunks", type=int, nargs="+")
     prefill.add_argument("--rounds", type=int, default=1)
+    memory = tasks.add_parser(
+        "memory", help="KV tokens held per sequence over time", parents=[engines]
+    )
+    memory.add_argument("--model", default="smollm2-135m")
+    memory.add_argument("--baseline", default="FLASH_ATTN")
+    profile = tasks.add_parser(
+        "profile", help="a decode step's kernels, from traces", parents=[engines]
+    )
+    profile.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["stock", "roco"]
+    )
     return command
 
 
@@ -92,7 +103,7 @@ def main(command: list[str]) -> int:
     arguments = parser().parse_args(command)
 
     # they import vLLM, which takes its time
-    from benchmarks.serving import prefill, vllm_bench
+    from benchmarks.serving import prefill, profiling, residency, vllm_bench
     from benchmarks.serving.session import Session
     from benchmarks.serving.table import machine
     from benchmarks.serving.workloads import runs
@@ -116,6 +127,29 @@ def main(command: list[str]) -> int:
             ),
             key=prefill.KEY,
             results=prefill.RESULTS,
+        )
+    if arguments.task == "profile":
+        profiling.run(arguments.out, arguments.variants, session.facts, options)
+        return 0
+    if arguments.task == "memory":
+        return session.work_off(
+            "memory",
+            [
+                (
+                    residency.columns(arguments.model, roco=roco),
+                    partial(
+                        residency.measure,
+                        arguments.model,
+                        arguments.baseline,
+                        options,
+                        arguments.out / "memory_steps.csv",
+                        roco=roco,
+                    ),
+                )
+                for roco in (False, True)
+            ],
+            key=residency.KEY,
+            results=residency.RESULTS,
         )
     selected = runs(
         arguments.task,

@@ -80,14 +80,14 @@ def engine_command(
     return command + list(options.engine_arguments)
 
 
-def throughput_command(requests: Requests) -> list[str]:
+def throughput_command(requests: Requests, warmups: int = WARMUPS) -> list[str]:
     """Return what `vllm bench throughput` is told about the requests."""
     return [
         "--dataset-name=random",
         f"--random-input-len={requests.input_len}",
         f"--random-output-len={requests.output_len}",
         f"--num-prompts={requests.count}",
-        f"--num-warmups={WARMUPS}",
+        f"--num-warmups={warmups}",
     ]
 
 
