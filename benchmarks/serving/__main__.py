@@ -16,28 +16,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from functools import partial
 from pathlib import Path
 
-from benchmarks.serving.workloads import VARIANTS, WORKLOADS
-
-KEY = (
-    "workload",
-    "model",
-    "gpu_memory_utilization",
-    "kv_cache_bytes",
-    "backend",
-    "kv_cache_dtype",
-    "policy",
-    "shield",
-    "budget",
-    "stride",
-    "chunk",
-    "num_requests",
-    "input_len",
-    "output_len",
-)
-RESULTS = ("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions")
+from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,6 +72,9 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["stock", "roco"]
     )
+    tasks.add_parser(
+        "scheduler", help="the scheduler's Python; needs no GPU", parents=[engines]
+    )
     return command
 
 
@@ -103,68 +87,52 @@ def main(command: list[str]) -> int:
     arguments = parser().parse_args(command)
 
     # they import vLLM, which takes its time
-    from benchmarks.serving import prefill, profiling, residency, vllm_bench
+    from benchmarks.serving import (
+        prefill,
+        profiling,
+        residency,
+        scheduling,
+        serve_workloads,
+    )
     from benchmarks.serving.session import Session
     from benchmarks.serving.table import machine
-    from benchmarks.serving.workloads import runs
+    from benchmarks.serving.vllm_bench import Options
     from tools.smollm2 import smollm2_path
 
-    options = vllm_bench.Options(
-        tokenizer=arguments.tokenizer or str(smollm2_path()),
-        engine_arguments=engine_arguments,
-    )
     session = Session(
         out=arguments.out,
         facts={**machine(arguments.commit), "engine_arguments": engine_arguments},
         time_limit=arguments.time_limit,
         again=arguments.again,
     )
-    if arguments.task == "prefill":
-        return session.work_off(
-            "prefill",
-            prefill.measurements(
-                arguments.chunks or list(prefill.CHUNKS), arguments.rounds, options
-            ),
-            key=prefill.KEY,
-            results=prefill.RESULTS,
-        )
-    if arguments.task == "profile":
-        profiling.run(arguments.out, arguments.variants, session.facts, options)
-        return 0
-    if arguments.task == "memory":
-        return session.work_off(
-            "memory",
-            [
-                (
-                    residency.columns(arguments.model, roco=roco),
-                    partial(
-                        residency.measure,
-                        arguments.model,
-                        arguments.baseline,
-                        options,
-                        arguments.out / "memory_steps.csv",
-                        roco=roco,
-                    ),
-                )
-                for roco in (False, True)
-            ],
-            key=residency.KEY,
-            results=residency.RESULTS,
-        )
-    selected = runs(
-        arguments.task,
-        variants=arguments.variants,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        input_lens=arguments.input_len,
-        model=arguments.model,
-        baseline=arguments.baseline,
+    if arguments.task == "scheduler":
+        return session.work_off(scheduling.plan())
+    options = Options(
+        tokenizer=arguments.tokenizer or str(smollm2_path()),
+        engine_arguments=engine_arguments,
     )
-    return session.work_off(
-        "serving",
-        [(run.columns, partial(vllm_bench.measure, run, options)) for run in selected],
-        key=KEY,
-        results=RESULTS,
-    )
+    match arguments.task:
+        case "profile":
+            profiling.run(arguments.out, arguments.variants, session.facts, options)
+            return 0
+        case "prefill":
+            chunks = arguments.chunks or list(prefill.CHUNKS)
+            plan = prefill.plan(chunks, arguments.rounds, options)
+        case "memory":
+            plan = residency.plan(
+                arguments.model, arguments.baseline, options, arguments.out
+            )
+        case workload:
+            selected = runs(
+                workload,
+                variants=arguments.variants,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
+                input_lens=arguments.input_len,
+                model=arguments.model,
+                baseline=arguments.baseline,
+            )
+            plan = serve_workloads.plan(selected, options)
+    return session.work_off(plan)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from vllm.benchmarks import latency
 
 from benchmarks.kernels.measuring import Timing
+from benchmarks.serving.session import Plan
 from benchmarks.serving.vllm_bench import (
     Options,
     call,
@@ -116,10 +116,15 @@ def measure(case: Case, options: Options) -> dict[str, object]:
     }
 
 
-def measurements(
-    chunks: list[int], rounds: int, options: Options
-) -> Iterator[tuple[Mapping[str, object], Callable[[], Mapping[str, object]]]]:
-    """Yield every case once a round: a drift of the clock meets all of them."""
-    for number in range(1, rounds + 1):
-        for case in cases(chunks):
-            yield case.columns(number), partial(measure, case, options)
+def plan(chunks: list[int], rounds: int, options: Options) -> Plan:
+    """Return every case once a round: a drift of the clock meets all of them."""
+    return Plan(
+        name="prefill",
+        key=KEY,
+        results=RESULTS,
+        measurements=[
+            (case.columns(number), partial(measure, case, options))
+            for number in range(1, rounds + 1)
+            for case in cases(chunks)
+        ],
+    )

@@ -12,20 +12,21 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vllm.benchmarks import throughput
 
 from benchmarks.serving.counters import Counters
+from benchmarks.serving.session import Plan
 from benchmarks.serving.vllm_bench import (
-    MODELS,
     Options,
     call,
     engine_command,
     throughput_command,
 )
-from benchmarks.serving.workloads import Requests
+from benchmarks.serving.workloads import MODELS, Requests
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import statistics_bytes
@@ -85,6 +86,23 @@ class Page:
     def statistics_share(self) -> float:
         """Part of a RoCo page that is not K and V."""
         return self.statistics / (self.content + self.statistics)
+
+
+def plan(model: str, baseline: str, options: Options, out: Path) -> Plan:
+    """Return both sides; what RoCo held in every step goes to `memory_steps.csv`."""
+    steps = out / "memory_steps.csv"
+    return Plan(
+        name="memory",
+        key=KEY,
+        results=RESULTS,
+        measurements=[
+            (
+                columns(model, roco=roco),
+                partial(measure, model, baseline, options, steps, roco=roco),
+            )
+            for roco in (False, True)
+        ],
+    )
 
 
 def columns(model: str, *, roco: bool) -> dict[str, object]:

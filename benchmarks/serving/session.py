@@ -7,7 +7,7 @@ import gc
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,26 @@ def await_engine_end() -> None:
         process.join(END_SECONDS)
 
 
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be measured for one table.
+
+    Attributes:
+        name: The table's, without its suffix.
+        key: Columns that tell one measurement from another.
+        results: Columns that a measurement fills.
+        measurements: The former columns of each, and what returns the latter.
+    """
+
+    name: str
+    key: Sequence[str]
+    results: Sequence[str]
+    measurements: Sequence[tuple[Row, Callable[[], Row]]]
+
+
 @dataclass(frozen=True)
 class Session:
     """One call of the command.
@@ -43,31 +63,17 @@ class Session:
     time_limit: float
     again: bool
 
-    def work_off(
-        self,
-        name: str,
-        measurements: Iterable[
-            tuple[Mapping[str, object], Callable[[], Mapping[str, object]]]
-        ],
-        *,
-        key: Iterable[str],
-        results: Iterable[str],
-    ) -> int:
-        """Measure what is not yet in a table; return how much failed.
-
-        Args:
-            name: The table's, without its suffix.
-            measurements: What tells each from others, and what measures it.
-            key: The columns of the former.
-            results: The columns that are measured.
-        """
+    def work_off(self, plan: Plan) -> int:
+        """Measure what is not yet in the table; return how much failed."""
         begin = time.monotonic()
         table = Table(
-            self.out / f"{name}.csv", key=[*MACHINE, *key], results=list(results)
+            self.out / f"{plan.name}.csv",
+            key=[*MACHINE, *plan.key],
+            results=plan.results,
         )
-        note_machine(self.out / f"{name}.json", self.facts)
+        note_machine(self.out / f"{plan.name}.json", self.facts)
         failures = 0
-        for columns, measure in measurements:
+        for columns, measure in plan.measurements:
             row = {**{column: self.facts[column] for column in MACHINE}, **columns}
             label = " ".join(str(value) for value in columns.values() if value != "")
             if table.has(row) and not self.again:

@@ -15,13 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vllm.benchmarks import latency, throughput
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from benchmarks.serving.counters import Counters
-from benchmarks.serving.workloads import Requests, Run
+from benchmarks.serving.workloads import MODELS, Requests
 
-MODELS = Path(__file__).parents[1] / "models"
 WARMUPS = 4
 """Requests that compile kernels and fill caches before anything is timed."""
 ITERATIONS = 10
@@ -108,33 +105,3 @@ def call(benchmark: ModuleType, command: Sequence[str]) -> dict[str, Any]:
         path = Path(folder) / "result.json"
         benchmark.main(parsed(benchmark, [*command, f"--output-json={path}"]))
         return dict(json.loads(path.read_text()))
-
-
-def measure(run: Run, options: Options) -> dict[str, object]:
-    """Serve a run's batch; return the columns of `serving.csv` that it fills."""
-    requests = run.requests
-    engine = engine_command(
-        model=run.workload.model,
-        requests=requests,
-        backend=run.backend,
-        kv_cache_dtype=run.variant.kv_cache_dtype,
-        roco_options=run.roco_options,
-        gpu_memory_utilization=run.gpu_memory_utilization,
-        kv_cache_bytes=run.workload.kv_cache_bytes,
-        options=options,
-    )
-    if run.workload.one_at_a_time:
-        with Counters(WARMUPS * requests.count) as counters:
-            result = call(latency, [*engine, *latency_command(requests)])
-        seconds = result["percentiles"]["50"]
-    else:
-        with Counters(WARMUPS) as counters:
-            result = call(throughput, [*engine, *throughput_command(requests)])
-        seconds = result["elapsed_time"]
-    return {
-        "output_tok_s": round(requests.count * requests.output_len / seconds, 1),
-        "ttft_ms": round(counters.ttft_ms, 2),
-        "tpot_ms": round(counters.tpot_ms, 3),
-        "max_running": counters.max_running,
-        "preemptions": counters.preemptions,
-    }

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from vllm_roco.config import RocoConfig
+
+MODELS = Path(__file__).parents[1] / "models"
 
 
 @dataclass(frozen=True)

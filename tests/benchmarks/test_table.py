@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.session import MACHINE, Session
+from benchmarks.serving.session import MACHINE, Plan, Session
 from benchmarks.serving.table import Table, rows_of
 
 
@@ -30,10 +31,12 @@ def work_off(session: Session, sizes: list[int]) -> list[int]:
         return {"area": size * size}
 
     session.work_off(
-        "squares",
-        [({"size": size}, lambda size=size: square(size)) for size in sizes],  # type: ignore[misc]
-        key=["size"],
-        results=["area"],
+        Plan(
+            name="squares",
+            key=["size"],
+            results=["area"],
+            measurements=[({"size": size}, partial(square, size)) for size in sizes],
+        )
     )
     return measured
 
