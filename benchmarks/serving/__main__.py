@@ -20,6 +20,10 @@ from pathlib import Path
 
 from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
 
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PICTURES = REPOSITORY / "docs" / "pictures"
+
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
@@ -75,6 +79,14 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_parser(
         "scheduler", help="the scheduler's Python; needs no GPU", parents=[engines]
     )
+    for name, about in {
+        "plot": "draw the pictures of docs/performance.md from the tables",
+        "report": "print the tables of docs/performance.md",
+    }.items():
+        task = tasks.add_parser(name, help=about)
+        task.add_argument("--results", type=Path, default=RESULTS)
+        if name == "plot":
+            task.add_argument("--out", type=Path, default=PICTURES)
     return command
 
 
@@ -85,6 +97,19 @@ def main(command: list[str]) -> int:
         split = command.index("--")
         command, engine_arguments = command[:split], command[split + 1 :]
     arguments = parser().parse_args(command)
+
+    # each needs a package that machines with a GPU may lack
+    if arguments.task == "report":
+        from benchmarks.serving.report import report
+
+        print(report(arguments.results))
+        return 0
+    if arguments.task == "plot":
+        from benchmarks.serving.plots import plot
+
+        for path in plot(arguments.results, arguments.out):
+            print(path)
+        return 0
 
     # they import vLLM, which takes its time
     from benchmarks.serving import (

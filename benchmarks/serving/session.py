@@ -21,8 +21,9 @@ END_SECONDS = 30
 
 def await_engine_end() -> None:
     """Return when the engine's processes are gone: the next needs their memory."""
-    # an engine ends when its handle is collected
-    gc.collect()
+    if multiprocessing.active_children():
+        # an engine ends when its handle is collected
+        gc.collect()
     for process in multiprocessing.active_children():
         process.join(END_SECONDS)
 
