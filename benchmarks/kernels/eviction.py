@@ -34,6 +34,7 @@ from vllm_roco.kv_cache import page
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodeScratch, plan_decode
+from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
 
 if TYPE_CHECKING:
@@ -191,18 +192,20 @@ class Step:
         """Blocks that the last `close` moved in each layer."""
         return int(self.eviction._num_moves.sum())
 
-    def model_step(self) -> Callable[[], None]:
-        """Return the step without its end: attention and matrix products."""
+    def model_step(self, device: Device) -> Callable[[], None]:
+        """Return the step without its end: attention and matrix products.
+
+        Args:
+            device: What the attention kernel is fitted to.
+        """
         model, rows = self.model, self.rows
-        properties = torch.cuda.get_device_properties(self.device)
         plan = plan_decode(
             num_rows=rows,
             num_kv_heads=model.kv_heads,
             head_size=model.head_size,
             max_live_tokens=self.schedule.max_live_tokens() + 1,
             dtype=DTYPE,
-            num_multiprocessors=properties.multi_processor_count,
-            capability=(properties.major, properties.minor),
+            device=device,
         )
         scratch = DecodeScratch.allocate(
             plans=[(rows, plan)],
@@ -275,8 +278,9 @@ def time_close(step: Step, due: int) -> Timing:
 
 def measure(model: Model, rows: int, config: RocoConfig) -> dict[str, object]:
     """Return one policy's row of the table."""
-    step = Step(model, rows, config, torch.device("cuda"))
-    body = step.model_step()
+    device = torch.device("cuda")
+    step = Step(model, rows, config, device)
+    body = step.model_step(Device.of(device))
 
     def whole() -> None:
         body()

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from benchmarks.kernels.eviction import Model, Step
 from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache import page
+from vllm_roco.ops.device import H100
 
 MODEL = Model(
     layers=2,
@@ -33,3 +37,12 @@ def test_rows_that_are_due_move_blocks(policy: str, device: torch.device) -> Non
         assert step.buffers.live_lens[0] == 128 + 64
         step.close()
         assert due <= step.num_moves <= 4 * due
+
+
+def test_a_step_attends_and_measures(device: torch.device) -> None:
+    step = Step(MODEL, 3, RocoConfig(budget=128, stride=64), device)
+    # without dependent launches, which need Hopper
+    step.model_step(dataclasses.replace(H100, capability=(8, 0)))()
+    for cache in step.caches:
+        grown = page.statistics_view(cache) - step.statistics
+        assert grown[..., page.MASS_SUM].sum() > 0
