@@ -30,18 +30,14 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from benchmarks.quality import intervals
 from benchmarks.quality.candidates import CANDIDATES, DEFAULT, Candidate
+from benchmarks.quality.cells import PERPLEXITY
 from benchmarks.quality.oracle import Keep, Oracle
-from benchmarks.quality.paired import (
-    compare_answers,
-    compare_nats,
-    score_answers,
-    score_perplexity,
-)
+from benchmarks.quality.paired import compare_answers, compare_nats
 from benchmarks.quality.tasks import Problem, build, prose
 from tools.smollm2 import smollm2_path
 
-PERPLEXITY = "perplexity"
 MOST_PASSAGES = 48
 """The novel has no more text than that."""
 
@@ -231,11 +227,11 @@ def run(
         values = judge.values(setting.keep, setting.cell, setting.phase)
         seconds = time.monotonic() - started
         longest = max(longest, seconds)
-        perplexity = setting.cell.task == PERPLEXITY
-        score = score_perplexity(values) if perplexity else score_answers(values)
+        metric = PERPLEXITY if setting.cell.task == PERPLEXITY else "accuracy"
+        interval = intervals.score(metric, values)
         table.append(
             setting.columns()
-            | {name: round(value, 4) for name, value in asdict(score).items()}
+            | {k: round(v, 4) for k, v in zip(_SCORE, interval, strict=True)}
             | {"seconds": round(seconds, 2)}
             | {"values": " ".join(f"{value:.6g}" for value in values)}
         )

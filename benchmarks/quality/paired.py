@@ -1,23 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores with their intervals, and comparisons on the same problems."""
+"""Comparisons of two methods on the same problems."""
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scipy.stats import binomtest, wilcoxon
-
-
-@dataclass(frozen=True)
-class Score:
-    """A score and its 95 % interval."""
-
-    score: float
-    ci_low: float
-    ci_high: float
 
 
 @dataclass(frozen=True)
@@ -33,24 +22,6 @@ class Comparison:
     better: int
     worse: int
     p_value: float
-
-
-def score_answers(found: Sequence[float]) -> Score:
-    """Return the share of problems solved, with Wilson's interval."""
-    count = sum(value == 1 for value in found)
-    interval = binomtest(count, len(found)).proportion_ci(method="wilson")
-    return Score(count / len(found), interval.low, interval.high)
-
-
-def score_perplexity(nats: Sequence[float]) -> Score:
-    """Return the perplexity of passages, with the interval of their mean.
-
-    Args:
-        nats: Mean loss of each of two or more passages.
-    """
-    mean = statistics.fmean(nats)
-    error = 1.96 * statistics.stdev(nats) / math.sqrt(len(nats))
-    return Score(*(math.exp(value) for value in (mean, mean - error, mean + error)))
 
 
 def compare_answers(found: Sequence[float], reference: Sequence[float]) -> Comparison:
