@@ -52,7 +52,12 @@ def main() -> None:
     for command in (run, plot, report):
         command.add_argument("--out", type=Path, required=True, metavar="DIR")
     report.add_argument(
-        "--into", type=Path, metavar="FILE", help="document whose sections to replace"
+        "--into",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="documents whose sections to replace, instead of printing",
     )
     plot.add_argument("--pictures", type=Path, help="folder; default: DIR")
     arguments = parser.parse_args()
@@ -67,9 +72,9 @@ def main() -> None:
     else:
         from benchmarks.quality.report import fill, markdown
 
-        if arguments.into:
-            fill(arguments.into, arguments.out / running.TABLE)
-        else:
+        for document in arguments.into:
+            fill(document, arguments.out / running.TABLE)
+        if not arguments.into:
             print(markdown(arguments.out / running.TABLE))
 
 

@@ -8,6 +8,7 @@ problems; a share of the full cache's score is bootstrapped over pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,9 @@ Interval = tuple[float, float, float]
 """Value, and both ends of its interval."""
 
 
-def score(metric: str, outcomes: Sequence[float]) -> Interval:
+# a table is written anew for every cell that is added
+@cache
+def score(metric: str, outcomes: tuple[float, ...]) -> Interval:
     """Return what the problems come to.
 
     Args:
@@ -36,8 +39,9 @@ def score(metric: str, outcomes: Sequence[float]) -> Interval:
     return value, *_bootstrap((outcomes,), _statistic(metric))
 
 
+@cache
 def share_of_full(
-    metric: str, outcomes: Sequence[float], full: Sequence[float]
+    metric: str, outcomes: tuple[float, ...], full: tuple[float, ...]
 ) -> Interval | None:
     """Return the score over the full cache's, of the same problems.
 
@@ -49,8 +53,9 @@ def share_of_full(
     def ratio(ours: np.ndarray, theirs: np.ndarray, axis: int = -1) -> np.ndarray:
         # a resample may have no problem that the full cache solves
         with np.errstate(divide="ignore", invalid="ignore"):
-            shares: np.ndarray = statistic(ours, axis) / statistic(theirs, axis)
-        return np.nan_to_num(shares, nan=1.0)
+            shares = statistic(ours, axis) / statistic(theirs, axis)
+        result: np.ndarray = np.nan_to_num(shares, nan=1.0)
+        return result
 
     value = float(statistic(np.asarray(full)))
     if not value:

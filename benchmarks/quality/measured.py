@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,14 +86,17 @@ class Measured:
         swept = max(set(budgets), key=budgets.count, default="")
         rows = [row for row in rows if row["budget"] == swept]
         longest = max((int(row["stride"]) for row in rows), default=0)
-        return sorted(
-            (
-                row
-                for row in rows
-                if row["chunk"] == (str(longest) if same_chunk else row["stride"])
-            ),
-            key=lambda row: int(row["stride"]),
-        )
+        rows = [
+            row
+            for row in rows
+            if row["chunk"] == (str(longest) if same_chunk else row["stride"])
+        ]
+        # the sweep of budgets has one such row of every task
+        times = Counter((row["task"], row["context"], row["metric"]) for row in rows)
+        swept_rows = [
+            row for row in rows if times[row["task"], row["context"], row["metric"]] > 1
+        ]
+        return sorted(swept_rows, key=lambda row: int(row["stride"]))
 
     def tasks(self) -> list[tuple[str, str]]:
         """Return every task and context, in the table's order."""

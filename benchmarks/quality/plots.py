@@ -121,7 +121,7 @@ def _accuracy_against_stride(measured: Measured) -> Figure | None:
     methods = [
         method
         for method in measured.methods()
-        if len(measured.at_strides(method, same_chunk=False)) > 1
+        if measured.at_strides(method, same_chunk=False)
     ]
     if not methods:
         return None

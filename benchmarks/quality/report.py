@@ -19,6 +19,7 @@ from benchmarks.quality.measured import Measured
 from benchmarks.quality.table import Row
 
 _SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end of report -->)", re.S)
+_QUARTER = "0.25"
 _VERDICTS = (
     (0.95, "safe on these tasks"),
     (0.8, "measure your own task first"),
@@ -30,7 +31,10 @@ _VERDICTS = (
 
 def markdown(path: Path) -> str:
     """Return all sections of a table's report."""
-    return "\n\n".join(sections(Measured.read(path)).values())
+    return "\n\n".join(
+        f"<!-- {name} -->\n{text}"
+        for name, text in sections(Measured.read(path)).items()
+    )
 
 
 def fill(document: Path, path: Path) -> None:
@@ -58,6 +62,8 @@ def sections(measured: Measured) -> dict[str, str]:
     """Return the report's parts by name."""
     return {
         "source": _source(measured),
+        "headline": _headline(measured),
+        "observations": _observations(measured),
         "choice": _choice(measured),
         "budget": _accuracy(measured),
         "unsolved": _unsolved(measured),
@@ -75,6 +81,72 @@ def _source(measured: Measured) -> str:
         f"Model {each('model')} on {each('gpu')}, commit {each('commit')}, seed "
         f"{each('seed')}; {len(measured.rows)} rows."
     )
+
+
+def _headline(measured: Measured) -> str:
+    """Return a small table for a front page: every method at a quarter."""
+    columns = [
+        (task, context)
+        for task, context in measured.tasks()
+        if task in ("passkey", "needle")
+        and any(
+            row["budget_ratio"] == _QUARTER
+            for row in measured.at_budgets(task, context, "accuracy")
+        )
+    ]
+    lines = []
+    for method in ("full", *measured.methods()):
+        cells = []
+        for task, context in columns:
+            rows = measured.at_budgets(task, context, "accuracy")
+            row = next(
+                (
+                    row
+                    for row in rows
+                    if (row["method"], row["budget_ratio"]) == (method, _QUARTER)
+                ),
+                measured.full(task, context, "accuracy") if method == "full" else None,
+            )
+            cells.append(_interval(row) if row is not None else "")
+        lines.append([_label(measured, method), *cells])
+    titles = [f"{task} {int(context):,}" for task, context in columns]
+    return _table(lines, ["kept", *titles])
+
+
+def _observations(measured: Measured) -> str:
+    """Return in words what a budget and a stride do to accuracy."""
+    method = measured.default_method
+    found = []
+    for task, context in measured.tasks():
+        rows = [
+            row
+            for row in measured.at_budgets(task, context, "accuracy")
+            if row["method"] == method
+        ]
+        full = measured.full(task, context, "accuracy")
+        if rows and full is not None and measured.is_solved(task, context):
+            rows.sort(key=lambda row: -float(row["budget_ratio"]))
+            values = ", ".join(
+                f"{float(row['score']):.2f} at {_percent(float(row['budget_ratio']))}"
+                for row in rows
+            )
+            found.append(f"{_name(full)}: {float(full['score']):.2f} in full, {values}")
+    lines = [f"* **Accuracy against the budget** ({method}). {'; '.join(found)}."]
+    for same_chunk, chunk in ((False, "chunks as long as it"), (True, "equal chunks")):
+        found = []
+        for key, line in _stride_lines(measured, method, same_chunk).items():
+            if key[2] == "accuracy":
+                values = ", ".join(
+                    f"{float(row['score']):.2f} at {stride}"
+                    for stride, row in line.items()
+                )
+                ratio = _percent(float(next(iter(line.values()))["budget_ratio"]))
+                found.append(f"{key[0]} {int(key[1]):,} at {ratio}: {values}")
+        lines.append(
+            f"* **Accuracy against the stride**, {chunk} ({method}). "
+            f"{'; '.join(found)}."
+        )
+    return "\n".join(lines)
 
 
 def _choice(measured: Measured) -> str:
@@ -171,30 +243,30 @@ def _generation(measured: Measured) -> str:
 
 def _strides(measured: Measured) -> str:
     lines = []
-    strides: list[int] = []
     for same_chunk in (False, True):
         for method in measured.methods():
-            rows = measured.at_strides(method, same_chunk=same_chunk)
-            if len({row["stride"] for row in rows}) < 2:
-                continue
-            strides = sorted({int(row["stride"]) for row in rows} | set(strides))
-            for key in dict.fromkeys(
-                (row["task"], row["context"], row["metric"]) for row in rows
-            ):
-                line = {
-                    int(row["stride"]): row
-                    for row in rows
-                    if (row["task"], row["context"], row["metric"]) == key
-                }
+            for line in _stride_lines(measured, method, same_chunk).values():
                 first = next(iter(line.values()))
-                chunk = f"{first['chunk']}" if same_chunk else "as the stride"
+                chunk = first["chunk"] if same_chunk else "as the stride"
                 name = f"{_name(first)} at {_percent(float(first['budget_ratio']))}"
-                lines.append((name, method, chunk, first["n"], line))
+                lines.append(((name, method, chunk, first["n"]), line))
+    strides = sorted({stride for _, line in lines for stride in line})
     table = [
         [*labels, *(_interval(line[s]) if s in line else "" for s in strides)]
-        for *labels, line in lines
+        for labels, line in lines
     ]
     return _table(table, ["task", "method", "chunk", "n", *map(str, strides)])
+
+
+def _stride_lines(
+    measured: Measured, method: str, same_chunk: bool
+) -> dict[tuple[str, str, str], dict[int, Row]]:
+    """Return stride to row, for every task, context and metric."""
+    lines: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in measured.at_strides(method, same_chunk=same_chunk):
+        key = (row["task"], row["context"], row["metric"])
+        lines.setdefault(key, {})[int(row["stride"])] = row
+    return lines
 
 
 def _by_budget(measured: Measured, rows: Sequence[Row], score: str) -> str:
@@ -209,8 +281,7 @@ def _by_budget(measured: Measured, rows: Sequence[Row], score: str) -> str:
             if row["method"] == method
         }
         if cells:
-            name = f"**{method}** (default)"
-            label = name if method == measured.default_method else method
+            label = _label(measured, method)
             lines.append([label, *(cells.get(ratio, "") for ratio in ratios)])
     return _table(lines, ["method", *map(_percent, ratios)])
 
@@ -222,6 +293,12 @@ def _interval(row: Row, score: str = "score", digits: int = 2) -> str:
         for name in (score, f"{prefix}_low", f"{prefix}_high")
     )
     return f"{value} [{low}, {high}]"
+
+
+def _label(measured: Measured, method: str) -> str:
+    if method == "full":
+        return "full cache"
+    return f"**{method}** (default)" if method == measured.default_method else method
 
 
 def _name(row: Row) -> str:

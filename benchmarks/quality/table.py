@@ -38,9 +38,11 @@ def rows(outcomes: Mapping[Cell, Outcome]) -> list[dict[str, object]]:
                 "commit": outcome.commit,
             }
             names = ("score", "ci_low", "ci_high")
-            row |= _rounded(names, intervals.score(metric, values))
+            row |= _rounded(names, intervals.score(metric, tuple(values)))
             if full is not None and metric in ("accuracy", "perplexity"):
-                share = intervals.share_of_full(metric, values, full.metrics[metric])
+                share = intervals.share_of_full(
+                    metric, tuple(values), tuple(full.metrics[metric])
+                )
                 names = ("of_full", "of_full_low", "of_full_high")
                 row |= _rounded(names, share or ())
             table.append({name: row.get(name, "") for name in COLUMNS})
