@@ -48,7 +48,7 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         # several engines share the device
-        arguments |= {"kv_cache_memory_bytes": 4 * 2**30, "gpu_memory_utilization": 0.1}
+        arguments |= {"kv_cache_memory_bytes": 2 * 2**30, "gpu_memory_utilization": 0.1}
     if not setup.budget:
         return arguments
     options = {
