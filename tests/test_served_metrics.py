@@ -38,6 +38,7 @@ FREED_PER_REQUEST = SCHEDULE.evicted_blocks(len(PROMPT) + NUM_NEW_TOKENS - 1)
 MOST_TOKENS = 16 * SCHEDULE.max_blocks(2 * CHUNK)
 
 FREED = "vllm:roco_freed_blocks_total"
+MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
@@ -93,7 +94,7 @@ class Server:
                     samples[key] = sample.value
         return {
             name: [samples[name, engine] for engine in range(self.num_engines)]
-            for name in (FREED, MAX, PEAK, BUDGET)
+            for name in (FREED, MOVED, MAX, PEAK, BUDGET)
         }
 
     def complete(self, _: int) -> None:
@@ -180,6 +181,7 @@ def test_a_server_shows_what_the_budget_does(
         budgets = [OPTIONS["budget"]] * num_engines
         assert server.scrape() == {
             FREED: zeros,
+            MOVED: zeros,
             MAX: zeros,
             PEAK: zeros,
             BUDGET: budgets,
@@ -197,6 +199,7 @@ def test_a_server_shows_what_the_budget_does(
     assert max(held) <= MOST_TOKENS
     assert scrapes == [scrapes[0]] * 8
     assert sum(scrapes[0][FREED]) == NUM_REQUESTS * FREED_PER_REQUEST
+    assert 0 < sum(scrapes[0][MOVED]) <= sum(scrapes[0][FREED])
     assert scrapes[0][MAX] == zeros
     assert OPTIONS["budget"] < max(scrapes[0][PEAK]) <= MOST_TOKENS
 
@@ -225,5 +228,8 @@ def test_an_llm_tells_what_the_budget_did(
     assert engine["engine"] == 0
     assert engine["budget_tokens"] == OPTIONS["budget"]
     assert engine["freed_blocks"] == NUM_REQUESTS * FREED_PER_REQUEST
+    # the same in each of them, whose tokens are the same
+    assert engine["moved_blocks"] % NUM_REQUESTS == 0
+    assert 0 < engine["moved_blocks"] <= engine["freed_blocks"]
     assert engine["max_sequence_kv_tokens"] == 0
     assert OPTIONS["budget"] < engine["peak_sequence_kv_tokens"] <= MOST_TOKENS

@@ -136,6 +136,7 @@ _CONFIGURATION = (
             "decode_context_parallel_size",
             "enable_dbo",
             "prefill_context_parallel_size",
+            "rank",
             "ubatch_size",
         ),
     ),
