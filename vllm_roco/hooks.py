@@ -591,6 +591,7 @@ _SCHEDULING = (
             "num_tokens",
             "request_id",
             "resumable",
+            "sampling_params",
         ),
     ),
     Hook(
