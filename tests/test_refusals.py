@@ -6,6 +6,8 @@ Each message says what is wrong, which value, what is allowed and what to do.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +99,13 @@ BAD_OPTIONS = {
     "sink-negative": Case(("sink = -1", "at least 0"), {"sink": -1}),
     "recent-bool": Case(("recent = True", "a whole number"), {"recent": True}),
     "trace-empty": Case(("trace = ''", "a file path"), {"trace": ""}),
+    "trace-in-no-directory": Case(
+        ("trace = '/no/t.jsonl'", "No such file or directory", "an existing directory"),
+        {"trace": "/no/t.jsonl"},
+    ),
+    "trace-is-a-directory": Case(
+        ("trace = '/'", "Is a directory", "or leave trace out"), {"trace": "/"}
+    ),
     "protected": Case(
         ("sink + recent is 100 + 100 = 200", "budget = 128", "Lower sink or recent"),
         {"sink": 100, "recent": 100},
@@ -466,6 +475,27 @@ def test_scheduler_without_layers_is_refused(in_process: None, llama: Path) -> N
     with pytest.raises(ValueError) as error:
         LLM(**arguments_of(llama, case))
     refused(str(error.value), case)
+
+
+def test_a_directory_of_metrics_that_others_may_read_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = tmp_path / f"vllm_roco-{os.geteuid()}"
+    directory.mkdir()
+    directory.chmod(0o755)
+    with pytest.raises(PermissionError) as error:
+        engine_config(llama, Case(()))
+    refused(str(error.value), Case((str(directory), "mode 0700", "Remove it")))
+
+
+def test_a_trace_is_checked_and_left_alone(llama: Path, tmp_path: Path) -> None:
+    new, old = tmp_path / "new.jsonl", tmp_path / "old.jsonl"
+    old.write_text("{}\n")
+    for path in (new, old):
+        engine_config(llama, Case((), {"trace": str(path)}))
+    assert not new.exists()
+    assert old.read_text() == "{}\n"
 
 
 def test_seeds_are_refused_for_rocos_engines_only(

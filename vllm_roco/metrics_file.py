@@ -84,6 +84,23 @@ class MetricsFile:
         self._finalizer()
 
 
+def check_directory() -> None:
+    """Raise early, before an engine is started.
+
+    Raises:
+        PermissionError: There is a directory of the files, and it is not this user's
+            alone.
+    """
+    directory = _directory()
+    with contextlib.suppress(FileNotFoundError):
+        if not _is_private(directory):
+            raise PermissionError(
+                f"roco: {directory} must be a directory that belongs to user "
+                f"{os.geteuid()} with mode 0700, to hold the metrics of running "
+                "engines. Remove it, or set TMPDIR to a directory of your own."
+            )
+
+
 def frontend_pid() -> int:
     """Return the process that reads what this engine core publishes."""
     # an engine core is a child of the front end, or the front end itself
@@ -145,12 +162,7 @@ def _create_file(identity: Identity) -> tuple[Path, int, mmap.mmap]:
     directory = _directory()
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
-    if not _is_private(directory):
-        raise PermissionError(
-            f"roco: {directory} must be a directory that belongs to user "
-            f"{os.geteuid()} with mode 0700, to hold the metrics of running engines. "
-            "Remove it, or set TMPDIR to a directory of your own."
-        )
+    check_directory()
     content = bytes(_HEADER_BYTES) + json.dumps(dataclasses.asdict(identity)).encode()
     with _locked(directory):
         _sweep(directory)
