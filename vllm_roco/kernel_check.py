@@ -19,7 +19,7 @@ from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.prefill_attention import prefill_attention
-from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
 from vllm_roco.ops.select_victims import SCORES, first_statistics, select_victims
 
 BLOCK_SIZE = 16
@@ -130,7 +130,7 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         evicted_before=_int32([0], device),
         statistics=statistics,
         max_live_tokens=length,
-        plan=plan_prefill(head_size=HEAD_SIZE, dtype=dtype),
+        plan=PrefillPlan(rows=64, columns=64, num_warps=4, num_stages=2),
         scale=SCALE,
     )
     _assert_step(query, cache, table[0], length, output, statistics, expected)

@@ -30,6 +30,7 @@ from sweep_decode import best_flash
 from workload import DTYPE, SHAPES, Call, Shape, Workload, allocate_pool
 
 from vllm_roco.ops.decode_plan import plan_decode
+from vllm_roco.ops.device import Device
 
 BLOCK_SIZE = 16
 
@@ -39,15 +40,13 @@ def measure(
 ) -> dict[str, object]:
     """Check and time one shape; return its row of the table."""
     shape = workload.shape
-    properties = torch.cuda.get_device_properties(0)
     plan = plan_decode(
         num_rows=shape.batch,
         num_kv_heads=shape.kv_heads,
         head_size=shape.head_size,
         max_live_tokens=shape.context,
         dtype=DTYPE,
-        num_multiprocessors=properties.multi_processor_count,
-        capability=(properties.major, properties.minor),
+        device=Device.of(torch.device("cuda", 0)),
     )
     workload.check(plan, block_size=BLOCK_SIZE, token_major=token_major)
     flash = best_flash(workload)

@@ -8,6 +8,7 @@ the layers of a model are, so that none finds its input in the L2 cache.
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,8 @@ def environment() -> dict[str, str]:
     """Return what the figures depend on beside the code."""
 
     def output(*command: str) -> str:
+        if shutil.which(command[0]) is None:
+            return ""
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         return run.stdout.strip()
 
@@ -106,7 +109,7 @@ def environment() -> dict[str, str]:
 
     here = str(Path(__file__).parent)
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "driver": output(
             "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
         ),

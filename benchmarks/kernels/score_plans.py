@@ -17,8 +17,7 @@ from typing import Any
 import torch
 
 from vllm_roco.ops.decode_plan import DecodePlan, plan_decode
-
-H100_MULTIPROCESSORS = 132
+from vllm_roco.ops.device import H100
 
 
 def planned(shape: dict[str, int]) -> DecodePlan:
@@ -29,8 +28,7 @@ def planned(shape: dict[str, int]) -> DecodePlan:
         head_size=shape["head_size"],
         max_live_tokens=shape["context"],
         dtype=torch.bfloat16,
-        num_multiprocessors=H100_MULTIPROCESSORS,
-        capability=(9, 0),
+        device=H100,
     )
 
 

@@ -17,6 +17,7 @@ from tests.ops.paged_case import (
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.device import H100
 
 PLAN = DecodePlan(tile=32, splits=3, num_warps=4, num_stages=2, dependent_launch=False)
 
@@ -161,8 +162,7 @@ def test_plan_is_one_the_kernels_take(
         head_size=head_size,
         max_live_tokens=2304,
         dtype=dtype,
-        num_multiprocessors=132,
-        capability=(9, 0),
+        device=H100,
     )
     assert plan.tile in (16, 32, 64, 128)
     assert 1 <= plan.splits <= 128

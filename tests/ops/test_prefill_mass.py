@@ -11,6 +11,7 @@ from tests.ops.paged_case import (
     assert_statistics,
     boundary_lengths,
 )
+from vllm_roco.ops.device import H100
 from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill, plan_prefill
 
 
@@ -29,7 +30,12 @@ def check(
         statistics=case.statistics,
         max_live_tokens=case.max_live_tokens,
         plan=plan
-        or plan_prefill(head_size=case.query.shape[2], dtype=case.query.dtype),
+        or plan_prefill(
+            group=case.query.shape[1] // case.kv_cache.shape[1],
+            head_size=case.query.shape[2],
+            dtype=case.query.dtype,
+            device=H100,
+        ),
         scale=case.scale,
         soft_cap=soft_cap,
     )

@@ -23,6 +23,7 @@ from vllm_roco.attention.layers import name_of
 from vllm_roco.kv_cache.page import statistics_view
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodeScratch
+from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
 
@@ -46,7 +47,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
         if dtype in (torch.float16, torch.bfloat16):
             self.flash_version = get_flash_attn_version(head_size=self.head_size)
-        self.prefill_plan = plan_prefill(head_size=self.head_size, dtype=dtype)
+        self.prefill_plan = plan_prefill(
+            group=self.num_heads // self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=dtype,
+            device=Device.of(torch.device("cuda", torch.cuda.current_device())),
+        )
         self._cache_key: tuple[int, int] | None = None
         self._statistics: torch.Tensor | None = None
 

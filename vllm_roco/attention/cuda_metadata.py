@@ -24,6 +24,7 @@ from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.config import blocks_of
 from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.validation import validated_config
 
@@ -148,9 +149,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         self._num_kv_heads = spec.num_kv_heads
         self._head_size = spec.head_size
         self._dtype = spec.dtype
-        properties = torch.cuda.get_device_properties(device)
-        self._num_multiprocessors = properties.multi_processor_count
-        self._capability = (properties.major, properties.minor)
+        self._device = Device.of(device)
 
         scheduler = vllm_config.scheduler_config
         max_model_len = vllm_config.model_config.max_model_len
@@ -255,7 +254,6 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
                 head_size=self._head_size,
                 max_live_tokens=self._max_decode_tokens,
                 dtype=self._dtype,
-                num_multiprocessors=self._num_multiprocessors,
-                capability=self._capability,
+                device=self._device,
             )
         return plan

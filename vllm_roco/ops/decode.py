@@ -7,12 +7,10 @@ over several programs, each with an online softmax over tiles of tokens;
 first kernel noted of each block into its mass and updates the statistics.
 
 With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
-all in base 2, the first kernel notes for each piece of a block
-
-    log2 sum_t 2^(s_t)  =  m + log2 sum_t 2^(s_t - m)
-
-out of the sums it needs anyway, and the second computes `a = mean_g 2^(noted - L)`.
-A piece is the part of a block that lies in one tile, the whole block as a rule.
+all in base 2, the first kernel notes the `m` of each tile and, out of the weights it
+needs anyway, `w = sum_t 2^(s_t - m)` for each piece of a block; the second computes
+`a = mean_g sum_pieces w * 2^(m - L)`. A piece is the part of a block that lies in one
+tile, the whole block as a rule.
 """
 
 from __future__ import annotations
@@ -23,12 +21,24 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, piece_size
-from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
+from vllm_roco.ops.decode_plan import (
+    DecodePlan,
+    DecodeScratch,
+    piece_size,
+    pieces_and_tiles,
+)
+from vllm_roco.ops.statistics import (
+    NUM_FIELDS,
+    read_statistics,
+    write_statistics,
+)
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
-COMBINE_BLOCKS = 64
+# live blocks whose statistics a program updates at a time: many where it has attended
+# over all of them, few where each is a program of its own
+CLOSING_BLOCKS = 128
+COMBINE_BLOCKS = 32
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -74,27 +84,17 @@ def _by_piece(
 
 
 @triton.jit
-def _update_statistics(
+def _log_sum_exp(
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    pieces_ptr,  # [max_pieces, GROUP] float32, base 2, of one row and kv head
-    table_ptr,  # [live_width] int32, of one row
-    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
-    stride_statistics_block,
     row_head,  # row * num_q_heads + the group's first query head
-    first_index,  # first of the COMBINE_BLOCKS live blocks to update
     length,
-    evicted,
     num_splits,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    PIECE: tl.constexpr,
     TILE: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
-    COMBINE_BLOCKS: tl.constexpr,
 ):
-    """Add one query's attention mass to a run of live blocks of one kv head."""
-    index = first_index + tl.arange(0, COMBINE_BLOCKS)
+    """Return `[GROUP_PADDED]`, the log-sum-exp of a group's query heads in base 2."""
     split = tl.arange(0, SPLITS_PADDED)
     group = tl.arange(0, GROUP_PADDED)
     first_tile, last_tile = _split_range(length, split, num_splits, TILE)
@@ -107,37 +107,42 @@ def _update_statistics(
         other=float("-inf"),
     )
     largest = tl.where(group < GROUP, tl.max(split_lse, 1), 0.0)
-    lse = largest + tl.log2(tl.sum(tl.exp2(split_lse - largest[:, None]), 1))
+    return largest + tl.log2(tl.sum(tl.exp2(split_lse - largest[:, None]), 1))
 
+
+@triton.jit
+def _mass(
+    notes_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
+    max_pieces,
+    index,  # [N], places in the live table
+    length,
+    lse,  # [GROUP_PADDED] float32, base 2
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Return `[N]`, the attention mass of one query in live blocks of one kv head."""
     PIECES: tl.constexpr = BLOCK_SIZE // PIECE
-    mass = tl.zeros([COMBINE_BLOCKS], tl.float32)
+    group = tl.arange(0, GROUP_PADDED)[None, :]
+    mass = tl.zeros(index.shape, tl.float32)
     for piece in tl.static_range(PIECES):
-        number = index * PIECES + piece
-        # [COMBINE_BLOCKS, GROUP_PADDED]
-        noted_mask = (number * PIECE < length)[:, None] & (group < GROUP)[None, :]
-        noted = tl.load(
-            pieces_ptr + number[:, None] * GROUP + group[None, :],
-            mask=noted_mask,
-            other=float("-inf"),
+        number = (index * PIECES + piece)[:, None]
+        # [N, GROUP_PADDED]
+        noted = (number * PIECE < length) & (group < GROUP)
+        piece_sum = tl.load(notes_ptr + number * GROUP + group, mask=noted, other=0.0)
+        tile_max = tl.load(
+            notes_ptr + (max_pieces + number * PIECE // TILE) * GROUP + group,
+            mask=noted,
+            other=0.0,
         )
-        mass += tl.sum(tl.where(noted_mask, tl.exp2(noted - lse[None, :]), 0.0), 1)
-    mass /= GROUP
-    add_to_statistics(
-        statistics_ptr,
-        stride_statistics_block,
-        table_ptr,
-        index,
-        length,
-        1,
-        evicted,
-        mass,
-        mass * mass,
-        mass,
-        BLOCK_SIZE,
-    )
+        share = tl.where(noted, piece_sum * tl.exp2(tile_max - lse[None, :]), 0.0)
+        mass += tl.sum(share, 1)
+    return mass / GROUP
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "max_pieces"])
+@triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "max_tiles"])
 def _attend_kernel(
     query_ptr,  # [num_rows, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
@@ -148,7 +153,7 @@ def _attend_kernel(
     output_ptr,  # [num_rows, num_q_heads, head_size]
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    piece_lse_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
+    notes_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
     stride_query_row,
@@ -161,6 +166,7 @@ def _attend_kernel(
     stride_output_row,
     stride_output_head,
     max_pieces,
+    max_tiles,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     DOT_GROUP: tl.constexpr,
@@ -169,7 +175,7 @@ def _attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
-    COMBINE_BLOCKS: tl.constexpr,
+    CLOSING_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -208,7 +214,22 @@ def _attend_kernel(
     )
     keys_ptr = kv_cache_ptr + kv_head * stride_cache_head
     table_ptr = live_table_ptr + row * stride_table_row
-    pieces_ptr = piece_lse_ptr + (row * num_kv_heads + kv_head) * max_pieces * GROUP
+    max_notes = max_pieces + max_tiles
+    notes_ptr += (row * num_kv_heads + kv_head) * max_notes * GROUP
+    maxima_ptr = notes_ptr + max_pieces * GROUP
+    if MEASURE and not SPLIT:
+        # whoever sees every key closes the books itself: what it will add to is on its
+        # way while it attends
+        statistics_ptr += kv_head * NUM_FIELDS
+        index = tl.arange(0, CLOSING_BLOCKS)
+        live_block, before = read_statistics(
+            statistics_ptr,
+            stride_statistics_block,
+            table_ptr,
+            index,
+            length,
+            BLOCK_SIZE,
+        )
 
     PIECES: tl.constexpr = TILE // PIECE
     piece = tl.arange(0, PIECES)
@@ -253,16 +274,13 @@ def _attend_kernel(
         running_sum = running_sum * decay[:, None] + weights
         if MEASURE:
             piece_sum = tl.sum(_by_piece(weights, DOT_GROUP, TILE, PIECE, WARPS), 2)
-            # the maximum again, laid out as the sums are: what is added in two layouts
-            # goes through shared memory twice
-            spread = tl.broadcast_to(new_max[:, None], [DOT_GROUP, TILE])
-            piece_max = tl.max(_by_piece(spread, DOT_GROUP, TILE, PIECE, WARPS), 2)
             number = tile * PIECES + piece
             tl.store(
-                pieces_ptr + number[None, :] * GROUP + group[:, None],
-                piece_max + tl.log2(piece_sum),
+                notes_ptr + number[None, :] * GROUP + group[:, None],
+                piece_sum,
                 mask=(group < GROUP)[:, None] & (number * PIECE < length)[None, :],
             )
+            tl.store(maxima_ptr + tile * GROUP + group, new_max, mask=group < GROUP)
 
         values = tl.load(
             content_ptr + HEAD_SIZE,
@@ -304,29 +322,55 @@ def _attend_kernel(
             mask=group < GROUP,
         )
     if MEASURE and not SPLIT:
-        # whoever has seen every key can close the books itself, while its neighbours
-        # still read; what its other threads have noted is visible behind the barrier
+        # what the program's other threads have noted is visible behind the barrier
         tl.debug_barrier()
         evicted = tl.load(evicted_before_ptr + row)
-        for first_index in range(0, tl.cdiv(length, BLOCK_SIZE), COMBINE_BLOCKS):
-            _update_statistics(
-                partial_lse_ptr,
-                pieces_ptr,
-                table_ptr,
-                statistics_ptr + kv_head * NUM_FIELDS,
-                stride_statistics_block,
-                (row * num_kv_heads + kv_head) * GROUP,
-                first_index,
+        lse = _log_sum_exp(
+            partial_lse_ptr,
+            (row * num_kv_heads + kv_head) * GROUP,
+            length,
+            num_splits,
+            GROUP,
+            GROUP_PADDED,
+            TILE,
+            1,
+        )
+        num_blocks = tl.cdiv(length, BLOCK_SIZE)
+        for first_index in range(0, num_blocks, CLOSING_BLOCKS):
+            mass = _mass(
+                notes_ptr,
+                max_pieces,
+                index,
                 length,
-                evicted,
-                num_splits,
+                lse,
                 GROUP,
                 GROUP_PADDED,
                 BLOCK_SIZE,
                 PIECE,
                 TILE,
+            )
+            write_statistics(
+                statistics_ptr,
+                stride_statistics_block,
+                live_block,
+                before,
+                index,
+                length,
                 1,
-                COMBINE_BLOCKS,
+                evicted,
+                mass,
+                mass * mass,
+                mass,
+                BLOCK_SIZE,
+            )
+            index = first_index + CLOSING_BLOCKS + tl.arange(0, CLOSING_BLOCKS)
+            live_block, before = read_statistics(
+                statistics_ptr,
+                stride_statistics_block,
+                table_ptr,
+                index,
+                length,
+                BLOCK_SIZE,
             )
 
 
@@ -366,11 +410,13 @@ def _merge_output(
     )
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "num_splits"])
+@triton.jit(
+    do_not_specialize=["stride_table_row", "max_pieces", "max_tiles", "num_splits"]
+)
 def _combine_kernel(
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    piece_lse_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
+    notes_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
@@ -381,6 +427,7 @@ def _combine_kernel(
     stride_output_row,
     stride_output_head,
     max_pieces,
+    max_tiles,
     num_splits,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -397,11 +444,10 @@ def _combine_kernel(
     part = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
     row_kv_head = row * tl.num_programs(0) + kv_head
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-
     length = tl.load(live_lens_ptr + row)
     if part < GROUP:
+        if PDL:
+            tl.extra.cuda.gdc_wait()
         _merge_output(
             partial_output_ptr,
             partial_lse_ptr,
@@ -419,24 +465,55 @@ def _combine_kernel(
     else:
         first_index = (part - GROUP) * COMBINE_BLOCKS
         if first_index * BLOCK_SIZE < length:
-            _update_statistics(
-                partial_lse_ptr,
-                piece_lse_ptr + row_kv_head * max_pieces * GROUP,
-                live_table_ptr + row * stride_table_row,
-                statistics_ptr + kv_head * NUM_FIELDS,
+            # the first kernel leaves the statistics alone, so they may be read early
+            index = first_index + tl.arange(0, COMBINE_BLOCKS)
+            evicted = tl.load(evicted_before_ptr + row)
+            statistics_ptr += kv_head * NUM_FIELDS
+            live_block, before = read_statistics(
+                statistics_ptr,
                 stride_statistics_block,
-                row_kv_head * GROUP,
-                first_index,
+                live_table_ptr + row * stride_table_row,
+                index,
                 length,
-                tl.load(evicted_before_ptr + row),
+                BLOCK_SIZE,
+            )
+            if PDL:
+                tl.extra.cuda.gdc_wait()
+            lse = _log_sum_exp(
+                partial_lse_ptr,
+                row_kv_head * GROUP,
+                length,
                 num_splits,
+                GROUP,
+                GROUP_PADDED,
+                TILE,
+                SPLITS_PADDED,
+            )
+            mass = _mass(
+                notes_ptr + row_kv_head * (max_pieces + max_tiles) * GROUP,
+                max_pieces,
+                index,
+                length,
+                lse,
                 GROUP,
                 GROUP_PADDED,
                 BLOCK_SIZE,
                 PIECE,
                 TILE,
-                SPLITS_PADDED,
-                COMBINE_BLOCKS,
+            )
+            write_statistics(
+                statistics_ptr,
+                stride_statistics_block,
+                live_block,
+                before,
+                index,
+                length,
+                1,
+                evicted,
+                mass,
+                mass * mass,
+                mass,
+                BLOCK_SIZE,
             )
 
 
@@ -480,7 +557,7 @@ def decode_attention(
     measure = statistics is not None
     # without statistics a tile is one piece, which is the cheapest sum
     piece = piece_size(block_size, plan.tile) if measure else plan.tile
-    max_pieces = scratch.max_blocks * block_size // piece
+    max_pieces, max_tiles = pieces_and_tiles(scratch.max_blocks, block_size, plan.tile)
     head_padded = triton.next_power_of_2(head_size)
     group_padded = triton.next_power_of_2(group)
     # without statistics no program touches them
@@ -503,7 +580,7 @@ def decode_attention(
         output_ptr=output,
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
-        piece_lse_ptr=scratch.piece_lse,
+        notes_ptr=scratch.notes,
         logit_scale=scale if soft_cap else scale * math.log2(math.e),
         soft_cap=soft_cap,
         stride_query_row=query.stride(0),
@@ -516,6 +593,7 @@ def decode_attention(
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
+        max_tiles=max_tiles,
         GROUP=group,
         GROUP_PADDED=group_padded,
         DOT_GROUP=max(MIN_GROUP, group_padded),
@@ -524,7 +602,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
-        COMBINE_BLOCKS=COMBINE_BLOCKS,
+        CLOSING_BLOCKS=CLOSING_BLOCKS,
         SPLIT=plan.splits > 1,
         SOFT_CAP=soft_cap != 0.0,
         MEASURE=measure,
@@ -542,7 +620,7 @@ def decode_attention(
     _combine_kernel[(num_kv_heads, parts, num_rows)](
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
-        piece_lse_ptr=scratch.piece_lse,
+        notes_ptr=scratch.notes,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,
@@ -553,6 +631,7 @@ def decode_attention(
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
+        max_tiles=max_tiles,
         num_splits=plan.splits,
         GROUP=group,
         GROUP_PADDED=group_padded,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from vllm_roco.ops.device import Device
+
 TILE_BYTES = 32 * 1024
 """Keys and values that a program reads at a time while several share a row."""
 
@@ -44,14 +46,14 @@ class DecodeScratch:
     Attributes:
         partial_output: Flat float32, `rows * q_heads * splits * head_size` numbers.
         partial_lse: Flat float32, `rows * q_heads * splits` numbers.
-        piece_lse: Flat float32, `rows * q_heads * pieces of the longest row` numbers;
-            empty when nothing is measured.
+        notes: Flat float32, for each row and query head a number for every piece and
+            every tile of the longest row; empty when nothing is measured.
         max_blocks: Blocks of the longest row.
     """
 
     partial_output: torch.Tensor
     partial_lse: torch.Tensor
-    piece_lse: torch.Tensor
+    notes: torch.Tensor
     max_blocks: int
 
     @classmethod
@@ -83,14 +85,14 @@ class DecodeScratch:
 
         max_blocks = triton.cdiv(max_live_tokens, block_size)
         splits = max(rows * plan.splits for rows, plan in plans)
-        pieces = max(
-            rows * max_blocks * (block_size // piece_size(block_size, plan.tile))
+        notes = max(
+            rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
             for rows, plan in plans
         )
         return cls(
             partial_output=floats(splits * num_q_heads * head_size),
             partial_lse=floats(splits * num_q_heads),
-            piece_lse=floats(pieces * num_q_heads if measure else 0),
+            notes=floats(notes * num_q_heads if measure else 0),
             max_blocks=max_blocks,
         )
 
@@ -100,6 +102,12 @@ def piece_size(block_size: int, tile: int) -> int:
     return math.gcd(block_size, tile)
 
 
+def pieces_and_tiles(max_blocks: int, block_size: int, tile: int) -> tuple[int, int]:
+    """Return the most pieces and the most tiles of a row of `max_blocks` blocks."""
+    tokens = max_blocks * block_size
+    return tokens // piece_size(block_size, tile), triton.cdiv(tokens, tile)
+
+
 def plan_decode(
     *,
     num_rows: int,
@@ -107,8 +115,7 @@ def plan_decode(
     head_size: int,
     max_live_tokens: int,
     dtype: torch.dtype,
-    num_multiprocessors: int,
-    capability: tuple[int, int],
+    device: Device,
 ) -> DecodePlan:
     """Choose a layout from what is known when the launch is recorded.
 
@@ -124,18 +131,24 @@ def plan_decode(
         head_size: Numbers per head.
         max_live_tokens: Bound of the rows' live lengths.
         dtype: Element type of query and cache.
-        num_multiprocessors: Multiprocessors of the device.
-        capability: Compute capability of the device.
+        device: Where the kernels run.
     """
     token_bytes = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
-    tile = max(16, min(128, TILE_BYTES // token_bytes))
+
+    def fitting(tile: int, splits: int, num_stages: int) -> DecodePlan:
+        tile = max(16, min(128, tile))
+        while tile > 16 and tile * token_bytes * num_stages > device.shared_memory:
+            tile //= 2
+        dependent_launch = device.capability >= (9, 0)
+        return DecodePlan(tile, splits, 4, num_stages, dependent_launch)
+
+    tile = TILE_BYTES // token_bytes
     programs = num_rows * num_kv_heads
-    dependent_launch = capability >= (9, 0)
-    if programs >= 2 * num_multiprocessors:
-        return DecodePlan(min(128, 2 * tile), 1, 4, 2, dependent_launch)
-    work = programs * max_live_tokens * token_bytes / num_multiprocessors
-    wanted = num_multiprocessors * (2 if work > LONG_WORK_BYTES else 1)
+    if programs >= 2 * device.num_multiprocessors:
+        return fitting(2 * tile, splits=1, num_stages=2)
+    work = programs * max_live_tokens * token_bytes / device.num_multiprocessors
+    wanted = device.num_multiprocessors * (2 if work > LONG_WORK_BYTES else 1)
     splits = triton.next_power_of_2(max(1, wanted // programs))
     # a split is worth its share of the second kernel from two tiles on
     most = max(1, max_live_tokens // (2 * tile))
-    return DecodePlan(tile, min(splits, most), 4, 3, dependent_launch)
+    return fitting(tile, splits=min(splits, most), num_stages=3)

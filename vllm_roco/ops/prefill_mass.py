@@ -17,9 +17,74 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.statistics import NUM_FIELDS, add_to_statistics
+from vllm_roco.ops.device import Device
+from vllm_roco.ops.statistics import (
+    NUM_FIELDS,
+    read_statistics,
+    write_statistics,
+)
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _mass_of_tile(
+    query_ptr,  # [num_queries, num_q_heads, head_size]
+    lse_ptr,  # [num_q_heads, num_queries] float32, natural logarithm
+    keys,  # [COLUMNS, HEAD_PADDED]
+    token,  # [COLUMNS], places in the row; past its end for idle columns
+    start,  # first query of the tile, counted in the row
+    query_start,
+    query_len,
+    length,
+    kv_head,
+    logit_scale,
+    soft_cap,
+    stride_query_token,
+    stride_query_head,
+    stride_lse_head,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Return `[ROWS // GROUP_PADDED, BLOCKS]`, every query's mass in every block."""
+    # the heads of a group lie beside each other in the rows, padded to a power of two
+    member = tl.arange(0, ROWS) % GROUP_PADDED
+    head = kv_head * GROUP + member
+    number = start + tl.arange(0, ROWS) // GROUP_PADDED
+    valid = (number < query_len) & (member < GROUP)
+    query_token = (query_start + number).to(tl.int64)
+    dim = tl.arange(0, HEAD_PADDED)
+    # [ROWS, HEAD_PADDED]
+    query = tl.load(
+        query_ptr
+        + (query_token * stride_query_token + head * stride_query_head)[:, None]
+        + dim[None, :],
+        mask=valid[:, None] & (dim < HEAD_SIZE)[None, :],
+        other=0.0,
+    )
+    # rows that are no query's weigh 2^-inf
+    lse = tl.load(
+        lse_ptr + head * stride_lse_head + query_token, mask=valid, other=float("inf")
+    )
+    logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
+    if SOFT_CAP:
+        # tanh, in a form of which neither end overflows
+        growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
+        logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
+    weights = tl.exp2(logits - (lse * _LOG2_E)[:, None])
+    if MASKED:
+        position = length - query_len + number
+        weights = tl.where(token[None, :] <= position[:, None], weights, 0.0)
+    by_head = tl.sum(tl.reshape(weights, [ROWS, BLOCKS, BLOCK_PADDED]), 2)
+    by_group = tl.reshape(by_head, [ROWS // GROUP_PADDED, GROUP_PADDED, BLOCKS])
+    return tl.sum(by_group, 1) / GROUP
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "stride_lse_head"])
@@ -67,7 +132,8 @@ def _prefill_mass_kernel(
     column = tl.arange(0, BLOCKS * BLOCK_PADDED)
     offset = column % BLOCK_PADDED
     token = (first_index + column // BLOCK_PADDED) * BLOCK_SIZE + offset
-    present = (token < length) & (offset < BLOCK_SIZE)
+    token = tl.where(offset < BLOCK_SIZE, token, length)
+    present = token < length
     block = tl.load(
         table_ptr + first_index + column // BLOCK_PADDED, mask=present, other=0
     ).to(tl.int64)
@@ -82,57 +148,76 @@ def _prefill_mass_kernel(
         other=0.0,
     )
 
-    # the heads of a group lie beside each other in the rows, padded to a power of two
+    # a place for each query of a tile: they are put together once, at the end, so that
+    # no tile waits for a sum over several warps
     QUERIES: tl.constexpr = ROWS // GROUP_PADDED
-    member = tl.arange(0, ROWS) % GROUP_PADDED
-    head = kv_head * GROUP + member
-    mass = tl.zeros([BLOCKS], tl.float32)
-    squares = tl.zeros([BLOCKS], tl.float32)
-    peak = tl.zeros([BLOCKS], tl.float32)
-    # the first query that sees the run's first token
-    first_query = tl.maximum(first_index * BLOCK_SIZE - (length - query_len), 0)
-    for start in tl.range(first_query, query_len, QUERIES):
-        number = start + tl.arange(0, ROWS) // GROUP_PADDED
-        valid = (number < query_len) & (member < GROUP)
-        query_token = (query_start + number).to(tl.int64)
-        # [ROWS, HEAD_PADDED]
-        query = tl.load(
-            query_ptr
-            + (query_token * stride_query_token + head * stride_query_head)[:, None]
-            + dim[None, :],
-            mask=valid[:, None] & (dim < HEAD_SIZE)[None, :],
-            other=0.0,
-        )
-        lse = tl.load(
-            lse_ptr + head * stride_lse_head + query_token, mask=valid, other=0.0
-        )
-        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
-        if SOFT_CAP:
-            # tanh, in a form of which neither end overflows
-            growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
-            logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
-        position = length - query_len + number
-        seen = valid[:, None] & present[None, :] & (token[None, :] <= position[:, None])
-        weights = tl.where(seen, tl.exp2(logits - (lse * _LOG2_E)[:, None]), 0.0)
-        by_head = tl.sum(tl.reshape(weights, [ROWS, BLOCKS, BLOCK_PADDED]), 2)
-        by_query = (
-            tl.sum(tl.reshape(by_head, [QUERIES, GROUP_PADDED, BLOCKS]), 1) / GROUP
-        )
-        mass += tl.sum(by_query, 0)
-        squares += tl.sum(by_query * by_query, 0)
-        peak = tl.maximum(peak, tl.max(by_query, 0))
+    masses = tl.zeros([QUERIES, BLOCKS], tl.float32)
+    squares = tl.zeros([QUERIES, BLOCKS], tl.float32)
+    peaks = tl.zeros([QUERIES, BLOCKS], tl.float32)
+    # from the first query that sees the run's first token; those that see its last one
+    # need no mask, unless it has idle columns
+    before_step = length - query_len
+    first_query = tl.maximum(first_index * BLOCK_SIZE - before_step, 0)
+    all_seen = tl.maximum((first_index + BLOCKS) * BLOCK_SIZE - 1 - before_step, 0)
+    if BLOCK_PADDED != BLOCK_SIZE:
+        all_seen = query_len
+    masked_tiles = tl.cdiv(tl.minimum(all_seen, query_len) - first_query, QUERIES)
+    unmasked_query = first_query + tl.maximum(masked_tiles, 0) * QUERIES
+    for part in tl.static_range(2):
+        begin = first_query if part == 0 else unmasked_query
+        end = unmasked_query if part == 0 else query_len
+        for start in tl.range(begin, end, QUERIES):
+            mass = _mass_of_tile(
+                query_ptr,
+                lse_ptr,
+                keys,
+                token,
+                start,
+                query_start,
+                query_len,
+                length,
+                kv_head,
+                logit_scale,
+                soft_cap,
+                stride_query_token,
+                stride_query_head,
+                stride_lse_head,
+                GROUP,
+                GROUP_PADDED,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                BLOCKS,
+                BLOCK_PADDED,
+                ROWS,
+                SOFT_CAP,
+                MASKED=part == 0,
+            )
+            masses += mass
+            squares += mass * mass
+            peaks = tl.maximum(peaks, mass)
 
-    add_to_statistics(
-        statistics_ptr + kv_head * NUM_FIELDS,
+    index = first_index + tl.arange(0, BLOCKS)
+    statistics_ptr += kv_head * NUM_FIELDS
+    block, before = read_statistics(
+        statistics_ptr,
         stride_statistics_block,
         table_ptr,
-        first_index + tl.arange(0, BLOCKS),
+        index,
+        length,
+        BLOCK_SIZE,
+    )
+    write_statistics(
+        statistics_ptr,
+        stride_statistics_block,
+        block,
+        before,
+        index,
         length,
         query_len,
         tl.load(evicted_before_ptr + row),
-        mass,
-        squares,
-        peak,
+        tl.sum(masses, 0),
+        tl.sum(squares, 0),
+        tl.max(peaks, 0),
         BLOCK_SIZE,
     )
 
@@ -154,18 +239,32 @@ class PrefillPlan:
     num_stages: int
 
 
-def plan_prefill(*, head_size: int, dtype: torch.dtype) -> PrefillPlan:
+def plan_prefill(
+    *, group: int, head_size: int, dtype: torch.dtype, device: Device
+) -> PrefillPlan:
     """Choose a tile that fits in shared memory and registers.
 
+    `benchmarks/kernels/sweep_prefill_mass.py` tells what the others cost.
+
     Args:
+        group: Query heads per KV head.
         head_size: Numbers per head.
         dtype: Element type of query and cache.
+        device: Where the kernel runs.
     """
     if dtype.itemsize == 4:
         # no tensor cores: the product lives in registers
         return PrefillPlan(rows=32, columns=32, num_warps=4, num_stages=2)
-    stages = 3 if head_size <= 128 else 2
-    return PrefillPlan(rows=64, columns=64, num_warps=4, num_stages=stages)
+    rows, stages = 128, 3
+    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
+    if row_bytes > 256 or rows * row_bytes * stages > device.shared_memory // 2:
+        rows, stages = 64, 2
+    return PrefillPlan(
+        rows=rows,
+        columns=64,
+        num_warps=8 if rows == 128 and group <= 4 else 4,
+        num_stages=stages,
+    )
 
 
 def measure_prefill(

@@ -16,10 +16,33 @@ FIRST_POSITION = tl.constexpr(page.FIRST_POSITION)
 
 
 @triton.jit
-def add_to_statistics(
+def read_statistics(
     statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
     stride_statistics_block,
     table_ptr,  # [live_width] int32, the live table of one row
+    index,  # [N], places in the live table
+    length,  # live tokens, the step's own included
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Return live blocks and their statistics.
+
+    Returns:
+        `[N]` int64, block ids, and `[N, NUM_FIELDS]` float32; zeros for places behind
+        the last live block.
+    """
+    live = index * BLOCK_SIZE < length
+    block = tl.load(table_ptr + index, mask=live, other=0).to(tl.int64)
+    field = tl.arange(0, NUM_FIELDS)[None, :]
+    entry = statistics_ptr + block[:, None] * stride_statistics_block + field
+    return block, tl.load(entry, mask=live[:, None], other=0.0)
+
+
+@triton.jit
+def write_statistics(
+    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
+    stride_statistics_block,
+    block,  # [N] int64, as `read_statistics` returned them
+    before,  # [N, NUM_FIELDS] float32, likewise
     index,  # [N], places in the live table
     length,  # live tokens, the step's own included
     query_len,
@@ -33,13 +56,7 @@ def add_to_statistics(
 
     Places behind the last live block are left out.
     """
-    live = index * BLOCK_SIZE < length
-    block = tl.load(table_ptr + index, mask=live, other=0).to(tl.int64)
     field = tl.arange(0, NUM_FIELDS)[None, :]
-    # [N, NUM_FIELDS]
-    entry = statistics_ptr + block[:, None] * stride_statistics_block + field
-    before = tl.load(entry, mask=live[:, None], other=0.0)
-
     first_position = ((index + evicted) * BLOCK_SIZE).to(tl.float32)
     fresh = tl.where(field == MASS_SUM, mass[:, None], squares[:, None])
     fresh = tl.where(field == MASS_PEAK, peak[:, None], fresh)
@@ -48,4 +65,6 @@ def add_to_statistics(
     grown = tl.where(field == FIRST_POSITION, before, grown)
     # a block whose first token is this step's still holds what its last owner left
     is_new = index * BLOCK_SIZE >= length - query_len
+    live = index * BLOCK_SIZE < length
+    entry = statistics_ptr + block[:, None] * stride_statistics_block + field
     tl.store(entry, tl.where(is_new[:, None], fresh, grown), mask=live[:, None])

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What closing a step costs: choosing victims and moving survivors in every layer.
+
+    python -m benchmarks.kernels.eviction --out benchmarks/results
+
+Needs one NVIDIA GPU with 48 GiB and vLLM. A decode step of Llama-3.1-8B's shape (live
+table, attention and matrix products of 32 layers, logits) runs as one CUDA graph,
+without its end and with it, nothing being due; then the end alone, with no row due, one
+row and all rows. `roco` chooses by statistics, `recent` by age.
+
+Writes `eviction.csv` (microseconds, medians; `_low` and `_high` are the 20 % and 80 %
+quantiles) and `eviction.json`, the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from benchmarks.kernels.measuring import Timing, captured, environment, interleaved
+from vllm_roco import reference
+from vllm_roco.attention.cuda_eviction import CudaEviction
+from vllm_roco.attention.cuda_metadata import StepBuffers
+from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache import page
+from vllm_roco.kv_cache.spec import RocoSpec
+from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode_plan import DecodeScratch, plan_decode
+from vllm_roco.ops.device import Device
+from vllm_roco.ops.live_table import build_live_table
+
+if TYPE_CHECKING:
+    from vllm_roco.attention.layers import LayerGroup
+
+DTYPE = torch.bfloat16
+BLOCK_SIZE = 16
+CLOSES = 50
+"""Ends of a step in one graph: each is too short to be timed alone."""
+SAMPLES = 30
+
+
+@dataclass(frozen=True)
+class Model:
+    """The numbers of a dense decoder that decide what a step costs."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    q_heads: int
+    kv_heads: int
+    head_size: int
+    vocabulary: int
+
+
+LLAMA_8B = Model(
+    layers=32,
+    hidden=4096,
+    intermediate=14336,
+    q_heads=32,
+    kv_heads=8,
+    head_size=128,
+    vocabulary=128256,
+)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the end of a step asks of vLLM's layers."""
+
+    caches: list[torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.caches)
+
+    def kv_caches(self) -> list[torch.Tensor]:
+        return self.caches
+
+
+class Step:
+    """One decode step of a batch that has been evicting for a while.
+
+    Args:
+        model: The model's shape.
+        rows: Sequences, one query each.
+        config: RoCo's options.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self, model: Model, rows: int, config: RocoConfig, device: torch.device
+    ) -> None:
+        full = FullAttentionSpec(
+            block_size=BLOCK_SIZE,
+            num_kv_heads=model.kv_heads,
+            head_size=model.head_size,
+            dtype=DTYPE,
+        )
+        spec = RocoSpec.from_attention_spec(full, config, max_steps_in_flight=2)
+        self.model = model
+        self.rows = rows
+        self.device = device
+        self.measures = config.measures
+        self.schedule = spec.schedule
+        self.evicted = 4 * self.schedule.stride_blocks
+        home = self.schedule.budget_blocks
+        live = home + self.schedule.stride_blocks + 1
+        self.caches = [
+            reference.paged_cache(
+                num_blocks=1 + rows * live,
+                num_kv_heads=model.kv_heads,
+                block_size=BLOCK_SIZE,
+                head_size=model.head_size,
+                dtype=DTYPE,
+                device=device,
+            )
+            for _ in range(model.layers)
+        ]
+        for cache in self.caches:
+            page.page_view(cache).normal_()
+        # pages in random order; page 0 is vLLM's null block
+        blocks = 1 + torch.randperm(rows * live, device=device).view(rows, live)
+        self.block_table = torch.zeros(
+            rows, self.evicted + live, dtype=torch.int32, device=device
+        )
+        self.block_table[:, :home] = blocks[:, :home]
+        self.block_table[:, home + self.evicted :] = blocks[:, home:]
+        # the home holds what it held from the start: any distinct positions will do
+        position = torch.arange(live, device=device)
+        position[home:] += self.evicted
+        self.statistics = torch.rand(
+            1 + rows * live, model.kv_heads, page.NUM_FIELDS, device=device
+        )
+        self.statistics[blocks, :, page.FIRST_POSITION] = (
+            (BLOCK_SIZE * position).float()[None, :, None].expand(rows, -1, 1)
+        )
+        self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.buffers = StepBuffers.allocate(rows, live, device)
+        self.eviction = CudaEviction(
+            cast("LayerGroup", Layers(self.caches)),
+            spec,
+            config,
+            max_rows=rows,
+            max_blocks=live,
+            device=device,
+        )
+        self.restore()
+        self.set_due(0)
+
+    def restore(self) -> None:
+        """Give every page the statistics that it had before it was moved over."""
+        for cache in self.caches:
+            page.statistics_view(cache).copy_(self.statistics)
+
+    def set_due(self, rows: int) -> None:
+        """Let the step end a stride in the first rows, and amid one in the others."""
+        blocks = self.schedule.budget_blocks + self.evicted
+        stride = self.schedule.stride
+        self.seq_lens.fill_(blocks * BLOCK_SIZE + stride // 2)
+        self.seq_lens[:rows] = blocks * BLOCK_SIZE + stride
+        self.look()
+
+    def look(self) -> None:
+        """Build the live table, as every step does first."""
+        build_live_table(
+            block_table=self.block_table,
+            seq_lens=self.seq_lens,
+            query_start_loc=self.query_starts,
+            live_table=self.buffers.live_table,
+            live_lens=self.buffers.live_lens,
+            evicted_before=self.buffers.evicted_before,
+            evicted_after=self.buffers.evicted_after,
+            budget_blocks=self.schedule.budget_blocks,
+            stride_blocks=self.schedule.stride_blocks,
+            block_size=BLOCK_SIZE,
+        )
+
+    def close(self) -> None:
+        """Choose and move, as the last layer does."""
+        self.eviction.close_step(self.buffers, self.seq_lens)
+
+    @property
+    def num_moves(self) -> int:
+        """Blocks that the last `close` moved in each layer."""
+        return int(self.eviction._num_moves.sum())
+
+    def model_step(self, device: Device) -> Callable[[], None]:
+        """Return the step without its end: attention and matrix products.
+
+        Args:
+            device: What the attention kernel is fitted to.
+        """
+        model, rows = self.model, self.rows
+        plan = plan_decode(
+            num_rows=rows,
+            num_kv_heads=model.kv_heads,
+            head_size=model.head_size,
+            max_live_tokens=self.schedule.max_live_tokens() + 1,
+            dtype=DTYPE,
+            device=device,
+        )
+        scratch = DecodeScratch.allocate(
+            plans=[(rows, plan)],
+            num_q_heads=model.q_heads,
+            head_size=model.head_size,
+            block_size=BLOCK_SIZE,
+            max_live_tokens=self.schedule.max_live_tokens() + 1,
+            measure=self.measures,
+            device=self.device,
+        )
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, dtype=DTYPE, device=self.device)
+
+        heads = model.q_heads + 2 * model.kv_heads
+        layers = [
+            (
+                random(model.hidden, heads * model.head_size),
+                random(model.q_heads * model.head_size, model.hidden),
+                random(model.hidden, 2 * model.intermediate),
+                random(model.intermediate, model.hidden),
+                cache,
+                page.statistics_view(cache) if self.measures else None,
+            )
+            for cache in self.caches
+        ]
+        logits = random(model.hidden, model.vocabulary)
+        hidden, inner = random(rows, model.hidden), random(rows, model.intermediate)
+        output = random(rows, model.q_heads, model.head_size)
+
+        def step() -> None:
+            self.look()
+            for qkv, projection, gate_up, down, cache, statistics in layers:
+                query = (hidden @ qkv).view(rows, heads, model.head_size)
+                decode_attention(
+                    query=query[:, : model.q_heads],
+                    kv_cache=cache,
+                    live_table=self.buffers.live_table,
+                    live_lens=self.buffers.live_lens,
+                    evicted_before=self.buffers.evicted_before,
+                    statistics=statistics,
+                    output=output,
+                    scratch=scratch,
+                    plan=plan,
+                    scale=model.head_size**-0.5,
+                )
+                output.view(rows, -1) @ projection
+                hidden @ gate_up
+                inner @ down
+            hidden @ logits
+
+        return step
+
+
+def time_close(step: Step, due: int) -> Timing:
+    """Time the end of a step in which so many rows are due, for which it restores."""
+    step.set_due(due)
+    graph = captured([step.close])
+    events = []
+    for _ in range(SAMPLES):
+        step.restore()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return Timing.of([1e3 * start.elapsed_time(end) for start, end in events])
+
+
+def measure(model: Model, rows: int, config: RocoConfig) -> dict[str, object]:
+    """Return one policy's row of the table."""
+    device = torch.device("cuda")
+    step = Step(model, rows, config, device)
+    body = step.model_step(Device.of(device))
+
+    def whole() -> None:
+        body()
+        step.close()
+
+    together = interleaved(
+        {"step": [body], "step_closed": [whole]}, rounds=6, milliseconds=250
+    )
+    alone = interleaved({"close": [step.close] * CLOSES}, rounds=3, milliseconds=50)
+    timings = {
+        **together,
+        "close_nothing_due": alone["close"],
+        "close_1_due": time_close(step, 1),
+        f"close_{rows}_due": time_close(step, rows),
+    }
+    row: dict[str, object] = {
+        "policy": config.policy,
+        "layers": model.layers,
+        "kv_heads": model.kv_heads,
+        "head_size": model.head_size,
+        "rows": rows,
+        "budget": config.budget,
+        "stride": config.stride,
+        "moved_blocks": step.num_moves,
+    }
+    for name, timing in timings.items():
+        row[f"{name}_us"] = timing.median
+        row[f"{name}_low"] = timing.low
+        row[f"{name}_high"] = timing.high
+    ordinary = timings["step"].median
+    row["nothing_due_share"] = round(timings["close_nothing_due"].median / ordinary, 5)
+    row["all_due_steps"] = round(timings[f"close_{rows}_due"].median / ordinary, 3)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=64, help="sequences of the batch")
+    parser.add_argument("--budget", type=int, default=RocoConfig.budget)
+    parser.add_argument("--stride", type=int, default=RocoConfig.stride)
+    arguments = parser.parse_args()
+
+    facts = environment()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "eviction.json").write_text(json.dumps(facts, indent=1) + "\n")
+    rows = []
+    for policy in ("roco", "recent"):
+        config = RocoConfig(
+            policy=policy, budget=arguments.budget, stride=arguments.stride
+        )
+        machine = {key: facts[key] for key in ("gpu", "vllm", "commit")}
+        rows.append({**machine, **measure(LLAMA_8B, arguments.rows, config)})
+        print(json.dumps(rows[-1], indent=1), flush=True)
+        torch.cuda.empty_cache()
+    with (arguments.out / "eviction.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

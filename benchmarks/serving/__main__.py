@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the budget buys in serving, measured with vLLM's own benchmarks.
+
+    python -m benchmarks.serving r-kv-stress --out benchmarks/results
+    python -m benchmarks.serving prefill --out benchmarks/results --time-limit 300 \
+        -- --compilation-config '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'
+
+Every engine is vLLM's, loaded with a model's shape and random weights, which do not
+change what attention costs. Rows are appended as soon as they are known; what the table
+holds already for this GPU, vLLM and commit is left out. What follows `--` goes to every
+engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
+
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PICTURES = REPOSITORY / "docs" / "pictures"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--out", type=Path, required=True, help="folder of the tables")
+    engines = argparse.ArgumentParser(add_help=False, parents=[common])
+    engines.add_argument(
+        "--time-limit",
+        type=float,
+        default=math.inf,
+        metavar="SECONDS",
+        help="begin nothing new after this",
+    )
+    engines.add_argument(
+        "--again", action="store_true", help="also measure rows that are there already"
+    )
+    engines.add_argument("--commit", help="name of the code, where git cannot tell it")
+    engines.add_argument("--tokenizer", help="folder; default: SmolLM2's")
+
+    command = argparse.ArgumentParser(
+        prog="python -m benchmarks.serving",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tasks = command.add_subparsers(dest="task", required=True)
+    for name, workload in WORKLOADS.items():
+        task = tasks.add_parser(name, help=workload.about, parents=[engines])
+        task.add_argument("--variants", nargs="+", choices=VARIANTS)
+        task.add_argument("--gpu-memory-utilization", type=float, nargs="+")
+        task.add_argument(
+            "--input-len", type=int, nargs="+", help="leave out the other batches"
+        )
+        task.add_argument("--model", help="another folder of benchmarks/models")
+        task.add_argument(
+            "--baseline", default="FLASH_ATTN", help="backend of stock vLLM"
+        )
+    prefill = tasks.add_parser(
+        "prefill", help="time to first token, by chunk", parents=[engines]
+    )
+    prefill.add_argument("--chunks", type=int, nargs="+")
+    prefill.add_argument("--rounds", type=int, default=1)
+    memory = tasks.add_parser(
+        "memory", help="KV tokens held per sequence over time", parents=[engines]
+    )
+    memory.add_argument("--model", default="smollm2-135m")
+    memory.add_argument("--baseline", default="FLASH_ATTN")
+    profile = tasks.add_parser(
+        "profile", help="a decode step's kernels, from traces", parents=[engines]
+    )
+    profile.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["stock", "roco"]
+    )
+    tasks.add_parser(
+        "scheduler", help="the scheduler's Python; needs no GPU", parents=[engines]
+    )
+    for name, about in {
+        "plot": "draw the pictures of docs/performance.md from the tables",
+        "report": "print the tables of docs/performance.md",
+    }.items():
+        task = tasks.add_parser(name, help=about)
+        task.add_argument("--results", type=Path, default=RESULTS)
+        if name == "plot":
+            task.add_argument("--out", type=Path, default=PICTURES)
+    return command
+
+
+def main(command: list[str]) -> int:
+    """Run the command line; return its exit status."""
+    engine_arguments: list[str] = []
+    if "--" in command:
+        split = command.index("--")
+        command, engine_arguments = command[:split], command[split + 1 :]
+    arguments = parser().parse_args(command)
+
+    # each needs a package that machines with a GPU may lack
+    if arguments.task == "report":
+        from benchmarks.serving.report import report
+
+        print(report(arguments.results))
+        return 0
+    if arguments.task == "plot":
+        from benchmarks.serving.plots import plot
+
+        for path in plot(arguments.results, arguments.out):
+            print(path)
+        return 0
+
+    # they import vLLM, which takes its time
+    from benchmarks.serving import (
+        prefill,
+        profiling,
+        residency,
+        scheduling,
+        serve_workloads,
+    )
+    from benchmarks.serving.session import Session
+    from benchmarks.serving.table import machine
+    from benchmarks.serving.vllm_bench import Options
+    from tools.smollm2 import smollm2_path
+
+    session = Session(
+        out=arguments.out,
+        facts={**machine(arguments.commit), "engine_arguments": engine_arguments},
+        time_limit=arguments.time_limit,
+        again=arguments.again,
+    )
+    if arguments.task == "scheduler":
+        return session.work_off(scheduling.plan())
+    options = Options(
+        tokenizer=arguments.tokenizer or str(smollm2_path()),
+        engine_arguments=engine_arguments,
+    )
+    match arguments.task:
+        case "profile":
+            profiling.run(arguments.out, arguments.variants, session.facts, options)
+            return 0
+        case "prefill":
+            chunks = arguments.chunks or list(prefill.CHUNKS)
+            plan = prefill.plan(chunks, arguments.rounds, options)
+        case "memory":
+            plan = residency.plan(
+                arguments.model, arguments.baseline, options, arguments.out
+            )
+        case workload:
+            selected = runs(
+                workload,
+                variants=arguments.variants,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
+                input_lens=arguments.input_len,
+                model=arguments.model,
+                baseline=arguments.baseline,
+            )
+            plan = serve_workloads.plan(selected, options)
+    return session.work_off(plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads vLLM's own metrics while one of its benchmarks runs in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Mapping
+from types import TracebackType
+
+from prometheus_client import REGISTRY
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+
+INTERVAL = 0.02
+"""Seconds between two looks; a look takes some 0.1 ms."""
+
+RUNNING = "vllm:num_requests_running"
+PREEMPTIONS = "vllm:num_preemptions_total"
+FIRST_TOKEN = "vllm:time_to_first_token_seconds"
+LATER_TOKENS = "vllm:request_time_per_output_token_seconds"
+HISTOGRAMS = (FIRST_TOKEN, LATER_TOKENS)
+NAMES = [
+    RUNNING,
+    PREEMPTIONS,
+    *(f"{name}_{part}" for name in HISTOGRAMS for part in ("sum", "count")),
+]
+
+
+def read() -> Mapping[str, float]:
+    """Return the values of `NAMES` now, 0 where no engine has registered them."""
+    values: dict[str, float] = defaultdict(float)
+    for metric in REGISTRY.restricted_registry(NAMES).collect():
+        for sample in metric.samples:
+            values[sample.name] += sample.value
+    return values
+
+
+class Counters:
+    """Watches the engine that is started and served within its `with` block.
+
+    Args:
+        num_warmups: Requests that are served first and do not count.
+
+    Attributes:
+        max_running: Most requests running at once.
+    """
+
+    def __init__(self, num_warmups: int) -> None:
+        self.max_running = 0
+        self._num_warmups = num_warmups
+        self._warm: Mapping[str, float] = {}
+        self._end: Mapping[str, float] = {}
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Counters:
+        # those of an engine before
+        unregister_vllm_metrics()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_over.set()
+        self._thread.join()
+        self._end = read()
+
+    @property
+    def preemptions(self) -> int:
+        """How often a request was preempted."""
+        return round(self._counted(PREEMPTIONS))
+
+    @property
+    def ttft_ms(self) -> float:
+        """Mean milliseconds to a request's first token, waiting included."""
+        return self._mean_ms(FIRST_TOKEN)
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean over the requests of milliseconds a later token."""
+        return self._mean_ms(LATER_TOKENS)
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(INTERVAL):
+            now = read()
+            self.max_running = max(self.max_running, round(now[RUNNING]))
+            # the last look before the first request that counts has a token
+            if now[f"{FIRST_TOKEN}_count"] <= self._num_warmups:
+                self._warm = now
+
+    def _counted(self, name: str) -> float:
+        return self._end[name] - self._warm[name]
+
+    def _mean_ms(self, name: str) -> float:
+        return 1e3 * self._counted(f"{name}_sum") / self._counted(f"{name}_count")

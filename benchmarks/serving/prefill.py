@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time to first token: what reading a prompt costs, and what the chunk does to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from vllm.benchmarks import latency
+
+from benchmarks.kernels.measuring import Timing
+from benchmarks.serving.session import Plan
+from benchmarks.serving.vllm_bench import (
+    Options,
+    call,
+    engine_command,
+    latency_command,
+)
+from benchmarks.serving.workloads import Requests
+from vllm_roco.config import RocoConfig
+
+MODEL = "llama-3.1-8b"
+CHUNKS = (256, 512, 1024, 2048, 4096)
+ITERATIONS = 12
+KEY = (
+    "model",
+    "batch",
+    "input_len",
+    "backend",
+    "policy",
+    "budget",
+    "stride",
+    "chunk",
+    "round",
+)
+RESULTS = ("iterations", "ttft_ms", "ttft_low_ms", "ttft_high_ms")
+"""Median, and the 20 % and 80 % quantiles."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine and the batch whose first tokens it gives.
+
+    Attributes:
+        requests: The batch, one token to write.
+        policy: RoCo's policy, None for FLASH_ATTN.
+        budget: Tokens kept per sequence.
+        chunk: Prompt tokens per step of RoCo.
+    """
+
+    requests: Requests
+    policy: str | None = None
+    budget: int = RocoConfig.budget
+    chunk: int = RocoConfig.chunk
+
+    @property
+    def backend(self) -> str:
+        """vLLM's name of the attention backend."""
+        return "FLASH_ATTN" if self.policy is None else "ROCO"
+
+    @property
+    def roco_options(self) -> dict[str, object]:
+        """The options of `additional_config["roco"]`, empty without RoCo."""
+        if self.policy is None:
+            return {}
+        return {
+            "policy": self.policy,
+            "budget": self.budget,
+            "stride": RocoConfig.stride,
+            "chunk": self.chunk,
+        }
+
+    def columns(self, number: int) -> dict[str, object]:
+        """Return the columns of `prefill.csv` that tell this case from others."""
+        options = self.roco_options
+        return {
+            "model": MODEL,
+            "batch": self.requests.count,
+            "input_len": self.requests.input_len,
+            "backend": self.backend,
+            **{key: options.get(key, "") for key in KEY[4:8]},
+            "round": number,
+        }
+
+
+def cases(chunks: list[int]) -> list[Case]:
+    """Return prompts below the budget, then one far above it at every chunk."""
+    short, long = Requests(8, 2048, 1), Requests(1, 16384, 1)
+    return [
+        Case(short),
+        Case(short, policy="roco", budget=4096),
+        Case(long),
+        *(Case(long, policy="roco", chunk=chunk) for chunk in chunks),
+    ]
+
+
+def measure(case: Case, options: Options) -> dict[str, object]:
+    """Read the case's prompts some times with an engine of their own."""
+    engine = engine_command(
+        model=MODEL,
+        requests=case.requests,
+        backend=case.backend,
+        kv_cache_dtype="auto",
+        roco_options=case.roco_options,
+        gpu_memory_utilization=0.9,
+        kv_cache_bytes=None,
+        options=options,
+    )
+    result = call(latency, [*engine, *latency_command(case.requests, ITERATIONS)])
+    timing = Timing.of([1e3 * seconds for seconds in result["latencies"]])
+    return {
+        "iterations": ITERATIONS,
+        "ttft_ms": timing.median,
+        "ttft_low_ms": timing.low,
+        "ttft_high_ms": timing.high,
+    }
+
+
+def plan(chunks: list[int], rounds: int, options: Options) -> Plan:
+    """Return every case once a round: a drift of the clock meets all of them."""
+    return Plan(
+        name="prefill",
+        key=KEY,
+        results=RESULTS,
+        measurements=[
+            (case.columns(number), partial(measure, case, options))
+            for number in range(1, rounds + 1)
+            for case in cases(chunks)
+        ],
+    )

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a decode step's time on the GPU goes, kernel by kernel.
+
+vLLM's own profiler records a batch that decodes across the end of a stride. Its traces
+are kept, so that they can be read again without a GPU.
+"""
+
+from __future__ import annotations
+
+import bisect
+import csv
+import gzip
+import importlib
+import json
+import pkgutil
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm.benchmarks import latency
+
+from benchmarks.serving.session import MACHINE, await_engine_end
+from benchmarks.serving.vllm_bench import Options, engine_command, parsed
+from benchmarks.serving.workloads import VARIANTS, Requests
+from vllm_roco import ops
+from vllm_roco.config import RocoConfig
+
+MODEL = "llama-3.1-8b"
+# the stride ends halfway through what is written
+REQUESTS = Requests(64, RocoConfig.budget + RocoConfig.stride - 20, 40)
+TOP = 12
+"""Kernels with a row of their own; the others share one."""
+MOVE = "_move_blocks_kernel"
+MACHINE_FILE = "machine.json"
+TRACES = "*.pt.trace.json.gz"
+COLUMNS = (
+    *("model", "batch", "context", "variant", "step"),
+    *("kernel", "ours", "calls", "us", "share"),
+)
+
+
+def record(
+    variant: str, folder: Path, facts: Mapping[str, object], options: Options
+) -> None:
+    """Let vLLM write the trace of a variant, and the machine's facts beside it.
+
+    Args:
+        variant: Key of `VARIANTS`.
+        folder: Where the variant's trace goes.
+        facts: GPU, versions and flags.
+        options: What is the same for every engine.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MACHINE_FILE).write_text(json.dumps(dict(facts), indent=1) + "\n")
+    latency.main(parsed(latency, profile_command(variant, folder, options)))
+
+
+def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
+    """Return what `vllm bench latency` is told."""
+    policy = VARIANTS[variant].policy
+    profiler = {
+        "profiler": "torch",
+        "torch_profiler_dir": str(folder.resolve()),
+        "torch_profiler_with_stack": False,
+    }
+    engine = engine_command(
+        model=MODEL,
+        requests=REQUESTS,
+        backend="FLASH_ATTN" if policy is None else "ROCO",
+        kv_cache_dtype=VARIANTS[variant].kv_cache_dtype,
+        roco_options={} if policy is None else {"policy": policy},
+        gpu_memory_utilization=0.9,
+        kv_cache_bytes=None,
+        options=options,
+    )
+    return [
+        *engine,
+        # a chunk of every prompt in each step, so that the rows keep together
+        f"--max-num-batched-tokens={REQUESTS.count * RocoConfig.chunk}",
+        f"--batch-size={REQUESTS.count}",
+        f"--input-len={REQUESTS.input_len}",
+        f"--output-len={REQUESTS.output_len}",
+        "--num-iters-warmup=1",
+        "--profile",
+        f"--profiler-config={json.dumps(profiler)}",
+    ]
+
+
+Step = Mapping[str, list[float]]
+"""Microseconds of each call of each kernel."""
+
+
+def decode_steps(trace: Mapping[str, Any], batch: int) -> list[Step]:
+    """Return the kernels of every step in which all rows decode.
+
+    A step lasts until the next one's first kernel, so that sampling is part of it.
+
+    Args:
+        trace: What PyTorch's profiler wrote.
+        batch: Rows of the steps that are asked for.
+
+    Raises:
+        ValueError: The trace has no such steps.
+    """
+    events = [event for event in trace["traceEvents"] if "dur" in event]
+    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    stream = Counter(e["tid"] for e in work if e["cat"] == "kernel").most_common(1)
+    marks = sorted(
+        (event["ts"], event["name"])
+        for event in events
+        if event.get("cat") == "gpu_user_annotation"
+        and event["name"].startswith("execute_")
+        and stream
+        and event["tid"] == stream[0][0]
+    )
+    wanted = f"execute_context_0(0)_generation_{batch}({batch})"
+    starts = [start for start, _ in marks]
+    steps: dict[int, dict[str, list[float]]] = {
+        # the last one has no end
+        index: {}
+        for index, (_, name) in enumerate(marks[:-1])
+        if name == wanted
+    }
+    for event in work:
+        index = bisect.bisect_right(starts, event["ts"]) - 1
+        if index in steps:
+            name = event["name"] if event["cat"] == "kernel" else event["cat"]
+            steps[index].setdefault(name, []).append(event["dur"])
+    if not steps:
+        raise ValueError(
+            f"the trace has no step {wanted!r}, but {Counter(n for _, n in marks)}; "
+            f"its categories are {Counter(event.get('cat') for event in events)}"
+        )
+    return list(steps.values())
+
+
+def split(steps: list[Step]) -> dict[str, list[Step]]:
+    """Return the ordinary steps and those in which pages are moved."""
+    moving = [sum(step.get(MOVE, [])) for step in steps]
+    usual = statistics.median(moving)
+    parts: dict[str, list[Step]] = {"decode": [], "evicting": []}
+    for step, time in zip(steps, moving, strict=True):
+        parts["evicting" if time > 5 * usual else "decode"].append(step)
+    if parts["evicting"]:
+        # rows that fell behind evict a step apart: the fullest step counts
+        parts["evicting"] = [max(parts["evicting"], key=lambda s: sum(s[MOVE]))]
+    return parts
+
+
+def our_kernels() -> set[str]:
+    """Return the names of the kernels in `vllm_roco.ops`."""
+    modules = [
+        importlib.import_module(f"{ops.__name__}.{module.name}")
+        for module in pkgutil.iter_modules(ops.__path__)
+    ]
+    return {
+        name for module in modules for name in vars(module) if name.endswith("_kernel")
+    }
+
+
+def kernel_rows(steps: list[Step]) -> list[dict[str, object]]:
+    """Return the kernels of an average step, the costliest first."""
+    ours = our_kernels()
+    times: dict[str, float] = defaultdict(float)
+    calls: Counter[str] = Counter()
+    for step in steps:
+        for name, durations in step.items():
+            times[name] += sum(durations)
+            calls[name] += len(durations)
+    total = sum(times.values())
+    shown = sorted(times, key=times.__getitem__, reverse=True)[:TOP]
+    shown += sorted(ours & times.keys() - set(shown))
+    rest = times.keys() - set(shown)
+
+    def row(kernel: str, names: list[str]) -> dict[str, object]:
+        time = sum(times[name] for name in names)
+        return {
+            "kernel": kernel,
+            "ours": "yes" if kernel in ours else "no",
+            "calls": round(sum(calls[name] for name in names) / len(steps), 1),
+            "us": round(time / len(steps), 2),
+            "share": round(time / total, 5),
+        }
+
+    rows = [row(name[:80], [name]) for name in shown]
+    return [*rows, row(f"{len(rest)} others", sorted(rest))] if rest else rows
+
+
+def profile(variant: str, folder: Path) -> list[dict[str, object]]:
+    """Return a variant's rows of `profile.csv` from its trace.
+
+    Args:
+        variant: Key of `VARIANTS`.
+        folder: Where `record` has put the trace.
+    """
+    facts = json.loads((folder / MACHINE_FILE).read_text())
+    with gzip.open(next(folder.glob(TRACES))) as file:
+        steps = decode_steps(json.load(file), REQUESTS.count)
+    columns = {
+        **{column: facts[column] for column in MACHINE},
+        "model": MODEL,
+        "batch": REQUESTS.count,
+        "context": REQUESTS.input_len,
+        "variant": variant,
+    }
+    return [
+        {**columns, "step": kind, **row}
+        for kind, part in split(steps).items()
+        if part
+        for row in kernel_rows(part)
+    ]
+
+
+def run(
+    out: Path,
+    variants: Sequence[str],
+    facts: Mapping[str, object],
+    options: Options,
+) -> None:
+    """Record what has no trace yet and write `profile.csv` from all traces.
+
+    Args:
+        out: Folder of the tables; traces lie in `traces` of it.
+        variants: Keys of `VARIANTS`.
+        facts: GPU, versions and flags.
+        options: What is the same for every engine.
+    """
+    rows: list[dict[str, object]] = []
+    for variant in variants:
+        folder = out / "traces" / variant
+        if not list(folder.glob(TRACES)):
+            record(variant, folder, facts, options)
+            await_engine_end()
+        rows += profile(variant, folder)
+        with (out / "profile.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*MACHINE, *COLUMNS])
+            writer.writeheader()
+            writer.writerows(rows)
+    (out / "profile.json").write_text(
+        json.dumps(
+            {
+                variant: json.loads(
+                    (out / "traces" / variant / MACHINE_FILE).read_text()
+                )
+                for variant in variants
+            },
+            indent=1,
+        )
+        + "\n"
+    )

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a budget costs the scheduler, whose Python runs between any two steps.
+
+vLLM's own scheduler and block manager, without an engine: 256 requests decode, two
+steps in flight. No GPU takes part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from benchmarks.kernels.measuring import Timing
+from benchmarks.serving.session import Plan
+from benchmarks.serving.workloads import MODELS, WORKLOADS
+from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache.spec import RocoSpec
+from vllm_roco.scheduler import RocoAsyncScheduler
+
+WORKLOAD = WORKLOADS["r-kv-stress"]
+BLOCK_SIZE = 16
+STEPS_IN_FLIGHT = 2
+DECODE_STEPS = 300
+KEY = ("cpu", "side", "running", "budget", "stride")
+RESULTS = (
+    *("schedule_us", "schedule_low", "schedule_high", "schedule_mean"),
+    *("update_us", "update_low", "update_high", "update_mean"),
+)
+
+
+def plan() -> Plan:
+    """Return both sides."""
+    return Plan(
+        name="scheduler",
+        key=KEY,
+        results=RESULTS,
+        measurements=[
+            (columns(roco=roco), partial(measure, MODELS / WORKLOAD.model, roco=roco))
+            for roco in (False, True)
+        ],
+    )
+
+
+def processor() -> str:
+    """Return the name of this machine's processor, as Linux tells it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def columns(*, roco: bool) -> dict[str, object]:
+    """Return the columns of `scheduler.csv` that tell a side from the other."""
+    return {
+        "cpu": processor(),
+        "side": "roco" if roco else "stock",
+        "running": WORKLOAD.batches[0].count,
+        "budget": WORKLOAD.budget if roco else "",
+        "stride": WORKLOAD.stride if roco else "",
+    }
+
+
+def scheduler(model: Path, *, roco: bool) -> AsyncScheduler:
+    """Return a scheduler with blocks for every request in full.
+
+    Args:
+        model: Folder of a model's configuration.
+        roco: Whether RoCo's, not vLLM's own.
+    """
+    requests = WORKLOAD.batches[0]
+    config = RocoConfig(budget=WORKLOAD.budget, stride=WORKLOAD.stride)
+    sizes = {key: getattr(config, key) for key in ("budget", "stride", "chunk")}
+    backend: dict[str, Any] = {}
+    if roco:
+        backend = {"attention_backend": "roco", "additional_config": {"roco": sizes}}
+    vllm_config = EngineArgs(
+        model=str(model),
+        skip_tokenizer_init=True,
+        max_model_len=requests.max_model_len,
+        max_num_seqs=requests.count,
+        max_num_batched_tokens=16384,
+        enable_prefix_caching=False,
+        async_scheduling=True,
+        **backend,
+    ).create_engine_config()
+    blocks = 1 + requests.count * (requests.max_model_len // BLOCK_SIZE)
+    vllm_config.cache_config.block_size = BLOCK_SIZE
+    vllm_config.cache_config.num_gpu_blocks = blocks
+    full = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=4, head_size=128, dtype=torch.bfloat16
+    )
+    spec = RocoSpec.from_attention_spec(full, config, STEPS_IN_FLIGHT) if roco else full
+    page = spec.page_size_bytes
+    plan = KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[
+            KVCacheTensor(
+                size=blocks * page,
+                layers=["layers.0.attn"],
+                layer_stride=blocks * page,
+                block_stride=page,
+            )
+        ],
+        kv_cache_groups=[KVCacheGroupSpec(["layers.0.attn"], spec)],
+    )
+    kind = RocoAsyncScheduler if roco else AsyncScheduler
+    return kind(
+        vllm_config, plan, StructuredOutputManager(vllm_config), block_size=BLOCK_SIZE
+    )
+
+
+def answer(scheduler: AsyncScheduler, output: SchedulerOutput) -> ModelRunnerOutput:
+    """Return what a worker answers: a token for every prompt read to its end."""
+    ids = list(output.num_scheduled_tokens)
+    requests = [scheduler.requests[request_id] for request_id in ids]
+    return ModelRunnerOutput(
+        req_ids=ids,
+        req_id_to_index={request_id: index for index, request_id in enumerate(ids)},
+        sampled_token_ids=[
+            [1] if request.num_computed_tokens >= request.num_prompt_tokens else []
+            for request in requests
+        ],
+    )
+
+
+def measure(model: Path, *, roco: bool) -> dict[str, object]:
+    """Run until enough steps have decoded every request; return their times."""
+    core = scheduler(model, roco=roco)
+    requests = WORKLOAD.batches[0]
+    for index in range(requests.count):
+        core.add_request(
+            Request(
+                request_id=str(index),
+                prompt_token_ids=[1] * requests.input_len,
+                sampling_params=SamplingParams(max_tokens=requests.output_len),
+                pooling_params=None,
+            )
+        )
+    in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+    times: dict[str, list[float]] = {"schedule": [], "update": []}
+    while len(times["update"]) < DECODE_STEPS:
+        start = time.perf_counter()
+        output = core.schedule()
+        scheduled = time.perf_counter() - start
+        in_flight.append((output, answer(core, output)))
+        decodes = output.total_num_scheduled_tokens == requests.count
+        if decodes:
+            times["schedule"].append(1e6 * scheduled)
+        if len(in_flight) == STEPS_IN_FLIGHT:
+            oldest = in_flight.popleft()
+            start = time.perf_counter()
+            core.update_from_output(*oldest)
+            if decodes:
+                times["update"].append(1e6 * (time.perf_counter() - start))
+    core.shutdown()
+    row: dict[str, object] = {}
+    for name, samples in times.items():
+        timing = Timing.of(samples)
+        row[f"{name}_us"] = timing.median
+        row[f"{name}_low"] = timing.low
+        row[f"{name}_high"] = timing.high
+        row[f"{name}_mean"] = round(sum(samples) / len(samples), 1)
+    return row

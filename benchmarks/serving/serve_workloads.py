@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves a workload's batches, a fresh engine for each, and fills `serving.csv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from vllm.benchmarks import latency, throughput
+
+from benchmarks.serving.counters import Counters
+from benchmarks.serving.session import Plan
+from benchmarks.serving.vllm_bench import (
+    WARMUPS,
+    Options,
+    call,
+    engine_command,
+    latency_command,
+    throughput_command,
+)
+from benchmarks.serving.workloads import Run
+
+KEY = (
+    "workload",
+    "model",
+    "gpu_memory_utilization",
+    "kv_cache_bytes",
+    "backend",
+    "kv_cache_dtype",
+    "policy",
+    "shield",
+    "budget",
+    "stride",
+    "chunk",
+    "num_requests",
+    "input_len",
+    "output_len",
+)
+RESULTS = ("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions")
+
+
+def plan(runs: Sequence[Run], options: Options) -> Plan:
+    """Return the runs as measurements."""
+    return Plan(
+        name="serving",
+        key=KEY,
+        results=RESULTS,
+        measurements=[(run.columns, partial(measure, run, options)) for run in runs],
+    )
+
+
+def measure(run: Run, options: Options) -> dict[str, object]:
+    """Serve a run's batch; return the columns of `serving.csv` that it fills."""
+    requests = run.requests
+    engine = engine_command(
+        model=run.workload.model,
+        requests=requests,
+        backend=run.backend,
+        kv_cache_dtype=run.variant.kv_cache_dtype,
+        roco_options=run.roco_options,
+        gpu_memory_utilization=run.gpu_memory_utilization,
+        kv_cache_bytes=run.workload.kv_cache_bytes,
+        options=options,
+    )
+    if run.workload.one_at_a_time:
+        with Counters(WARMUPS * requests.count) as counters:
+            result = call(latency, [*engine, *latency_command(requests)])
+        seconds = result["percentiles"]["50"]
+    else:
+        with Counters(WARMUPS) as counters:
+            result = call(throughput, [*engine, *throughput_command(requests)])
+        seconds = result["elapsed_time"]
+    return {
+        "output_tok_s": round(requests.count * requests.output_len / seconds, 1),
+        "ttft_ms": round(counters.ttft_ms, 2),
+        "tpot_ms": round(counters.tpot_ms, 3),
+        "max_running": counters.max_running,
+        "preemptions": counters.preemptions,
+    }

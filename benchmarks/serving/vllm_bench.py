@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls vLLM's benchmarks, one engine after another, from one process.
+
+The imports are paid once: vLLM forks an engine from this process, as long as CUDA is
+not in use here.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from benchmarks.serving.workloads import MODELS, Requests
+
+WARMUPS = 4
+"""Requests that compile kernels and fill caches before anything is timed."""
+ITERATIONS = 10
+"""How often a batch is served whose latency is asked for."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for every engine.
+
+    Attributes:
+        tokenizer: Folder of a tokenizer; random prompts are drawn from its words.
+        engine_arguments: Passed on to vLLM.
+    """
+
+    tokenizer: str
+    engine_arguments: Sequence[str] = ()
+
+
+def parsed(benchmark: ModuleType, command: Sequence[str]) -> Any:
+    """Return the command as the benchmark's own parser reads it."""
+    parser = FlexibleArgumentParser()
+    benchmark.add_cli_args(parser)
+    return parser.parse_args(list(command))
+
+
+def engine_command(
+    *,
+    model: str,
+    requests: Requests,
+    backend: str,
+    kv_cache_dtype: str,
+    roco_options: dict[str, object],
+    gpu_memory_utilization: float,
+    kv_cache_bytes: int | None,
+    options: Options,
+) -> list[str]:
+    """Return what every benchmark is told about the engine."""
+    additional = {"roco": roco_options} if roco_options else {}
+    command = [
+        f"--model={MODELS / model}",
+        f"--tokenizer={options.tokenizer}",
+        # the cost of attention does not depend on the weights
+        "--load-format=dummy",
+        f"--max-model-len={requests.max_model_len}",
+        f"--max-num-seqs={requests.count}",
+        f"--gpu-memory-utilization={gpu_memory_utilization}",
+        "--no-enable-prefix-caching",
+        "--disable-detokenize",
+        f"--attention-backend={backend}",
+        f"--kv-cache-dtype={kv_cache_dtype}",
+        f"--additional-config={json.dumps(additional)}",
+    ]
+    if kv_cache_bytes is not None:
+        command.append(f"--kv-cache-memory-bytes={kv_cache_bytes}")
+    return command + list(options.engine_arguments)
+
+
+def throughput_command(requests: Requests, warmups: int = WARMUPS) -> list[str]:
+    """Return what `vllm bench throughput` is told about the requests."""
+    return [
+        "--dataset-name=random",
+        f"--random-input-len={requests.input_len}",
+        f"--random-output-len={requests.output_len}",
+        f"--num-prompts={requests.count}",
+        f"--num-warmups={warmups}",
+    ]
+
+
+def latency_command(requests: Requests, iterations: int = ITERATIONS) -> list[str]:
+    """Return what `vllm bench latency` is told about the requests."""
+    return [
+        f"--batch-size={requests.count}",
+        f"--input-len={requests.input_len}",
+        f"--output-len={requests.output_len}",
+        f"--num-iters-warmup={WARMUPS}",
+        f"--num-iters={iterations}",
+    ]
+
+
+def call(benchmark: ModuleType, command: Sequence[str]) -> dict[str, Any]:
+    """Run a benchmark to its end and return what it writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "result.json"
+        benchmark.main(parsed(benchmark, [*command, f"--output-json={path}"]))
+        return dict(json.loads(path.read_text()))

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is served, and by which engines: every figure's workload, by name."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from vllm_roco.config import RocoConfig
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Equal requests that arrive at once; lengths in tokens."""
+
+    count: int
+    input_len: int
+    output_len: int
+
+    @property
+    def max_model_len(self) -> int:
+        """A length that holds a request; random text may be a few tokens longer."""
+        return -(-(self.input_len + self.output_len + 16) // 256) * 256
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One engine of a comparison.
+
+    Attributes:
+        kv_cache_dtype: `auto` is the model's.
+        policy: RoCo's policy, None for stock vLLM.
+    """
+
+    kv_cache_dtype: str = "auto"
+    policy: str | None = None
+
+
+VARIANTS = {
+    "stock": Variant(),
+    "stock-fp8": Variant(kv_cache_dtype="fp8"),
+    "recent": Variant(policy="recent"),
+    "roco": Variant(policy="roco"),
+}
+"""Baselines first: stock vLLM, and stock vLLM with a cache of half the size."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of figures for each memory size, batch and variant.
+
+    Attributes:
+        about: What it shows.
+        model: Folder of `benchmarks/models`.
+        batches: What is served, one after another.
+        budget: Tokens kept per sequence.
+        stride: Tokens evicted at a time.
+        chunk: Prompt tokens per step.
+        variants: Keys of `VARIANTS`.
+        gpu_memory_utilization: vLLM's option, one figure for each.
+        kv_cache_bytes: KV memory of every variant; None: what the option above leaves.
+        one_at_a_time: Whether a batch's latency is measured, not its throughput.
+    """
+
+    about: str
+    model: str
+    batches: tuple[Requests, ...]
+    budget: int
+    stride: int = RocoConfig.stride
+    chunk: int = RocoConfig.chunk
+    variants: tuple[str, ...] = ("stock", "recent", "roco")
+    gpu_memory_utilization: tuple[float, ...] = (0.9,)
+    kv_cache_bytes: int | None = None
+    one_at_a_time: bool = False
+
+
+_QWEN_BYTES_PER_TOKEN = 28 * 4 * 2 * 128 * 2
+"""Layers, kv heads, K and V, head size, bytes of a number."""
+
+WORKLOADS = {
+    "r-kv-stress": Workload(
+        about="the stress test that a port of R-KV to vLLM publishes",
+        model="qwen2.5-7b",
+        batches=(Requests(256, 700, 1024),),
+        budget=256,
+        stride=128,
+        variants=("stock", "stock-fp8", "recent", "roco"),
+        gpu_memory_utilization=(0.5, 0.4, 0.3, 0.25),
+    ),
+    "no-pressure": Workload(
+        about="every sequence fits and none reaches its budget: what RoCo costs",
+        model="qwen2.5-7b",
+        batches=(Requests(256, 700, 1024),),
+        budget=2048,
+        stride=128,
+        variants=("stock", "roco"),
+    ),
+    "long-prompts": Workload(
+        about="16K tokens to read for 512 to write",
+        model="qwen2.5-7b",
+        batches=(Requests(32, 16384, 512),),
+        budget=2048,
+        gpu_memory_utilization=(0.9, 0.5),
+    ),
+    "long-generation": Workload(
+        about="8K tokens to write, KV memory for 12 full sequences",
+        model="qwen2.5-7b",
+        batches=(Requests(64, 512, 8192),),
+        budget=1024,
+        # and vLLM's null block
+        kv_cache_bytes=(12 * (512 + 8192) + 16) * _QWEN_BYTES_PER_TOKEN,
+    ),
+    "crossover": Workload(
+        about="from which length on a budget pays, at a fixed memory",
+        model="llama-3.1-8b",
+        batches=tuple(
+            Requests(max(8, min(128, 131072 // length)), length - 256, 256)
+            for length in (1024, 2048, 4096, 8192, 16384, 32768)
+        ),
+        budget=1024,
+        variants=("stock", "roco"),
+        # weights, and what two of the longest sequences need
+        gpu_memory_utilization=(0.35,),
+    ),
+    "batch-1": Workload(
+        about="one request at a time, below the budget and far above it",
+        model="llama-3.1-8b",
+        batches=(Requests(1, 1024, 256), Requests(1, 16384, 256)),
+        budget=2048,
+        variants=("stock", "roco"),
+        one_at_a_time=True,
+    ),
+    "smoke": Workload(
+        about="seconds on any machine: whether the benchmark itself works",
+        model="smollm2-135m",
+        batches=(Requests(4, 64, 32),),
+        budget=64,
+        stride=16,
+        chunk=32,
+        variants=("stock", "roco"),
+        gpu_memory_utilization=(0.3,),
+        kv_cache_bytes=2**26,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One engine that serves one batch.
+
+    Attributes:
+        name: Key of `WORKLOADS`.
+        workload: What it names.
+        requests: The batch.
+        variant: The engine.
+        gpu_memory_utilization: vLLM's option.
+        baseline: The attention backend of stock vLLM.
+    """
+
+    name: str
+    workload: Workload
+    requests: Requests
+    variant: Variant
+    gpu_memory_utilization: float
+    baseline: str = "FLASH_ATTN"
+
+    @property
+    def backend(self) -> str:
+        """vLLM's name of the attention backend."""
+        return self.baseline if self.variant.policy is None else "ROCO"
+
+    @property
+    def roco_options(self) -> dict[str, object]:
+        """The options of `additional_config["roco"]`, empty without RoCo."""
+        if self.variant.policy is None:
+            return {}
+        options = {key: getattr(self.workload, key) for key in _SIZES}
+        return {"policy": self.variant.policy, **options}
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """The columns of `serving.csv` that tell this run from others."""
+        config = asdict(RocoConfig(**self.roco_options))  # type: ignore[arg-type]
+        if self.variant.policy is None:
+            config = {}
+        elif self.variant.policy == "recent":
+            config["shield"] = ""
+        return {
+            "workload": self.name,
+            "model": self.workload.model,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "kv_cache_bytes": self.workload.kv_cache_bytes or "",
+            "backend": self.backend,
+            "kv_cache_dtype": self.variant.kv_cache_dtype,
+            **{key: config.get(key, "") for key in ("policy", "shield", *_SIZES)},
+            "num_requests": self.requests.count,
+            "input_len": self.requests.input_len,
+            "output_len": self.requests.output_len,
+        }
+
+
+_SIZES = ("budget", "stride", "chunk")
+
+
+def runs(
+    name: str,
+    *,
+    variants: list[str] | None = None,
+    gpu_memory_utilization: list[float] | None = None,
+    input_lens: list[int] | None = None,
+    model: str | None = None,
+    baseline: str = "FLASH_ATTN",
+) -> list[Run]:
+    """Return a workload's runs, the sides of each ratio one after another.
+
+    Args:
+        name: Key of `WORKLOADS`.
+        variants: Keys of `VARIANTS`; None: the workload's.
+        gpu_memory_utilization: Instead of the workload's.
+        input_lens: Leaves out the batches with other prompts.
+        model: Folder of `benchmarks/models`; None: the workload's.
+        baseline: The attention backend of stock vLLM.
+    """
+    workload = WORKLOADS[name]
+    if model is not None:
+        workload = replace(workload, model=model)
+    return [
+        Run(name, workload, requests, VARIANTS[variant], memory, baseline)
+        for memory in gpu_memory_utilization or workload.gpu_memory_utilization
+        for requests in workload.batches
+        if input_lens is None or requests.input_len in input_lens
+        for variant in variants or workload.variants
+    ]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of results keep every row and know which ones they have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from benchmarks.serving.session import MACHINE, Plan, Session
+from benchmarks.serving.table import Table, rows_of
+
+
+def session(
+    out: Path, *, commit: str = "abc", time_limit: float = 60, again: bool = False
+) -> Session:
+    facts = {"gpu": "a GPU", "vllm": "1.2.3", "commit": commit}
+    return Session(out=out, facts=facts, time_limit=time_limit, again=again)
+
+
+def work_off(session: Session, sizes: list[int]) -> list[int]:
+    """Measure a square for each size; return the sizes that were measured."""
+    measured: list[int] = []
+
+    def square(size: int) -> Mapping[str, object]:
+        if size < 0:
+            raise ValueError("negative")
+        measured.append(size)
+        return {"area": size * size}
+
+    session.work_off(
+        Plan(
+            name="squares",
+            key=["size"],
+            results=["area"],
+            measurements=[({"size": size}, partial(square, size)) for size in sizes],
+        )
+    )
+    return measured
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    assert work_off(session(tmp_path), [1, 2]) == [1, 2]
+    assert work_off(session(tmp_path), [1, 2, 3]) == [3]
+    rows = rows_of(tmp_path / "squares.csv")
+    assert [(row["size"], row["area"], row["commit"]) for row in rows] == [
+        ("1", "1", "abc"),
+        ("2", "4", "abc"),
+        ("3", "9", "abc"),
+    ]
+
+
+def test_other_code_is_measured_anew(tmp_path: Path) -> None:
+    work_off(session(tmp_path), [1])
+    assert work_off(session(tmp_path, commit="def"), [1]) == [1]
+
+
+def test_again(tmp_path: Path) -> None:
+    work_off(session(tmp_path), [1])
+    assert work_off(session(tmp_path, again=True), [1]) == [1]
+
+
+def test_nothing_begins_after_the_limit(tmp_path: Path) -> None:
+    assert work_off(session(tmp_path, time_limit=-1), [1]) == []
+
+
+def test_a_failure_costs_no_other_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert work_off(session(tmp_path), [-1, 2]) == [2]
+    assert "negative" in capsys.readouterr().err
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "squares.csv"
+    path.write_text("size,volume\n")
+    with pytest.raises(ValueError, match=r"volume.*Move it away"):
+        Table(path, key=[*MACHINE, "size"], results=["area"])
