@@ -22,7 +22,8 @@ from vllm.v1.metrics.prometheus import (
 )
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
-from vllm_roco.metrics import MetricsPublisher, MovedBlocks
+from tests.publishing import publisher, run_engine
+from vllm_roco.metrics import MovedBlocks
 from vllm_roco.prometheus import (
     MultiprocessPublisher,
     RocoCollector,
@@ -54,15 +55,6 @@ def multiprocess_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return directory
 
 
-def publisher(
-    kind: type[MetricsPublisher] = MetricsPublisher,
-    *,
-    engine: int = 0,
-    model_name: str = "m",
-) -> MetricsPublisher:
-    return kind(instance_id="1", engine=engine, model_name=model_name, budget_tokens=64)
-
-
 def scrape(registry: Collector) -> Samples:
     """Return {(sample name, engine): value} of RoCo's lines, refusing a repeat."""
     samples: Samples = {}
@@ -76,18 +68,6 @@ def scrape(registry: Collector) -> Samples:
                 assert key not in samples, "a repeated line fails the whole scrape"
                 samples[key] = sample.value
     return samples
-
-
-def run_engine(engine: int, connection: Connection) -> None:
-    """Publish growing numbers, as an engine core of several API servers does."""
-    owned = publisher(MultiprocessPublisher, engine=engine)
-    moved_blocks = MovedBlocks("1", engine)
-    while (freed_blocks := connection.recv()) is not None:
-        owned.publish(freed_blocks, 16 * freed_blocks)
-        moved_blocks.add(1)
-        owned.publish(freed_blocks, 0)
-        connection.send(True)
-    owned.close()
 
 
 @contextlib.contextmanager
