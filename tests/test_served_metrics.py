@@ -29,6 +29,7 @@ CHUNK = 64
 OPTIONS = {"budget": 64, "stride": 32, "chunk": CHUNK, "sink": 16, "recent": 16}
 
 PROMPT = list(range(100, 140))
+NUM_ENGINES = 2
 NUM_REQUESTS = 4
 NUM_NEW_TOKENS = 200
 
@@ -79,7 +80,6 @@ class Server:
     """A `vllm serve` that answers."""
 
     url: str
-    num_engines: int
 
     def scrape(self) -> dict[str, list[float]]:
         """Return {sample name: one value per engine}."""
@@ -93,7 +93,7 @@ class Server:
                     assert key not in samples
                     samples[key] = sample.value
         return {
-            name: [samples[name, engine] for engine in range(self.num_engines)]
+            name: [samples[name, engine] for engine in range(NUM_ENGINES)]
             for name in (FREED, MOVED, MAX, PEAK, BUDGET)
         }
 
@@ -159,26 +159,23 @@ def answers(url: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "num_engines"),
+    "arguments",
     [
-        pytest.param(["--disable-log-stats"], 1, id="one-server-without-statistics"),
-        pytest.param(["--api-server-count=2"], 1, id="two-servers"),
         pytest.param(
-            ["--data-parallel-size=2", "--api-server-count=1"], 2, id="two-engines"
+            ["--api-server-count=1", "--disable-log-stats"],
+            id="one-server-without-statistics",
         ),
-        pytest.param(["--data-parallel-size=2"], 2, id="two-engines-and-two-servers"),
+        pytest.param(["--api-server-count=2"], id="two-servers"),
     ],
 )
 def test_a_server_shows_what_the_budget_does(
-    arguments: list[str],
-    num_engines: int,
-    smollm2: Path,
-    tmp_path: Path,
+    arguments: list[str], smollm2: Path, tmp_path: Path
 ) -> None:
+    arguments = [f"--data-parallel-size={NUM_ENGINES}", *arguments]
     with serving(smollm2, tmp_path / "log", *arguments) as url:
-        server = Server(url, num_engines)
-        zeros = [0] * num_engines
-        budgets = [OPTIONS["budget"]] * num_engines
+        server = Server(url)
+        zeros = [0] * NUM_ENGINES
+        budgets = [OPTIONS["budget"]] * NUM_ENGINES
         assert server.scrape() == {
             FREED: zeros,
             MOVED: zeros,
