@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -81,12 +82,19 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, about in {
         "plot": "draw the pictures of docs/performance.md from the tables",
-        "report": "print the tables of docs/performance.md",
+        "report": "print the tables of docs/performance.md, or write them there",
     }.items():
         task = tasks.add_parser(name, help=about)
         task.add_argument("--results", type=Path, default=RESULTS)
         if name == "plot":
             task.add_argument("--out", type=Path, default=PICTURES)
+        else:
+            task.add_argument(
+                "--write", type=Path, metavar="FILE", help="put them into this page"
+            )
+    adding = tasks.add_parser("keep", help="add another folder's tables to the kept")
+    adding.add_argument("source", type=Path)
+    adding.add_argument("--results", type=Path, default=RESULTS)
     return command
 
 
@@ -100,9 +108,19 @@ def main(command: list[str]) -> int:
 
     # each needs a package that machines with a GPU may lack
     if arguments.task == "report":
-        from benchmarks.serving.report import report
+        from benchmarks.serving.report import fill, tables
 
-        print(report(arguments.results))
+        found = tables(arguments.results)
+        if arguments.write is None:
+            print("\n".join(f"## {name}\n\n{table}" for name, table in found.items()))
+        else:
+            arguments.write.write_text(fill(arguments.write.read_text(), found))
+        return 0
+    if arguments.task == "keep":
+        from benchmarks.serving.keep import keep
+
+        for path in keep(arguments.source, arguments.results):
+            print(path)
         return 0
     if arguments.task == "plot":
         from benchmarks.serving.plots import plot
@@ -126,7 +144,7 @@ def main(command: list[str]) -> int:
 
     session = Session(
         out=arguments.out,
-        facts={**machine(arguments.commit), "engine_arguments": engine_arguments},
+        facts={**machine(arguments.commit), "flags": shlex.join(engine_arguments)},
         time_limit=arguments.time_limit,
         again=arguments.again,
     )
