@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
+from vllm_roco.config import POLICIES
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -65,7 +66,10 @@ def parser() -> argparse.ArgumentParser:
         "prefill", help="time to first token, by chunk", parents=[engines]
     )
     prefill.add_argument("--chunks", type=int, nargs="+")
-    prefill.add_argument("--rounds", type=int, default=1)
+    prefill.add_argument("--policies", nargs="+", choices=POLICIES, default=["roco"])
+    prefill.add_argument(
+        "--rounds", type=int, default=1, help="how often each engine has its turn"
+    )
     memory = tasks.add_parser(
         "memory", help="KV tokens held per sequence over time", parents=[engines]
     )
@@ -159,8 +163,8 @@ def main(command: list[str]) -> int:
             profiling.run(arguments.out, arguments.variants, session.facts, options)
             return 0
         case "prefill":
-            chunks = arguments.chunks or list(prefill.CHUNKS)
-            plan = prefill.plan(chunks, arguments.rounds, options)
+            chunks = arguments.chunks or prefill.CHUNKS
+            plan = prefill.plan(chunks, arguments.policies, arguments.rounds, options)
         case "memory":
             plan = residency.plan(
                 arguments.model, arguments.baseline, options, arguments.out
