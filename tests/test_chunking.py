@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_roco.chunking import next_chunk_end
+from vllm_roco.chunking import next_step_ends
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 SCHEDULE = EvictionSchedule(block_size=16, budget=64, stride=32)
@@ -31,12 +33,24 @@ shapes = st.builds(
 
 
 def read(
-    prompt: int, known: int, chunk: int, schedule: EvictionSchedule, start: int = 0
+    prompt: int,
+    known: int,
+    chunk: int,
+    schedule: EvictionSchedule,
+    room: Callable[[int, int], int] = max,
 ) -> list[int]:
-    """Return the lengths at which the steps end that read all known tokens."""
-    ends = [start]
+    """Return the lengths at which the steps end that read all known tokens.
+
+    Args:
+        prompt: Tokens of the prompt.
+        known: All known tokens.
+        chunk: The option.
+        schedule: The eviction arithmetic.
+        room: Chooses between the least and the greatest end of a step.
+    """
+    ends = [0]
     while ends[-1] < known:
-        ends.append(next_chunk_end(ends[-1], prompt, known, chunk, schedule))
+        ends.append(room(*next_step_ends(ends[-1], prompt, known, chunk, schedule)))
     return ends
 
 
@@ -53,9 +67,9 @@ def evictions(ends: list[int], schedule: EvictionSchedule) -> list[tuple[int, in
         pytest.param(0, 300, 300, 128, 128, id="first chunk"),
         pytest.param(128, 300, 300, 128, 256, id="middle chunk"),
         pytest.param(256, 300, 300, 128, 300, id="end of the prompt"),
-        pytest.param(0, 40, 40, 128, 40, id="short prompt"),
         pytest.param(0, 128, 128, 128, 128, id="one exact chunk"),
         pytest.param(100, 300, 300, 128, 128, id="back to a multiple"),
+        pytest.param(80, 300, 300, 16, 96, id="the first eviction, in a whole chunk"),
         pytest.param(256, 300, 330, 128, 300, id="resumed: the prompt ends as before"),
         pytest.param(300, 300, 330, 128, 320, id="resumed: E grows at 320"),
         pytest.param(320, 300, 330, 128, 330, id="resumed: the last token"),
@@ -66,18 +80,38 @@ def evictions(ends: list[int], schedule: EvictionSchedule) -> list[tuple[int, in
 def test_worked_examples(
     computed: int, prompt: int, known: int, chunk: int, end: int
 ) -> None:
-    assert next_chunk_end(computed, prompt, known, chunk, SCHEDULE) == end
+    ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
+    assert ends == (end, end)
+
+
+@pytest.mark.parametrize(
+    ("computed", "prompt", "known", "chunk", "most"),
+    [
+        pytest.param(0, 300, 300, 16, 80, id="up to the chunk that evicts first"),
+        pytest.param(30, 300, 300, 16, 80, id="the rest of it"),
+        pytest.param(0, 40, 40, 128, 40, id="a short prompt"),
+        pytest.param(0, 95, 95, 16, 95, id="a prompt that just evicts nothing"),
+        pytest.param(0, 90, 300, 16, 95, id="resumed: what was generated, too"),
+    ],
+)
+def test_while_nothing_is_evicted_a_step_may_end_anywhere(
+    computed: int, prompt: int, known: int, chunk: int, most: int
+) -> None:
+    ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
+    assert ends == (computed + 1, most)
 
 
 @given(shapes, st.integers(1, 500), st.integers(0, 300))
 def test_every_step_gets_ahead_by_a_chunk_at_most(
     shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
 ) -> None:
+    """But for those before the first eviction."""
     schedule, chunk = shape
     ends = read(prompt, prompt + outputs, chunk, schedule)
     assert ends[-1] == prompt + outputs
-    assert all(0 < after - before <= chunk for before, after in pairwise(ends))
-    assert prompt in ends
+    for before, after in pairwise(ends):
+        assert after - before > 0
+        assert after - before <= chunk or after <= schedule.max_live_tokens()
 
 
 @given(shapes, st.integers(1, 500), st.integers(0, 300))
@@ -86,8 +120,27 @@ def test_prompt_steps_end_at_multiples_whatever_was_generated(
 ) -> None:
     schedule, chunk = shape
     ends = read(prompt, prompt + outputs, chunk, schedule)
-    expected = [*range(0, prompt, chunk), prompt]
-    assert ends[: len(expected)] == expected
+    expected = [*range(chunk, prompt, chunk), prompt]
+    evicting = [end for end in expected if schedule.evicted_blocks(end)]
+    assert [end for end in ends if end <= prompt and end in evicting] == evicting
+    places = {*expected, *range(prompt, prompt + outputs + 1)}
+    assert places.issuperset(ends[1:])
+
+
+@given(
+    shapes,
+    st.integers(1, 500),
+    st.integers(0, 300),
+    st.randoms(use_true_random=False),
+)
+def test_how_much_room_a_step_has_changes_no_eviction(
+    shape: tuple[EvictionSchedule, int], prompt: int, outputs: int, random: Random
+) -> None:
+    schedule, chunk = shape
+    known = prompt + outputs
+    ends = read(prompt, known, chunk, schedule)
+    crowded = read(prompt, known, chunk, schedule, room=random.randint)
+    assert evictions(crowded, schedule) == evictions(ends, schedule)
 
 
 @given(shapes, st.integers(1, 500), st.integers(0, 300))

@@ -38,18 +38,26 @@ def changed(setup: Setup, **changes: Any) -> Setup:
 def test_prompt_chunks_end_at_multiples_and_at_the_end(setup: Setup) -> None:
     driver = Driver(changed(setup, max_num_batched_tokens=500))
     request_id = driver.add(37)
-    steps = [driver.step().get(request_id) for _ in range(5)]
-    assert steps == [8, 8, 8, 8, 5]
+    steps = [driver.step().get(request_id) for _ in range(4)]
+    # nothing is evicted up to 23 tokens, so chunks begin at 16
+    assert steps == [16, 8, 8, 5]
+
+
+@both
+def test_a_prompt_that_evicts_nothing_is_read_at_once(setup: Setup) -> None:
+    driver = Driver(changed(setup, max_num_batched_tokens=500))
+    request_id = driver.add(23)
+    assert driver.step().get(request_id) == 23
 
 
 @both
 def test_a_chunk_waits_rather_than_end_elsewhere(setup: Setup) -> None:
     """12 tokens in a step: one whole chunk of 8, and no part of a second one."""
     driver = Driver(setup)
-    first, second = driver.add(24), driver.add(24)
+    first, second = driver.add(32), driver.add(32)
     steps = [driver.step() for _ in range(6)]
-    assert [step.get(first) for step in steps[:3]] == [8, 8, 8]
-    assert [step.get(second) for step in steps] == [None, None, None, 8, 8, 8]
+    assert [step.get(first) for step in steps] == [12, 4, 8, 8, None, None]
+    assert [step.get(second) for step in steps] == [None, 8, 4, 4, 8, 8]
 
 
 def test_the_end_of_one_prompt_leaves_room_for_another() -> None:
@@ -65,8 +73,9 @@ def test_a_whole_batch_of_decodes_leaves_room_for_a_chunk() -> None:
     decodes = [driver.add(1, 100) for _ in range(MAX_NUM_SEQS - 1)]
     driver.step()
     late = driver.add(100)
-    for _ in range(3):
-        assert driver.step() == {**dict.fromkeys(decodes, 1), late: 8}
+    # before the first eviction it takes what is left: 9 tokens, then the rest of 16
+    for taken in (9, 7, 8, 8):
+        assert driver.step() == {**dict.fromkeys(decodes, 1), late: taken}
 
 
 def test_decodes_are_never_held_back() -> None:
@@ -74,10 +83,13 @@ def test_decodes_are_never_held_back() -> None:
     driver = Driver(changed(SYNCHRONOUS, chunk=16, max_num_batched_tokens=20))
     first, second = driver.add(16, 50), driver.add(64, 50)
     third = driver.add(64, 50)
-    driver.step()
-    for _ in range(4):
-        assert driver.step() == {first: 1, second: 16}
-    assert driver.step() == {first: 1, second: 1, third: 16}
+    assert driver.step() == {first: 16, second: 4}
+    # the third takes what is left as long as it evicts nothing
+    assert driver.step() == {first: 1, second: 12, third: 7}
+    for _ in range(3):
+        assert driver.step() == {first: 1, second: 16, third: 3}
+    for _ in range(3):
+        assert driver.step() == {first: 1, second: 1, third: 16}
 
 
 @both
@@ -128,7 +140,7 @@ def test_a_preempted_request_evicts_again_as_it_did(setup: Setup) -> None:
 
 
 def test_a_resumed_request_reads_its_outputs_in_chunks() -> None:
-    """Prompt of 13, preempted with 40 known: chunks of 8, ends where E grows."""
+    """Prompt of 13, preempted with 40 known: free up to 23, then where E grows."""
     driver = Driver(SYNCHRONOUS)
     request_id = driver.add(13, 60)
     while len(driver.outputs[request_id]) < 27:
@@ -140,7 +152,7 @@ def test_a_resumed_request_reads_its_outputs_in_chunks() -> None:
         computed += driver.step()[request_id]
         ends.append(computed)
     # the prompt's 8 and 13, multiples of 8, and E grows at 24, 32 and 40
-    assert ends == [8, 13, 16, 24, 32, 40]
+    assert ends == [12, 23, 24, 32, 40]
     driver.drain(60)
 
 

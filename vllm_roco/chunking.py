@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the chunks end in which known tokens are read: the reading pace.
+"""Where the steps end in which known tokens are read: the reading pace.
 
 Eviction happens at the end of a step, so what a sequence keeps depends on where its
-steps end. These places depend on the sequence alone, never on who else is scheduled.
+steps end from the first eviction on. These places depend on the sequence alone, never
+on who else is scheduled. Before it, any step will do.
 """
 
 from __future__ import annotations
@@ -10,27 +11,38 @@ from __future__ import annotations
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 
-def next_chunk_end(
+def next_step_ends(
     num_computed_tokens: int,
     num_prompt_tokens: int,
     num_tokens: int,
     chunk: int,
     schedule: EvictionSchedule,
-) -> int:
-    """Return the length at which the next step of a prefill must end.
+) -> tuple[int, int]:
+    """Return the least and the greatest length at which the next step may end.
 
-    Prompt chunks end at multiples of `chunk` and at the prompt's end. Tokens that were
-    generated before a preemption are read again in chunks that also end where `E`
-    grows: the first run took them one by one and evicted exactly there.
+    While nothing is evicted, a step may end anywhere up to the last place before the
+    first eviction at which it has to. From there on prompt chunks end at multiples of
+    `chunk` and at the prompt's end, so both lengths are one. Tokens that were generated
+    before a preemption are read again in chunks that also end where `E` grows: the
+    first run took them one by one and evicted exactly there.
 
     Args:
         num_computed_tokens: Tokens computed so far, fewer than `num_tokens`.
         num_prompt_tokens: Tokens of the prompt.
         num_tokens: All known tokens: the prompt and what was generated already.
-        chunk: Most tokens per step.
+        chunk: Most tokens per step, once something is evicted.
         schedule: The eviction arithmetic.
     """
+    free = schedule.max_live_tokens()
+    if num_prompt_tokens > free:
+        # the chunk that evicts first is a whole one
+        free = free // chunk * chunk
+    free = min(free, num_tokens)
+    if num_computed_tokens < free:
+        return num_computed_tokens + 1, free
     end = min(num_tokens, (num_computed_tokens // chunk + 1) * chunk)
     if num_computed_tokens < num_prompt_tokens:
-        return min(end, num_prompt_tokens)
-    return min(end, schedule.next_eviction(num_computed_tokens))
+        end = min(end, num_prompt_tokens)
+    else:
+        end = min(end, schedule.next_eviction(num_computed_tokens))
+    return end, end

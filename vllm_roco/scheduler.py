@@ -15,7 +15,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from vllm_roco.chunking import next_chunk_end
+from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.prometheus import create_publisher
 from vllm_roco.trace import TraceWriter
@@ -83,7 +83,7 @@ class RocoSchedulerMixin(Scheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a prefill step at the next chunk end, or wait for room to get there.
+        """End a prefill step where it may end, or wait for room to get there.
 
         Both scheduling loops of vLLM ask here how many of the `num_new_tokens` that
         they could schedule they may, and skip the request for this step on 0.
@@ -95,18 +95,18 @@ class RocoSchedulerMixin(Scheduler):
         if num_computed_tokens + 1 >= known:
             # a decode is never held back
             return num_new_tokens
-        end = next_chunk_end(
+        least, most = next_step_ends(
             num_computed_tokens,
             request.num_prompt_tokens,
             request.num_tokens,
             self.roco_config.chunk,
             self._eviction_schedule,
         )
-        wanted = end - num_computed_tokens
+        allowed = min(num_new_tokens, most - num_computed_tokens)
         if request.has_encoder_inputs:
             # an input item may end a chunk early for good; waiting would be for ever
-            return min(num_new_tokens, wanted)
-        return wanted if num_new_tokens >= wanted else 0
+            return allowed
+        return allowed if allowed >= least - num_computed_tokens else 0
 
     def add_request(self, request: Request) -> None:
         """Take a request, or refuse it alone if eviction cannot serve it."""
