@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the budget buys in serving, measured with vLLM's own benchmarks.
+r"""What the budget buys in serving, measured with vLLM's own benchmarks.
 
     python -m benchmarks.serving r-kv-stress --out benchmarks/results
     python -m benchmarks.serving prefill --out benchmarks/results --time-limit 300 \
@@ -7,8 +7,8 @@
 
 Every engine is vLLM's, loaded with a model's shape and random weights, which do not
 change what attention costs. Rows are appended as soon as they are known; what the table
-holds already for this GPU, vLLM and commit is left out. What follows `--` goes to every
-engine.
+holds already for this GPU, vLLM, commit and flags is left out. What follows `--` goes
+to every engine.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ PICTURES = REPOSITORY / "docs" / "pictures"
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True, help="folder of the tables")
-    engines = argparse.ArgumentParser(add_help=False, parents=[common])
+    engines = argparse.ArgumentParser(add_help=False)
+    engines.add_argument("--out", type=Path, required=True, help="folder of the tables")
     engines.add_argument(
         "--time-limit",
         type=float,
