@@ -150,7 +150,7 @@ def _accuracy_against_stride(measured: Measured) -> Figure | None:
                     score="score",
                     color=_COLORS.get(method),
                     marker=marker[task, context],
-                    label=f"{method}: {task} {int(context):,} at {share:.3g}",
+                    label=f"{method}: {task} {int(context):,} at {100 * share:g} %",
                 )
         ax.set_xscale("log", base=2)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

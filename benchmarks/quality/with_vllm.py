@@ -76,13 +76,17 @@ def measure(model: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Metrics]]
     longest = max(cell.context for cell in cells)
     llm = LLM(model, **engine_arguments(cells[0].setup, longest))
     tokenizer = AutoTokenizer.from_pretrained(model)
-    for cell in cells:
-        if cell.task in (PERPLEXITY, PERPLEXITY_GENERATION):
-            yield cell, _perplexity(llm, tokenizer, cell)
-        elif cell.task == GENERATION:
-            yield cell, _generation(llm, tokenizer, cell, model)
-        else:
-            yield cell, _accuracy(llm, tokenizer, cell)
+    try:
+        for cell in cells:
+            if cell.task in (PERPLEXITY, PERPLEXITY_GENERATION):
+                yield cell, _perplexity(llm, tokenizer, cell)
+            elif cell.task == GENERATION:
+                yield cell, _generation(llm, tokenizer, cell, model)
+            else:
+                yield cell, _accuracy(llm, tokenizer, cell)
+    finally:
+        # an engine in this process may keep it from ending
+        llm.llm_engine.engine_core.shutdown()
 
 
 def _accuracy(llm: LLM, tokenizer: Any, cell: Cell) -> Metrics:
