@@ -111,13 +111,14 @@ def main(command: list[str]) -> int:
 
     # each needs a package that machines with a GPU may lack
     if arguments.task == "report":
-        from benchmarks.serving.report import fill, tables
+        from benchmarks.serving.report import drawn, fill, tables
 
         found = tables(arguments.results)
         if arguments.write is None:
             print("\n".join(f"## {name}\n\n{table}" for name, table in found.items()))
         else:
-            arguments.write.write_text(fill(arguments.write.read_text(), found))
+            page: Path = arguments.write
+            page.write_text(fill(page.read_text(), found, drawn(page)))
         return 0
     if arguments.task == "keep":
         from benchmarks.serving.keep import keep

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
@@ -48,12 +48,18 @@ def tables(results: Path) -> dict[str, str]:
     return found
 
 
-def fill(text: str, found: dict[str, str]) -> str:
+def drawn(page: Path) -> set[str]:
+    """Return the names of the pictures beside a page."""
+    return {picture.stem for picture in (page.parent / "pictures").glob("*.svg")}
+
+
+def fill(text: str, found: dict[str, str], pictures: Collection[str]) -> str:
     """Return a page with its tables replaced.
 
     Args:
         text: Markdown with places for tables.
         found: The tables by name.
+        pictures: Names of the pictures that have been drawn.
 
     Raises:
         ValueError: The page names a table that there cannot be.
@@ -68,8 +74,8 @@ def fill(text: str, found: dict[str, str]) -> str:
             )
         name = place["name"]
         table = found.get(name, _MISSING)
-        if name in found and name in _PICTURES:
-            picture, title = _PICTURES[name]
+        picture, title = _PICTURES.get(name, ("", ""))
+        if name in found and picture in pictures:
             table = f"![{title}](pictures/{picture}.svg)\n\n{table}"
         return f"{place['begin']}\n{table}\n{place['end']}"
 
@@ -141,7 +147,7 @@ def eviction(rows: list[Row]) -> str:
     kinds = [name.removesuffix("_us") for name in rows[0] if name.endswith("_us")]
     lines = [
         {
-            "us": kind.replace("_", " "),
+            "what": f"{kind.replace('_', ' ')}, us",
             **{
                 row["policy"]: f"{float(row[f'{kind}_us']):.1f} "
                 f"({float(row[f'{kind}_low']):.1f} to {float(row[f'{kind}_high']):.1f})"
@@ -153,7 +159,7 @@ def eviction(rows: list[Row]) -> str:
     for column in ("nothing_due_share", "all_due_steps", "moved_blocks"):
         lines.append(
             {
-                "us": column.replace("_", " "),
+                "what": column.replace("_", " "),
                 **{row["policy"]: row[column] for row in rows},
             }
         )
