@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: a task, how the cache is kept, and what runs the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PERPLEXITY = "perplexity"
+"""Loss of a novel's passages, read in chunks as a prompt is."""
+PERPLEXITY_GENERATION = "perplexity-generation"
+"""The same in chunks that end where something is evicted.
+
+In between nothing goes, so that every token sees what it would see if the text were
+generated token by token, and every block is looked at as often.
+"""
+GENERATION = "generation"
+"""Long greedy continuation of prose, judged by the model with its full cache."""
+
+PROMPT_OF_GENERATION = 256
+"""Tokens of prose that a `GENERATION` continues; it fills the rest of the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a cache is kept, and by what; a budget of 0 stands for the full cache.
+
+    Attributes:
+        method: As tables and plots call it.
+        engine: `vllm`, or `oracle` for plain PyTorch.
+        policy: `full`, an option of the plugin, or a method of the oracle.
+        shield: Statistic of RoCo's first stage; empty where there is none.
+        shield_ratio: Share of the budget that it shields.
+        budget: Tokens kept.
+        stride: Tokens evicted at a time.
+        chunk: Prompt tokens read per step; 0 where the engine decides.
+        block_size: Tokens that are kept or go together.
+    """
+
+    method: str
+    engine: str
+    policy: str
+    shield: str = ""
+    shield_ratio: float = 0.0
+    budget: int = 0
+    stride: int = 0
+    chunk: int = 0
+    block_size: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One row of the table, or a few that come of the same run.
+
+    Attributes:
+        task: One of `benchmarks.quality.tasks.TASKS`, or of this module.
+        context: Most tokens of a prompt; of a whole text where there is no problem.
+        n: Problems or texts.
+        seed: See `benchmarks.quality.tasks`.
+        model: Name of the model's folder.
+        setup: How the cache is kept.
+    """
+
+    task: str
+    context: int
+    n: int
+    seed: int
+    model: str
+    setup: Setup
+
+    @property
+    def budget_ratio(self) -> float:
+        """Budget over context; 1 for the full cache."""
+        return self.setup.budget / self.context if self.setup.budget else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields, those of the setup among them."""
+        fields = asdict(self)
+        setup: dict[str, Any] = fields.pop("setup")
+        return fields | setup
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Cell:
+        """Read what `to_json` returned."""
+        values = dict(fields)
+        setup = Setup(**{name: values.pop(name) for name in Setup.__annotations__})
+        return cls(**values, setup=setup)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Cells that one process measures, one after another.
+
+    Attributes:
+        cells: All with the same engine; with vLLM, with the same setup.
+    """
+
+    cells: tuple[Cell, ...]

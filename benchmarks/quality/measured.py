@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a finished table, as plots and reports ask for them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.quality import table
+from benchmarks.quality.cells import PERPLEXITY_GENERATION
+from benchmarks.quality.grid import LEAST_FULL_ACCURACY, ORACLE_METHODS
+from benchmarks.quality.table import Row
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A table and the pace at which its budgets were compared.
+
+    Attributes:
+        rows: All of them.
+        stride: Tokens evicted at a time in the sweep of budgets, or the budget itself
+            where that is less.
+        chunk: Prompt tokens read per step there.
+        default_method: What a user gets who only sets a budget.
+    """
+
+    rows: tuple[Row, ...]
+    stride: int
+    chunk: int
+    default_method: str
+
+    @classmethod
+    def read(cls, path: Path) -> Measured:
+        """Read a table, and the configuration beside it."""
+        configuration = json.loads(path.with_suffix(".json").read_text())
+        defaults = configuration["defaults"]
+        method = defaults["policy"]
+        if method == "roco":
+            method += f"/{defaults['shield']}"
+        return cls(
+            tuple(table.read(path)), defaults["stride"], defaults["chunk"], method
+        )
+
+    def select(self, **values: object) -> list[Row]:
+        """Return the rows that have these values, in the table's order."""
+        return [
+            row
+            for row in self.rows
+            if all(row[name] == str(value) for name, value in values.items())
+        ]
+
+    def full(self, task: str, context: str, metric: str) -> Row | None:
+        """Return the full cache's row."""
+        found = self.select(task=task, context=context, metric=metric, method="full")
+        return found[0] if found else None
+
+    def is_solved(self, task: str, context: str) -> bool:
+        """Return whether the full cache solves enough for a sweep to mean anything."""
+        full = self.full(task, context, "accuracy")
+        return full is None or float(full["score"]) >= LEAST_FULL_ACCURACY
+
+    def at_budgets(self, task: str, context: str, metric: str) -> list[Row]:
+        """Return the rows that differ in method and budget alone."""
+        return [
+            row
+            for row in self.select(task=task, context=context, metric=metric)
+            if row["method"] != "full" and self._has_usual_pace(row)
+        ]
+
+    def at_strides(self, method: str, *, same_chunk: bool) -> list[Row]:
+        """Return a method's rows that differ in task, context and stride alone.
+
+        Args:
+            method: Of the table.
+            same_chunk: Chunks as long as the longest stride for all, or else chunks as
+                long as the stride.
+        """
+        rows = [
+            row
+            for row in self.select(method=method)
+            if row["task"] != PERPLEXITY_GENERATION
+        ]
+        budgets = [row["budget"] for row in rows if row["stride"] == row["chunk"]]
+        swept = max(set(budgets), key=budgets.count, default="")
+        rows = [row for row in rows if row["budget"] == swept]
+        longest = max((int(row["stride"]) for row in rows), default=0)
+        rows = [
+            row
+            for row in rows
+            if row["chunk"] == (str(longest) if same_chunk else row["stride"])
+        ]
+        # the sweep of budgets has one such row of every task
+        times = Counter((row["task"], row["context"], row["metric"]) for row in rows)
+        swept_rows = [
+            row for row in rows if times[row["task"], row["context"], row["metric"]] > 1
+        ]
+        return sorted(swept_rows, key=lambda row: int(row["stride"]))
+
+    def tasks(self) -> list[tuple[str, str]]:
+        """Return every task and context, in the table's order."""
+        return list(dict.fromkeys((row["task"], row["context"]) for row in self.rows))
+
+    def methods(self) -> list[str]:
+        """Return the plugin's methods, then the oracle's, as far as they are there."""
+        found = dict.fromkeys(row["method"] for row in self.rows)
+        oracle = [name for name in ORACLE_METHODS if name in found]
+        return [
+            *(name for name in found if name != "full" and name not in oracle),
+            *oracle,
+        ]
+
+    def _has_usual_pace(self, row: Row) -> bool:
+        stride = min(self.stride, int(row["budget"]))
+        chunk = self.chunk
+        if row["task"] == PERPLEXITY_GENERATION:
+            chunk = min(stride, chunk)
+        return (row["stride"], row["chunk"]) == (str(stride), str(chunk))

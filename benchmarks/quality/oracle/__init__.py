@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cache eviction over a Hugging Face model, in plain PyTorch: every method, in batches.
+
+Shares no code with the plugin, so that the two can be held against each other, and
+carries the methods that the plugin lacks, so that it can be judged by them.
+"""
+
+from benchmarks.quality.oracle.keep import Keep
+from benchmarks.quality.oracle.oracle import Oracle
+
+__all__ = ["Keep", "Oracle"]

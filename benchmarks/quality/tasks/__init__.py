@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What quality is measured by: problems with an answer, and prose without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.quality.tasks.needle import build_needles
+from benchmarks.quality.tasks.passkey import build_passkeys
+from benchmarks.quality.tasks.problem import Problem
+from benchmarks.quality.tasks.prose import FIRST_REPORT_SEED, prose
+from benchmarks.quality.tasks.ruler import RULER_TASKS, build_ruler
+
+__all__ = ["FIRST_REPORT_SEED", "RULER_TASKS", "TASKS", "Problem", "build", "prose"]
+
+TASKS = ("passkey", "needle", *RULER_TASKS)
+"""The tasks that have problems."""
+
+
+def build(task: str, tokenizer: Any, context: int, n: int, seed: int) -> list[Problem]:
+    """Return `n` problems, the same ones for the same arguments.
+
+    Args:
+        task: One of `TASKS`.
+        tokenizer: A fast Hugging Face tokenizer.
+        context: Most tokens of a prompt.
+        n: Number of problems.
+        seed: From `FIRST_REPORT_SEED` on for reports, below it for tuning.
+
+    Raises:
+        ValueError: There is no such task, or it cannot be built this way.
+    """
+    if task == "passkey":
+        return build_passkeys(tokenizer, context, n, seed)
+    if task == "needle":
+        return build_needles(tokenizer, context, n, seed)
+    if task in RULER_TASKS:
+        return build_ruler(task, tokenizer, context, n, seed)
+    raise ValueError(f"task = {task!r} is not one of {', '.join(TASKS)}.")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ablation: candidates, comparisons, and a table that is gone on with."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from benchmarks.quality.ablation import (
+    CONFIRM_CELLS,
+    Cell,
+    Judge,
+    Phase,
+    Setting,
+    Table,
+    run,
+    summarise,
+)
+from benchmarks.quality.candidates import CANDIDATES, DEFAULT
+from benchmarks.quality.cells import PERPLEXITY
+from benchmarks.quality.oracle import Keep
+from benchmarks.quality.oracle.rule import rule_of
+from benchmarks.quality.paired import compare_answers, compare_nats
+from tests.quality.tiny_model import save_tiny_model
+from vllm_roco.config import RocoConfig
+
+PHASE = Phase("trial", (Cell("passkey", 256, 0.5), Cell(PERPLEXITY, 128, 0.5)), 2, 1)
+
+
+def test_the_default_is_the_plugins() -> None:
+    keep, config = CANDIDATES[DEFAULT].keep(256), RocoConfig()
+    assert keep.method == config.policy
+    for name in ("shield", "shield_ratio", "sink", "recent"):
+        assert getattr(keep, name) == getattr(config, name)
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_every_candidate_fits_every_cell_and_changes_something(name: str) -> None:
+    budgets = {int(cell.budget_ratio * cell.context) for cell in CONFIRM_CELLS}
+    keeps = [CANDIDATES[name].keep(budget) for budget in budgets]
+    for keep in keeps:
+        assert keep.method == "full" or rule_of(keep)
+    plain = [Keep("roco", budget) for budget in budgets]
+    assert (keeps == plain) == (name == DEFAULT)
+
+
+def test_candidates_are_known_by_their_name() -> None:
+    assert CANDIDATES["recent=25.0% of the budget"].keep(512).recent == 128
+    assert CANDIDATES["fade=0.999"].keep(512).options == (("fade", 0.999),)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_table_is_gone_on_with(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.save_pretrained(tmp_path)
+    save_tiny_model(tmp_path, len(tokenizer))
+    judge = Judge(str(tmp_path), "cpu", torch.float32)
+    settings = [
+        Setting(PHASE, "tiny", "float32", CANDIDATES[name], cell)
+        for name in ("full", DEFAULT)
+        for cell in PHASE.cells
+    ]
+    table = Table(tmp_path / "ablation.csv")
+    run(judge, table, settings, deadline=time.monotonic())
+    assert table.rows() == []
+    run(judge, table, settings, deadline=math.inf)
+    rows = table.rows()
+    run(judge, table, settings, deadline=math.inf)
+    assert table.rows() == rows
+    assert [(row["candidate"], row["task"]) for row in rows] == [
+        ("full", "passkey"),
+        ("full", PERPLEXITY),
+        (DEFAULT, "passkey"),
+        (DEFAULT, PERPLEXITY),
+    ]
+    assert rows[0]["values"] == "0 0", "a random model finds nothing"
+    assert float(rows[1]["score"]) > len(tokenizer) / 10
+
+    compared = summarise(rows)
+    assert compared[0]["better"] == compared[2]["better"] == 0
+    assert compared[3]["p_value"] == "1"
+
+
+def test_comparisons_are_paired() -> None:
+    mcnemar = compare_answers([1, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 0, 1, 1])
+    assert (mcnemar.better, mcnemar.worse) == (5, 1)
+    # 2 (C(6, 0) + C(6, 1)) / 2^6
+    assert mcnemar.p_value == pytest.approx(14 / 64)
+    wilcoxon = compare_nats([1.0, 2.0, 3.0, 4.0], [1.1, 2.2, 3.3, 4.4])
+    assert (wilcoxon.better, wilcoxon.worse) == (4, 0)
+    assert wilcoxon.p_value == pytest.approx(2 / 16)
+    assert compare_nats([1.0], [1.0]).p_value == 1

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The grid holds what has to be shown, and a run goes on where it stopped."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.quality import outcomes, running, schedule, table
+from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION, Cell, Job
+from benchmarks.quality.grid import (
+    DEFAULTS,
+    FULL,
+    ORACLE_METHODS,
+    PRESETS,
+    cells,
+    jobs,
+)
+from benchmarks.quality.outcomes import Outcome
+from benchmarks.quality.tasks import FIRST_REPORT_SEED
+
+FULL_PRESET = PRESETS["full"]
+
+
+def grid(preset: str = "full") -> list[Cell]:
+    return cells(PRESETS[preset], model="m", seed=FIRST_REPORT_SEED, n=None)
+
+
+def test_every_cell_is_there_once_and_can_be_written() -> None:
+    for preset in PRESETS:
+        every = grid(preset)
+        assert len(set(every)) == len(every)
+        assert [Cell.from_json(cell.to_json()) for cell in every] == every
+
+
+@pytest.mark.parametrize(
+    ("task", "context", "ratios"),
+    [
+        ("passkey", 2048, {0.5, 0.25, 0.125, 0.0625}),
+        ("passkey", 4096, {0.5, 0.25, 0.125, 0.0625}),
+        ("needle", 1024, {0.5, 0.25, 0.125}),
+        ("needle", 2048, {0.5, 0.25, 0.125}),
+        (PERPLEXITY, 2048, {0.5, 0.25, 0.125}),
+    ],
+)
+def test_every_method_meets_the_same_budgets_on_a_hundred_problems(
+    task: str, context: int, ratios: set[float]
+) -> None:
+    for method in (*FULL_PRESET.methods, *ORACLE_METHODS):
+        found = {
+            cell.budget_ratio
+            for cell in grid()
+            if (cell.task, cell.context) == (task, context)
+            and cell.setup.method == method
+            and cell.setup.chunk == DEFAULTS.chunk
+            and cell.setup.stride == min(DEFAULTS.stride, cell.setup.budget)
+            and cell.n >= 100
+        }
+        assert found == ratios, method
+
+
+def test_strides_are_swept_with_chunks_of_their_own_and_of_one_length() -> None:
+    chunks: dict[str, set[tuple[int, int]]] = {}
+    for cell in grid():
+        setup = cell.setup
+        is_swept = cell.task == "passkey" and cell.budget_ratio == 0.125
+        if is_swept and cell.context == 2048 and setup.method == "roco/peak":
+            kind = "own" if setup.chunk == setup.stride else "same"
+            chunks.setdefault(kind, set()).add((setup.stride, setup.chunk))
+
+    strides = (16, 32, 64, 128, 256, 512)
+    assert chunks["own"] == {(stride, stride) for stride in strides}
+    assert chunks["same"] >= {(stride, 512) for stride in strides[:-1]}
+
+
+def test_texts_read_as_if_generated_are_read_up_to_the_next_eviction() -> None:
+    read = [cell.setup for cell in grid() if cell.task == PERPLEXITY_GENERATION]
+
+    assert read[0] == FULL
+    for setup in read[1:]:
+        assert setup.chunk == setup.stride
+        assert setup.budget % setup.chunk == 0
+
+
+def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
+    every = jobs(grid())
+
+    assert sum(len(job.cells) for job in every) == len(grid())
+    assert every[0].cells[0].setup == FULL
+    for job in every:
+        if job.cells[0].setup.engine == "vllm":
+            assert len({cell.setup for cell in job.cells}) == 1
+        assert len({cell.setup.engine for cell in job.cells}) == 1
+
+
+def outcome(cell: Cell, *scores: float) -> Outcome:
+    metric = "perplexity" if cell.task == PERPLEXITY else "accuracy"
+    return Outcome(cell, {metric: list(scores)}, "gpu", "abc")
+
+
+def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
+    full = next(cell for cell in grid() if cell.task == "vt")
+    swept = next(c for c in grid() if c.task == "vt" and c.setup != FULL)
+
+    assert not running.can_be_swept(swept, {})
+    for score, expected in ((0.29, False), (0.31, True)):
+        done = {full: outcome(full, score)}
+        assert running.can_be_swept(swept, done) is expected
+
+
+def arguments(out: Path) -> argparse.Namespace:
+    return argparse.Namespace(
+        preset="quick",
+        model="m",
+        n=2,
+        seed=7,
+        tasks=["passkey", PERPLEXITY],
+        methods=None,
+        parallel=1,
+        time_limit=60.0,
+        commit="abc",
+        dry_run=False,
+        out=out,
+    )
+
+
+def test_a_run_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows that are there stay as they are, and only the others are measured."""
+    asked: list[Cell] = []
+
+    def measure(job: Job, workplace: schedule.Workplace, until: float) -> None:
+        for cell in job.cells:
+            asked.append(cell)
+            outcomes.append(workplace.outcomes, outcome(cell, 1.0, 0.5))
+            if len(asked) == 5:
+                raise schedule.Failed("the fifth cell is the last that is known")
+
+    # an engine would take a minute; the real worker runs in the test below
+    monkeypatch.setattr(schedule, "_run_one", measure)
+    running.run(arguments(tmp_path))
+    first = table.read(tmp_path / running.TABLE)
+    before = len(asked)
+    running.run(arguments(tmp_path))
+    second = table.read(tmp_path / running.TABLE)
+
+    assert first == second[: len(first)]
+    assert len(second) == len(asked) == len(set(asked)) > before
+    assert {cell.setup for cell in asked[:2]} == {FULL}
+    running.run(arguments(tmp_path))
+    assert len(asked) == len(second)
+
+
+def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:
+    cell = replace(grid()[0], setup=replace(FULL, engine="abacus"))
+    workplace = schedule.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
+    failures = [
+        failure
+        for batch in schedule.run(
+            [Job((cell,))], workplace, parallel=1, until=float("inf")
+        )
+        for failure in batch
+    ]
+
+    (failure,) = failures
+    log = Path(str(failure).rpartition("see ")[2])
+    assert "with_abacus" in log.read_text()
+
+
+def test_what_runs_at_the_time_limit_is_ended(tmp_path: Path) -> None:
+    workplace = schedule.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
+
+    failures = list(
+        schedule.run(jobs(grid()), workplace, parallel=2, until=float("-inf"))
+    )
+
+    assert not any(failures)
+    assert not list((tmp_path / "l").iterdir())
+
+
+def test_table_has_intervals_and_the_share_of_the_full_cache() -> None:
+    every = grid()
+    full = next(c for c in every if c.task == "passkey" and c.context == 2048)
+    cell = next(
+        c
+        for c in every
+        if c.task == "passkey" and c.context == 2048 and c.budget_ratio == 0.25
+    )
+    rows = table.rows(
+        {
+            full: outcome(full, *[1.0] * 90, *[0.0] * 10),
+            cell: outcome(cell, *[1.0] * 45, *[0.0] * 55),
+        }
+    )
+
+    assert tuple(rows[1]) == table.COLUMNS
+    # Wilson's interval of 45 in 100
+    assert (rows[1]["score"], rows[1]["ci_low"], rows[1]["ci_high"]) == (
+        0.45,
+        pytest.approx(0.3561, abs=1e-4),
+        pytest.approx(0.5476, abs=1e-4),
+    )
+    assert rows[1]["of_full"] == 0.5
+    low, high = rows[1]["of_full_low"], rows[1]["of_full_high"]
+    assert isinstance(low, float) and isinstance(high, float)
+    assert 0.35 < low < 0.45 < 0.55 < high < 0.65
+
+
+def test_the_command_tells_what_it_would_do(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.quality", "run", "--preset", "full"),
+            *("--out", str(tmp_path), "--model", "m", "--dry-run"),
+        ],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert f"{len(grid())} cells" in done.stdout
+    assert not list(tmp_path.iterdir())
