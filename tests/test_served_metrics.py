@@ -227,8 +227,6 @@ def test_an_llm_tells_what_the_budget_did(
     assert engine["engine"] == 0
     assert engine["budget_tokens"] == OPTIONS["budget"]
     assert engine["freed_blocks"] == NUM_REQUESTS * FREED_PER_REQUEST
-    # the same in each of them, whose tokens are the same
-    assert engine["moved_blocks"] % NUM_REQUESTS == 0
     assert 0 < engine["moved_blocks"] <= engine["freed_blocks"]
     assert engine["max_sequence_kv_tokens"] == 0
     assert OPTIONS["budget"] < engine["peak_sequence_kv_tokens"] <= MOST_TOKENS
