@@ -9,6 +9,11 @@ that go. Both are asserted on medians.
 
 from __future__ import annotations
 
+import functools
+import timeit
+from collections.abc import Callable
+from statistics import median
+
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -24,8 +29,6 @@ BUDGET_BLOCKS = 64
 ROWS = (1, 10, 100, 1_000, 10_000)
 STRIDES = (8, 64, 512)
 MAX_ROW = 10_000
-
-_medians: dict[tuple[str, int], float] = {}
 
 
 def manager_with_row(num_blocks: int, stride_blocks: int) -> RocoManager:
@@ -50,51 +53,71 @@ def manager_with_row(num_blocks: int, stride_blocks: int) -> RocoManager:
     return manager
 
 
+def nothing_due(num_blocks: int) -> Callable[[], None]:
+    """Return a call that finds the end of the gap of a row, and no more to free."""
+    manager = manager_with_row(num_blocks, stride_blocks=16)
+    call = functools.partial(
+        manager.remove_skipped_blocks, "a", num_blocks * BLOCK_SIZE
+    )
+    call()
+    return call
+
+
+class StrideDue:
+    """Frees one stride of a row of `MAX_ROW` blocks with each call.
+
+    Attributes:
+        manager: Whose row it is.
+    """
+
+    def __init__(self, stride_blocks: int) -> None:
+        self.manager = manager_with_row(MAX_ROW, stride_blocks)
+        self._stride_blocks = stride_blocks
+        self._evicted = 0
+
+    def prepare(self) -> None:
+        """Let the sequence grow by a stride, and start it again at the row's end."""
+        if self._evicted + self._stride_blocks > MAX_ROW - BUDGET_BLOCKS:
+            self.manager.free("a")
+            num_tokens = MAX_ROW * BLOCK_SIZE
+            self.manager.allocate_new_blocks("a", num_tokens, num_tokens)
+            self._evicted = 0
+        self._evicted += self._stride_blocks
+
+    def __call__(self) -> None:
+        """Free it."""
+        self.manager.remove_skipped_blocks(
+            "a", (BUDGET_BLOCKS + self._evicted) * BLOCK_SIZE
+        )
+
+
 @pytest.mark.parametrize("num_blocks", ROWS)
 def test_nothing_due(benchmark: BenchmarkFixture, num_blocks: int) -> None:
-    manager = manager_with_row(num_blocks, stride_blocks=16)
-    processed = num_blocks * BLOCK_SIZE
-    # what was due is freed; the measured calls find the end of the gap
-    manager.remove_skipped_blocks("a", processed)
     benchmark.pedantic(
-        manager.remove_skipped_blocks,
-        args=("a", processed),
-        rounds=300,
-        iterations=200,
-        warmup_rounds=20,
+        nothing_due(num_blocks), rounds=300, iterations=200, warmup_rounds=20
     )
-    _medians["nothing due", num_blocks] = benchmark.stats.stats.median
 
 
 @pytest.mark.parametrize("stride_blocks", STRIDES)
 def test_a_stride_due(benchmark: BenchmarkFixture, stride_blocks: int) -> None:
-    manager = manager_with_row(MAX_ROW, stride_blocks)
-    processed = 0
-
-    def allocate_what_was_freed() -> tuple[tuple[str, int], dict[str, object]]:
-        nonlocal processed
-        if processed + stride_blocks > MAX_ROW - BUDGET_BLOCKS:
-            manager.free("a")
-            num_tokens = MAX_ROW * BLOCK_SIZE
-            manager.allocate_new_blocks("a", num_tokens, num_tokens)
-            processed = 0
-        processed += stride_blocks
-        return ("a", (BUDGET_BLOCKS + processed) * BLOCK_SIZE), {}
-
-    freed = manager.num_freed_blocks
-    benchmark.pedantic(
-        manager.remove_skipped_blocks, setup=allocate_what_was_freed, rounds=200
-    )
-    assert manager.num_freed_blocks - freed == 200 * stride_blocks
-    _medians["a stride due", stride_blocks] = benchmark.stats.stats.median
+    due = StrideDue(stride_blocks)
+    freed = due.manager.num_freed_blocks
+    benchmark.pedantic(due, setup=due.prepare, rounds=200)
+    assert due.manager.num_freed_blocks - freed == 200 * stride_blocks
 
 
 def test_nothing_due_costs_the_same_in_rows_of_any_length() -> None:
-    medians = [_medians["nothing due", num_blocks] for num_blocks in ROWS]
+    calls = [nothing_due(num_blocks) for num_blocks in ROWS]
+    # in turns, so that a busy machine slows all of them
+    rounds = [[timeit.timeit(call, number=200) for call in calls] for _ in range(300)]
+    medians = [median(times) for times in zip(*rounds, strict=True)]
     assert max(medians) / min(medians) <= 1.5
 
 
 def test_what_is_due_costs_in_proportion_to_the_stride() -> None:
     """From 8 to 512 blocks: at most 64 times as much, and a constant."""
-    few, *_, many = (_medians["a stride due", stride] for stride in STRIDES)
+    few, many = (
+        median(timeit.repeat(due, setup=due.prepare, number=1, repeat=200))
+        for due in (StrideDue(STRIDES[0]), StrideDue(STRIDES[-1]))
+    )
     assert many / few <= 1.5 * STRIDES[-1] / STRIDES[0]

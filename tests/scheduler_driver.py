@@ -162,6 +162,7 @@ class Driver:
         *,
         ignore_stop: bool = True,
         resumable: bool = False,
+        **sampling: Any,
     ) -> str:
         """Add a request and return its id."""
         request_id = str(len(self.outputs))
@@ -169,6 +170,7 @@ class Driver:
         params = SamplingParams(
             max_tokens=max_tokens,
             stop_token_ids=None if ignore_stop else [STOP_TOKEN],
+            **sampling,
         )
         self.scheduler.add_request(
             Request(

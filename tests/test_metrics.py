@@ -20,7 +20,13 @@ from typing import Literal
 
 import pytest
 
-from vllm_roco.metrics import MetricsPublisher, RocoMetrics, get_metrics, read_engines
+from vllm_roco.metrics import (
+    MetricsPublisher,
+    MovedBlocks,
+    RocoMetrics,
+    get_metrics,
+    read_engines,
+)
 
 Method = Literal["fork", "spawn"]
 
@@ -86,7 +92,7 @@ def test_a_new_engine_shows_zeros() -> None:
     with contextlib.closing(publisher()):
         (metrics,) = read_engines()
     assert (metrics.engine, metrics.model_name, metrics.budget_tokens) == (0, "m", 64)
-    assert metrics.freed_blocks == 0
+    assert metrics.freed_blocks == metrics.moved_blocks == 0
     assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 0
 
 
@@ -107,9 +113,13 @@ def test_engines_are_summed_and_sorted() -> None:
     ):
         first.publish(3, 64)
         second.publish(5, 96)
+        MovedBlocks("1", 0).add(2)
+        MovedBlocks("1", 1).add(4)
         metrics = RocoMetrics(engines=read_engines())
     assert [engine.engine for engine in metrics.engines] == [0, 1]
+    assert [engine.moved_blocks for engine in metrics.engines] == [2, 4]
     assert metrics.freed_blocks == 8
+    assert metrics.moved_blocks == 6
     assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 96
     assert metrics.budget_tokens == 64
 
@@ -131,6 +141,50 @@ def test_the_parent_reads_its_engine_processes(method: Method) -> None:
     with started(method, run_engine, 0), started(method, run_engine, 1):
         assert [engine.freed_blocks for engine in read_engines()] == [10, 11]
     assert read_engines() == ()
+
+
+def run_worker(method: Method, connection: Connection) -> None:
+    """Be an engine core with a worker that is a process of its own."""
+    with contextlib.closing(publisher(engine=1)) as owned:
+        owned.publish(5, 80)
+        worker = multiprocessing.get_context(method).Process(target=move_blocks)
+        worker.start()
+        worker.join(30)
+        assert worker.exitcode == 0
+        owned.publish(6, 96)
+        connection.send(owned.moved_blocks)
+        connection.recv()
+
+
+def move_blocks() -> None:
+    moved = MovedBlocks("1", 1)
+    for num_blocks in (3, 0, 4):
+        moved.add(num_blocks)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_worker_counts_in_its_engines_file(method: Method) -> None:
+    with contextlib.closing(publisher()), started(method, run_worker, method):
+        assert [engine.moved_blocks for engine in read_engines()] == [0, 7]
+        assert [engine.freed_blocks for engine in read_engines()] == [0, 6]
+
+
+def test_moves_do_not_count_before_their_engine_serves() -> None:
+    moved = MovedBlocks("1", 0)
+    moved.add(9)
+    with (
+        contextlib.closing(publisher(engine=1)),
+        contextlib.closing(publisher(instance_id="2")),
+    ):
+        assert not moved.connect()
+        moved.add(9)
+        with contextlib.closing(publisher()):
+            assert moved.connect()
+            moved.add(2)
+            assert [engine.moved_blocks for engine in read_engines("1")] == [2, 0]
+        # an engine that has gone is no reason for its worker to fail
+        moved.add(1)
+        assert [engine.moved_blocks for engine in read_engines()] == [0, 0]
 
 
 def test_another_programs_engines_are_not_ours(directory: Path) -> None:

@@ -22,7 +22,8 @@ from vllm.v1.metrics.prometheus import (
 )
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
-from vllm_roco.metrics import MetricsPublisher
+from tests.publishing import publisher, run_engine
+from vllm_roco.metrics import MovedBlocks
 from vllm_roco.prometheus import (
     MultiprocessPublisher,
     RocoCollector,
@@ -33,6 +34,7 @@ Method = Literal["fork", "spawn"]
 Samples = dict[tuple[str, str], float]
 
 FREED = "vllm:roco_freed_blocks_total"
+MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
@@ -53,15 +55,6 @@ def multiprocess_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return directory
 
 
-def publisher(
-    kind: type[MetricsPublisher] = MetricsPublisher,
-    *,
-    engine: int = 0,
-    model_name: str = "m",
-) -> MetricsPublisher:
-    return kind(instance_id="1", engine=engine, model_name=model_name, budget_tokens=64)
-
-
 def scrape(registry: Collector) -> Samples:
     """Return {(sample name, engine): value} of RoCo's lines, refusing a repeat."""
     samples: Samples = {}
@@ -69,21 +62,12 @@ def scrape(registry: Collector) -> Samples:
         for sample in family.samples:
             if sample.name.startswith("vllm:roco"):
                 assert set(sample.labels) == {"model_name", "engine"}
-                assert family.type == ("counter" if sample.name == FREED else "gauge")
+                is_counter = sample.name in (FREED, MOVED)
+                assert family.type == ("counter" if is_counter else "gauge")
                 key = sample.name, sample.labels["engine"]
                 assert key not in samples, "a repeated line fails the whole scrape"
                 samples[key] = sample.value
     return samples
-
-
-def run_engine(engine: int, connection: Connection) -> None:
-    """Publish growing numbers, as an engine core of several API servers does."""
-    owned = publisher(MultiprocessPublisher, engine=engine)
-    while (freed_blocks := connection.recv()) is not None:
-        owned.publish(freed_blocks, 16 * freed_blocks)
-        owned.publish(freed_blocks, 0)
-        connection.send(True)
-    owned.close()
 
 
 @contextlib.contextmanager
@@ -115,10 +99,12 @@ def test_a_scrape_shows_the_newest_numbers() -> None:
     registry = CollectorRegistry()
     registry.register(RocoCollector())
     with contextlib.closing(publisher(engine=3)) as owned:
-        for freed_blocks, tokens in ((2, 96), (5, 80)):
+        for freed_blocks, moved_blocks, tokens in ((2, 1, 96), (5, 3, 80)):
             owned.publish(freed_blocks, tokens)
+            MovedBlocks("1", 3).add(moved_blocks - owned.moved_blocks)
             assert scrape(registry) == {
                 (FREED, "3"): freed_blocks,
+                (MOVED, "3"): moved_blocks,
                 (MAX, "3"): tokens,
                 (PEAK, "3"): 96,
                 (BUDGET, "3"): 64,
@@ -171,12 +157,14 @@ def test_several_api_servers_show_each_engine_once(method: Method) -> None:
     # each API server has such a registry; they must agree
     servers = [get_prometheus_registry() for _ in range(2)]
     with running_engine(method, 0) as first, running_engine(method, 1) as second:
-        for freed_blocks in (2, 7):
+        for times, freed_blocks in enumerate((2, 7), start=1):
             tell(first, freed_blocks)
             tell(second, 10 * freed_blocks)
             expected = {
                 (FREED, "0"): freed_blocks,
                 (FREED, "1"): 10 * freed_blocks,
+                (MOVED, "0"): times,
+                (MOVED, "1"): times,
                 (MAX, "0"): 0,
                 (MAX, "1"): 0,
                 (PEAK, "0"): 16 * freed_blocks,

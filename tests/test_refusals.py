@@ -6,6 +6,8 @@ Each message says what is wrong, which value, what is allowed and what to do.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
-from vllm import LLM, ModelRegistry, envs
+from vllm import LLM, ModelRegistry, SamplingParams, envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -26,6 +30,7 @@ from tests.engine.tiny_models import random_prompt
 from tests.model_configs import TINY, save_config
 from tests.oracle import Options
 from vllm_roco.attention import backend
+from vllm_roco.cpu_platform import RocoCpuPlatform
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.scheduler import RocoSchedulerMixin
 
@@ -94,6 +99,13 @@ BAD_OPTIONS = {
     "sink-negative": Case(("sink = -1", "at least 0"), {"sink": -1}),
     "recent-bool": Case(("recent = True", "a whole number"), {"recent": True}),
     "trace-empty": Case(("trace = ''", "a file path"), {"trace": ""}),
+    "trace-in-no-directory": Case(
+        ("trace = '/no/t.jsonl'", "No such file or directory", "an existing directory"),
+        {"trace": "/no/t.jsonl"},
+    ),
+    "trace-is-a-directory": Case(
+        ("trace = '/'", "Is a directory", "or leave trace out"), {"trace": "/"}
+    ),
     "protected": Case(
         ("sink + recent is 100 + 100 = 200", "budget = 128", "Lower sink or recent"),
         {"sink": 100, "recent": 100},
@@ -127,7 +139,11 @@ BAD_SETTINGS = {
     ),
     "batched-tokens": Case(
         ("max_num_batched_tokens = 67", "4 + 64 = 68", "--max-num-batched-tokens 68"),
-        arguments={"max_num_batched_tokens": 67, "max_model_len": 64},
+        arguments={"max_num_batched_tokens": 67, "max_model_len": 65},
+    ),
+    "batched-tokens-of-short-sequences": Case(
+        ("max_num_batched_tokens = 66", "4 + 63 = 67", "--max-num-batched-tokens 67"),
+        arguments={"max_num_batched_tokens": 66, "max_model_len": 64},
     ),
     "scheduled-tokens": Case(
         ("max_num_scheduled_tokens = 67", "= 68", "--max-num-scheduled-tokens 68"),
@@ -222,6 +238,20 @@ def test_start_is_refused(llama: Path, name: str) -> None:
     with pytest.raises((ValueError, NotImplementedError)) as error:
         engine_config(llama, case)
     refused(str(error.value), case)
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 4])
+def test_sequences_shorter_than_a_chunk_need_no_room_for_one(
+    llama: Path, max_num_seqs: int
+) -> None:
+    """A server of one short sequence was asked for room that no prompt can fill."""
+    tokens = max_num_seqs + 255
+    case = Case(
+        (),
+        {"chunk": 512},
+        {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": tokens},
+    )
+    assert engine_config(llama, case).scheduler_config.max_num_batched_tokens == tokens
 
 
 def test_a_scheduler_with_the_mixin_is_accepted(llama: Path) -> None:
@@ -445,6 +475,44 @@ def test_scheduler_without_layers_is_refused(in_process: None, llama: Path) -> N
     with pytest.raises(ValueError) as error:
         LLM(**arguments_of(llama, case))
     refused(str(error.value), case)
+
+
+def test_a_directory_of_metrics_that_others_may_read_is_refused(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    directory = tmp_path / f"vllm_roco-{os.geteuid()}"
+    directory.mkdir()
+    directory.chmod(0o755)
+    with pytest.raises(PermissionError) as error:
+        engine_config(llama, Case(()))
+    refused(str(error.value), Case((str(directory), "mode 0700", "Remove it")))
+
+
+def test_a_trace_is_checked_and_left_alone(llama: Path, tmp_path: Path) -> None:
+    new, old = tmp_path / "new.jsonl", tmp_path / "old.jsonl"
+    old.write_text("{}\n")
+    for path in (new, old):
+        engine_config(llama, Case((), {"trace": str(path)}))
+    assert not new.exists()
+    assert old.read_text() == "{}\n"
+
+
+def test_seeds_are_refused_for_rocos_engines_only(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever engine was configured last decided for every engine of a process."""
+    monkeypatch.setattr(RocoCpuPlatform, "_configured", set())
+    prompt: Any = {"type": "token", "prompt_token_ids": [1]}
+    random, greedy = (SamplingParams(seed=7, temperature=t) for t in (1, 0))
+    engine_config(llama, Case(()))
+    current_platform.validate_request(prompt, greedy)
+    with pytest.raises(VLLMValidationError) as error:
+        current_platform.validate_request(prompt, random)
+    refused(str(error.value), Case(("seed = 7", "temperature = 1", "Leave seed out")))
+    # from here on only the engine's scheduler can tell
+    engine_config(llama, Case((), arguments={"attention_backend": None}))
+    current_platform.validate_request(prompt, random)
 
 
 @pytest.mark.parametrize("kind", [PlatformEnum.ROCM, PlatformEnum.XPU])

@@ -187,6 +187,18 @@ def test_a_lone_streaming_request_is_answered(setup: Setup) -> None:
     assert driver.finished[refused].finish_reason is FinishReason.ERROR
 
 
+@both
+def test_a_request_with_a_seed_of_its_own_is_refused_alone(setup: Setup) -> None:
+    """Where the front end cannot tell whose it is; on a CPU it stopped the engine."""
+    driver = Driver(setup)
+    greedy = driver.add(60, 5, seed=7, temperature=0)
+    refused = driver.add(60, 5, seed=7, temperature=1)
+    driver.drain(30)
+    assert driver.finished[refused].finish_reason is FinishReason.ERROR
+    assert driver.outputs[refused] == []
+    assert len(driver.outputs[greedy]) == 5
+
+
 def test_equal_prompts_share_nothing() -> None:
     """Prefix caching is on in this configuration; `PagedWorker` checks every start."""
     driver = Driver(SYNCHRONOUS)

@@ -29,6 +29,7 @@ CHUNK = 64
 OPTIONS = {"budget": 64, "stride": 32, "chunk": CHUNK, "sink": 16, "recent": 16}
 
 PROMPT = list(range(100, 140))
+NUM_ENGINES = 2
 NUM_REQUESTS = 4
 NUM_NEW_TOKENS = 200
 
@@ -38,6 +39,7 @@ FREED_PER_REQUEST = SCHEDULE.evicted_blocks(len(PROMPT) + NUM_NEW_TOKENS - 1)
 MOST_TOKENS = 16 * SCHEDULE.max_blocks(2 * CHUNK)
 
 FREED = "vllm:roco_freed_blocks_total"
+MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
@@ -78,7 +80,6 @@ class Server:
     """A `vllm serve` that answers."""
 
     url: str
-    num_engines: int
 
     def scrape(self) -> dict[str, list[float]]:
         """Return {sample name: one value per engine}."""
@@ -92,8 +93,8 @@ class Server:
                     assert key not in samples
                     samples[key] = sample.value
         return {
-            name: [samples[name, engine] for engine in range(self.num_engines)]
-            for name in (FREED, MAX, PEAK, BUDGET)
+            name: [samples[name, engine] for engine in range(NUM_ENGINES)]
+            for name in (FREED, MOVED, MAX, PEAK, BUDGET)
         }
 
     def complete(self, _: int) -> None:
@@ -158,28 +159,26 @@ def answers(url: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("arguments", "num_engines"),
+    "arguments",
     [
-        pytest.param(["--disable-log-stats"], 1, id="one-server-without-statistics"),
-        pytest.param(["--api-server-count=2"], 1, id="two-servers"),
         pytest.param(
-            ["--data-parallel-size=2", "--api-server-count=1"], 2, id="two-engines"
+            ["--api-server-count=1", "--disable-log-stats"],
+            id="one-server-without-statistics",
         ),
-        pytest.param(["--data-parallel-size=2"], 2, id="two-engines-and-two-servers"),
+        pytest.param(["--api-server-count=2"], id="two-servers"),
     ],
 )
 def test_a_server_shows_what_the_budget_does(
-    arguments: list[str],
-    num_engines: int,
-    smollm2: Path,
-    tmp_path: Path,
+    arguments: list[str], smollm2: Path, tmp_path: Path
 ) -> None:
+    arguments = [f"--data-parallel-size={NUM_ENGINES}", *arguments]
     with serving(smollm2, tmp_path / "log", *arguments) as url:
-        server = Server(url, num_engines)
-        zeros = [0] * num_engines
-        budgets = [OPTIONS["budget"]] * num_engines
+        server = Server(url)
+        zeros = [0] * NUM_ENGINES
+        budgets = [OPTIONS["budget"]] * NUM_ENGINES
         assert server.scrape() == {
             FREED: zeros,
+            MOVED: zeros,
             MAX: zeros,
             PEAK: zeros,
             BUDGET: budgets,
@@ -197,6 +196,9 @@ def test_a_server_shows_what_the_budget_does(
     assert max(held) <= MOST_TOKENS
     assert scrapes == [scrapes[0]] * 8
     assert sum(scrapes[0][FREED]) == NUM_REQUESTS * FREED_PER_REQUEST
+    for moved, freed in zip(scrapes[0][MOVED], scrapes[0][FREED], strict=True):
+        assert moved <= freed
+        assert bool(moved) == bool(freed)
     assert scrapes[0][MAX] == zeros
     assert OPTIONS["budget"] < max(scrapes[0][PEAK]) <= MOST_TOKENS
 
@@ -225,5 +227,6 @@ def test_an_llm_tells_what_the_budget_did(
     assert engine["engine"] == 0
     assert engine["budget_tokens"] == OPTIONS["budget"]
     assert engine["freed_blocks"] == NUM_REQUESTS * FREED_PER_REQUEST
+    assert 0 < engine["moved_blocks"] <= engine["freed_blocks"]
     assert engine["max_sequence_kv_tokens"] == 0
     assert OPTIONS["budget"] < engine["peak_sequence_kv_tokens"] <= MOST_TOKENS

@@ -156,8 +156,14 @@ class SourceRelease:
             self._path(".".join(parents)) / f"{last}.py",
         ):
             if source.is_file():
-                return _bindings(ast.parse(source.read_text(encoding="utf-8")).body)
+                return _parsed(source.read_text(encoding="utf-8"))
         return None
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(source: str) -> dict[str, ast.AST]:
+    """Return what a module binds; most modules are the same in several releases."""
+    return _bindings(ast.parse(source).body)
 
 
 def _bound_name(alias: ast.alias) -> str:

@@ -13,9 +13,12 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
+from vllm_roco.metrics_file import check_directory
+from vllm_roco.trace import check_path
 from vllm_roco.validation import (
     check_scheduler_class,
     is_selected,
+    trouble_with_seed,
     validated_config,
 )
 
@@ -41,8 +44,8 @@ PREFERRED_BLOCK_SIZE = 16
 class RocoCpuPlatform(StockPlatform):
     """The stock CPU platform unless a layer's backend is ROCO."""
 
-    _serves_roco: ClassVar[bool] = False
-    """Whether the engine that this process configured last has RoCo layers."""
+    _configured: ClassVar[set[bool]] = set()
+    """Whether engines that this process configured have RoCo layers: one or both."""
 
     @classmethod
     def get_attn_backend_cls(
@@ -75,8 +78,10 @@ class RocoCpuPlatform(StockPlatform):
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check RoCo's options early, and prefer blocks of 16 tokens."""
-        cls._serves_roco = is_selected(vllm_config)
-        if not cls._serves_roco:
+        serves_roco = is_selected(vllm_config)
+        if vllm_config.model_config is not None:
+            cls._configured.add(serves_roco)
+        if not serves_roco:
             additional = vllm_config.additional_config
             if isinstance(additional, Mapping) and NAMESPACE in additional:
                 logger.warning_once(
@@ -86,6 +91,10 @@ class RocoCpuPlatform(StockPlatform):
             super().check_and_update_config(vllm_config)
             return
         config = validated_config(vllm_config)
+        # the engine core would raise them too, but perhaps from a process of its own
+        check_directory()
+        if config.trace is not None:
+            check_path(config.trace)
         if vllm_config.scheduler_config.scheduler_cls is not None:
             check_scheduler_class(vllm_config)
         super().check_and_update_config(vllm_config)
@@ -98,27 +107,18 @@ class RocoCpuPlatform(StockPlatform):
     def validate_request(
         cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams
     ) -> None:
-        """Refuse a request that would stop the engine.
+        """Refuse a request that would stop the engine, before the engine gets it.
 
-        Where a prompt is read in chunks, vLLM rewinds a request's own random generator
-        after each, which PyTorch's generators for CPUs cannot do.
+        vLLM does not tell for which engine. If only some of this process's have RoCo
+        layers, their schedulers refuse it.
 
         Raises:
-            VLLMValidationError: The request asks for seeded random sampling.
+            VLLMValidationError: See `vllm_roco.validation.trouble_with_seed`.
         """
-        # they import the platform
+        # it imports the platform
         from vllm.exceptions import VLLMValidationError
-        from vllm.sampling_params import SamplingParams, SamplingType
 
         super().validate_request(processed_inputs, params)
-        if (
-            cls._serves_roco
-            and isinstance(params, SamplingParams)
-            and params.sampling_type == SamplingType.RANDOM_SEED
-        ):
-            raise VLLMValidationError(
-                f"roco: seed = {params.seed} with temperature = {params.temperature:g} "
-                "is not supported on a CPU, where vLLM cannot read a prompt in chunks "
-                "for a request with a seed of its own. Leave seed out, use "
-                "temperature 0, or start the engine with --seed."
-            )
+        trouble = trouble_with_seed(params)
+        if trouble is not None and cls._configured == {True}:
+            raise VLLMValidationError(trouble)

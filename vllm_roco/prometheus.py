@@ -60,6 +60,12 @@ _FREED_BLOCKS = _Family(
     "Blocks that RoCo's budget gave back to the block manager.",
     is_counter=True,
 )
+_MOVED_BLOCKS = _Family(
+    "vllm:roco_moved_blocks",
+    "moved_blocks",
+    "Blocks that were copied over evicted ones, on an engine's first rank.",
+    is_counter=True,
+)
 _MAX_SEQUENCE = _Family(
     "vllm:roco_max_sequence_kv_tokens",
     "max_sequence_kv_tokens",
@@ -75,7 +81,7 @@ _BUDGET = _Family(
     "budget_tokens",
     "KV tokens that RoCo keeps per sequence (the option budget).",
 )
-_FAMILIES = (_FREED_BLOCKS, _MAX_SEQUENCE, _PEAK_SEQUENCE, _BUDGET)
+_FAMILIES = (_FREED_BLOCKS, _MOVED_BLOCKS, _MAX_SEQUENCE, _PEAK_SEQUENCE, _BUDGET)
 
 
 class RocoCollector:
@@ -138,18 +144,19 @@ class MultiprocessPublisher(MetricsPublisher):
             for family in _FAMILIES
         }
         self._set(_BUDGET, budget_tokens)
-        self._published: tuple[int, int] | None = None
+        self._published: tuple[int, int, int] | None = None
         self.publish(0, 0)
 
     def publish(self, freed_blocks: int, max_sequence_kv_tokens: int) -> None:
         """See `MetricsPublisher.publish`."""
-        numbers = freed_blocks, max_sequence_kv_tokens
+        numbers = freed_blocks, max_sequence_kv_tokens, self.moved_blocks
         # most steps change nothing, and these stores are dearer
         if numbers == self._published:
             return
         self._published = numbers
         super().publish(freed_blocks, max_sequence_kv_tokens)
         self._set(_FREED_BLOCKS, freed_blocks)
+        self._set(_MOVED_BLOCKS, numbers[2])
         self._set(_MAX_SEQUENCE, max_sequence_kv_tokens)
         self._set(_PEAK_SEQUENCE, self._peak)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -19,7 +20,7 @@ from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.prometheus import create_publisher
 from vllm_roco.trace import TraceWriter
-from vllm_roco.validation import validated_config
+from vllm_roco.validation import trouble_with_seed, validated_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -116,17 +117,15 @@ class RocoSchedulerMixin(Scheduler):
             self._refused_streams.discard(request_id)
             return
         super().add_request(request)
+        trouble = _trouble_with(request)
+        if trouble is None:
+            return
+        if request_id not in self._refused_streams:
+            logger.error("%s Request %s is refused.", trouble, request_id)
+        self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
         if request.resumable:
-            if request_id not in self._refused_streams:
-                logger.error(
-                    "roco: request %s streams its input, so its computed length goes "
-                    "back to where eviction has already been. It is refused; send the "
-                    "whole prompt at once, or use another --attention-backend.",
-                    request_id,
-                )
-            self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
             self._refused_streams.add(request_id)
-            self._refused.append(request)
+        self._refused.append(request)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -196,6 +195,19 @@ class RocoScheduler(RocoSchedulerMixin):
 
 class RocoAsyncScheduler(RocoSchedulerMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler with RoCo's chunks."""
+
+
+def _trouble_with(request: Request) -> str | None:
+    """Return why eviction cannot serve a request, None if it can."""
+    if request.resumable:
+        return (
+            "roco: streamed input is not supported, because a request's computed "
+            "length would go back to where eviction has already been. Send the whole "
+            "prompt at once, or use another --attention-backend."
+        )
+    if current_platform.is_cpu():
+        return trouble_with_seed(request.sampling_params)
+    return None
 
 
 def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) -> str:

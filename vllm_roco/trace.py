@@ -16,6 +16,25 @@ import weakref
 from pathlib import Path
 
 
+def check_path(path: str) -> None:
+    """Raise early, before an engine is started, and leave a file as it is.
+
+    Args:
+        path: The option `trace`.
+
+    Raises:
+        ValueError: The file cannot be written.
+    """
+    file = Path(path).expanduser()
+    existed = file.exists()
+    try:
+        file.open("a").close()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    if not existed:
+        file.unlink()
+
+
 class TraceWriter:
     """Writes one engine core's trace to a new file.
 
@@ -37,11 +56,7 @@ class TraceWriter:
         try:
             self._file = self.path.open("w", encoding="utf-8")
         except OSError as error:
-            raise ValueError(
-                f"roco: trace = {path!r} cannot be written: {error.strerror} "
-                f"({self.path.absolute()}). Use a file in an existing directory that "
-                "this user may write, or leave trace out."
-            ) from error
+            raise _unwritable(path, error) from error
         self._finalizer = weakref.finalize(self, self._file.close)
 
     def write(
@@ -71,3 +86,11 @@ class TraceWriter:
     def close(self) -> None:
         """Flush and close. Closing twice is harmless."""
         self._finalizer()
+
+
+def _unwritable(path: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"roco: trace = {path!r} cannot be written: {error.strerror} "
+        f"({Path(path).expanduser().absolute()}). Use a file in an existing directory "
+        "that this user may write, or leave trace out."
+    )

@@ -14,6 +14,8 @@ from vllm_roco.config import RocoConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.pooling_params import PoolingParams
+    from vllm.sampling_params import SamplingParams
 
 SCHEDULER = "vllm_roco.scheduler.RocoScheduler"
 ASYNC_SCHEDULER = "vllm_roco.scheduler.RocoAsyncScheduler"
@@ -91,6 +93,31 @@ def check_scheduler_class(vllm_config: VllmConfig) -> None:
             "prompt chunks where RoCo evicts. Leave --scheduler-cls out, or derive "
             "your class from vllm_roco.scheduler.RocoSchedulerMixin."
         )
+
+
+def trouble_with_seed(params: SamplingParams | PoolingParams | None) -> str | None:
+    """Return why a CPU cannot serve a request, None if it can.
+
+    Where a prompt is read in chunks, vLLM rewinds a request's own random generator
+    after each, which PyTorch's generators for CPUs cannot do: the engine would stop.
+
+    Args:
+        params: Of the request.
+    """
+    # it imports the platform, and the CPU platform imports this
+    from vllm.sampling_params import SamplingParams, SamplingType
+
+    if (
+        not isinstance(params, SamplingParams)
+        or params.sampling_type != SamplingType.RANDOM_SEED
+    ):
+        return None
+    return (
+        f"roco: seed = {params.seed} with temperature = {params.temperature:g} is not "
+        "supported on a CPU, where vLLM cannot read a prompt in chunks for a request "
+        "with a seed of its own. Leave seed out, use temperature 0, or start the "
+        "engine with --seed."
+    )
 
 
 def _refuse(what: str, value: object, instead: str) -> NotImplementedError:
@@ -171,25 +198,29 @@ def _check_block_size(block_size: int, config: RocoConfig) -> None:
 
 def _check_scheduling(vllm_config: VllmConfig, config: RocoConfig) -> None:
     scheduler = vllm_config.scheduler_config
+    chunk = config.chunk
+    if vllm_config.model_config is not None:
+        # no prompt is longer, for it leaves room for a token of the answer
+        chunk = min(chunk, vllm_config.model_config.max_model_len - 1)
     if not scheduler.enable_chunked_prefill:
         raise ValueError(
             "roco: enable_chunked_prefill = False is not allowed: prompts are read in "
             f"chunks of {config.chunk} tokens. Leave --no-enable-chunked-prefill out."
         )
     threshold = scheduler.long_prefill_token_threshold
-    if 0 < threshold < config.chunk:
+    if 0 < threshold < chunk:
         raise ValueError(
             f"roco: long_prefill_token_threshold = {threshold} would cut prompt "
-            f"chunks of {config.chunk} tokens short. Leave it out, use at least "
-            f"{config.chunk}, or lower roco's chunk to at most {threshold}."
+            f"chunks of {chunk} tokens short. Leave it out, use at least "
+            f"{chunk}, or lower roco's chunk to at most {threshold}."
         )
-    needed = scheduler.max_num_seqs + config.chunk
+    needed = scheduler.max_num_seqs + chunk
     for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
         limit = getattr(scheduler, name)
         if limit is not None and limit < needed:
             raise ValueError(
                 f"roco: {name} = {limit} is less than max_num_seqs + chunk = "
-                f"{scheduler.max_num_seqs} + {config.chunk} = {needed}, so running "
+                f"{scheduler.max_num_seqs} + {chunk} = {needed}, so running "
                 "sequences could keep prompts waiting for ever. Use "
                 f"--{name.replace('_', '-')} {needed} or more, or lower "
                 "--max-num-seqs or roco's chunk."

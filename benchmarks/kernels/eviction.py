@@ -45,6 +45,8 @@ BLOCK_SIZE = 16
 CLOSES = 50
 """Ends of a step in one graph: each is too short to be timed alone."""
 SAMPLES = 30
+QUEUE_CYCLES = 1_000_000
+"""Of the GPU's clock, about half a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,8 @@ def time_close(step: Step, due: int) -> Timing:
     for _ in range(SAMPLES):
         step.restore()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # the launch itself takes longer than some ends of a step: it waits in the queue
+        torch.cuda._sleep(QUEUE_CYCLES)
         start.record()
         graph.replay()
         end.record()

@@ -228,7 +228,7 @@ def run(
         seconds = time.monotonic() - started
         longest = max(longest, seconds)
         metric = PERPLEXITY if setting.cell.task == PERPLEXITY else "accuracy"
-        interval = intervals.score(metric, values)
+        interval = intervals.score(metric, tuple(values))
         table.append(
             setting.columns()
             | {k: round(v, 4) for k, v in zip(_SCORE, interval, strict=True)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the budget buys in serving, measured with vLLM's own benchmarks.
+r"""What the budget buys in serving, measured with vLLM's own benchmarks.
 
     python -m benchmarks.serving r-kv-stress --out benchmarks/results
     python -m benchmarks.serving prefill --out benchmarks/results --time-limit 300 \
@@ -7,18 +7,20 @@
 
 Every engine is vLLM's, loaded with a model's shape and random weights, which do not
 change what attention costs. Rows are appended as soon as they are known; what the table
-holds already for this GPU, vLLM and commit is left out. What follows `--` goes to every
-engine.
+holds already for this GPU, vLLM, commit and flags is left out. What follows `--` goes
+to every engine.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 from pathlib import Path
 
 from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
+from vllm_roco.config import POLICIES
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -27,9 +29,8 @@ PICTURES = REPOSITORY / "docs" / "pictures"
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--out", type=Path, required=True, help="folder of the tables")
-    engines = argparse.ArgumentParser(add_help=False, parents=[common])
+    engines = argparse.ArgumentParser(add_help=False)
+    engines.add_argument("--out", type=Path, required=True, help="folder of the tables")
     engines.add_argument(
         "--time-limit",
         type=float,
@@ -64,7 +65,10 @@ def parser() -> argparse.ArgumentParser:
         "prefill", help="time to first token, by chunk", parents=[engines]
     )
     prefill.add_argument("--chunks", type=int, nargs="+")
-    prefill.add_argument("--rounds", type=int, default=1)
+    prefill.add_argument("--policies", nargs="+", choices=POLICIES, default=["roco"])
+    prefill.add_argument(
+        "--rounds", type=int, default=1, help="how often each engine has its turn"
+    )
     memory = tasks.add_parser(
         "memory", help="KV tokens held per sequence over time", parents=[engines]
     )
@@ -81,12 +85,19 @@ def parser() -> argparse.ArgumentParser:
     )
     for name, about in {
         "plot": "draw the pictures of docs/performance.md from the tables",
-        "report": "print the tables of docs/performance.md",
+        "report": "print the tables of docs/performance.md, or write them there",
     }.items():
         task = tasks.add_parser(name, help=about)
         task.add_argument("--results", type=Path, default=RESULTS)
         if name == "plot":
             task.add_argument("--out", type=Path, default=PICTURES)
+        else:
+            task.add_argument(
+                "--write", type=Path, metavar="FILE", help="put them into this page"
+            )
+    adding = tasks.add_parser("keep", help="add another folder's tables to the kept")
+    adding.add_argument("source", type=Path)
+    adding.add_argument("--results", type=Path, default=RESULTS)
     return command
 
 
@@ -100,9 +111,20 @@ def main(command: list[str]) -> int:
 
     # each needs a package that machines with a GPU may lack
     if arguments.task == "report":
-        from benchmarks.serving.report import report
+        from benchmarks.serving.report import drawn, fill, tables
 
-        print(report(arguments.results))
+        found = tables(arguments.results)
+        if arguments.write is None:
+            print("\n".join(f"## {name}\n\n{table}" for name, table in found.items()))
+        else:
+            page: Path = arguments.write
+            page.write_text(fill(page.read_text(), found, drawn(page)))
+        return 0
+    if arguments.task == "keep":
+        from benchmarks.serving.keep import keep
+
+        for path in keep(arguments.source, arguments.results):
+            print(path)
         return 0
     if arguments.task == "plot":
         from benchmarks.serving.plots import plot
@@ -126,7 +148,7 @@ def main(command: list[str]) -> int:
 
     session = Session(
         out=arguments.out,
-        facts={**machine(arguments.commit), "engine_arguments": engine_arguments},
+        facts={**machine(arguments.commit), "flags": shlex.join(engine_arguments)},
         time_limit=arguments.time_limit,
         again=arguments.again,
     )
@@ -141,8 +163,8 @@ def main(command: list[str]) -> int:
             profiling.run(arguments.out, arguments.variants, session.facts, options)
             return 0
         case "prefill":
-            chunks = arguments.chunks or list(prefill.CHUNKS)
-            plan = prefill.plan(chunks, arguments.rounds, options)
+            chunks = arguments.chunks or prefill.CHUNKS
+            plan = prefill.plan(chunks, arguments.policies, arguments.rounds, options)
         case "memory":
             plan = residency.plan(
                 arguments.model, arguments.baseline, options, arguments.out

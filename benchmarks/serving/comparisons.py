@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts rows of `serving.csv` beside their baselines: same GPU, code and work."""
+"""Puts rows of `serving.csv` beside their baselines: same GPU, code, flags, work."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 Row = dict[str, str]
 
-_SAME = (
-    *("gpu", "vllm", "commit"),
+_WORK = (
     *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
     *("num_requests", "input_len", "output_len"),
 )
-_WORK = _SAME[3:]
+_SAME = ("gpu", "vllm", "commit", "flags", *_WORK)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     """Return the newest comparison of every work, in the order of the rows.
 
     Rows are newer the later they stand; the newest of equal rows counts. Rows without a
-    baseline of the same GPU, vLLM and commit count for nothing.
+    baseline of the same GPU, vLLM, commit and flags count for nothing.
     """
     groups: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:

@@ -52,7 +52,8 @@ def plot(results: Path, out: Path) -> list[Path]:
 
     picture("throughput", throughput, found.get("r-kv-stress", []))
     picture("crossover", crossover, found.get("crossover", []))
-    picture("prefill", prefill, table("prefill"))
+    long_prompts = [row for row in table("prefill") if row["batch"] == "1"]
+    picture("prefill", prefill, long_prompts)
     picture("decode_ratio", decode_ratio, table("decode_attention"))
     picture("resident_tokens", resident_tokens, table("memory_steps"), table("memory"))
     return written
@@ -108,7 +109,7 @@ def crossover(found: Sequence[Comparison], axes: Axes) -> None:
     axes.minorticks_off()
     axes.margins(y=0.15)
     axes.set_xlabel("tokens of a sequence at its end")
-    axes.set_ylabel("output tokens per second, over stock vLLM's")
+    axes.set_ylabel("throughput over stock vLLM's")
     baseline = found[0].baseline
     axes.set_title(
         f"{baseline['model']}, {baseline['gpu']}, memory "
@@ -139,9 +140,8 @@ def resident_tokens(steps: list[Row], memory: list[Row], axes: Axes) -> None:
 
 def prefill(rows: list[Row], axes: Axes) -> None:
     """Time to first token of a long prompt against the chunk."""
-    newest = [row for row in rows if row["commit"] == rows[-1]["commit"]]
-    long = [row for row in newest if row["batch"] == "1"]
-    for index, row in enumerate(r for r in long if r["backend"] != "ROCO"):
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    for index, row in enumerate(r for r in rows if r["backend"] != "ROCO"):
         axes.axhspan(
             float(row["ttft_low_ms"]),
             float(row["ttft_high_ms"]),
@@ -149,7 +149,7 @@ def prefill(rows: list[Row], axes: Axes) -> None:
             label=None if index else row["backend"],
         )
     roco = sorted(
-        (row for row in long if row["backend"] == "ROCO"),
+        (row for row in rows if row["policy"] == "roco"),
         key=lambda row: int(row["chunk"]),
     )
     middle = [float(row["ttft_ms"]) for row in roco]
@@ -170,7 +170,7 @@ def prefill(rows: list[Row], axes: Axes) -> None:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("chunk, tokens")
     axes.set_ylabel("time to first token, ms")
-    axes.set_title(f"a prompt of {long[0]['input_len']} tokens", fontsize=9)
+    axes.set_title(f"a prompt of {rows[0]['input_len']} tokens", fontsize=9)
 
 
 def decode_ratio(rows: list[Row], axes: Axes) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -83,14 +84,18 @@ class Case:
         }
 
 
-def cases(chunks: list[int]) -> list[Case]:
+def cases(chunks: Sequence[int], policies: Sequence[str] = ("roco",)) -> list[Case]:
     """Return prompts below the budget, then one far above it at every chunk."""
     short, long = Requests(8, 2048, 1), Requests(1, 16384, 1)
     return [
         Case(short),
-        Case(short, policy="roco", budget=4096),
+        *(Case(short, policy=policy, budget=4096) for policy in policies),
         Case(long),
-        *(Case(long, policy="roco", chunk=chunk) for chunk in chunks),
+        *(
+            Case(long, policy=policy, chunk=chunk)
+            for chunk in chunks
+            for policy in policies
+        ),
     ]
 
 
@@ -116,7 +121,9 @@ def measure(case: Case, options: Options) -> dict[str, object]:
     }
 
 
-def plan(chunks: list[int], rounds: int, options: Options) -> Plan:
+def plan(
+    chunks: Sequence[int], policies: Sequence[str], rounds: int, options: Options
+) -> Plan:
     """Return every case once a round: a drift of the clock meets all of them."""
     return Plan(
         name="prefill",
@@ -125,6 +132,6 @@ def plan(chunks: list[int], rounds: int, options: Options) -> Plan:
         measurements=[
             (case.columns(number), partial(measure, case, options))
             for number in range(1, rounds + 1)
-            for case in cases(chunks)
+            for case in cases(chunks, policies)
         ],
     )

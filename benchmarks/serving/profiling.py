@@ -77,7 +77,7 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     )
     return [
         *engine,
-        # a chunk of every prompt in each step, so that the rows keep together
+        # few steps for all prompts, so that the rows keep near together
         f"--max-num-batched-tokens={REQUESTS.count * RocoConfig.chunk}",
         f"--batch-size={REQUESTS.count}",
         f"--input-len={REQUESTS.input_len}",
@@ -144,7 +144,7 @@ def split(steps: list[Step]) -> dict[str, list[Step]]:
     for step, time in zip(steps, moving, strict=True):
         parts["evicting" if time > 5 * usual else "decode"].append(step)
     if parts["evicting"]:
-        # rows that fell behind evict a step apart: the fullest step counts
+        # prompts that were read later evict later: the fullest step counts
         parts["evicting"] = [max(parts["evicting"], key=lambda s: sum(s[MOVE]))]
     return parts
 

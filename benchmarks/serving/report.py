@@ -1,45 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md, from the CSV files."""
+"""The tables of docs/performance.md, from the CSV files.
+
+The page names each table between two comments, and `fill` puts it there, below its
+picture if it has one::
+
+    <!-- table: prefill -->
+    <!-- end -->
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 from tabulate import tabulate
 
 from benchmarks.serving.comparisons import Comparison, Row, comparisons
 from benchmarks.serving.table import rows_of
+from benchmarks.serving.workloads import WORKLOADS
+
+_PLACE = re.compile(
+    r"(?P<begin><!-- table: (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
+_MISSING = "Not measured yet.\n"
+_PICTURES = {
+    "r-kv-stress": ("throughput", "Output tokens per second for each memory size"),
+    "crossover": ("crossover", "Throughput over stock vLLM's for each length"),
+    "prefill": ("prefill", "Time to first token for each chunk"),
+    "memory": ("resident_tokens", "What a sequence holds for the tokens computed"),
+    "decode_attention": ("decode_ratio", "FlashAttention 3's time over ours"),
+}
+"""Drawn by `plots` from the same rows."""
 
 
-def report(results: Path) -> str:
-    """Return markdown, a section for each table that has rows.
+def tables(results: Path) -> dict[str, str]:
+    """Return markdown by name; what has no rows is left out.
 
     Args:
-        results: Folder of the tables.
+        results: Folder of the CSV files.
     """
-    sections = [
-        *serving(rows_of(results / "serving.csv")),
-        *prefill(rows_of(results / "prefill.csv")),
-        *eviction(rows_of(results / "eviction.csv")),
-        *profile(rows_of(results / "profile.csv")),
-        *scheduler(rows_of(results / "scheduler.csv")),
-        *memory(rows_of(results / "memory.csv")),
-        *decode(rows_of(results / "decode_attention.csv")),
-    ]
-    return "\n\n".join(sections) + "\n"
+    found = serving(rows_of(results / "serving.csv"))
+    for name, table in _OTHERS.items():
+        if rows := rows_of(results / f"{name}.csv"):
+            found[name] = table(rows)
+    return found
 
 
-def serving(rows: list[Row]) -> Iterator[str]:
-    """Yield a section for each workload."""
+def drawn(page: Path) -> set[str]:
+    """Return the names of the pictures beside a page."""
+    return {picture.stem for picture in (page.parent / "pictures").glob("*.svg")}
+
+
+def fill(text: str, found: dict[str, str], pictures: Collection[str]) -> str:
+    """Return a page with its tables replaced.
+
+    Args:
+        text: Markdown with places for tables.
+        found: The tables by name.
+        pictures: Names of the pictures that have been drawn.
+
+    Raises:
+        ValueError: The page names a table that there cannot be.
+    """
+    known = {*WORKLOADS, *_OTHERS}
+
+    def replaced(place: re.Match[str]) -> str:
+        if place["name"] not in known:
+            raise ValueError(
+                f"no table is called {place['name']!r}; use one of "
+                f"{', '.join(sorted(known))}"
+            )
+        name = place["name"]
+        table = found.get(name, _MISSING)
+        picture, title = _PICTURES.get(name, ("", ""))
+        if name in found and picture in pictures:
+            table = f"![{title}](pictures/{picture}.svg)\n\n{table}"
+        return f"{place['begin']}\n{table}\n{place['end']}"
+
+    return _PLACE.sub(replaced, text)
+
+
+def serving(rows: list[Row]) -> dict[str, str]:
+    """Return the table of each workload."""
     found: dict[str, list[Comparison]] = {}
     for comparison in comparisons(rows):
         found.setdefault(comparison.baseline["workload"], []).append(comparison)
+    result = {}
     for workload, group in found.items():
         lines = [line for comparison in group for line in _serving_lines(comparison)]
-        newest = group[-1].baseline
-        yield _section(f"{workload}, {newest['model']} ({_code(newest)})", lines)
+        newest = [comparison.baseline for comparison in group]
+        captions = dict.fromkeys(f"{row['model']}, {_code(row)}" for row in newest)
+        result[workload] = _table("; ".join(captions), lines)
+    return result
 
 
 def _serving_lines(comparison: Comparison) -> Iterator[dict[str, str]]:
@@ -60,10 +114,8 @@ def _serving_lines(comparison: Comparison) -> Iterator[dict[str, str]]:
         }
 
 
-def prefill(rows: list[Row]) -> Iterator[str]:
-    """Yield the section of the times to first token, each beside FLASH_ATTN's."""
-    if not rows:
-        return
+def prefill(rows: list[Row]) -> str:
+    """Return the table of the times to first token, each beside FLASH_ATTN's."""
     rows = [row for row in rows if _code(row) == _code(rows[-1])]
     lines = []
     for (batch, length), group in _grouped(rows, "batch", "input_len"):
@@ -87,17 +139,15 @@ def prefill(rows: list[Row]) -> Iterator[str]:
                     "rounds": str(len(rounds)),
                 }
             )
-    yield _section(f"prefill ({_code(rows[-1])})", lines)
+    return _table(f"{rows[-1]['model']}, {_code(rows[-1])}", lines)
 
 
-def eviction(rows: list[Row]) -> Iterator[str]:
-    """Yield the section of a step's end."""
-    if not rows:
-        return
+def eviction(rows: list[Row]) -> str:
+    """Return the table of a step's end."""
     kinds = [name.removesuffix("_us") for name in rows[0] if name.endswith("_us")]
     lines = [
         {
-            "us": kind.replace("_", " "),
+            "what": f"{kind.replace('_', ' ')}, us",
             **{
                 row["policy"]: f"{float(row[f'{kind}_us']):.1f} "
                 f"({float(row[f'{kind}_low']):.1f} to {float(row[f'{kind}_high']):.1f})"
@@ -109,15 +159,16 @@ def eviction(rows: list[Row]) -> Iterator[str]:
     for column in ("nothing_due_share", "all_due_steps", "moved_blocks"):
         lines.append(
             {
-                "us": column.replace("_", " "),
+                "what": column.replace("_", " "),
                 **{row["policy"]: row[column] for row in rows},
             }
         )
-    yield _section(f"end of a step ({_code(rows[-1])})", lines)
+    return _table(_code(rows[-1]), lines)
 
 
-def profile(rows: list[Row]) -> Iterator[str]:
-    """Yield a section for each variant and kind of step."""
+def profile(rows: list[Row]) -> str:
+    """Return a table for each variant and kind of step."""
+    parts = []
     for (variant, step), group in _grouped(rows, "variant", "step"):
         total = sum(float(row["us"]) for row in group)
         ours = sum(float(row["share"]) for row in group if row["ours"] == "yes")
@@ -131,17 +182,18 @@ def profile(rows: list[Row]) -> Iterator[str]:
             }
             for row in group
         ]
-        yield _section(
-            f"profile of {variant}, {step} step: {total:.0f} us, ours {ours:.1%} "
-            f"({_code(group[-1])})",
-            lines,
+        parts.append(
+            _table(
+                f"{variant}, {step} step: {total:.0f} us of kernels, ours {ours:.1%}; "
+                f"{group[-1]['model']}, {_code(group[-1])}",
+                lines,
+            )
         )
+    return "\n".join(parts)
 
 
-def scheduler(rows: list[Row]) -> Iterator[str]:
-    """Yield the section of the scheduler's Python."""
-    if not rows:
-        return
+def scheduler(rows: list[Row]) -> str:
+    """Return the table of the scheduler's Python."""
     rows = [row for row in rows if _code(row) == _code(rows[-1])]
     lines = [
         {
@@ -153,25 +205,22 @@ def scheduler(rows: list[Row]) -> Iterator[str]:
         }
         for row in rows
     ]
-    yield _section(f"scheduler, {rows[-1]['cpu']} ({_code(rows[-1])})", lines)
+    return _table(f"{rows[-1]['cpu']}, {_code(rows[-1])}", lines)
 
 
-def memory(rows: list[Row]) -> Iterator[str]:
-    """Yield the section of what sequences hold."""
-    if not rows:
-        return
+def memory(rows: list[Row]) -> str:
+    """Return the table of what sequences hold."""
     columns = (
         *("model", "backend", "max_running", "preemptions"),
         *("peak_sequence_tokens", "bound_tokens", "statistics_share"),
     )
+    rows = [row for row in rows if _code(row) == _code(rows[-1])]
     lines = [{name.replace("_", " "): row[name] for name in columns} for row in rows]
-    yield _section(f"memory ({_code(rows[-1])})", lines)
+    return _table(_code(rows[-1]), lines)
 
 
-def decode(rows: list[Row]) -> Iterator[str]:
-    """Yield the section of the decode kernel."""
-    if not rows:
-        return
+def decode(rows: list[Row]) -> str:
+    """Return the table of the decode kernel."""
     ratios = [float(row["ratio"]) for row in rows]
     lines = []
     for heads, group in _grouped(rows, "q_heads", "kv_heads", "head_size"):
@@ -180,15 +229,16 @@ def decode(rows: list[Row]) -> Iterator[str]:
             line[f"{row['batch']} x {row['context']}"] = f"{float(row['ratio']):.3f}"
         lines.append(line)
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    yield _section(
-        f"decode, FlashAttention 3 over ours: geometric mean {mean:.3f}, smallest "
-        f"{min(ratios):.3f}",
+    return _table(
+        f"geometric mean {mean:.3f}, smallest {min(ratios):.3f}, {rows[-1]['gpu']}",
         lines,
     )
 
 
 def _code(row: Row) -> str:
-    return ", ".join(row[column] for column in ("gpu", "vllm", "commit"))
+    gpu = "no GPU" if row["gpu"] == "none" else row["gpu"]
+    flags = f", `{row['flags']}`" if row.get("flags") else ""
+    return f"{gpu}, vLLM {row['vllm']}, commit {row['commit']}{flags}"
 
 
 def _grouped(
@@ -209,7 +259,17 @@ def _number(text: str, digits: int) -> str:
     return f"{float(text):,.{digits}f}" if text else ""
 
 
-def _section(title: str, lines: Sequence[dict[str, str]]) -> str:
-    return f"### {title}\n\n" + tabulate(
-        lines, headers="keys", tablefmt="github", disable_numparse=True
-    )
+def _table(caption: str, lines: Sequence[dict[str, str]]) -> str:
+    rendered = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    return f"{caption}:\n\n{rendered}\n"
+
+
+_OTHERS: dict[str, Callable[[list[Row]], str]] = {
+    "prefill": prefill,
+    "eviction": eviction,
+    "profile": profile,
+    "scheduler": scheduler,
+    "memory": memory,
+    "decode_attention": decode,
+}
+"""Tables beside those of `WORKLOADS`, by the name of their CSV file."""

@@ -11,6 +11,7 @@ from vllm.benchmarks import latency, throughput
 from benchmarks.serving.counters import Counters
 from benchmarks.serving.session import Plan
 from benchmarks.serving.vllm_bench import (
+    LATENCY_WARMUPS,
     WARMUPS,
     Options,
     call,
@@ -63,7 +64,7 @@ def measure(run: Run, options: Options) -> dict[str, object]:
         options=options,
     )
     if run.workload.one_at_a_time:
-        with Counters(WARMUPS * requests.count) as counters:
+        with Counters(LATENCY_WARMUPS * requests.count) as counters:
             result = call(latency, [*engine, *latency_command(requests)])
         seconds = result["percentiles"]["50"]
     else:

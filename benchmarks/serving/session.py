@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.serving.table import Table, note_machine
 
-MACHINE = ("gpu", "vllm", "commit")
+MACHINE = ("gpu", "vllm", "commit", "flags")
 """Columns of every table: a row counts only beside rows of the same machine."""
 
 END_SECONDS = 30

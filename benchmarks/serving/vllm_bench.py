@@ -21,8 +21,9 @@ from benchmarks.serving.workloads import MODELS, Requests
 
 WARMUPS = 4
 """Requests that compile kernels and fill caches before anything is timed."""
-ITERATIONS = 10
-"""How often a batch is served whose latency is asked for."""
+LATENCY_WARMUPS = 2
+ITERATIONS = 5
+"""How often a batch is served whose latency is asked for, after the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def latency_command(requests: Requests, iterations: int = ITERATIONS) -> list[st
         f"--batch-size={requests.count}",
         f"--input-len={requests.input_len}",
         f"--output-len={requests.output_len}",
-        f"--num-iters-warmup={WARMUPS}",
+        f"--num-iters-warmup={LATENCY_WARMUPS}",
         f"--num-iters={iterations}",
     ]
 

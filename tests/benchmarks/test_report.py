@@ -11,12 +11,14 @@ import pytest
 from benchmarks.serving import prefill, serve_workloads
 from benchmarks.serving.comparisons import comparisons
 from benchmarks.serving.plots import plot
-from benchmarks.serving.report import report
+from benchmarks.serving.report import drawn, fill, tables
 from benchmarks.serving.session import MACHINE
 from benchmarks.serving.table import rows_of
 from benchmarks.serving.workloads import runs
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PAGE = REPOSITORY / "docs" / "performance.md"
 MOST_BYTES = 150 * 1024
 Row = dict[str, object]
 
@@ -36,6 +38,7 @@ def served(name: str, commit: str, **speeds: float) -> list[Row]:
             "gpu": "a GPU",
             "vllm": "1.2.3",
             "commit": commit,
+            "flags": "",
             **run.columns,
             "output_tok_s": speed,
             "ttft_ms": 10,
@@ -100,14 +103,31 @@ def test_report(tmp_path: Path) -> None:
             for number in (1, 2)
         ],
     )
-    text = " ".join(report(tmp_path).split())
+    found = tables(tmp_path)
+    assert list(found) == ["r-kv-stress", "prefill"]
+    text = " ".join("".join(found.values()).split())
     assert "FLASH_ATTN, fp8 KV cache | 120 | 1.200 |" in text
     assert "| roco | 148 | 1.480 | 10 | 2.00 | 8 | 0 |" in text
     assert "| 1 x 16384 | roco | 2048 | 1024 | 45.0 (9.0 to 31.0) | 1.500 | 2 |" in text
 
 
-def test_report_of_what_is_kept() -> None:
-    assert "decode, FlashAttention 3 over ours: geometric mean 1.0" in report(RESULTS)
+def test_fill() -> None:
+    page = "a\n<!-- table: {} -->\n{}<!-- end -->\nb\n"
+    old, new = page.format("prefill", "old\n"), page.format("prefill", "\nnew\n\n")
+    assert fill(old, {"prefill": "new\n"}, pictures=[]) == new
+    missing = page.format("prefill", "\nNot measured yet.\n\n")
+    assert fill(new, {}, pictures=["prefill"]) == missing
+    with_picture = fill(new, {"prefill": "new\n"}, pictures=["prefill"])
+    assert "(pictures/prefill.svg)\n\nnew\n" in with_picture
+    with pytest.raises(ValueError, match="'prefil'; use one of batch-1, crossover"):
+        fill(page.format("prefil", ""), {}, pictures=[])
+
+
+def test_the_page_shows_the_tables() -> None:
+    text = PAGE.read_text()
+    assert fill(text, tables(RESULTS), drawn(PAGE)) == text, (
+        "run python -m benchmarks.serving report --write docs/performance.md"
+    )
 
 
 def test_pictures(tmp_path: Path) -> None:

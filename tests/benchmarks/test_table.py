@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from benchmarks.serving.keep import keep
 from benchmarks.serving.session import MACHINE, Plan, Session
 from benchmarks.serving.table import Table, rows_of
 
@@ -16,7 +18,7 @@ from benchmarks.serving.table import Table, rows_of
 def session(
     out: Path, *, commit: str = "abc", time_limit: float = 60, again: bool = False
 ) -> Session:
-    facts = {"gpu": "a GPU", "vllm": "1.2.3", "commit": commit}
+    facts = {"gpu": "a GPU", "vllm": "1.2.3", "commit": commit, "flags": ""}
     return Session(out=out, facts=facts, time_limit=time_limit, again=again)
 
 
@@ -78,3 +80,23 @@ def test_other_columns_are_refused(tmp_path: Path) -> None:
     path.write_text("size,volume\n")
     with pytest.raises(ValueError, match=r"volume.*Move it away"):
         Table(path, key=[*MACHINE, "size"], results=["area"])
+
+
+def test_rows_of_another_folder_are_kept(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, batch in ((here, "1"), (there, "2")):
+        folder.mkdir()
+        (folder / "prefill.csv").write_text(f"batch,ttft_ms\n{batch},5\n")
+        (folder / "prefill.json").write_text(f'[{{"batch": {batch}}}]')
+        (folder / "eviction.csv").write_text(f"rows\n{batch}\n")
+    keep(there, here)
+    assert [row["batch"] for row in rows_of(here / "prefill.csv")] == ["1", "2"]
+    assert json.loads((here / "prefill.json").read_text()) == [
+        {"batch": 1},
+        {"batch": 2},
+    ]
+    assert rows_of(here / "eviction.csv") == [{"rows": "2"}]
+
+    (there / "prefill.csv").write_text("batch,seconds\n3,5\n")
+    with pytest.raises(ValueError, match="seconds.*start a new table"):
+        keep(there, here)

@@ -82,7 +82,12 @@ class Engine:
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
     def complete(
-        self, prompts: Sequence[Prompt], max_tokens: int, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        *,
+        priorities: list[int] | None = None,
+        **sampling: Any,
     ) -> list[CompletionOutput]:
         """Generate for all prompts at once; no token ends a sequence early."""
         outputs = self.llm.generate(
@@ -95,14 +100,20 @@ class Engine:
                 **sampling,
             ),
             use_tqdm=False,
+            priority=priorities,
         )
         return [output.outputs[0] for output in outputs]
 
     def generate(
-        self, prompts: Sequence[Prompt], max_tokens: int
+        self,
+        prompts: Sequence[Prompt],
+        max_tokens: int,
+        *,
+        priorities: list[int] | None = None,
     ) -> list[tuple[int, ...]]:
         """Return the generated tokens of all prompts, sent at once."""
-        return [tuple(x.token_ids) for x in self.complete(prompts, max_tokens)]
+        outputs = self.complete(prompts, max_tokens, priorities=priorities)
+        return [tuple(output.token_ids) for output in outputs]
 
     def generate_one_by_one(
         self, prompts: Sequence[Prompt], max_tokens: int

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.engine.engines import Engine
+from tests.oracle import Options
 from vllm_roco.attention import cpu
 from vllm_roco.attention.cpu_metadata import Sequence
 from vllm_roco.config import RocoConfig
@@ -38,6 +39,22 @@ def recorded_kept_blocks(engine: Engine) -> Iterator[KeptBlocks]:
         yield recorder.kept
 
 
+def num_moved_blocks(kept: KeptBlocks, options: Options) -> int:
+    """Return how many kept blocks had to leave the places that evictions freed."""
+    moved = 0
+    for evictions in kept.values():
+        evicted_before = 0
+        for num_tokens, blocks in sorted(evictions.items()):
+            evicted_after = options.evicted_blocks(num_tokens)
+            first = options.budget_blocks + evicted_before
+            moved += sum(
+                first <= block < options.budget_blocks + evicted_after
+                for block in blocks
+            )
+            evicted_before = evicted_after
+    return moved
+
+
 class _Recorder:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -52,7 +69,7 @@ class _Recorder:
         kv_caches: SequenceOf[torch.Tensor],
         schedule: EvictionSchedule,
         config: RocoConfig,
-    ) -> None:
+    ) -> int:
         """Evict, and find every block of the live table by its content before."""
         request_id = self._request_of(int(sequence.live_blocks[0]))
         num_home = schedule.budget_blocks
@@ -64,7 +81,7 @@ class _Recorder:
         full = sequence.live_blocks[: len(indices)]
         before = [_contents(cache, full) for cache in kv_caches]
 
-        self._evict(sequence, kv_caches, schedule, config)
+        num_moved = self._evict(sequence, kv_caches, schedule, config)
 
         num_evicted = sequence.evicted_after - sequence.evicted_before
         live = torch.cat((full[:num_home], full[num_home + num_evicted :]))
@@ -87,6 +104,7 @@ class _Recorder:
             sequence.num_tokens, tuple(sorted(kept))
         )
         assert first_time == tuple(sorted(kept)), "a repetition keeps other blocks"
+        return num_moved
 
     def _request_of(self, first_block: int) -> str:
         rows = self._engine.manager.req_to_blocks

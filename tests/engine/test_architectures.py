@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,26 +13,16 @@ from tests.engine.engines import running_engine
 from tests.engine.kept_blocks import recorded_kept_blocks
 from tests.engine.tiny_models import (
     CONFIGS,
+    TINY_BUDGET,
     load_for_oracle,
     random_prompt,
     save_tiny_model,
 )
-from tests.oracle import Options, generate
+from tests.oracle import generate
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
-CHUNK = 64
-OPTIONS = Options(
-    policy="roco",
-    shield="peak",
-    shield_ratio=0.5,
-    budget=128,
-    stride=32,
-    chunk=CHUNK,
-    sink=16,
-    recent=16,
-    block_size=16,
-)
+OPTIONS = replace(TINY_BUDGET, budget=128)
 LONG = [random_prompt(length, seed=length) for length in (240, 90)]
 NUM_NEW_LONG = 140
 # 150 tokens in the end, and the first eviction comes at 160
@@ -46,7 +37,7 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     oracle = [generate(model, prompt, OPTIONS, NUM_NEW_LONG) for prompt in LONG]
     # one sequence at a time, whose chunks are then the most tokens of a step
     with running_engine(
-        folder, None, max_num_seqs=1, max_num_batched_tokens=CHUNK
+        folder, None, max_num_seqs=1, max_num_batched_tokens=OPTIONS.chunk
     ) as engine:
         stock = engine.generate_one_by_one(SHORT, NUM_NEW_SHORT)
 

@@ -23,7 +23,7 @@ TIGHT = dict(max_num_batched_tokens=100)
 
 
 def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
-    """Seven requests at once need more blocks than the pool of the last run has."""
+    """Seven requests at once need more blocks than the pool of the last runs has."""
     with running_engine(tiny_llama, SMALL_BUDGET, **TIGHT) as engine:
         with recorded_kept_blocks(engine) as kept_alone:
             alone = engine.generate_one_by_one(PROMPTS, NUM_NEW)
@@ -39,22 +39,32 @@ def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
     assert kept_together == kept_alone
     assert together == alone
 
-    with (
-        running_engine(
-            tiny_llama, SMALL_BUDGET, **TIGHT, num_gpu_blocks_override=38
-        ) as engine,
-        recorded_steps(engine) as steps,
-        recorded_kept_blocks(engine) as kept_preempted,
+    # the newest request is preempted, or the one that matters least: a long one
+    for policy, prompts, priorities in (
+        ("fcfs", PROMPTS[::-1], None),
+        ("priority", PROMPTS, [len(prompt) for prompt in PROMPTS]),
     ):
-        # the newest request is preempted, here a long one
-        preempted = engine.generate(PROMPTS[::-1], NUM_NEW)
-        assert engine.num_lost_blocks == 0
-    # tokens that were generated one by one come again in chunks, and evict again
-    assert any(
-        SMALL_BUDGET.evicted_blocks(preemption.num_computed_tokens)
-        - SMALL_BUDGET.evicted_blocks(preemption.num_prompt_tokens)
-        > SMALL_BUDGET.stride_blocks
-        for preemption in steps.preemptions
-    ), "no request was preempted late enough to tell"
-    assert kept_preempted == kept_alone
-    assert preempted == alone[::-1]
+        with (
+            running_engine(
+                tiny_llama,
+                SMALL_BUDGET,
+                **TIGHT,
+                num_gpu_blocks_override=38,
+                scheduling_policy=policy,
+            ) as engine,
+            recorded_steps(engine) as steps,
+            recorded_kept_blocks(engine) as kept_preempted,
+        ):
+            tokens = engine.generate(prompts, NUM_NEW, priorities=priorities)
+            assert engine.num_lost_blocks == 0
+        # what was generated one by one comes again in chunks, and evicts again
+        assert any(
+            SMALL_BUDGET.evicted_blocks(preemption.num_computed_tokens)
+            - SMALL_BUDGET.evicted_blocks(preemption.num_prompt_tokens)
+            > SMALL_BUDGET.stride_blocks
+            for preemption in steps.preemptions
+        ), "no request was preempted late enough to tell"
+        assert kept_preempted == kept_alone
+        assert dict(zip(prompts, tokens, strict=True)) == dict(
+            zip(PROMPTS, alone, strict=True)
+        )

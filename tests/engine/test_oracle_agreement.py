@@ -3,34 +3,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tests.engine.agreement import assert_agreement
 from tests.engine.engines import running_engine
-from tests.engine.kept_blocks import recorded_kept_blocks
-from tests.engine.tiny_models import load_for_oracle, random_prompt
+from tests.engine.kept_blocks import num_moved_blocks, recorded_kept_blocks
+from tests.engine.tiny_models import TINY_BUDGET, load_for_oracle, random_prompt
 from tests.oracle import Options, generate
 from tools.passkey import build_passkey
+from vllm_roco.metrics import get_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
 
-def options(**changed: object) -> Options:
-    base: dict[str, object] = dict(
-        policy="roco",
-        shield="peak",
-        shield_ratio=0.5,
-        budget=64,
-        stride=32,
-        chunk=64,
-        sink=16,
-        recent=16,
-        block_size=16,
-    )
-    return Options(**{**base, **changed})
+def options(**changed: Any) -> Options:
+    return replace(TINY_BUDGET, **changed)
 
 
 RANDOM_MODEL = {
@@ -71,12 +63,16 @@ def test_random_model(
         generate(tiny_llama_for_oracle, prompt, options, num_new) for prompt in prompts
     ]
     with running_engine(tiny_llama, options) as engine:
+        assert get_metrics(engine.llm).moved_blocks == 0
         with recorded_kept_blocks(engine) as kept:
             alone = engine.generate_one_by_one(prompts, num_new)
         assert_agreement(prompts, alone, kept, expected)
+        moved = num_moved_blocks(kept, options)
+        assert get_metrics(engine.llm).moved_blocks == moved > 0
         with recorded_kept_blocks(engine) as kept:
             together = engine.generate(prompts, num_new)
         assert_agreement(prompts, together, kept, expected)
+        assert get_metrics(engine.llm).moved_blocks == 2 * moved
         assert engine.num_lost_blocks == 0
 
 

@@ -14,6 +14,7 @@ import pytest
 from tests.engine.engines import running_engine
 from tests.engine.steps import audited_manager, most_held_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
+from vllm_roco.metrics import get_metrics
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 
@@ -35,12 +36,15 @@ def test_two_ranks(tiny_llama: Path) -> None:
         ) as engine:
             tokens[size] = engine.generate(SHORT, NUM_NEW_SHORT)
             assert engine.manager.num_freed_blocks == 0
+            assert get_metrics(engine.llm).moved_blocks == 0
             with audited_manager(engine) as steps:
                 evicting = engine.generate(LONG, NUM_NEW_LONG)
             assert [len(x) for x in evicting] == [NUM_NEW_LONG] * len(LONG)
             assert steps.peak_held_blocks <= most_held_blocks(SMALL_BUDGET, 1)
             assert engine.num_lost_blocks == 0
             freed[size] = engine.manager.num_freed_blocks
+            # one rank counts, not each
+            assert 0 < get_metrics(engine.llm).moved_blocks <= freed[size]
             scheduled[size] = [tuple(step.values()) for step in steps.scheduled]
     assert tokens[1] == tokens[2]
     assert scheduled[1] == scheduled[2]

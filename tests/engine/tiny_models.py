@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ SMALL_BUDGET = Options(
     block_size=16,
 )
 """Evicts first at 128 tokens."""
+
+TINY_BUDGET = replace(SMALL_BUDGET, shield_ratio=0.5, budget=64, recent=16)
+"""Evicts first at 96 tokens, with less protected and less shielded."""
 
 # weights this large make attention sharp and the text varied; vLLM's own attention
 # for CPUs wants heads of a multiple of 32

@@ -11,9 +11,8 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engine.steps import recorded_steps
-from tests.engine.tiny_models import random_prompt
+from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.gpu.engines import gpu_engine
-from tests.oracle import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,17 +21,6 @@ pytestmark = [
 ]
 
 NUM_REQUESTS = 1000
-OPTIONS = Options(
-    policy="roco",
-    shield="peak",
-    shield_ratio=0.7,
-    budget=96,
-    stride=32,
-    chunk=64,
-    sink=16,
-    recent=32,
-    block_size=16,
-)
 
 
 def test_no_block_is_lost_and_no_number_is_nan(tiny_llama: Path) -> None:
@@ -51,7 +39,7 @@ def test_no_block_is_lost_and_no_number_is_nan(tiny_llama: Path) -> None:
     with (
         gpu_engine(
             tiny_llama,
-            OPTIONS,
+            SMALL_BUDGET,
             max_num_seqs=64,
             max_num_batched_tokens=1024,
             # 64 sequences that keep 6 to 8 blocks each want more
@@ -67,7 +55,7 @@ def test_no_block_is_lost_and_no_number_is_nan(tiny_llama: Path) -> None:
         assert engine.num_lost_blocks == 0
         engine.manager.check_integrity()
         assert engine.manager.num_freed_blocks > NUM_REQUESTS
-    assert len(steps.num_preemptions) > 10
+    assert len(steps.preemptions) > 10
     for output, wanted in zip(outputs, sampling, strict=True):
         completion = output.outputs[0]
         assert len(completion.token_ids) == wanted.max_tokens

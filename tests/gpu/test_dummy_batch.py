@@ -10,9 +10,8 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.engines import Engine
-from tests.engine.tiny_models import random_prompt
+from tests.engine.tiny_models import TINY_BUDGET, random_prompt
 from tests.gpu.engines import gpu_engine
-from tests.oracle import Options
 from vllm_roco.kv_cache.page import page_view
 
 pytestmark = [
@@ -21,24 +20,13 @@ pytestmark = [
     pytest.mark.usefixtures("engine_lock"),
 ]
 
-OPTIONS = Options(
-    policy="roco",
-    shield="peak",
-    shield_ratio=0.5,
-    budget=64,
-    stride=32,
-    chunk=64,
-    sink=16,
-    recent=16,
-    block_size=16,
-)
 PROMPT = random_prompt(70, seed=1)
 NUM_NEW = 120
 
 
 def test_dummy_batches_leave_the_cache_alone(tiny_llama: Path) -> None:
     """The step before may have evicted; replaying it must not evict again."""
-    with gpu_engine(tiny_llama, OPTIONS, async_scheduling=False) as engine:
+    with gpu_engine(tiny_llama, TINY_BUDGET, async_scheduling=False) as engine:
         (expected,) = engine.generate([PROMPT], NUM_NEW)
         engine.llm.llm_engine.add_request(
             "interrupted",

@@ -19,10 +19,10 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.engine.agreement import assert_agreement
 from tests.engine.steps import poisoned_free_blocks
-from tests.engine.tiny_models import random_prompt
+from tests.engine.tiny_models import TINY_BUDGET, random_prompt
 from tests.gpu.engines import EAGER, FULL_GRAPHS, PIECEWISE_GRAPHS, gpu_engine
 from tests.gpu.kept_blocks import recorded_kept_blocks
-from tests.oracle import Options, OracleResult, generate
+from tests.oracle import OracleResult, generate
 from vllm_roco.attention.backend import RocoBackend
 
 pytestmark = [
@@ -31,17 +31,6 @@ pytestmark = [
     pytest.mark.usefixtures("engine_lock"),
 ]
 
-OPTIONS = Options(
-    policy="roco",
-    shield="peak",
-    shield_ratio=0.5,
-    budget=64,
-    stride=32,
-    chunk=64,
-    sink=16,
-    recent=16,
-    block_size=16,
-)
 PROMPTS = [random_prompt(length, seed=length) for length in (230, 33, 129, 80)]
 NUM_NEW = 104
 
@@ -56,7 +45,8 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def expected(tiny_llama_for_oracle: PreTrainedModel) -> list[OracleResult]:
     return [
-        generate(tiny_llama_for_oracle, prompt, OPTIONS, NUM_NEW) for prompt in PROMPTS
+        generate(tiny_llama_for_oracle, prompt, TINY_BUDGET, NUM_NEW)
+        for prompt in PROMPTS
     ]
 
 
@@ -64,7 +54,7 @@ def expected(tiny_llama_for_oracle: PreTrainedModel) -> list[OracleResult]:
 def test_graphs_and_scheduling(
     run: str, tiny_llama: Path, expected: list[OracleResult]
 ) -> None:
-    with gpu_engine(tiny_llama, OPTIONS, **RUNS[run]) as engine:
+    with gpu_engine(tiny_llama, TINY_BUDGET, **RUNS[run]) as engine:
         with recorded_kept_blocks(engine) as kept:
             together = engine.generate(PROMPTS, NUM_NEW)
         assert_agreement(PROMPTS, together, kept, expected)
@@ -84,7 +74,7 @@ def test_token_major_pages(
     monkeypatch.setattr(
         RocoBackend, "supported_kv_cache_layouts", lambda: (KVCacheLayout.LBNHC,)
     )
-    with gpu_engine(tiny_llama, OPTIONS) as engine:
+    with gpu_engine(tiny_llama, TINY_BUDGET) as engine:
         cache = engine.kv_caches[0]
         assert cache.stride(1) < cache.stride(2), "the layout was not honoured"
         with recorded_kept_blocks(engine) as kept:
@@ -112,7 +102,7 @@ def test_no_step_waits_for_the_device(
 
         monkeypatch.setattr(owner, name, watching)
 
-    with gpu_engine(tiny_llama, OPTIONS, **EAGER) as engine:
+    with gpu_engine(tiny_llama, TINY_BUDGET, **EAGER) as engine:
         # what is compiled or bound on first use has been by then
         engine.generate(PROMPTS, NUM_NEW)
         watch(RocoCudaMetadataBuilder, "build")

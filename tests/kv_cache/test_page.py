@@ -18,6 +18,7 @@ from vllm_roco.kv_cache.page import (
     statistics_bytes,
     statistics_view,
 )
+from vllm_roco.kv_cache.spec import RocoSpec
 
 NUM_BLOCKS = 5
 NUM_LAYERS = 3
@@ -25,13 +26,26 @@ NUM_LAYERS = 3
 layouts = pytest.mark.parametrize(
     "layout", RocoBackend.supported_kv_cache_layouts(), ids=lambda layout: layout.name
 )
-shapes = pytest.mark.parametrize(
-    ("num_kv_heads", "head_size", "block_size", "dtype"),
+
+
+def spec_of(
+    num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype
+) -> RocoSpec:
+    return roco_spec(
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+    )
+
+
+specs = pytest.mark.parametrize(
+    "spec",
     [
-        pytest.param(2, 16, 16, torch.float32, id="float32"),
-        pytest.param(3, 80, 16, torch.bfloat16, id="bfloat16-3x80"),
-        pytest.param(1, 64, 32, torch.float16, id="float16-1x64"),
-        pytest.param(9, 128, 128, torch.bfloat16, id="bfloat16-9x128"),
+        pytest.param(spec_of(2, 16, 16, torch.float32), id="float32"),
+        pytest.param(spec_of(3, 80, 16, torch.bfloat16), id="bfloat16-3x80"),
+        pytest.param(spec_of(1, 64, 32, torch.float16), id="float16-1x64"),
+        pytest.param(spec_of(9, 128, 128, torch.bfloat16), id="bfloat16-9x128"),
     ],
 )
 
@@ -47,51 +61,29 @@ def test_the_tail_is_padded_to_the_alignment(num_kv_heads: int, expected: int) -
 
 
 @layouts
-@shapes
+@specs
 def test_the_tail_lies_in_the_page_behind_keys_and_values(
-    layout: KVCacheLayout,
-    num_kv_heads: int,
-    head_size: int,
-    block_size: int,
-    dtype: torch.dtype,
+    layout: KVCacheLayout, spec: RocoSpec
 ) -> None:
-    spec = roco_spec(
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        block_size=block_size,
-        dtype=dtype,
-    )
     caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
     memory = caches[0].untyped_storage().data_ptr()
     for layer, cache in enumerate(caches):
         statistics = statistics_view(cache)
-        assert statistics.shape == (NUM_BLOCKS, num_kv_heads, NUM_FIELDS)
+        assert statistics.shape == (NUM_BLOCKS, spec.num_kv_heads, NUM_FIELDS)
         assert statistics.dtype == torch.float32
         for block in range(NUM_BLOCKS):
             page = memory + (layer * NUM_BLOCKS + block) * spec.page_size_bytes
             tail = statistics[block].data_ptr() - page
             assert cache[block].data_ptr() == page
             assert tail == spec.unpadded_page_size_bytes
-            assert tail + statistics_bytes(num_kv_heads) == spec.page_size_bytes
+            assert tail + statistics_bytes(spec.num_kv_heads) == spec.page_size_bytes
             assert statistics[block].is_contiguous()
 
 
 @layouts
-@shapes
-def test_every_byte_has_one_owner(
-    layout: KVCacheLayout,
-    num_kv_heads: int,
-    head_size: int,
-    block_size: int,
-    dtype: torch.dtype,
-) -> None:
+@specs
+def test_every_byte_has_one_owner(layout: KVCacheLayout, spec: RocoSpec) -> None:
     """Tails do not overlap keys and values, nor another layer or block."""
-    spec = roco_spec(
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        block_size=block_size,
-        dtype=dtype,
-    )
     caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
     for number, cache in enumerate(caches):
         for block in range(NUM_BLOCKS):
@@ -105,20 +97,10 @@ def test_every_byte_has_one_owner(
 
 
 @layouts
-@shapes
+@specs
 def test_a_moved_page_carries_keys_values_and_tail(
-    layout: KVCacheLayout,
-    num_kv_heads: int,
-    head_size: int,
-    block_size: int,
-    dtype: torch.dtype,
+    layout: KVCacheLayout, spec: RocoSpec
 ) -> None:
-    spec = roco_spec(
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        block_size=block_size,
-        dtype=dtype,
-    )
     generator = torch.Generator().manual_seed(0)
     caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
     for cache in caches:
@@ -129,7 +111,7 @@ def test_a_moved_page_carries_keys_values_and_tail(
 
     # the last block of the second layer goes over its first one
     pages = page_view(caches[1])
-    assert pages.shape == (NUM_BLOCKS, spec.page_size_bytes // dtype.itemsize)
+    assert pages.shape == (NUM_BLOCKS, spec.page_size_bytes // spec.dtype.itemsize)
     pages[torch.tensor([0])] = pages[torch.tensor([NUM_BLOCKS - 1])]
 
     source = [0, 1, 2, 3, 4], [4, 1, 2, 3, 4], [0, 1, 2, 3, 4]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from tests.tools.demo_command import DEMO, assert_nothing_is_left, run_demo
 
@@ -78,6 +79,8 @@ def test_table_and_picture(
     assert int(footer["freed"]) == sum(row["freed"] for row in numbers)
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "vllm serve MODEL --attention-backend roco" in done.stdout
+    on_cpu = not torch.cuda.is_available()
+    assert ("tools/vllm_cpu_alias" in done.stdout) == on_cpu
     assert_nothing_is_left(environment, port)
 
 

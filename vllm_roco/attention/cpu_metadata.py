@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vllm_roco.attention.layers import LayerGroup
     from vllm_roco.eviction_schedule import EvictionSchedule
+    from vllm_roco.metrics import MovedBlocks
 
 MAX_BATCH_TOKENS = 1 << 17
 """Keys of one kv head that a batch of decodes gathers at most, padding included."""
@@ -99,6 +100,7 @@ class RocoCpuMetadata(AttentionMetadata):
     Attributes:
         schedule: The eviction arithmetic.
         layers: The layers of the group.
+        moved_blocks: Where this worker counts the blocks it moves, or None.
         batches: The step's sequences.
         evicting: The sequences that give up blocks at the end of the step.
         num_layers_done: Layers that have attended in this step.
@@ -106,6 +108,7 @@ class RocoCpuMetadata(AttentionMetadata):
 
     schedule: EvictionSchedule
     layers: LayerGroup
+    moved_blocks: MovedBlocks | None
     batches: list[Batch]
     evicting: list[Sequence]
     num_layers_done: int = field(default=0)

@@ -92,6 +92,11 @@ class CudaEviction:
         self._bound: BoundCaches | None = None
 
     @property
+    def moved(self) -> torch.Tensor:
+        """`[1]` int64 on the device, blocks moved so far, each once for all layers."""
+        return self._moved
+
+    @property
     def last_layer(self) -> str:
         """Name of the layer that closes the step."""
         return self._layers.last

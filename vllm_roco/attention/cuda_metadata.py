@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_roco.attention.cuda_eviction import CudaEviction
 from vllm_roco.attention.layers import LayerGroup, roco_spec
+from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.config import blocks_of
 from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
 from vllm_roco.ops.device import Device
@@ -183,6 +184,11 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             max_blocks=max_blocks,
             device=device,
         )
+        self._moved_blocks: DeviceMovedBlocks | None = None
+        if (moved_blocks := moved_blocks_of(vllm_config)) is not None:
+            self._moved_blocks = DeviceMovedBlocks(
+                self._eviction.moved, moved_blocks, torch.cuda.Event()
+            )
 
     def build(
         self,
@@ -191,6 +197,8 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         fast_build: bool = False,
     ) -> RocoCudaMetadata:
         """Work out the live tables and `E` on the device, without a host read."""
+        if self._moved_blocks is not None:
+            self._moved_blocks.poll()
         common = common_attn_metadata
         schedule = self._schedule
         num_rows = common.num_reqs

@@ -23,7 +23,7 @@ def evict(
     kv_caches: SequenceOf[torch.Tensor],
     schedule: EvictionSchedule,
     config: RocoConfig,
-) -> None:
+) -> int:
     """Leave nothing in the dying range that the sequence still needs.
 
     Args:
@@ -31,14 +31,18 @@ def evict(
         kv_caches: The caches of all layers of the group, after their attention.
         schedule: The eviction arithmetic.
         config: The options.
+
+    Returns:
+        The blocks that were moved, each once for all layers.
     """
     moves = torch.tensor(_moves(sequence, kv_caches, schedule, config))
     if not len(moves):
-        return
+        return 0
     source, destination = sequence.live_blocks[moves].unbind(-1)
     for kv_cache in kv_caches:
         pages = page_view(kv_cache)
         pages[destination] = pages[source]
+    return len(moves)
 
 
 def _moves(

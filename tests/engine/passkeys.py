@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers hidden in texts four times the budget, for engines on any platform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tests.engine.engines import Engine
+from tests.oracle import Options
+from tools.passkey import Passkey, build_passkey
+
+NUM_KEYS = 16
+NUM_TOKENS = 2048
+PEAK = Options(
+    policy="roco",
+    shield="peak",
+    shield_ratio=0.7,
+    budget=NUM_TOKENS // 4,
+    stride=128,
+    chunk=256,
+    sink=16,
+    recent=32,
+    block_size=16,
+)
+ARGUMENTS: dict[str, Any] = dict(
+    dtype="bfloat16",
+    max_model_len=NUM_TOKENS + 16,
+    max_num_seqs=NUM_KEYS,
+    max_num_batched_tokens=4 * PEAK.chunk + NUM_KEYS,
+)
+"""Of an engine that serves all keys at once."""
+
+
+def passkeys(tokenizer: PreTrainedTokenizerBase) -> list[Passkey]:
+    """Return `NUM_KEYS` keys, the first ones near the beginning of their prompts."""
+    return [
+        build_passkey(
+            tokenizer,
+            num_tokens=NUM_TOKENS,
+            depth=(index + 0.5) / NUM_KEYS,
+            seed=index,
+        )
+        for index in range(NUM_KEYS)
+    ]
+
+
+def keys_found(
+    engine: Engine, tokenizer: PreTrainedTokenizerBase, keys: Sequence[Passkey]
+) -> int:
+    """Return how many of the keys are told, each from a prompt of its own."""
+    freed = engine.manager.num_freed_blocks
+    answers = engine.generate([key.token_ids for key in keys], 8)
+    # E at 2,048 tokens, less a stride for the prompt that ends a line earlier
+    assert engine.manager.num_freed_blocks - freed >= len(keys) * (96 - 8)
+    assert engine.num_lost_blocks == 0
+    return sum(
+        key.is_answered_by(tokenizer.decode(answer))
+        for key, answer in zip(keys, answers, strict=True)
+    )
