@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from benchmarks.quality import intervals
+from benchmarks.quality.measured import KVPRESS_TABLE
 from benchmarks.quality.tasks import FIRST_REPORT_SEED, Problem, build
 from tools.smollm2 import smollm2_path
 
@@ -32,9 +33,7 @@ COLUMNS = (
     *("task", "context", "method", "budget_ratio", "n", "seed"),
     *("score", "ci_low", "ci_high", "kvpress"),
 )
-CELLS = (
-    ("needle", 1024, (0.5, 0.25)),
-)
+CELLS = (("needle", 1024, (0.5, 0.25)),)
 PRESSES = ("ObservedAttention", "SnapKV")
 
 
@@ -56,7 +55,7 @@ def main() -> None:
         # the only one that hands out what ObservedAttention looks at
         attn_implementation="eager",
     )
-    with (arguments.out / "kvpress.csv").open("w", newline="") as file:
+    with (arguments.out / KVPRESS_TABLE).open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for task, context, method, ratio in cells():

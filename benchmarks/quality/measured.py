@@ -13,6 +13,8 @@ from benchmarks.quality.cells import PERPLEXITY_GENERATION
 from benchmarks.quality.grid import LEAST_FULL_ACCURACY, ORACLE_METHODS
 from benchmarks.quality.table import Row
 
+KVPRESS_TABLE = "kvpress.csv"
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -24,12 +26,14 @@ class Measured:
             where that is less.
         chunk: Prompt tokens read per step there.
         default_method: What a user gets who only sets a budget.
+        kvpress: Rows of `kvpress_table`, where its table lies beside.
     """
 
     rows: tuple[Row, ...]
     stride: int
     chunk: int
     default_method: str
+    kvpress: tuple[Row, ...]
 
     @classmethod
     def read(cls, path: Path) -> Measured:
@@ -39,8 +43,13 @@ class Measured:
         method = defaults["policy"]
         if method == "roco":
             method += f"/{defaults['shield']}"
+        beside = path.with_name(KVPRESS_TABLE)
         return cls(
-            tuple(table.read(path)), defaults["stride"], defaults["chunk"], method
+            tuple(table.read(path)),
+            defaults["stride"],
+            defaults["chunk"],
+            method,
+            tuple(table.read(beside)) if beside.exists() else (),
         )
 
     def select(self, **values: object) -> list[Row]:

@@ -70,6 +70,7 @@ def sections(measured: Measured) -> dict[str, str]:
         "perplexity": _perplexity(measured),
         "generation": _generation(measured),
         "stride": _strides(measured),
+        "kvpress": _kvpress(measured),
     }
 
 
@@ -256,6 +257,20 @@ def _strides(measured: Measured) -> str:
         for labels, line in lines
     ]
     return _table(table, ["task", "method", "chunk", "n", *map(str, strides)])
+
+
+def _kvpress(measured: Measured) -> str:
+    lines = [
+        [
+            _name(row),
+            "full cache" if row["method"] == "full" else row["method"],
+            _percent(float(row["budget_ratio"])),
+            _interval(row),
+            row["n"],
+        ]
+        for row in measured.kvpress
+    ]
+    return _table(lines, ["task", "press", "kept", "accuracy", "n"])
 
 
 def _stride_lines(

@@ -102,7 +102,8 @@ def test_documents_have_places_for_what_there_is(
 
         assert document.read_text() == once
         assert "roco/peak" in once
-        assert "Not measured yet" not in once
+        # kvpress has a table of its own
+        assert once.count("Not measured yet") == once.count("report: kvpress")
 
 
 def test_a_place_for_what_there_is_not_is_refused(
