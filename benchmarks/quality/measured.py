@@ -112,13 +112,10 @@ class Measured:
         return list(dict.fromkeys((row["task"], row["context"]) for row in self.rows))
 
     def methods(self) -> list[str]:
-        """Return the plugin's methods, then the oracle's, as far as they are there."""
-        found = dict.fromkeys(row["method"] for row in self.rows)
-        oracle = [name for name in ORACLE_METHODS if name in found]
-        return [
-            *(name for name in found if name != "full" and name not in oracle),
-            *oracle,
-        ]
+        """Return the default, the plugin's others and the oracle's, if measured."""
+        found = dict.fromkeys([self.default_method, *(r["method"] for r in self.rows)])
+        names = [name for name in found if self.select(method=name) and name != "full"]
+        return sorted(names, key=lambda name: name in ORACLE_METHODS)
 
     def _has_usual_pace(self, row: Row) -> bool:
         stride = min(self.stride, int(row["budget"]))

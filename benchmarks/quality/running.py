@@ -46,14 +46,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure the full cache, then everything that it can do; see `__main__`."""
     model = arguments.model or os.environ.get(MODEL_VARIABLE) or str(smollm2_path())
     name = Path(model).resolve().name if arguments.model else DEFAULT_MODEL
+    grid = cells(
+        PRESETS[arguments.preset], model=name, seed=arguments.seed, n=arguments.n
+    )
     wanted = [
         cell
-        for cell in cells(
-            PRESETS[arguments.preset],
-            model=name,
-            seed=arguments.seed,
-            n=arguments.n,
-        )
+        for cell in grid
         if (not arguments.tasks or cell.task in arguments.tasks)
         and (
             not arguments.methods
@@ -74,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
         model, commit, folder / OUTCOMES, folder / "quality_logs"
     )
     until = time.monotonic() + arguments.time_limit
-    _write_configuration(folder / CONFIGURATION, arguments, name, commit, wanted)
+    _write_configuration(folder / CONFIGURATION, arguments, name, commit, grid)
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="cell") as bar:
         # what the full cache cannot do is not worth sweeping
         for are_full in (True, False):
@@ -92,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
                 now = outcomes.read(folder / OUTCOMES)
                 if len(now) > len(done):
                     done = now
-                    table.write(folder / TABLE, table.rows(done))
+                    table.write(folder / TABLE, table.rows(_in_order(done, grid)))
             bar.n = sum(cell in done for cell in wanted)
     missing = [c for c in todo if c not in done and can_be_swept(c, done)]
     if missing:
@@ -106,6 +104,13 @@ def can_be_swept(cell: Cell, done: dict[Cell, outcomes.Outcome]) -> bool:
         return cell.setup == FULL
     scores = full.metrics.get("accuracy")
     return scores is None or sum(scores) / len(scores) >= LEAST_FULL_ACCURACY
+
+
+def _in_order(
+    done: dict[Cell, outcomes.Outcome], grid: Iterable[Cell]
+) -> dict[Cell, outcomes.Outcome]:
+    """Return outcomes in the order of the grid, those of another run last."""
+    return {cell: done[cell] for cell in grid if cell in done} | done
 
 
 def _plan(todo: list[Cell], parallel: int) -> str:
@@ -143,7 +148,7 @@ def _write_configuration(
     arguments: argparse.Namespace,
     model: str,
     commit: str,
-    wanted: Iterable[Cell],
+    grid: Iterable[Cell],
 ) -> None:
     """Write what the figures depend on beside the code."""
     versions = {}
@@ -159,7 +164,7 @@ def _write_configuration(
         "preset": asdict(PRESETS[arguments.preset]),
         "seed": arguments.seed,
         "defaults": asdict(DEFAULTS),
-        "setups": [asdict(setup) for setup in dict.fromkeys(c.setup for c in wanted)],
+        "setups": [asdict(setup) for setup in dict.fromkeys(c.setup for c in grid)],
         "python": platform.python_version(),
         "versions": versions,
     }

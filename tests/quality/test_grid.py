@@ -150,7 +150,7 @@ def test_a_run_goes_on_where_it_stopped(
     running.run(arguments(tmp_path))
     second = table.read(tmp_path / running.TABLE)
 
-    assert first == second[: len(first)]
+    assert [row for row in second if row in first] == first
     assert len(second) == len(asked) == len(set(asked)) > before
     assert {cell.setup for cell in asked[:2]} == {FULL}
     running.run(arguments(tmp_path))
