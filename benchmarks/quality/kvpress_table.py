@@ -6,7 +6,7 @@
 
 kvpress wants an older transformers than vLLM does, hence its own environment, and its
 own table, `kvpress.csv`: memory is bounded only once the prompt has been read, and the
-first token of an answer comes from the whole cache. Runs on a CPU, about half an hour.
+first token of an answer comes from the whole cache. Runs on a CPU, a few minutes.
 """
 
 from __future__ import annotations
