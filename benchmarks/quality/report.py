@@ -20,6 +20,7 @@ from benchmarks.quality.table import Row
 
 _SECTION = re.compile(r"(<!-- report: (\w+) -->\n).*?(<!-- end of report -->)", re.S)
 _QUARTER = "0.25"
+_UNMEASURED = "Not measured yet."
 _VERDICTS = (
     (0.95, "safe on these tasks"),
     (0.8, "measure your own task first"),
@@ -132,7 +133,7 @@ def _observations(measured: Measured) -> str:
                 for row in rows
             )
             found.append(f"{_name(full)}: {float(full['score']):.2f} in full, {values}")
-    lines = [f"* **Accuracy against the budget** ({method}). {'; '.join(found)}."]
+    lines = _bullets(f"**Accuracy against the budget**, {method}", found)
     for same_chunk, chunk in ((False, "chunks as long as it"), (True, "equal chunks")):
         found = []
         for key, line in _stride_lines(measured, method, same_chunk).items():
@@ -143,11 +144,12 @@ def _observations(measured: Measured) -> str:
                 )
                 ratio = _percent(float(next(iter(line.values()))["budget_ratio"]))
                 found.append(f"{key[0]} {int(key[1]):,} at {ratio}: {values}")
-        lines.append(
-            f"* **Accuracy against the stride**, {chunk} ({method}). "
-            f"{'; '.join(found)}."
-        )
+        lines += _bullets(f"**Accuracy against the stride**, {method}, {chunk}", found)
     return "\n".join(lines)
+
+
+def _bullets(title: str, found: Sequence[str]) -> list[str]:
+    return [f"* {title}:", *(f"  * {text}" for text in found or [_UNMEASURED])]
 
 
 def _choice(measured: Measured) -> str:
@@ -330,5 +332,5 @@ def _mean(values: Sequence[float]) -> str:
 
 def _table(lines: Sequence[Sequence[object]], header: Sequence[str]) -> str:
     if not lines:
-        return "Not measured yet."
+        return _UNMEASURED
     return str(tabulate(lines, header, tablefmt="github", disable_numparse=True))
