@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention with statistics against FlashAttention 3 without.
 
-    python benchmarks/kernels/decode_attention.py --out benchmarks/results
+    python -m benchmarks.kernels.decode_attention --out benchmarks/results
 
 Needs one Hopper GPU, vLLM and, for its column, xformers. FlashAttention 3 is taken at
 its best: vLLM's own call with scheduler metadata, the fastest page size of 16 to 256,
@@ -25,10 +25,17 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import copy_bandwidth, environment, interleaved
-from sweep_decode import best_flash
-from workload import DTYPE, SHAPES, Call, Shape, Workload, allocate_pool
 
+from benchmarks.kernels.measuring import copy_bandwidth, environment, interleaved
+from benchmarks.kernels.sweep_decode import best_flash
+from benchmarks.kernels.workload import (
+    DTYPE,
+    SHAPES,
+    Call,
+    Shape,
+    Workload,
+    allocate_pool,
+)
 from vllm_roco.ops.decode_plan import plan_decode
 from vllm_roco.ops.device import Device
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How near `plan_decode` comes to the best plan of a sweep. Needs no GPU.
 
-    python benchmarks/kernels/score_plans.py DIR/decode_sweep.json
+    python -m benchmarks.kernels.score_plans DIR/decode_sweep.json
 
 A plan that was not swept is judged by the one with the nearest number of splits.
 """

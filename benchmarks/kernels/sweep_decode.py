@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the tile, splits, warps and stages of the decode kernel for every shape.
 
-    python benchmarks/kernels/sweep_decode.py --out DIR [--time-limit 480]
+    python -m benchmarks.kernels.sweep_decode --out DIR [--time-limit 480]
 
 Needs one GPU with FlashAttention 3. Kernels are compiled by as many processes as there
 are cores, every shape is checked before it is timed, and the time limit is kept by
@@ -22,10 +22,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from measuring import Timing, captured, copy_bandwidth, environment, sample
 from triton.runtime.errors import OutOfResources
-from workload import HEADS, SHAPES, Shape, Workload, allocate_pool
 
+from benchmarks.kernels.measuring import (
+    Timing,
+    captured,
+    copy_bandwidth,
+    environment,
+    sample,
+)
+from benchmarks.kernels.workload import HEADS, SHAPES, Shape, Workload, allocate_pool
 from vllm_roco.ops.decode_plan import DecodePlan
 
 FLASH_BLOCKS = (16, 32, 64, 128, 256)

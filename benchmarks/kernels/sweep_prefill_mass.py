@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds the tile of the prompt kernel, and what it costs beside FlashAttention 3.
 
-    python benchmarks/kernels/sweep_prefill_mass.py --out DIR [--time-limit 240]
+    python -m benchmarks.kernels.sweep_prefill_mass --out DIR [--time-limit 240]
 
 Needs one GPU with FlashAttention 3. Writes `prefill_mass_sweep.json`: microseconds of
 attention, and of the masses by every plan, over the same pages. That the kernel is
@@ -17,10 +17,10 @@ import json
 import time
 from pathlib import Path
 
-from measuring import Timing, captured, environment, sample
 from triton.runtime.errors import OutOfResources
-from workload import HEADS, Call, Shape, Workload, allocate_pool
 
+from benchmarks.kernels.measuring import Timing, captured, environment, sample
+from benchmarks.kernels.workload import HEADS, Call, Shape, Workload, allocate_pool
 from vllm_roco.ops.prefill_mass import PrefillPlan
 
 # sequences, queries of each, tokens attended over

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from measuring import COLD_BYTES
 
+from benchmarks.kernels.measuring import COLD_BYTES
 from vllm_roco import reference
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode import decode_attention

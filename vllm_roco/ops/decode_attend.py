@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first kernel of decode attention: attends, and notes what each block weighed.
+
+The keys of a (row, kv head) are split over several programs, each with an online
+softmax over tiles of tokens; see `decode`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+from vllm_roco.ops.decode_notes import log_sum_exp, mass_of_blocks, split_range
+from vllm_roco.ops.statistics import (
+    NUM_FIELDS,
+    read_statistics,
+    write_statistics,
+)
+
+_LOG2_E = tl.constexpr(math.log2(math.e))
+
+
+@triton.jit
+def _token_order(TILE: tl.constexpr, PIECE: tl.constexpr, WARPS: tl.constexpr):
+    """Return a tile's tokens in the order of its columns.
+
+    Warps take turns at a tile's columns, eight at a time. Dealt out like that, a piece
+    lies in one warp, which sums it up alone.
+    """
+    RUN: tl.constexpr = 8
+    column = tl.arange(0, TILE)
+    run = column // RUN
+    piece = run // (WARPS * (PIECE // RUN)) * WARPS + run % WARPS
+    return piece * PIECE + run // WARPS % (PIECE // RUN) * RUN + column % RUN
+
+
+@triton.jit
+def _by_piece(
+    columns,  # [GROUP_PADDED, TILE]
+    GROUP_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    PIECE: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """Return `[GROUP_PADDED, TILE // PIECE, PIECE]`; see `_token_order`."""
+    RUN: tl.constexpr = 8
+    runs = tl.reshape(
+        columns,
+        [GROUP_PADDED, TILE // (WARPS * PIECE), PIECE // RUN, WARPS, RUN],
+    )
+    return tl.reshape(
+        tl.permute(runs, [0, 1, 3, 2, 4]), [GROUP_PADDED, TILE // PIECE, PIECE]
+    )
+
+
+@triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "max_tiles"])
+def attend_kernel(
+    query_ptr,  # [num_rows, num_q_heads, head_size]
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    live_table_ptr,  # [num_rows, live_width] int32
+    live_lens_ptr,  # [num_rows] int32
+    evicted_before_ptr,  # [num_rows] int32
+    statistics_ptr,  # [num_blocks, num_kv_heads, NUM_FIELDS] float32
+    output_ptr,  # [num_rows, num_q_heads, head_size]
+    partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
+    notes_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
+    logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
+    soft_cap,
+    stride_query_row,
+    stride_query_head,
+    stride_cache_block,
+    stride_cache_head,
+    stride_cache_token,
+    stride_table_row,
+    stride_statistics_block,
+    stride_output_row,
+    stride_output_head,
+    max_pieces,
+    max_tiles,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    DOT_GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+    CLOSING_BLOCKS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    MEASURE: tl.constexpr,
+    WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    kv_head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    row = tl.program_id(2).to(tl.int64)
+    num_kv_heads = tl.num_programs(0)
+    num_splits = tl.num_programs(1)
+    if PDL:
+        # lets the combining kernel take its place early; it waits for this one's end
+        tl.extra.cuda.gdc_launch_dependents()
+
+    length = tl.load(live_lens_ptr + row)
+    first_tile, last_tile = split_range(length, split, num_splits, TILE)
+    # with one split, an empty row must still write its zeros
+    if SPLIT and first_tile >= last_tile:
+        return
+
+    group = tl.arange(0, DOT_GROUP)
+    dim = tl.arange(0, HEAD_PADDED)
+    token = _token_order(TILE, PIECE, WARPS)
+    head = kv_head * GROUP + group
+    query_mask = (group < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+
+    # [DOT_GROUP, HEAD_PADDED]
+    query = tl.load(
+        query_ptr
+        + row * stride_query_row
+        + head[:, None] * stride_query_head
+        + dim[None, :],
+        mask=query_mask,
+        other=0.0,
+    )
+    keys_ptr = kv_cache_ptr + kv_head * stride_cache_head
+    table_ptr = live_table_ptr + row * stride_table_row
+    max_notes = max_pieces + max_tiles
+    notes_ptr += (row * num_kv_heads + kv_head) * max_notes * GROUP
+    maxima_ptr = notes_ptr + max_pieces * GROUP
+    if MEASURE and not SPLIT:
+        # whoever sees every key closes the books itself: what it will add to is on its
+        # way while it attends
+        statistics_ptr += kv_head * NUM_FIELDS
+        index = tl.arange(0, CLOSING_BLOCKS)
+        live_block, before = read_statistics(
+            statistics_ptr,
+            stride_statistics_block,
+            table_ptr,
+            index,
+            length,
+            BLOCK_SIZE,
+        )
+
+    PIECES: tl.constexpr = TILE // PIECE
+    piece = tl.arange(0, PIECES)
+    running_max = tl.full([DOT_GROUP], float("-inf"), tl.float32)
+    # a sum for each place in the tile: they are added up once, at the end, so that no
+    # tile waits for a sum over several warps
+    running_sum = tl.zeros([DOT_GROUP, TILE], tl.float32)
+    accumulated = tl.zeros([DOT_GROUP, HEAD_PADDED], tl.float32)
+
+    # block ids are read a tile ahead, so that the loads of K and V depend on no load of
+    # their own iteration and are pipelined to the full depth
+    position = first_tile * TILE + token
+    block = tl.load(table_ptr + position // BLOCK_SIZE, mask=position < length, other=0)
+    for tile in tl.range(first_tile, last_tile):
+        position = tile * TILE + token
+        visible = position < length
+        offset = token % BLOCK_SIZE if TILE % BLOCK_SIZE == 0 else position % BLOCK_SIZE
+        slot = block.to(tl.int64) * stride_cache_block + offset * stride_cache_token
+        following = position + TILE
+        block = tl.load(
+            table_ptr + following // BLOCK_SIZE, mask=following < length, other=0
+        )
+
+        content_ptr = keys_ptr + slot[:, None] + dim[None, :]
+        content_mask = visible[:, None]
+        if HEAD_PADDED != HEAD_SIZE:
+            content_mask &= (dim < HEAD_SIZE)[None, :]
+        # keys and values are loaded alike, [TILE, HEAD_PADDED], to share addresses
+        keys = tl.load(
+            content_ptr, mask=content_mask, other=0.0, eviction_policy="evict_first"
+        )
+        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
+        if SOFT_CAP:
+            # tanh, in a form of which neither end overflows
+            growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
+            logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
+        logits = tl.where(visible[None, :], logits, float("-inf"))
+
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_max[:, None])
+        decay = tl.exp2(running_max - new_max)
+        running_sum = running_sum * decay[:, None] + weights
+        if MEASURE:
+            piece_sum = tl.sum(_by_piece(weights, DOT_GROUP, TILE, PIECE, WARPS), 2)
+            number = tile * PIECES + piece
+            tl.store(
+                notes_ptr + number[None, :] * GROUP + group[:, None],
+                piece_sum,
+                mask=(group < GROUP)[:, None] & (number * PIECE < length)[None, :],
+            )
+            tl.store(maxima_ptr + tile * GROUP + group, new_max, mask=group < GROUP)
+
+        values = tl.load(
+            content_ptr + HEAD_SIZE,
+            mask=content_mask,
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        accumulated = tl.dot(
+            weights.to(values.dtype),
+            values,
+            acc=accumulated * decay[:, None],
+            input_precision="ieee",
+        )
+        running_max = new_max
+
+    # the largest logit alone adds 1 to the sum, so only an empty row is changed here
+    total = tl.sum(running_sum, 1)
+    normalised = accumulated / tl.maximum(total, 1.0)[:, None]
+    slot_of_split = (row * num_kv_heads * GROUP + head) * num_splits + split
+    if SPLIT:
+        tl.store(
+            partial_output_ptr + slot_of_split[:, None] * HEAD_SIZE + dim[None, :],
+            normalised,
+            mask=query_mask,
+        )
+    else:
+        tl.store(
+            output_ptr
+            + row * stride_output_row
+            + head[:, None] * stride_output_head
+            + dim[None, :],
+            normalised.to(output_ptr.dtype.element_ty),
+            mask=query_mask,
+        )
+    if SPLIT or MEASURE:
+        tl.store(
+            partial_lse_ptr + slot_of_split,
+            running_max + tl.log2(total),
+            mask=group < GROUP,
+        )
+    if MEASURE and not SPLIT:
+        # what the program's other threads have noted is visible behind the barrier
+        tl.debug_barrier()
+        evicted = tl.load(evicted_before_ptr + row)
+        lse = log_sum_exp(
+            partial_lse_ptr,
+            (row * num_kv_heads + kv_head) * GROUP,
+            length,
+            num_splits,
+            GROUP,
+            GROUP_PADDED,
+            TILE,
+            1,
+        )
+        num_blocks = tl.cdiv(length, BLOCK_SIZE)
+        for first_index in range(0, num_blocks, CLOSING_BLOCKS):
+            mass = mass_of_blocks(
+                notes_ptr,
+                max_pieces,
+                index,
+                length,
+                lse,
+                GROUP,
+                GROUP_PADDED,
+                BLOCK_SIZE,
+                PIECE,
+                TILE,
+            )
+            write_statistics(
+                statistics_ptr,
+                stride_statistics_block,
+                live_block,
+                before,
+                index,
+                length,
+                1,
+                evicted,
+                mass,
+                mass * mass,
+                mass,
+                BLOCK_SIZE,
+            )
+            index = first_index + CLOSING_BLOCKS + tl.arange(0, CLOSING_BLOCKS)
+            live_block, before = read_statistics(
+                statistics_ptr,
+                stride_statistics_block,
+                table_ptr,
+                index,
+                length,
+                BLOCK_SIZE,
+            )

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two kernels of decode attention tell each other; see `decode`.
+
+The first leaves, for each split, its log-sum-exp, and for each row and kv head the
+notes, `[max_pieces + max_tiles, GROUP]` float32: the sum of every piece's weights, then
+every tile's maximum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_range(length, split, num_splits, TILE: tl.constexpr):
+    """Return the first tile of a split and the one behind its last."""
+    num_tiles = tl.cdiv(length, TILE)
+    return split * num_tiles // num_splits, (split + 1) * num_tiles // num_splits
+
+
+@triton.jit
+def log_sum_exp(
+    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
+    row_head,  # row * num_q_heads + the group's first query head
+    length,
+    num_splits,
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLITS_PADDED: tl.constexpr,
+):
+    """Return `[GROUP_PADDED]`, the log-sum-exp of a group's query heads in base 2."""
+    split = tl.arange(0, SPLITS_PADDED)
+    group = tl.arange(0, GROUP_PADDED)
+    first_tile, last_tile = split_range(length, split, num_splits, TILE)
+    used = (split < num_splits) & (first_tile < last_tile)
+    slot = (row_head + group) * num_splits
+    # [GROUP_PADDED, SPLITS_PADDED]
+    split_lse = tl.load(
+        partial_lse_ptr + slot[:, None] + split[None, :],
+        mask=(group < GROUP)[:, None] & used[None, :],
+        other=float("-inf"),
+    )
+    largest = tl.where(group < GROUP, tl.max(split_lse, 1), 0.0)
+    return largest + tl.log2(tl.sum(tl.exp2(split_lse - largest[:, None]), 1))
+
+
+@triton.jit
+def mass_of_blocks(
+    notes_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
+    max_pieces,
+    index,  # [N], places in the live table
+    length,
+    lse,  # [GROUP_PADDED] float32, base 2
+    GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PIECE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Return `[N]`, the attention mass of one query in live blocks of one kv head."""
+    PIECES: tl.constexpr = BLOCK_SIZE // PIECE
+    group = tl.arange(0, GROUP_PADDED)[None, :]
+    mass = tl.zeros(index.shape, tl.float32)
+    for piece in tl.static_range(PIECES):
+        number = (index * PIECES + piece)[:, None]
+        # [N, GROUP_PADDED]
+        noted = (number * PIECE < length) & (group < GROUP)
+        piece_sum = tl.load(notes_ptr + number * GROUP + group, mask=noted, other=0.0)
+        tile_max = tl.load(
+            notes_ptr + (max_pieces + number * PIECE // TILE) * GROUP + group,
+            mask=noted,
+            other=0.0,
+        )
+        share = tl.where(noted, piece_sum * tl.exp2(tile_max - lse[None, :]), 0.0)
+        mass += tl.sum(share, 1)
+    return mass / GROUP
