@@ -35,10 +35,7 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     folder = save_tiny_model(name, tmp_path)
     model = load_for_oracle(folder)
     oracle = [generate(model, prompt, OPTIONS, NUM_NEW_LONG) for prompt in LONG]
-    # one sequence at a time, whose chunks are then the most tokens of a step
-    with running_engine(
-        folder, None, max_num_seqs=1, max_num_batched_tokens=OPTIONS.chunk
-    ) as engine:
+    with running_engine(folder, None) as engine:
         stock = engine.generate_one_by_one(SHORT, NUM_NEW_SHORT)
 
     with running_engine(folder, OPTIONS) as engine:

@@ -51,16 +51,18 @@ def test_tokens_and_statistics(smollm2: Path, prose: str) -> None:
         tokenizer("The capital of France is")["input_ids"],
     ]
 
-    # one sequence at a time, whose chunks are then the most tokens of a step
+    # the least that RoCo takes, so that prompts are read in several steps
+    steps_of = {
+        "max_num_seqs": len(prompts),
+        "max_num_batched_tokens": len(prompts) + CHUNK,
+    }
     with (
-        running_engine(
-            smollm2, None, max_num_seqs=1, max_num_batched_tokens=CHUNK
-        ) as engine,
+        running_engine(smollm2, None, **steps_of) as engine,
         recorded_steps(engine) as stock_steps,
     ):
         expected = engine.generate_one_by_one(prompts, NUM_NEW)
 
-    with running_engine(smollm2, OPTIONS) as engine:
+    with running_engine(smollm2, OPTIONS, **steps_of) as engine:
         with measured_layers() as num_calls, recorded_steps(engine) as steps:
             alone = engine.generate_one_by_one(prompts, NUM_NEW)
         assert ends(steps.scheduled) == ends(stock_steps.scheduled)
