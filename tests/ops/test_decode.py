@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import triton
 
 from tests.ops.paged_case import (
     HEADS,
@@ -17,8 +18,9 @@ from tests.ops.paged_case import (
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
-from vllm_roco.ops.device import H100
+from vllm_roco.ops.device import H100, Device
 
+SMALL = Device(num_multiprocessors=58, capability=(8, 9), shared_memory=99 * 1024)
 PLAN = DecodePlan(tile=32, splits=3, num_warps=4, num_stages=2, dependent_launch=False)
 
 
@@ -153,17 +155,23 @@ def test_masses_of_a_step_add_up_to_one(device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("head_size", [64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_plan_is_one_the_kernels_take(
-    rows: int, head_size: int, dtype: torch.dtype
+@pytest.mark.parametrize("device", [H100, SMALL], ids=["H100", "100 KiB"])
+def test_plan_fits_the_device(
+    rows: int, head_size: int, dtype: torch.dtype, device: Device
 ) -> None:
+    tokens = 2304
     plan = plan_decode(
         num_rows=rows,
         num_kv_heads=8,
         head_size=head_size,
-        max_live_tokens=2304,
+        max_live_tokens=tokens,
         dtype=dtype,
-        device=H100,
+        device=device,
     )
+    tile_bytes = plan.tile * 2 * triton.next_power_of_2(head_size) * dtype.itemsize
+    assert tile_bytes * plan.num_stages <= device.shared_memory
     assert plan.tile in (16, 32, 64, 128)
-    assert 1 <= plan.splits <= 128
-    assert plan.dependent_launch
+    # no program without a tile of its own
+    assert plan.splits * plan.tile <= tokens
+    assert plan.splits == 1 or rows * 8 * plan.splits <= 4 * device.num_multiprocessors
+    assert plan.dependent_launch == (device is H100)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
+import triton
 
 from tests.ops.paged_case import (
     HEADS,
@@ -90,3 +93,16 @@ def test_tiles(rows: int, columns: int, device: torch.device) -> None:
     plan = PrefillPlan(rows=rows, columns=columns, num_warps=4, num_stages=2)
     case = PagedCase.build([(70, 150), (17, 17)], Heads(6, 2, 32), device)
     check(case, plan=plan)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7, 8])
+@pytest.mark.parametrize("head_size", [64, 80, 128, 256])
+@pytest.mark.parametrize("shared_memory", [99 * 1024, H100.shared_memory])
+def test_plan_fits_the_device(group: int, head_size: int, shared_memory: int) -> None:
+    device = dataclasses.replace(H100, shared_memory=shared_memory)
+    dtype = torch.bfloat16
+    plan = plan_prefill(group=group, head_size=head_size, dtype=dtype, device=device)
+    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
+    # tiles of queries, and the keys
+    used = (plan.rows * plan.num_stages + plan.columns) * row_bytes
+    assert used <= shared_memory

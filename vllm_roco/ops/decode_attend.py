@@ -12,12 +12,8 @@ import math
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.decode_notes import log_sum_exp, mass_of_blocks, split_range
-from vllm_roco.ops.statistics import (
-    NUM_FIELDS,
-    read_statistics,
-    write_statistics,
-)
+from vllm_roco.ops.decode_notes import log_sum_exp, split_range, update_statistics
+from vllm_roco.ops.statistics import NUM_FIELDS, read_statistics
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -250,31 +246,22 @@ def attend_kernel(
         )
         num_blocks = tl.cdiv(length, BLOCK_SIZE)
         for first_index in range(0, num_blocks, CLOSING_BLOCKS):
-            mass = mass_of_blocks(
+            update_statistics(
                 notes_ptr,
                 max_pieces,
-                index,
-                length,
                 lse,
-                GROUP,
-                GROUP_PADDED,
-                BLOCK_SIZE,
-                PIECE,
-                TILE,
-            )
-            write_statistics(
                 statistics_ptr,
                 stride_statistics_block,
                 live_block,
                 before,
                 index,
                 length,
-                1,
                 evicted,
-                mass,
-                mass * mass,
-                mass,
+                GROUP,
+                GROUP_PADDED,
                 BLOCK_SIZE,
+                PIECE,
+                TILE,
             )
             index = first_index + CLOSING_BLOCKS + tl.arange(0, CLOSING_BLOCKS)
             live_block, before = read_statistics(

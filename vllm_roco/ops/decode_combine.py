@@ -10,12 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.decode_notes import log_sum_exp, mass_of_blocks, split_range
-from vllm_roco.ops.statistics import (
-    NUM_FIELDS,
-    read_statistics,
-    write_statistics,
-)
+from vllm_roco.ops.decode_notes import log_sum_exp, split_range, update_statistics
+from vllm_roco.ops.statistics import NUM_FIELDS, read_statistics
 
 
 @triton.jit
@@ -133,29 +129,20 @@ def combine_kernel(
                 TILE,
                 SPLITS_PADDED,
             )
-            mass = mass_of_blocks(
+            update_statistics(
                 notes_ptr + row_kv_head * (max_pieces + max_tiles) * GROUP,
                 max_pieces,
-                index,
-                length,
                 lse,
-                GROUP,
-                GROUP_PADDED,
-                BLOCK_SIZE,
-                PIECE,
-                TILE,
-            )
-            write_statistics(
                 statistics_ptr,
                 stride_statistics_block,
                 live_block,
                 before,
                 index,
                 length,
-                1,
                 evicted,
-                mass,
-                mass * mass,
-                mass,
+                GROUP,
+                GROUP_PADDED,
                 BLOCK_SIZE,
+                PIECE,
+                TILE,
             )

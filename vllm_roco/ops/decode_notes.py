@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.statistics import write_statistics
+
 
 @triton.jit
 def split_range(length, split, num_splits, TILE: tl.constexpr):
@@ -47,19 +49,24 @@ def log_sum_exp(
 
 
 @triton.jit
-def mass_of_blocks(
+def update_statistics(
     notes_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
     max_pieces,
+    lse,  # [GROUP_PADDED] float32, base 2
+    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
+    stride_statistics_block,
+    live_block,  # [N] int64, as `read_statistics` returned them
+    before,  # [N, NUM_FIELDS] float32, likewise
     index,  # [N], places in the live table
     length,
-    lse,  # [GROUP_PADDED] float32, base 2
+    evicted,  # E at the start of the step
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Return `[N]`, the attention mass of one query in live blocks of one kv head."""
+    """Add one query's attention mass in live blocks of one kv head."""
     PIECES: tl.constexpr = BLOCK_SIZE // PIECE
     group = tl.arange(0, GROUP_PADDED)[None, :]
     mass = tl.zeros(index.shape, tl.float32)
@@ -75,4 +82,18 @@ def mass_of_blocks(
         )
         share = tl.where(noted, piece_sum * tl.exp2(tile_max - lse[None, :]), 0.0)
         mass += tl.sum(share, 1)
-    return mass / GROUP
+    mass /= GROUP
+    write_statistics(
+        statistics_ptr,
+        stride_statistics_block,
+        live_block,
+        before,
+        index,
+        length,
+        1,
+        evicted,
+        mass,
+        mass * mass,
+        mass,
+        BLOCK_SIZE,
+    )
