@@ -85,20 +85,21 @@ def test_worked_examples(
 
 
 @pytest.mark.parametrize(
-    ("computed", "prompt", "known", "chunk", "most"),
+    ("computed", "prompt", "known", "chunk", "least", "most"),
     [
-        pytest.param(0, 300, 300, 16, 80, id="up to the chunk that evicts first"),
-        pytest.param(30, 300, 300, 16, 80, id="the rest of it"),
-        pytest.param(0, 40, 40, 128, 40, id="a short prompt"),
-        pytest.param(0, 95, 95, 16, 95, id="a prompt that just evicts nothing"),
-        pytest.param(0, 90, 300, 16, 95, id="resumed: what was generated, too"),
+        pytest.param(0, 300, 300, 16, 16, 80, id="up to the chunk that evicts first"),
+        pytest.param(30, 300, 300, 16, 32, 80, id="the rest of it"),
+        pytest.param(0, 40, 40, 128, 40, 40, id="a short prompt"),
+        pytest.param(0, 95, 95, 16, 16, 95, id="a prompt that just evicts nothing"),
+        pytest.param(0, 90, 300, 16, 16, 95, id="resumed: what was generated, too"),
+        pytest.param(90, 90, 300, 16, 95, 95, id="resumed: no further than that"),
     ],
 )
-def test_while_nothing_is_evicted_a_step_may_end_anywhere(
-    computed: int, prompt: int, known: int, chunk: int, most: int
+def test_while_nothing_is_evicted_a_step_may_end_later(
+    computed: int, prompt: int, known: int, chunk: int, least: int, most: int
 ) -> None:
     ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
-    assert ends == (computed + 1, most)
+    assert ends == (least, most)
 
 
 @given(shapes, st.integers(1, 500), st.integers(0, 300))
@@ -125,6 +126,19 @@ def test_prompt_steps_end_at_multiples_whatever_was_generated(
     assert [end for end in ends if end <= prompt and end in evicting] == evicting
     places = {*expected, *range(prompt, prompt + outputs + 1)}
     assert places.issuperset(ends[1:])
+
+
+@given(shapes, st.integers(1, 500))
+def test_a_prompt_takes_no_less_than_a_chunk(
+    shape: tuple[EvictionSchedule, int], prompt: int
+) -> None:
+    """Else short prompts could for ever take what a whole chunk is waiting for."""
+    schedule, chunk = shape
+    ends = read(prompt, prompt, chunk, schedule, room=min)
+    places = {*range(0, prompt, chunk), schedule.max_live_tokens(), prompt}
+    assert places.issuperset(ends)
+    short = [after - before for before, after in pairwise(ends)]
+    assert all(taken >= min(chunk, prompt) for taken in short[:-2])
 
 
 @given(

@@ -230,6 +230,15 @@ def test_a_killed_engine_is_not_read_and_is_swept(
         assert not leftover.exists()
 
 
+def test_a_folder_among_the_files_is_left_alone(directory: Path) -> None:
+    publisher().close()
+    folder = directory / "folder"
+    folder.mkdir()
+    with contextlib.closing(publisher(engine=7)):
+        assert [engine.engine for engine in read_engines()] == [7]
+    assert folder.is_dir()
+
+
 def test_engines_that_start_together_do_not_sweep_each_other() -> None:
     code = (
         "from vllm_roco.metrics import MetricsPublisher, read_engines\n"

@@ -3,7 +3,7 @@
 
 Eviction happens at the end of a step, so what a sequence keeps depends on where its
 steps end from the first eviction on. These places depend on the sequence alone, never
-on who else is scheduled. Before it, any step will do.
+on who else is scheduled. Before it, longer steps come to the same but for rounding.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ def next_step_ends(
 ) -> tuple[int, int]:
     """Return the least and the greatest length at which the next step may end.
 
-    While nothing is evicted, a step may end anywhere up to the last place before the
-    first eviction at which it has to. From there on prompt chunks end at multiples of
-    `chunk` and at the prompt's end, so both lengths are one. Tokens that were generated
+    A step of a prompt ends at the next multiple of `chunk` or at the prompt's end.
+    While nothing is evicted it may also end later, up to the last such place before the
+    first eviction; never sooner, so that no request lives on what others leave and
+    keeps them waiting. From there on both lengths are one. Tokens that were generated
     before a preemption are read again in chunks that also end where `E` grows: the
     first run took them one by one and evicted exactly there.
 
@@ -30,19 +31,19 @@ def next_step_ends(
         num_computed_tokens: Tokens computed so far, fewer than `num_tokens`.
         num_prompt_tokens: Tokens of the prompt.
         num_tokens: All known tokens: the prompt and what was generated already.
-        chunk: Most tokens per step, once something is evicted.
+        chunk: Tokens per step, at most once something is evicted.
         schedule: The eviction arithmetic.
     """
+    end = min(num_tokens, (num_computed_tokens // chunk + 1) * chunk)
+    if num_computed_tokens < num_prompt_tokens:
+        end = min(end, num_prompt_tokens)
+    else:
+        end = min(end, schedule.next_eviction(num_computed_tokens))
     free = schedule.max_live_tokens()
     if num_prompt_tokens > free:
         # the chunk that evicts first is a whole one
         free = free // chunk * chunk
     free = min(free, num_tokens)
     if num_computed_tokens < free:
-        return num_computed_tokens + 1, free
-    end = min(num_tokens, (num_computed_tokens // chunk + 1) * chunk)
-    if num_computed_tokens < num_prompt_tokens:
-        end = min(end, num_prompt_tokens)
-    else:
-        end = min(end, schedule.next_eviction(num_computed_tokens))
+        return min(end, free), free
     return end, end

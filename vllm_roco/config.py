@@ -32,7 +32,8 @@ class RocoConfig:
         shield_ratio: Share of the budget that the first stage shields, 0 to 1.
         budget: KV tokens kept per sequence; a multiple of the block size.
         stride: Tokens evicted at a time; a multiple of the block size.
-        chunk: Prompt tokens read per step; a multiple of the block size.
+        chunk: Prompt tokens read per step once something is evicted, and the least
+            before; a multiple of the block size.
         sink: First tokens of a sequence that are never evicted.
         recent: Newest tokens of a sequence that are never evicted.
         trace: File that receives one JSON line per scheduled request and step, or

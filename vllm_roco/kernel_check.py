@@ -16,10 +16,11 @@ from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.device import H100, Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.prefill_attention import prefill_attention
-from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
 from vllm_roco.ops.select_victims import SCORES, first_statistics, select_victims
 
 BLOCK_SIZE = 16
@@ -130,7 +131,12 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         evicted_before=_int32([0], device),
         statistics=statistics,
         max_live_tokens=length,
-        plan=PrefillPlan(rows=64, columns=64, num_warps=4, num_stages=2),
+        plan=plan_prefill(
+            group=GROUP,
+            head_size=HEAD_SIZE,
+            dtype=dtype,
+            device=Device.of(device) if device.type == "cuda" else H100,
+        ),
         scale=SCALE,
     )
     _assert_step(query, cache, table[0], length, output, statistics, expected)

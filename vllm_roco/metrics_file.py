@@ -197,6 +197,8 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _sweep(directory: Path) -> None:
     for path in directory.iterdir():
+        if not path.is_file():
+            continue
         descriptor = _open(path)
         if descriptor is None:
             continue

@@ -107,7 +107,7 @@ class RocoSchedulerMixin(Scheduler):
         if request.has_encoder_inputs:
             # an input item may end a chunk early for good; waiting would be for ever
             return allowed
-        return allowed if allowed >= least - num_computed_tokens else 0
+        return max(0, allowed) if allowed >= least - num_computed_tokens else 0
 
     def add_request(self, request: Request) -> None:
         """Take a request, or refuse it alone if eviction cannot serve it."""

@@ -169,12 +169,19 @@ def _choice(measured: Measured) -> str:
         lines.append(
             [
                 _percent(ratio),
+                ", ".join(_name(row) for row in rows),
                 _mean([float(row["of_full"]) for row in rows]),
                 f"{_interval(worst, 'of_full')} ({_name(worst)})",
                 verdict,
             ]
         )
-    header = ["budget / context", "of the full cache, mean", "worst task", "verdict"]
+    header = [
+        "budget / context",
+        "measured",
+        "of the full cache, mean",
+        "worst task",
+        "verdict",
+    ]
     return _table(lines, header)
 
 

@@ -21,6 +21,7 @@ from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
 from vllm_roco.ops.device import H100, Device
 
 SMALL = Device(num_multiprocessors=58, capability=(8, 9), shared_memory=99 * 1024)
+TINY = Device(num_multiprocessors=40, capability=(7, 5), shared_memory=64 * 1024)
 PLAN = DecodePlan(tile=32, splits=3, num_warps=4, num_stages=2, dependent_launch=False)
 
 
@@ -155,7 +156,7 @@ def test_masses_of_a_step_add_up_to_one(device: torch.device) -> None:
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("head_size", [64, 80, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("device", [H100, SMALL], ids=["H100", "100 KiB"])
+@pytest.mark.parametrize("device", [H100, SMALL, TINY], ids=["H100", "99", "64 KiB"])
 def test_plan_fits_the_device(
     rows: int, head_size: int, dtype: torch.dtype, device: Device
 ) -> None:

@@ -41,7 +41,7 @@ class RocoSpec(AttentionSpec):
     Attributes:
         budget: Tokens kept per sequence.
         stride: Tokens evicted at a time.
-        chunk: Most prompt tokens of one sequence in one step.
+        chunk: Most prompt tokens of one sequence in one step, once it evicts.
         has_statistics: Whether pages carry a tail of attention statistics.
         max_steps_in_flight: Steps that may be scheduled but not yet processed.
     """

@@ -137,8 +137,13 @@ def plan_decode(
 
     def fitting(tile: int, splits: int, num_stages: int) -> DecodePlan:
         tile = max(16, min(128, tile))
-        while tile > 16 and tile * token_bytes * num_stages > device.shared_memory:
-            tile //= 2
+        while tile * token_bytes * num_stages > device.shared_memory:
+            if tile > 16:
+                tile //= 2
+            elif num_stages > 1:
+                num_stages -= 1
+            else:
+                break
         dependent_launch = device.capability >= (9, 0)
         return DecodePlan(tile, splits, 4, num_stages, dependent_launch)
 

@@ -26,8 +26,9 @@ class Device:
     @classmethod
     def of(cls, device: torch.device) -> Device:
         """Ask a device."""
-        properties = torch.cuda.get_device_properties(device)
-        limits = driver.active.utils.get_device_properties(device.index or 0)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        properties = torch.cuda.get_device_properties(index)
+        limits = driver.active.utils.get_device_properties(index)
         return cls(
             num_multiprocessors=properties.multi_processor_count,
             capability=(properties.major, properties.minor),
