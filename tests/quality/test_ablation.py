@@ -23,10 +23,10 @@ from benchmarks.quality.ablation import (
 )
 from benchmarks.quality.candidates import CANDIDATES, DEFAULT
 from benchmarks.quality.cells import PERPLEXITY
-from benchmarks.quality.oracle import Keep
+from benchmarks.quality.oracle import Keep, Oracle
 from benchmarks.quality.oracle.rule import rule_of
 from benchmarks.quality.paired import compare_answers, compare_nats
-from tests.quality.tiny_model import save_tiny_model
+from tests.quality.tiny_model import prompts, save_tiny_model
 from vllm_roco.config import RocoConfig
 
 PHASE = Phase("trial", (Cell("passkey", 256, 0.5), Cell(PERPLEXITY, 128, 0.5)), 2, 1)
@@ -47,6 +47,17 @@ def test_every_candidate_fits_every_cell_and_changes_something(name: str) -> Non
         assert keep.method == "full" or rule_of(keep)
     plain = [Keep("roco", budget) for budget in budgets]
     assert (keeps == plain) == (name == DEFAULT)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_every_candidate_keeps_its_budget(name: str, tiny_oracle: Oracle) -> None:
+    keep = CANDIDATES[name].keep(256)
+    lengths = (520, 390)
+    kept = tiny_oracle.kept(prompts(lengths), keep)
+    for length, positions in zip(lengths, kept, strict=True):
+        assert positions.shape[-1] == length - keep.evicted_tokens(length)
+        assert (positions.diff(dim=-1) > 0).all()
 
 
 def test_candidates_are_known_by_their_name() -> None:

@@ -81,7 +81,7 @@ def choose_survivors(
     if rule.second == "age":
         second = first.float()
     elif rule.second == "random":
-        second = _random(first.shape, due, seeds).to(first.device)
+        second = _random(first.shape, rule.unit, due, seeds).to(first.device)
     else:
         second = shared(rule.second, rule.second_heads)
     order = _rank(second.masked_fill(~exposed, torch.inf))
@@ -147,7 +147,9 @@ def _rank(values: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(order).scatter(-1, order, places)
 
 
-def _random(shape: torch.Size, due: Due, seeds: Sequence[int]) -> torch.Tensor:
+def _random(
+    shape: torch.Size, unit: int, due: Due, seeds: Sequence[int]
+) -> torch.Tensor:
     """Return uniform numbers that do not depend on who else is in the batch."""
     generator = torch.Generator()
     numbers = torch.zeros(shape)
@@ -156,5 +158,7 @@ def _random(shape: torch.Size, due: Due, seeds: Sequence[int]) -> torch.Tensor:
         zip(due.computed, due.live, seeds, strict=True)
     ):
         generator.manual_seed(seed + computed)
-        numbers[:, i, :, :live] = torch.rand(layers, heads, live, generator=generator)
+        entries = -(-live // unit)
+        drawn = torch.rand(layers, heads, entries, generator=generator)
+        numbers[:, i, :, :entries] = drawn
     return numbers
