@@ -14,6 +14,7 @@ from benchmarks.quality.grid import LEAST_FULL_ACCURACY, ORACLE_METHODS
 from benchmarks.quality.table import Row
 
 KVPRESS_TABLE = "kvpress.csv"
+ABLATION_TABLE = "ablation_summary.csv"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Measured:
         chunk: Prompt tokens read per step there.
         default_method: What a user gets who only sets a budget.
         kvpress: Rows of `kvpress_table`, where its table lies beside.
+        ablation: Rows of the ablation's summary, likewise.
     """
 
     rows: tuple[Row, ...]
@@ -34,6 +36,7 @@ class Measured:
     chunk: int
     default_method: str
     kvpress: tuple[Row, ...]
+    ablation: tuple[Row, ...]
 
     @classmethod
     def read(cls, path: Path) -> Measured:
@@ -43,13 +46,18 @@ class Measured:
         method = defaults["policy"]
         if method == "roco":
             method += f"/{defaults['shield']}"
-        beside = path.with_name(KVPRESS_TABLE)
+
+        def beside(name: str) -> tuple[Row, ...]:
+            other = path.with_name(name)
+            return tuple(table.read(other)) if other.exists() else ()
+
         return cls(
             tuple(table.read(path)),
             defaults["stride"],
             defaults["chunk"],
             method,
-            tuple(table.read(beside)) if beside.exists() else (),
+            beside(KVPRESS_TABLE),
+            beside(ABLATION_TABLE),
         )
 
     def select(self, **values: object) -> list[Row]:

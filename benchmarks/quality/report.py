@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from benchmarks.quality.ablation_report import ablation_table
 from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION
 from benchmarks.quality.grid import LEAST_FULL_ACCURACY
 from benchmarks.quality.measured import Measured
@@ -71,6 +72,7 @@ def sections(measured: Measured) -> dict[str, str]:
         "perplexity": _perplexity(measured),
         "generation": _generation(measured),
         "stride": _strides(measured),
+        "ablation": ablation_table(measured.ablation) or _UNMEASURED,
         "kvpress": _kvpress(measured),
     }
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of docs/performance.md, from the CSV files.
+"""The tables of docs/performance.md and README.md, from the CSV files.
 
-The page names each table between two comments, and `fill` puts it there, below its
+A page names each table between two comments, and `fill` puts it there, below its
 picture if it has one::
 
     <!-- table: prefill -->
@@ -25,6 +25,8 @@ _PLACE = re.compile(
     r"(?P<begin><!-- table: (?P<name>\S+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
 )
 _MISSING = "Not measured yet.\n"
+_FRONT_PAGE, _STRESS = "throughput", "r-kv-stress"
+"""A small table for a front page, and the workload that it shows."""
 _PICTURES = {
     "r-kv-stress": ("throughput", "Output tokens per second for each memory size"),
     "crossover": ("crossover", "Throughput over stock vLLM's for each length"),
@@ -64,7 +66,7 @@ def fill(text: str, found: dict[str, str], pictures: Collection[str]) -> str:
     Raises:
         ValueError: The page names a table that there cannot be.
     """
-    known = {*WORKLOADS, *_OTHERS}
+    known = {_FRONT_PAGE, *WORKLOADS, *_OTHERS}
 
     def replaced(place: re.Match[str]) -> str:
         if place["name"] not in known:
@@ -83,7 +85,7 @@ def fill(text: str, found: dict[str, str], pictures: Collection[str]) -> str:
 
 
 def serving(rows: list[Row]) -> dict[str, str]:
-    """Return the table of each workload."""
+    """Return the table of each workload, and the one for a front page."""
     found: dict[str, list[Comparison]] = {}
     for comparison in comparisons(rows):
         found.setdefault(comparison.baseline["workload"], []).append(comparison)
@@ -93,7 +95,28 @@ def serving(rows: list[Row]) -> dict[str, str]:
         newest = [comparison.baseline for comparison in group]
         captions = dict.fromkeys(f"{row['model']}, {_code(row)}" for row in newest)
         result[workload] = _table("; ".join(captions), lines)
+    if stress := found.get(_STRESS):
+        result[_FRONT_PAGE] = _front_page(stress)
     return result
+
+
+def _front_page(found: Sequence[Comparison]) -> str:
+    """Return tokens per second of every engine, a line for each memory size."""
+    names = max((list(comparison.rows) for comparison in found), key=len)
+    lines = []
+    for comparison in found:
+        share = float(comparison.baseline["gpu_memory_utilization"])
+        cells = [
+            f"{_number(comparison.rows[name]['output_tok_s'], 0)} "
+            f"({comparison.ratio(name):.2f})"
+            if name in comparison.rows
+            else ""
+            for name in names
+        ]
+        lines.append([f"{100 * share:g} %", *cells])
+    header = ["memory", *names]
+    table = tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    return f"{table}\n"
 
 
 def _serving_lines(comparison: Comparison) -> Iterator[dict[str, str]]:

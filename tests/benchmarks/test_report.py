@@ -18,7 +18,6 @@ from benchmarks.serving.workloads import runs
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
-PAGE = REPOSITORY / "docs" / "performance.md"
 MOST_BYTES = 150 * 1024
 Row = dict[str, object]
 
@@ -104,9 +103,10 @@ def test_report(tmp_path: Path) -> None:
         ],
     )
     found = tables(tmp_path)
-    assert list(found) == ["r-kv-stress", "prefill"]
+    assert list(found) == ["r-kv-stress", "throughput", "prefill"]
     text = " ".join("".join(found.values()).split())
     assert "FLASH_ATTN, fp8 KV cache | 120 | 1.200 |" in text
+    assert "| 50 % | 100 (1.00) | 120 (1.20) | 150 (1.50) | 148 (1.48) |" in text
     assert "| roco | 148 | 1.480 | 10 | 2.00 | 8 | 0 |" in text
     assert "| 1 x 16384 | roco | 2048 | 1024 | 45.0 (9.0 to 31.0) | 1.500 | 2 |" in text
 
@@ -123,10 +123,12 @@ def test_fill() -> None:
         fill(page.format("prefil", ""), {}, pictures=[])
 
 
-def test_the_page_shows_the_tables() -> None:
-    text = PAGE.read_text()
-    assert fill(text, tables(RESULTS), drawn(PAGE)) == text, (
-        "run python -m benchmarks.serving report --write docs/performance.md"
+@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
+def test_the_pages_show_the_tables(name: str) -> None:
+    page = REPOSITORY / name
+    text = page.read_text()
+    assert fill(text, tables(RESULTS), drawn(page)) == text, (
+        f"run python -m benchmarks.serving report --write {name}"
     )
 
 

@@ -21,6 +21,7 @@ from benchmarks.quality.ablation import (
     run,
     summarise,
 )
+from benchmarks.quality.ablation_report import ablation_table
 from benchmarks.quality.candidates import CANDIDATES, DEFAULT
 from benchmarks.quality.cells import PERPLEXITY
 from benchmarks.quality.oracle import Keep, Oracle
@@ -106,3 +107,39 @@ def test_comparisons_are_paired() -> None:
     assert (wilcoxon.better, wilcoxon.worse) == (4, 0)
     assert wilcoxon.p_value == pytest.approx(2 / 16)
     assert compare_nats([1.0], [1.0]).p_value == 1
+
+
+def test_the_report_tells_what_differs_and_what_is_missing() -> None:
+    def row(candidate: str, ratio: str, score: str, p_value: str) -> dict[str, str]:
+        return {
+            "phase": "screen",
+            "dtype": "bfloat16",
+            "n": "64",
+            "seed": "1000",
+            "task": "needle",
+            "context": "1024",
+            "budget_ratio": ratio,
+            "candidate": candidate,
+            "score": score,
+            "p_value": p_value,
+        }
+
+    text = ablation_table(
+        [
+            row("default", "0.25", "0.8", "1"),
+            row("default", "0.5", "0.9", "1"),
+            row("worse", "0.25", "0.2", "0.001"),
+            row("worse", "0.5", "0.85", "0.5"),
+            row("better", "0.25", "0.9", "0.04"),
+            row("better", "0.5", "0.91", "0.9"),
+            row("cut short", "0.5", "1", "0.001"),
+        ]
+    )
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0].endswith("1 more were not measured in every cell")
+    assert lines[2] == "| change | needle 1,024, 50 % | needle 1,024, 25 % |"
+    assert lines[4:] == [
+        "| `better` | 0.91 | 0.90* |",
+        "| **default** | 0.90 | 0.80 |",
+        "| `worse` | 0.85 | 0.20* |",
+    ]

@@ -102,8 +102,21 @@ def test_documents_have_places_for_what_there_is(
 
         assert document.read_text() == once
         assert "roco/peak" in once
-        # kvpress has a table of its own
-        assert once.count("Not measured yet") == once.count("report: kvpress")
+        # they have tables of their own
+        others = sum(once.count(f"report: {name}") for name in ("ablation", "kvpress"))
+        assert once.count("Not measured yet") == others
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quality.md"])
+def test_the_pages_show_the_table(name: str, tmp_path: Path) -> None:
+    page = ROOT / name
+    document = tmp_path / page.name
+    document.write_text(page.read_text())
+    fill(document, ROOT / "benchmarks" / "results" / running.TABLE)
+    assert document.read_text() == page.read_text(), (
+        "run python -m benchmarks.quality report --out benchmarks/results "
+        f"--into {name}"
+    )
 
 
 def test_a_place_for_what_there_is_not_is_refused(
