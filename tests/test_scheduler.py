@@ -136,6 +136,23 @@ def test_a_preempted_request_evicts_again_as_it_did(setup: Setup) -> None:
     driver.drain(5)
 
 
+@both
+def test_evicting_requests_do_not_preempt_each_other(setup: Setup) -> None:
+    """A request let in in the valley of a stride cost another one its cache."""
+    # room for three at their peaks, of 7 blocks, and for four in the valley between
+    spare = 3 * 7 - setup.spec().max_blocks_per_sequence
+    driver = Driver(changed(setup, spare_blocks=spare, max_num_batched_tokens=500))
+    for _ in range(6):
+        driver.add(24, 60)
+    requests = dict(driver.scheduler.requests)
+    most = 0
+    while driver.scheduler.has_unfinished_requests():
+        driver.step()
+        most = max(most, len(driver.scheduler.running))
+    assert most >= 3
+    assert [request.num_preemptions for request in requests.values()] == [0] * 6
+
+
 def test_a_resumed_request_reads_its_outputs_in_chunks() -> None:
     """Prompt of 13, preempted with 40 known: free up to 23, then where E grows."""
     driver = Driver(SYNCHRONOUS)

@@ -25,7 +25,8 @@ PROMPTS = [
     random_prompt(length, seed=length) for length in (20, 70, 96, 150, 210, 333, 480)
 ]
 NUM_NEW = 150
-SMALL_POOL = dict(num_gpu_blocks_override=40)
+# requests are let in on what is free at the moment, and then preempt each other
+SMALL_POOL = dict(num_gpu_blocks_override=40, scheduler_reserve_full_isl=False)
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ def test_alone_among_others_and_after_a_preemption(tiny_llama: Path) -> None:
                 SMALL_BUDGET,
                 **TIGHT,
                 num_gpu_blocks_override=38,
+                scheduler_reserve_full_isl=False,
                 scheduling_policy=policy,
             ) as engine,
             recorded_steps(engine) as steps,

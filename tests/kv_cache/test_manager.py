@@ -219,6 +219,102 @@ def test_admission_is_capped_by_the_bound(steps_in_flight: int) -> None:
         assert (allocated is not None) == fits
 
 
+def decode_together(
+    cache: KVCacheManager, sequences: list[Request], num_steps: int, in_flight: int
+) -> int:
+    """Decode all of them and return the most blocks that were held at once."""
+    most = 0
+    for _ in range(num_steps):
+        for sequence in sequences:
+            assert run(cache, sequence, 1, in_flight=in_flight)
+        free = cache.block_pool.get_num_free_blocks()
+        most = max(most, cache.block_pool.num_gpu_blocks - 1 - free)
+    return most
+
+
+def evicting(cache: KVCacheManager, lengths: list[int]) -> list[Request]:
+    """Return sequences that have been read and have lost their first blocks."""
+    sequences = [request(str(index)) for index in range(len(lengths))]
+    for sequence, length in zip(sequences, lengths, strict=True):
+        assert run(cache, sequence, length)
+        assert run(cache, sequence, 1)
+    return sequences
+
+
+FIRST_EVICTION = (BUDGET_BLOCKS + STRIDE_BLOCKS) * BLOCK
+PERIOD = STRIDE_BLOCKS * BLOCK
+
+
+@pytest.mark.parametrize("in_flight", [0, 1])
+@given(lengths=st.lists(st.integers(FIRST_EVICTION, 400), min_size=1, max_size=6))
+def test_growth_is_foreseen(lengths: list[int], in_flight: int) -> None:
+    """Whatever their places in the stride, no more than that will be held."""
+    cache = cache_manager()
+    sequences = evicting(cache, lengths)
+    held = NUM_BLOCKS - 1 - cache.block_pool.get_num_free_blocks()
+    ahead = roco_manager(cache).growth_ahead()
+    most = decode_together(cache, sequences, 2 * PERIOD, in_flight)
+    assert most <= held + ahead
+
+
+@pytest.mark.parametrize("length", range(FIRST_EVICTION, FIRST_EVICTION + PERIOD, 5))
+def test_no_more_than_the_growth_is_foreseen(length: int) -> None:
+    """Sequences of one length reach their peak together: all of it is needed."""
+    cache = cache_manager()
+    sequences = evicting(cache, [length] * 5)
+    held = NUM_BLOCKS - 1 - cache.block_pool.get_num_free_blocks()
+    ahead = roco_manager(cache).growth_ahead()
+    most = decode_together(cache, sequences, 2 * PERIOD, in_flight=1)
+    assert held + ahead - len(sequences) <= most <= held + ahead
+
+
+def test_nothing_is_foreseen_for_sequences_that_have_lost_nothing() -> None:
+    cache = cache_manager()
+    assert run(cache, request(), FIRST_EVICTION)
+    assert roco_manager(cache).growth_ahead() == 0
+
+
+@pytest.mark.parametrize("num_tokens", [3 * BLOCK, 40 * BLOCK])
+def test_what_an_admitted_prompt_will_take_is_foreseen(num_tokens: int) -> None:
+    """Read in steps, it takes its blocks later than it was promised them."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    reading = request("a", num_tokens)
+    most = min(num_tokens // BLOCK, manager.max_blocks_per_sequence)
+    assert cache.allocate_slots(reading, BLOCK, full_sequence_must_fit=True) is not None
+    assert manager.growth_ahead() == most - 1
+    for _ in range(num_tokens // BLOCK - 1):
+        reading.num_computed_tokens += BLOCK
+        assert cache.allocate_slots(reading, BLOCK) is not None
+        assert manager.growth_ahead() == most - manager.held.of("a")
+    reading.num_computed_tokens += BLOCK
+    # from the first decode step on it is one of those that evict, or has lost nothing
+    assert cache.allocate_slots(reading, 1) is not None
+    evicts = num_tokens > FIRST_EVICTION
+    assert (manager.growth_ahead() > 0) == evicts
+    assert manager.growth_ahead() <= STRIDE_BLOCKS
+    cache.free(reading)
+    assert manager.growth_ahead() == 0
+
+
+def test_admission_leaves_room_for_the_next_peak() -> None:
+    """Blocks that are free between two peaks are not given to another request."""
+    cache = cache_manager(one_group(roco_spec(), 1 + 2 * BUDGET_BLOCKS + 4))
+    (sequence,) = evicting(cache, [FIRST_EVICTION])
+    free = cache.block_pool.get_num_free_blocks()
+    ahead = roco_manager(cache).growth_ahead()
+    assert 0 < ahead < free
+    for num_tokens, fits in (((free - ahead) * BLOCK, True), (free * BLOCK, False)):
+        waiting = request("b", num_tokens)
+        allocated = cache.allocate_slots(
+            waiting, num_tokens, full_sequence_must_fit=True
+        )
+        assert (allocated is not None) == fits
+        cache.free(waiting)
+    # a running request is not asked to leave room for others
+    assert run(cache, sequence, 1)
+
+
 @given(
     st.lists(
         st.one_of(

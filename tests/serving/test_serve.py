@@ -42,6 +42,8 @@ def server(
         *("--max-num-seqs", "8"),
         *("--max-num-batched-tokens", "256"),
         *("--num-gpu-blocks-override", str(NUM_BLOCKS)),
+        # so that requests preempt each other
+        "--no-scheduler-reserve-full-isl",
         # a small model of few words would fill its output with spaces
         *("--structured-outputs-config.backend", "xgrammar"),
         "--structured-outputs-config.disable_any_whitespace=true",

@@ -104,6 +104,16 @@ KV_CACHE = (
     ),
     Hook(
         module=_MANAGER,
+        name="FullAttentionManager.get_num_blocks_to_allocate",
+        why="let no request in that evicting ones have no room for",
+        overrides=(
+            "request_id, num_tokens, new_computed_blocks, total_computed_tokens, "
+            "num_local_computed_tokens, num_tokens_main_model, apply_admission_cap=, "
+            "prefill_end="
+        ),
+    ),
+    Hook(
+        module=_MANAGER,
         name="FullAttentionManager.allocate_new_blocks",
         why="count the blocks that a request holds",
         overrides="request_id, num_tokens, num_tokens_main_model",

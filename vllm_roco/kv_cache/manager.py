@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from vllm_roco.kv_cache.growth import Growth
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ class RocoManager(FullAttentionManager):
         # vLLM hands the cap only to its own recycling specs
         self.max_admission_blocks_per_request = self.max_blocks_per_sequence
         self.held = HeldBlocks()
+        self._growth = Growth(self.schedule, self.held)
+        # whom vLLM would let in next: its name, known tokens and blocks
+        self._asked = ("", 0, 0)
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
         self._first_eviction = self.schedule.next_eviction(0)
@@ -66,6 +70,43 @@ class RocoManager(FullAttentionManager):
         """Home blocks are overwritten by tokens of other positions."""
         return False
 
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Return the blocks that a request needs, and on admission what others need.
+
+        vLLM asks with `apply_admission_cap` only whether all of a waiting request fits
+        (`scheduler_reserve_full_isl`).
+        """
+        blocks = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            apply_admission_cap=apply_admission_cap,
+            prefill_end=prefill_end,
+        )
+        if apply_admission_cap:
+            self._asked = (request_id, num_tokens, blocks)
+            # the look ahead is for requests that would be let in without it
+            if blocks <= self.block_pool.get_num_free_blocks():
+                blocks += self.growth_ahead()
+        return blocks
+
+    def growth_ahead(self) -> int:
+        """Return by how many blocks more than now running requests will hold."""
+        return self._growth.ahead(self._next_evictions.keys())
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -74,6 +115,8 @@ class RocoManager(FullAttentionManager):
             request_id, num_tokens, num_tokens_main_model
         )
         if blocks:
+            if self._asked[0] == request_id and not self.held.of(request_id):
+                self._growth.admit(*self._asked)
             self.held.add(request_id, len(blocks))
         return blocks
 
@@ -91,6 +134,7 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
+        self._growth.process(request_id, processed_computed_tokens)
         due = self._next_evictions.get(request_id, self._first_eviction)
         if processed_computed_tokens < due:
             return
@@ -119,6 +163,7 @@ class RocoManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
+        self._growth.drop(request_id)
         self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
