@@ -21,7 +21,8 @@ from typing import Any
 
 from vllm.benchmarks import latency
 
-from benchmarks.serving.session import MACHINE, await_engine_end
+from benchmarks.serving.session import MACHINE
+from benchmarks.serving.shared_engine import await_engine_end
 from benchmarks.serving.vllm_bench import Options, engine_command, parsed
 from benchmarks.serving.workloads import VARIANTS, Requests
 from vllm_roco import ops
@@ -67,7 +68,7 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     }
     engine = engine_command(
         model=MODEL,
-        requests=REQUESTS,
+        batches=[REQUESTS],
         backend="FLASH_ATTN" if policy is None else "ROCO",
         kv_cache_dtype=VARIANTS[variant].kv_cache_dtype,
         roco_options={} if policy is None else {"policy": policy},

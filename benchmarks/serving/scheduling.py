@@ -52,8 +52,8 @@ def plan() -> Plan:
         name="scheduler",
         key=KEY,
         results=RESULTS,
-        measurements=[
-            (columns(roco=roco), partial(measure, MODELS / WORKLOAD.model, roco=roco))
+        engines=[
+            [(columns(roco=roco), partial(measure, MODELS / WORKLOAD.model, roco=roco))]
             for roco in (False, True)
         ],
     )
