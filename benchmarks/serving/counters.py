@@ -18,12 +18,14 @@ INTERVAL = 0.02
 
 RUNNING = "vllm:num_requests_running"
 PREEMPTIONS = "vllm:num_preemptions_total"
+FINISHED = "vllm:request_success_total"
 FIRST_TOKEN = "vllm:time_to_first_token_seconds"
 LATER_TOKENS = "vllm:request_time_per_output_token_seconds"
 HISTOGRAMS = (FIRST_TOKEN, LATER_TOKENS)
 NAMES = [
     RUNNING,
     PREEMPTIONS,
+    FINISHED,
     *(f"{name}_{part}" for name in HISTOGRAMS for part in ("sum", "count")),
 ]
 
@@ -44,7 +46,7 @@ class Counters:
         num_warmups: Requests that the block serves first and that do not count.
 
     Attributes:
-        max_running: Most requests running at once.
+        max_running: Most requests running at once, once the warm-up has finished.
     """
 
     def __init__(self, num_warmups: int) -> None:
@@ -89,7 +91,9 @@ class Counters:
     def _watch(self) -> None:
         while not self._is_over.wait(INTERVAL):
             now = read()
-            self.max_running = max(self.max_running, round(now[RUNNING]))
+            # a call may have fewer requests than its warm-up
+            if now[FINISHED] - self._begin[FINISHED] >= self._num_warmups:
+                self.max_running = max(self.max_running, round(now[RUNNING]))
             # the last look before the first request that counts has a token
             first = f"{FIRST_TOKEN}_count"
             if now[first] - self._begin[first] <= self._num_warmups:

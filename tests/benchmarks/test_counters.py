@@ -27,6 +27,8 @@ class Metrics:
         mine = {"model_name": "a model", "engine": "0"}
         self.running = Gauge("vllm:num_requests_running", "", labels).labels(**mine)
         self.preemptions = Counter("vllm:num_preemptions", "", labels).labels(**mine)
+        reasons = Counter("vllm:request_success", "", [*labels, "finished_reason"])
+        self.finished = reasons.labels(**mine, finished_reason="length")
         self.first = Histogram(FIRST_TOKEN, "", labels).labels(**mine)
         self.later = Histogram(LATER_TOKENS, "", labels).labels(**mine)
 
@@ -37,7 +39,8 @@ class Metrics:
             self.first.observe(seconds)
             self.later.observe(seconds / 10)
             self.preemptions.inc()
-        self.running.set(0)
+            self.finished.inc()
+            self.running.dec()
         time.sleep(5 * INTERVAL)
 
 
@@ -53,13 +56,13 @@ def test_warm_up_does_not_count() -> None:
     assert counters.tpot_ms == pytest.approx(50)
 
 
-@pytest.mark.parametrize("num_warmups", [0, 1])
+@pytest.mark.parametrize("num_warmups", [0, 4])
 def test_calls_before_do_not_count(num_warmups: int) -> None:
     metrics = Metrics()
     metrics.serve(8, seconds=7)
     with Counters(num_warmups) as counters:
-        for _ in range(num_warmups):
-            metrics.serve(1, seconds=9)
+        if num_warmups:
+            metrics.serve(num_warmups, seconds=9)
         metrics.serve(3, seconds=0.5)
     metrics.serve(5, seconds=7)
     assert counters.max_running == 3
