@@ -25,7 +25,8 @@ class Step:
         end: Microseconds.
         kernels: Microseconds of each call of each kernel that begins in between.
         busy_us: How long the GPU worked on anything.
-        scheduler_us: How long the scheduler took that ran meanwhile, for a later step.
+        scheduler_us: How long the scheduler took that ran meanwhile, for a later step;
+            NaN if the trace does not tell.
     """
 
     start: float
@@ -95,9 +96,16 @@ def decode_steps(trace: Mapping[str, Any], batch: int) -> list[Step]:
             if begin >= step.end:
                 break
             step.busy_us += max(0.0, min(end, step.end) - max(begin, step.start))
-    for event in events:
-        ours = event.get("cat") == "user_annotation" and PREFIX in event["name"]
-        if ours and (step := step_at(event["ts"])):
+    scheduler = [
+        event
+        for event in events
+        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
+    ]
+    if not scheduler:
+        for step in steps.values():
+            step.scheduler_us = math.nan
+    for event in scheduler:
+        if step := step_at(event["ts"]):
             step.scheduler_us += event["dur"]
     return list(steps.values())
 

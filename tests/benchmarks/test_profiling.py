@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,14 @@ def test_idle_time_and_the_scheduler() -> None:
         },
         {"step_us": 100, "idle_us": 4, "scheduler_us": 7},
     ]
+
+
+def test_a_trace_without_the_scheduler_tells_no_time() -> None:
+    events = trace([2, 2])["traceEvents"]
+    others = [event for event in events if event.get("cat") != "user_annotation"]
+    (step,) = decode_steps({"traceEvents": others}, batch=2)
+    assert step.idle_us == 36
+    assert math.isnan(step.scheduler_us)
 
 
 @pytest.mark.parametrize("roco", [False, True])
