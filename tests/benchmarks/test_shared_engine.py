@@ -97,8 +97,8 @@ def test_batches_share_an_engine_and_survive_its_death(
     assert [row["max_running"] for row in rows] == ["4", "2", "2"]
     shared, alone = rows[1:]
     for column in ("output_tok_s", "ttft_ms", "tpot_ms"):
-        # other processes have the machine too
-        assert 1 / 3 < float(shared[column]) / float(alone[column]) < 3
+        # equal calls differ by 2.5 where other processes have the machine too
+        assert 1 / 5 < float(shared[column]) / float(alone[column]) < 5
 
 
 def test_an_engine_that_does_not_start_is_tried_once(smollm2: Path) -> None:
