@@ -160,7 +160,13 @@ def main(command: list[str]) -> int:
     )
     match arguments.task:
         case "profile":
-            profiling.run(arguments.out, arguments.variants, session.facts, options)
+            profiling.run(
+                arguments.out,
+                arguments.variants,
+                session.facts,
+                options,
+                session.time_limit,
+            )
             return 0
         case "prefill":
             chunks = arguments.chunks or prefill.CHUNKS

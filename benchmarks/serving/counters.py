@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads vLLM's own metrics while one of its benchmarks runs in this process."""
+"""Reads vLLM's own metrics while one of its benchmarks runs in this process.
+
+An engine's counters begin with its first call, so a call's figures are differences.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from prometheus_client import REGISTRY
-from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 INTERVAL = 0.02
 """Seconds between two looks; a look takes some 0.1 ms."""
 
 RUNNING = "vllm:num_requests_running"
 PREEMPTIONS = "vllm:num_preemptions_total"
+FINISHED = "vllm:request_success_total"
 FIRST_TOKEN = "vllm:time_to_first_token_seconds"
 LATER_TOKENS = "vllm:request_time_per_output_token_seconds"
 HISTOGRAMS = (FIRST_TOKEN, LATER_TOKENS)
 NAMES = [
     RUNNING,
     PREEMPTIONS,
+    FINISHED,
     *(f"{name}_{part}" for name in HISTOGRAMS for part in ("sum", "count")),
 ]
 
@@ -36,26 +40,26 @@ def read() -> Mapping[str, float]:
 
 
 class Counters:
-    """Watches the engine that is started and served within its `with` block.
+    """Counts what one engine does within the `with` block.
 
     Args:
-        num_warmups: Requests that are served first and do not count.
+        num_warmups: Requests that the block serves first and that do not count.
 
     Attributes:
-        max_running: Most requests running at once.
+        max_running: Most requests running at once, once the warm-up has finished.
     """
 
     def __init__(self, num_warmups: int) -> None:
         self.max_running = 0
         self._num_warmups = num_warmups
+        self._begin: Mapping[str, float] = {}
         self._warm: Mapping[str, float] = {}
         self._end: Mapping[str, float] = {}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Counters:
-        # those of an engine before
-        unregister_vllm_metrics()
+        self._begin = self._warm = read()
         self._thread.start()
         return self
 
@@ -87,9 +91,12 @@ class Counters:
     def _watch(self) -> None:
         while not self._is_over.wait(INTERVAL):
             now = read()
-            self.max_running = max(self.max_running, round(now[RUNNING]))
+            # a call may have fewer requests than its warm-up
+            if now[FINISHED] - self._begin[FINISHED] >= self._num_warmups:
+                self.max_running = max(self.max_running, round(now[RUNNING]))
             # the last look before the first request that counts has a token
-            if now[f"{FIRST_TOKEN}_count"] <= self._num_warmups:
+            first = f"{FIRST_TOKEN}_count"
+            if now[first] - self._begin[first] <= self._num_warmups:
                 self._warm = now
 
     def _counted(self, name: str) -> float:

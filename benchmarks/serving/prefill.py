@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 from vllm.benchmarks import latency
 
@@ -23,6 +24,7 @@ from vllm_roco.config import RocoConfig
 MODEL = "llama-3.1-8b"
 CHUNKS = (256, 512, 1024, 2048, 4096)
 ITERATIONS = 12
+SHORT, LONG = Requests(8, 2048, 1), Requests(1, 16384, 1)
 KEY = (
     "model",
     "batch",
@@ -85,14 +87,13 @@ class Case:
 
 
 def cases(chunks: Sequence[int], policies: Sequence[str] = ("roco",)) -> list[Case]:
-    """Return prompts below the budget, then one far above it at every chunk."""
-    short, long = Requests(8, 2048, 1), Requests(1, 16384, 1)
+    """Return stock vLLM's, then prompts below the budget, then one far above it."""
     return [
-        Case(short),
-        *(Case(short, policy=policy, budget=4096) for policy in policies),
-        Case(long),
+        Case(SHORT),
+        Case(LONG),
+        *(Case(SHORT, policy=policy, budget=4096) for policy in policies),
         *(
-            Case(long, policy=policy, chunk=chunk)
+            Case(LONG, policy=policy, chunk=chunk)
             for chunk in chunks
             for policy in policies
         ),
@@ -100,10 +101,10 @@ def cases(chunks: Sequence[int], policies: Sequence[str] = ("roco",)) -> list[Ca
 
 
 def measure(case: Case, options: Options) -> dict[str, object]:
-    """Read the case's prompts some times with an engine of their own."""
+    """Read the case's prompts some times."""
     engine = engine_command(
         model=MODEL,
-        requests=case.requests,
+        batches=[SHORT, LONG],
         backend=case.backend,
         kv_cache_dtype="auto",
         roco_options=case.roco_options,
@@ -129,9 +130,11 @@ def plan(
         name="prefill",
         key=KEY,
         results=RESULTS,
-        measurements=[
-            (case.columns(number), partial(measure, case, options))
+        engines=[
+            [(case.columns(number), partial(measure, case, options)) for case in group]
             for number in range(1, rounds + 1)
-            for case in cases(chunks, policies)
+            for _, group in groupby(
+                cases(chunks, policies), key=lambda case: case.roco_options
+            )
         ],
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a decode step's time on the GPU goes, kernel by kernel.
+"""Where a decode step's time goes: kernel by kernel, idle, and the scheduler's.
 
 vLLM's own profiler records a batch that decodes across the end of a stride. Its traces
 are kept, so that they can be read again without a GPU.
@@ -7,21 +7,23 @@ are kept, so that they can be read again without a GPU.
 
 from __future__ import annotations
 
-import bisect
 import csv
 import gzip
 import importlib
 import json
 import pkgutil
 import statistics
+import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vllm.benchmarks import latency
 
-from benchmarks.serving.session import MACHINE, await_engine_end
+from benchmarks.serving.annotated_scheduler import scheduler_class
+from benchmarks.serving.session import MACHINE
+from benchmarks.serving.shared_engine import await_engine_end
+from benchmarks.serving.trace_steps import Step, decode_steps
 from benchmarks.serving.vllm_bench import Options, engine_command, parsed
 from benchmarks.serving.workloads import VARIANTS, Requests
 from vllm_roco import ops
@@ -37,6 +39,7 @@ MACHINE_FILE = "machine.json"
 TRACES = "*.pt.trace.json.gz"
 COLUMNS = (
     *("model", "batch", "context", "variant", "step"),
+    *("step_us", "idle_us", "scheduler_us"),
     *("kernel", "ours", "calls", "us", "share"),
 )
 
@@ -67,7 +70,7 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     }
     engine = engine_command(
         model=MODEL,
-        requests=REQUESTS,
+        batches=[REQUESTS],
         backend="FLASH_ATTN" if policy is None else "ROCO",
         kv_cache_dtype=VARIANTS[variant].kv_cache_dtype,
         roco_options={} if policy is None else {"policy": policy},
@@ -79,6 +82,8 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
         *engine,
         # few steps for all prompts, so that the rows keep near together
         f"--max-num-batched-tokens={REQUESTS.count * RocoConfig.chunk}",
+        f"--scheduler-cls={scheduler_class(roco=policy is not None)}",
+        "--async-scheduling",
         f"--batch-size={REQUESTS.count}",
         f"--input-len={REQUESTS.input_len}",
         f"--output-len={REQUESTS.output_len}",
@@ -88,64 +93,16 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     ]
 
 
-Step = Mapping[str, list[float]]
-"""Microseconds of each call of each kernel."""
-
-
-def decode_steps(trace: Mapping[str, Any], batch: int) -> list[Step]:
-    """Return the kernels of every step in which all rows decode.
-
-    A step lasts until the next one's first kernel, so that sampling is part of it.
-
-    Args:
-        trace: What PyTorch's profiler wrote.
-        batch: Rows of the steps that are asked for.
-
-    Raises:
-        ValueError: The trace has no such steps.
-    """
-    events = [event for event in trace["traceEvents"] if "dur" in event]
-    work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    stream = Counter(e["tid"] for e in work if e["cat"] == "kernel").most_common(1)
-    marks = sorted(
-        (event["ts"], event["name"])
-        for event in events
-        if event.get("cat") == "gpu_user_annotation"
-        and event["name"].startswith("execute_")
-        and stream
-        and event["tid"] == stream[0][0]
-    )
-    wanted = f"execute_context_0(0)_generation_{batch}({batch})"
-    starts = [start for start, _ in marks]
-    steps: dict[int, dict[str, list[float]]] = {
-        # the last one has no end
-        index: {}
-        for index, (_, name) in enumerate(marks[:-1])
-        if name == wanted
-    }
-    for event in work:
-        index = bisect.bisect_right(starts, event["ts"]) - 1
-        if index in steps:
-            name = event["name"] if event["cat"] == "kernel" else event["cat"]
-            steps[index].setdefault(name, []).append(event["dur"])
-    if not steps:
-        raise ValueError(
-            f"the trace has no step {wanted!r}, but {Counter(n for _, n in marks)}; "
-            f"its categories are {Counter(event.get('cat') for event in events)}"
-        )
-    return list(steps.values())
-
-
 def split(steps: list[Step]) -> dict[str, list[Step]]:
     """Return the ordinary steps and those in which pages are moved."""
-    moving = [sum(step.get(MOVE, [])) for step in steps]
+    moving = [sum(step.kernels.get(MOVE, [])) for step in steps]
     usual = statistics.median(moving)
     parts: dict[str, list[Step]] = {"decode": [], "evicting": []}
-    for step, time in zip(steps, moving, strict=True):
-        parts["evicting" if time > 5 * usual else "decode"].append(step)
+    for step, moved in zip(steps, moving, strict=True):
+        parts["evicting" if moved > 5 * usual else "decode"].append(step)
     if parts["evicting"]:
         # prompts that were read later evict later: the fullest step counts
-        parts["evicting"] = [max(parts["evicting"], key=lambda s: sum(s[MOVE]))]
+        parts["evicting"] = [max(parts["evicting"], key=lambda s: sum(s.kernels[MOVE]))]
     return parts
 
 
@@ -166,7 +123,7 @@ def kernel_rows(steps: list[Step]) -> list[dict[str, object]]:
     times: dict[str, float] = defaultdict(float)
     calls: Counter[str] = Counter()
     for step in steps:
-        for name, durations in step.items():
+        for name, durations in step.kernels.items():
             times[name] += sum(durations)
             calls[name] += len(durations)
     total = sum(times.values())
@@ -175,17 +132,25 @@ def kernel_rows(steps: list[Step]) -> list[dict[str, object]]:
     rest = times.keys() - set(shown)
 
     def row(kernel: str, names: list[str]) -> dict[str, object]:
-        time = sum(times[name] for name in names)
+        spent = sum(times[name] for name in names)
         return {
             "kernel": kernel,
             "ours": "yes" if kernel in ours else "no",
             "calls": round(sum(calls[name] for name in names) / len(steps), 1),
-            "us": round(time / len(steps), 2),
-            "share": round(time / total, 5),
+            "us": round(spent / len(steps), 2),
+            "share": round(spent / total, 5),
         }
 
     rows = [row(name[:80], [name]) for name in shown]
     return [*rows, row(f"{len(rest)} others", sorted(rest))] if rest else rows
+
+
+def whole_step(steps: list[Step]) -> dict[str, object]:
+    """Return an average step's time, the GPU's idle part and the scheduler's time."""
+    return {
+        column: round(statistics.mean(getattr(step, column) for step in steps), 1)
+        for column in ("step_us", "idle_us", "scheduler_us")
+    }
 
 
 def profile(variant: str, folder: Path) -> list[dict[str, object]]:
@@ -206,7 +171,7 @@ def profile(variant: str, folder: Path) -> list[dict[str, object]]:
         "variant": variant,
     }
     return [
-        {**columns, "step": kind, **row}
+        {**columns, "step": kind, **whole_step(part), **row}
         for kind, part in split(steps).items()
         if part
         for row in kernel_rows(part)
@@ -218,6 +183,7 @@ def run(
     variants: Sequence[str],
     facts: Mapping[str, object],
     options: Options,
+    time_limit: float,
 ) -> None:
     """Record what has no trace yet and write `profile.csv` from all traces.
 
@@ -226,27 +192,23 @@ def run(
         variants: Keys of `VARIANTS`.
         facts: GPU, versions and flags.
         options: What is the same for every engine.
+        time_limit: Seconds after which no trace is begun.
     """
+    end = time.monotonic() + time_limit
     rows: list[dict[str, object]] = []
+    machines: dict[str, object] = {}
     for variant in variants:
         folder = out / "traces" / variant
         if not list(folder.glob(TRACES)):
+            if time.monotonic() > end:
+                print(f"no time left: {variant}", flush=True)
+                continue
             record(variant, folder, facts, options)
             await_engine_end()
         rows += profile(variant, folder)
+        machines[variant] = json.loads((folder / MACHINE_FILE).read_text())
         with (out / "profile.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, [*MACHINE, *COLUMNS])
             writer.writeheader()
             writer.writerows(rows)
-    (out / "profile.json").write_text(
-        json.dumps(
-            {
-                variant: json.loads(
-                    (out / "traces" / variant / MACHINE_FILE).read_text()
-                )
-                for variant in variants
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+        (out / "profile.json").write_text(json.dumps(machines, indent=1) + "\n")

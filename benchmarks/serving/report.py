@@ -207,7 +207,10 @@ def profile(rows: list[Row]) -> str:
         ]
         parts.append(
             _table(
-                f"{variant}, {step} step: {total:.0f} us of kernels, ours {ours:.1%}; "
+                f"{variant}, {step} step of {float(group[0]['step_us']):.0f} us: "
+                f"{total:.0f} us of kernels, ours {ours:.1%}, the GPU idle for "
+                f"{float(group[0]['idle_us']):.0f} us; meanwhile the scheduler took "
+                f"{float(group[0]['scheduler_us']):.0f} us; "
                 f"{group[-1]['model']}, {_code(group[-1])}",
                 lines,
             )

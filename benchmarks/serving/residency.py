@@ -95,11 +95,13 @@ def plan(model: str, baseline: str, options: Options, out: Path) -> Plan:
         name="memory",
         key=KEY,
         results=RESULTS,
-        measurements=[
-            (
-                columns(model, roco=roco),
-                partial(measure, model, baseline, options, steps, roco=roco),
-            )
+        engines=[
+            [
+                (
+                    columns(model, roco=roco),
+                    partial(measure, model, baseline, options, steps, roco=roco),
+                )
+            ]
             for roco in (False, True)
         ],
     )
@@ -143,7 +145,7 @@ def measure(
         config = {key: getattr(CONFIG, key) for key in ("budget", "stride", "chunk")}
         engine = engine_command(
             model=model,
-            requests=REQUESTS,
+            batches=[REQUESTS],
             backend="ROCO" if roco else baseline,
             kv_cache_dtype="auto",
             roco_options={**config, "trace": str(trace)} if roco else {},

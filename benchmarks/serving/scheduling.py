@@ -52,8 +52,8 @@ def plan() -> Plan:
         name="scheduler",
         key=KEY,
         results=RESULTS,
-        measurements=[
-            (columns(roco=roco), partial(measure, MODELS / WORKLOAD.model, roco=roco))
+        engines=[
+            [(columns(roco=roco), partial(measure, MODELS / WORKLOAD.model, roco=roco))]
             for roco in (False, True)
         ],
     )
@@ -78,12 +78,15 @@ def columns(*, roco: bool) -> dict[str, object]:
     }
 
 
-def scheduler(model: Path, *, roco: bool) -> AsyncScheduler:
+def scheduler(
+    model: Path, *, roco: bool, kind: type[AsyncScheduler] | None = None
+) -> AsyncScheduler:
     """Return a scheduler with blocks for every request in full.
 
     Args:
         model: Folder of a model's configuration.
-        roco: Whether RoCo's, not vLLM's own.
+        roco: Whether for RoCo's blocks, not vLLM's own.
+        kind: Instead of the class that serves them.
     """
     requests = WORKLOAD.batches[0]
     config = RocoConfig(budget=WORKLOAD.budget, stride=WORKLOAD.stride)
@@ -121,7 +124,8 @@ def scheduler(model: Path, *, roco: bool) -> AsyncScheduler:
         ],
         kv_cache_groups=[KVCacheGroupSpec(["layers.0.attn"], spec)],
     )
-    kind = RocoAsyncScheduler if roco else AsyncScheduler
+    if kind is None:
+        kind = RocoAsyncScheduler if roco else AsyncScheduler
     return kind(
         vllm_config, plan, StructuredOutputManager(vllm_config), block_size=BLOCK_SIZE
     )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Serves a workload's batches, a fresh engine for each, and fills `serving.csv`."""
+"""Serves a workload's batches, each variant's by one engine; fills `serving.csv`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 
 from vllm.benchmarks import latency, throughput
 
@@ -41,12 +42,15 @@ RESULTS = ("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions")
 
 
 def plan(runs: Sequence[Run], options: Options) -> Plan:
-    """Return the runs as measurements."""
+    """Return the runs as measurements, those next to each other sharing an engine."""
     return Plan(
         name="serving",
         key=KEY,
         results=RESULTS,
-        measurements=[(run.columns, partial(measure, run, options)) for run in runs],
+        engines=[
+            [(run.columns, partial(measure, run, options)) for run in group]
+            for _, group in groupby(runs, key=lambda run: run.engine)
+        ],
     )
 
 
@@ -55,7 +59,8 @@ def measure(run: Run, options: Options) -> dict[str, object]:
     requests = run.requests
     engine = engine_command(
         model=run.workload.model,
-        requests=requests,
+        # all of them, whichever are selected: a row means the same alone
+        batches=run.workload.batches,
         backend=run.backend,
         kv_cache_dtype=run.variant.kv_cache_dtype,
         roco_options=run.roco_options,

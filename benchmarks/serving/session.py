@@ -3,32 +3,21 @@
 
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.serving.shared_engine import SharedEngine
 from benchmarks.serving.table import Table, note_machine
 
 MACHINE = ("gpu", "vllm", "commit", "flags")
 """Columns of every table: a row counts only beside rows of the same machine."""
 
-END_SECONDS = 30
-
-
-def await_engine_end() -> None:
-    """Return when the engine's processes are gone: the next needs their memory."""
-    if multiprocessing.active_children():
-        # an engine ends when its handle is collected
-        gc.collect()
-    for process in multiprocessing.active_children():
-        process.join(END_SECONDS)
-
-
 Row = Mapping[str, object]
+Measurement = tuple[Row, Callable[[], Row]]
+"""A row's columns that are known before, and what returns the others."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +28,13 @@ class Plan:
         name: The table's, without its suffix.
         key: Columns that tell one measurement from another.
         results: Columns that a measurement fills.
-        measurements: The former columns of each, and what returns the latter.
+        engines: The measurements of one engine after another.
     """
 
     name: str
     key: Sequence[str]
     results: Sequence[str]
-    measurements: Sequence[tuple[Row, Callable[[], Row]]]
+    engines: Sequence[Sequence[Measurement]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +55,7 @@ class Session:
 
     def work_off(self, plan: Plan) -> int:
         """Measure what is not yet in the table; return how much failed."""
-        begin = time.monotonic()
+        end = time.monotonic() + self.time_limit
         table = Table(
             self.out / f"{plan.name}.csv",
             key=[*MACHINE, *plan.key],
@@ -74,25 +63,35 @@ class Session:
         )
         note_machine(self.out / f"{plan.name}.json", self.facts)
         failures = 0
-        for columns, measure in plan.measurements:
-            row = {**{column: self.facts[column] for column in MACHINE}, **columns}
-            label = " ".join(str(value) for value in columns.values() if value != "")
-            if table.has(row) and not self.again:
-                print(f"there already: {label}", flush=True)
-                continue
-            start = time.monotonic()
-            if start - begin > self.time_limit:
-                print(f"no time left: {label}", flush=True)
-                continue
-            try:
-                measured = measure()
-            except Exception as error:
-                # one engine that does not start must not cost the others' figures
-                failures += 1
-                print(f"failed: {label}: {error!r}", file=sys.stderr, flush=True)
-            else:
-                table.append({**row, **measured})
-                seconds = time.monotonic() - start
-                print(f"{label}: {dict(measured)} in {seconds:.0f} s", flush=True)
-            await_engine_end()
+        for measurements in plan.engines:
+            with SharedEngine() as engine:
+                for columns, measure in measurements:
+                    if not self._add(table, columns, measure, end):
+                        failures += 1
+                        # requests may be left in it, or it may be dead
+                        engine.end()
         return failures
+
+    def _add(
+        self, table: Table, columns: Row, measure: Callable[[], Row], end: float
+    ) -> bool:
+        """Measure a row unless it is there or time is up; return whether that works."""
+        row = {**{column: self.facts[column] for column in MACHINE}, **columns}
+        label = " ".join(str(value) for value in columns.values() if value != "")
+        if table.has(row) and not self.again:
+            print(f"there already: {label}", flush=True)
+            return True
+        start = time.monotonic()
+        if start > end:
+            print(f"no time left: {label}", flush=True)
+            return True
+        try:
+            measured = measure()
+        except Exception as error:
+            # one that fails must not cost the others' figures
+            print(f"failed: {label}: {error!r}", file=sys.stderr, flush=True)
+            return False
+        table.append({**row, **measured})
+        seconds = time.monotonic() - start
+        print(f"{label}: {dict(measured)} in {seconds:.0f} s", flush=True)
+        return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls vLLM's benchmarks, one engine after another, from one process.
+"""Calls vLLM's benchmarks, one after another, from one process.
 
 The imports are paid once: vLLM forks an engine from this process, as long as CUDA is
 not in use here.
@@ -49,7 +49,7 @@ def parsed(benchmark: ModuleType, command: Sequence[str]) -> Any:
 def engine_command(
     *,
     model: str,
-    requests: Requests,
+    batches: Sequence[Requests],
     backend: str,
     kv_cache_dtype: str,
     roco_options: dict[str, object],
@@ -57,15 +57,15 @@ def engine_command(
     kv_cache_bytes: int | None,
     options: Options,
 ) -> list[str]:
-    """Return what every benchmark is told about the engine."""
+    """Return what every benchmark is told about the engine that serves the batches."""
     additional = {"roco": roco_options} if roco_options else {}
     command = [
         f"--model={MODELS / model}",
         f"--tokenizer={options.tokenizer}",
         # the cost of attention does not depend on the weights
         "--load-format=dummy",
-        f"--max-model-len={requests.max_model_len}",
-        f"--max-num-seqs={requests.count}",
+        f"--max-model-len={max(batch.max_model_len for batch in batches)}",
+        f"--max-num-seqs={max(batch.count for batch in batches)}",
         f"--gpu-memory-utilization={gpu_memory_utilization}",
         "--no-enable-prefix-caching",
         "--disable-detokenize",

@@ -49,7 +49,9 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of figures for each memory size, batch and variant.
+    """One row of figures for each memory size, variant and batch.
+
+    The batches share an engine, which is made for the longest and the largest of them.
 
     Attributes:
         about: What it shows.
@@ -135,7 +137,7 @@ WORKLOADS = {
     "smoke": Workload(
         about="seconds on any machine: whether the benchmark itself works",
         model="smollm2-135m",
-        batches=(Requests(4, 64, 32),),
+        batches=(Requests(4, 64, 32), Requests(2, 320, 64)),
         budget=64,
         stride=16,
         chunk=32,
@@ -148,7 +150,7 @@ WORKLOADS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One engine that serves one batch.
+    """One batch that an engine serves.
 
     Attributes:
         name: Key of `WORKLOADS`.
@@ -165,6 +167,12 @@ class Run:
     variant: Variant
     gpu_memory_utilization: float
     baseline: str = "FLASH_ATTN"
+
+    @property
+    def engine(self) -> tuple[Workload, Variant, float, str]:
+        """What runs have in common that one engine can serve."""
+        memory = self.gpu_memory_utilization
+        return self.workload, self.variant, memory, self.baseline
 
     @property
     def backend(self) -> str:
@@ -213,7 +221,7 @@ def runs(
     model: str | None = None,
     baseline: str = "FLASH_ATTN",
 ) -> list[Run]:
-    """Return a workload's runs, the sides of each ratio one after another.
+    """Return a workload's runs, the engines of each memory size one after another.
 
     Args:
         name: Key of `WORKLOADS`.
@@ -229,7 +237,7 @@ def runs(
     return [
         Run(name, workload, requests, VARIANTS[variant], memory, baseline)
         for memory in gpu_memory_utilization or workload.gpu_memory_utilization
+        for variant in variants or workload.variants
         for requests in workload.batches
         if input_lens is None or requests.input_len in input_lens
-        for variant in variants or workload.variants
     ]

@@ -19,31 +19,53 @@ def no_metrics_are_left() -> Iterator[None]:
     unregister_vllm_metrics()
 
 
-def serve() -> None:
-    """Do to the registry what an engine does that serves two and then four requests."""
-    labels = ["model_name", "engine"]
-    mine = {"model_name": "a model", "engine": "0"}
-    running = Gauge("vllm:num_requests_running", "", labels).labels(**mine)
-    preemptions = Counter("vllm:num_preemptions", "", labels).labels(**mine)
-    first = Histogram(FIRST_TOKEN, "", labels).labels(**mine)
-    later = Histogram(LATER_TOKENS, "", labels).labels(**mine)
-    for count, seconds in ((2, 9.0), (4, 0.5)):
-        running.set(count)
+class Metrics:
+    """Does to the registry what an engine does."""
+
+    def __init__(self) -> None:
+        labels = ["model_name", "engine"]
+        mine = {"model_name": "a model", "engine": "0"}
+        self.running = Gauge("vllm:num_requests_running", "", labels).labels(**mine)
+        self.preemptions = Counter("vllm:num_preemptions", "", labels).labels(**mine)
+        reasons = Counter("vllm:request_success", "", [*labels, "finished_reason"])
+        self.finished = reasons.labels(**mine, finished_reason="length")
+        self.first = Histogram(FIRST_TOKEN, "", labels).labels(**mine)
+        self.later = Histogram(LATER_TOKENS, "", labels).labels(**mine)
+
+    def serve(self, count: int, seconds: float) -> None:
+        self.running.set(count)
         time.sleep(5 * INTERVAL)
         for _ in range(count):
-            first.observe(seconds)
-            later.observe(seconds / 10)
-            preemptions.inc()
-        running.set(0)
+            self.first.observe(seconds)
+            self.later.observe(seconds / 10)
+            self.preemptions.inc()
+            self.finished.inc()
+            self.running.dec()
         time.sleep(5 * INTERVAL)
 
 
 def test_warm_up_does_not_count() -> None:
-    for _ in range(2):
-        # the second engine starts from nothing, whatever the first has left
-        with Counters(num_warmups=2) as counters:
-            serve()
-        assert counters.max_running == 4
-        assert counters.preemptions == 4
-        assert counters.ttft_ms == pytest.approx(500)
-        assert counters.tpot_ms == pytest.approx(50)
+    with Counters(num_warmups=2) as counters:
+        # an engine registers its metrics at its start
+        metrics = Metrics()
+        metrics.serve(2, seconds=9)
+        metrics.serve(4, seconds=0.5)
+    assert counters.max_running == 4
+    assert counters.preemptions == 4
+    assert counters.ttft_ms == pytest.approx(500)
+    assert counters.tpot_ms == pytest.approx(50)
+
+
+@pytest.mark.parametrize("num_warmups", [0, 4])
+def test_calls_before_do_not_count(num_warmups: int) -> None:
+    metrics = Metrics()
+    metrics.serve(8, seconds=7)
+    with Counters(num_warmups) as counters:
+        if num_warmups:
+            metrics.serve(num_warmups, seconds=9)
+        metrics.serve(3, seconds=0.5)
+    metrics.serve(5, seconds=7)
+    assert counters.max_running == 3
+    assert counters.preemptions == 3
+    assert counters.ttft_ms == pytest.approx(500)
+    assert counters.tpot_ms == pytest.approx(50)

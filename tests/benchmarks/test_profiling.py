@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 from vllm.benchmarks import latency
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from benchmarks.serving import scheduling
+from benchmarks.serving.annotated_scheduler import scheduler_class
 from benchmarks.serving.profiling import (
     REQUESTS,
-    decode_steps,
     kernel_rows,
     our_kernels,
     profile_command,
+    run,
     split,
+    whole_step,
 )
+from benchmarks.serving.trace_steps import decode_steps
 from benchmarks.serving.vllm_bench import Options, parsed
 
 PREFILL = "execute_context_2(700)_generation_0(0)"
@@ -43,6 +51,11 @@ def trace(moves: list[float]) -> Mapping[str, Any]:
         add("kernel", "_move_blocks_kernel", start + 64, move)
         # sampling follows behind the annotation
         add("gpu_memcpy", "Memcpy DtoH", start + 90, 2, tid=8)
+        # while a kernel runs
+        add("gpu_memset", "Memset", start + 10, 5, tid=8)
+        add("user_annotation", "scheduler: schedule", start + 40, 3, tid=9)
+        add("user_annotation", "scheduler: update_from_output", start + 50, 4, tid=9)
+        add("user_annotation", "another's", start + 50, 4, tid=9)
     return {"traceEvents": events}
 
 
@@ -52,13 +65,64 @@ def test_steps_and_shares() -> None:
     ordinary, evicting = (kernel_rows(part) for part in parts.values())
     assert [(row["kernel"], row["calls"], row["us"]) for row in ordinary] == [
         ("gemm", 2, 60),
+        ("gpu_memset", 1, 5),
         ("_move_blocks_kernel", 1, 2),
         ("gpu_memcpy", 1, 2),
     ]
-    assert [row["ours"] for row in ordinary] == ["no", "yes", "no"]
-    assert sum(float(str(row["share"])) for row in ordinary) == pytest.approx(1)
+    assert [row["ours"] for row in ordinary] == ["no", "no", "yes", "no"]
+    # of five digits each
+    assert sum(float(str(row["share"])) for row in ordinary) == pytest.approx(
+        1, abs=2e-5
+    )
     assert evicting[0]["kernel"] == "_move_blocks_kernel"
-    assert evicting[0]["share"] == pytest.approx(80 / 142, abs=1e-5)
+    assert evicting[0]["share"] == pytest.approx(80 / 147, abs=1e-5)
+
+
+def test_idle_time_and_the_scheduler() -> None:
+    parts = split(decode_steps(trace([2, 2, 80, 2, 2]), batch=2))
+    # the long move ends in the next step, beside that one's first kernels
+    assert [whole_step(part) for part in parts.values()] == [
+        {
+            "step_us": 100,
+            "idle_us": pytest.approx((36 + 36 + 34) / 3, abs=0.05),
+            "scheduler_us": 7,
+        },
+        {"step_us": 100, "idle_us": 4, "scheduler_us": 7},
+    ]
+
+
+def test_a_trace_without_the_scheduler_tells_no_time() -> None:
+    events = trace([2, 2])["traceEvents"]
+    others = [event for event in events if event.get("cat") != "user_annotation"]
+    (step,) = decode_steps({"traceEvents": others}, batch=2)
+    assert step.idle_us == 36
+    assert math.isnan(step.scheduler_us)
+
+
+@pytest.mark.parametrize("roco", [False, True])
+def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
+    kind = resolve_obj_by_qualname(scheduler_class(roco=roco))
+    model = scheduling.MODELS / scheduling.WORKLOAD.model
+    core = scheduling.scheduler(model, roco=roco, kind=kind)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        output = core.schedule()
+        core.update_from_output(output, scheduling.answer(core, output))
+    core.shutdown()
+    path = tmp_path / "trace.json"
+    profiler.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    assert [e["name"] for e in events if e.get("cat") == "user_annotation"] == [
+        "scheduler: schedule",
+        "scheduler: update_from_output",
+    ]
+
+
+def test_nothing_begins_after_the_limit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path, ["stock"], {}, Options(tokenizer=""), time_limit=-1)
+    assert "no time left: stock" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_the_steps_that_are_asked_for() -> None:
@@ -78,4 +142,5 @@ def test_command(variant: str, tmp_path: Path) -> None:
     assert arguments.profile
     engine = EngineArgs.from_cli_args(arguments)
     assert engine.profiler_config.torch_profiler_dir == str(tmp_path)
+    assert engine.async_scheduling
     assert engine.max_num_batched_tokens == 512 * REQUESTS.count

@@ -29,7 +29,7 @@ def engine(**changes: object) -> list[str]:
     """Return the command of an engine that holds small requests."""
     given: dict[str, object] = {
         "model": "qwen2.5-7b",
-        "requests": Requests(4, 100, 20),
+        "batches": [Requests(4, 100, 20)],
         "backend": "ROCO",
         "kv_cache_dtype": "auto",
         "roco_options": {},
@@ -46,7 +46,7 @@ def test_workload(name: str) -> None:
         requests = run.requests
         command = engine(
             model=run.workload.model,
-            requests=requests,
+            batches=run.workload.batches,
             backend=run.backend,
             kv_cache_dtype=run.variant.kv_cache_dtype,
             roco_options=run.roco_options,
@@ -90,7 +90,7 @@ def test_prefill() -> None:
     for case in prefill.cases(list(prefill.CHUNKS)):
         command = engine(
             model=prefill.MODEL,
-            requests=case.requests,
+            batches=[prefill.SHORT, prefill.LONG],
             backend=case.backend,
             roco_options=case.roco_options,
         )

@@ -37,7 +37,7 @@ def work_off(session: Session, sizes: list[int]) -> list[int]:
             name="squares",
             key=["size"],
             results=["area"],
-            measurements=[({"size": size}, partial(square, size)) for size in sizes],
+            engines=[[({"size": size}, partial(square, size)) for size in sizes]],
         )
     )
     return measured

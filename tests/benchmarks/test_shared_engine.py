@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One engine serves the batches of a workload, call by call of a benchmark."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from vllm import LLM, envs
+from vllm.benchmarks import latency
+
+from benchmarks.serving import serve_workloads
+from benchmarks.serving.session import MACHINE, Session
+from benchmarks.serving.shared_engine import SharedEngine
+from benchmarks.serving.table import rows_of
+from benchmarks.serving.vllm_bench import (
+    Options,
+    call,
+    engine_command,
+    latency_command,
+)
+from benchmarks.serving.workloads import Requests, runs
+
+BATCH = Requests(1, 8, 4)
+Measure = Callable[[], Mapping[str, object]]
+
+
+def engines() -> set[int | None]:
+    """Return the process ids of the engines that run."""
+    return {process.pid for process in multiprocessing.active_children()}
+
+
+@pytest.fixture
+def processes(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # an earlier engine in this process may have had them kept
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # bound threads crawl where anything else uses their core
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    envs.disable_envs_cache()
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.usefixtures("processes")
+@pytest.mark.timeout(900)
+def test_batches_share_an_engine_and_survive_its_death(
+    smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A failed call once would have cost every later row of its engine.
+
+    The second batch comes again after the death, alone with its engine.
+    """
+    options = Options(tokenizer=str(smollm2), engine_arguments=["--enforce-eager"])
+    plan = serve_workloads.plan(
+        runs("smoke", variants=["stock"], baseline="CPU_ATTN"), options
+    )
+    ((first, second),) = plan.engines
+    served: list[set[int | None]] = []
+
+    def noted(measure: Measure) -> Mapping[str, object]:
+        row = measure()
+        served.append(engines())
+        return row
+
+    def killed(measure: Measure) -> Mapping[str, object]:
+        (process,) = engines()
+        assert process is not None
+        os.kill(process, signal.SIGKILL)
+        return measure()
+
+    changes = (noted, noted, killed, noted)
+    steps = [
+        (columns, lambda measure=measure, change=change: change(measure))
+        for (columns, measure), change in zip(
+            (first, second, first, second), changes, strict=True
+        )
+    ]
+    session = Session(
+        out=tmp_path, facts=dict.fromkeys(MACHINE, ""), time_limit=1e9, again=True
+    )
+    assert session.work_off(replace(plan, engines=[steps])) == 1
+    assert "EngineDeadError" in capsys.readouterr().err
+
+    one, same, other = served
+    assert len(one) == len(other) == 1
+    assert one == same != other
+    assert not engines()
+    rows = rows_of(tmp_path / "serving.csv")
+    assert [row["max_running"] for row in rows] == ["4", "2", "2"]
+    shared, alone = rows[1:]
+    for column in ("output_tok_s", "ttft_ms", "tpot_ms"):
+        # equal calls differ by 2.5 where other processes have the machine too
+        assert 1 / 5 < float(shared[column]) / float(alone[column]) < 5
+
+
+def test_an_engine_that_does_not_start_is_tried_once(smollm2: Path) -> None:
+    maker = LLM.__dict__["from_engine_args"]
+    causes: list[BaseException | None] = []
+    with SharedEngine():
+        for kv_cache_dtype, message in (
+            ("auto", "the engine does not start"),
+            ("auto", "the engine does not start"),
+            ("fp8", "another kv_cache_dtype='fp8'"),
+        ):
+            command = engine_command(
+                model="smollm2-135m",
+                batches=[BATCH],
+                backend="CPU_ATTN",
+                kv_cache_dtype=kv_cache_dtype,
+                roco_options={},
+                gpu_memory_utilization=0.3,
+                kv_cache_bytes=None,
+                # longer than the model
+                options=Options(str(smollm2), ["--max-model-len=100000"]),
+            )
+            with pytest.raises((RuntimeError, ValueError), match=message) as error:
+                call(latency, [*command, *latency_command(BATCH)])
+            causes.append(error.value.__cause__)
+    assert [cause is not None for cause in causes] == [True, False, False]
+    assert LLM.__dict__["from_engine_args"] is maker
