@@ -155,7 +155,7 @@ def measure(
         )
         engine += ["--dtype=bfloat16", "--async-scheduling"]
         with Counters(num_warmups=0) as counters:
-            call(throughput, [*engine, *throughput_command(REQUESTS, warmups=0)])
+            call(throughput, [*engine, *throughput_command(REQUESTS)])
         result: dict[str, object] = {
             "max_running": counters.max_running,
             "preemptions": counters.preemptions,

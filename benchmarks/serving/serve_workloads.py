@@ -13,14 +13,13 @@ from benchmarks.serving.counters import Counters
 from benchmarks.serving.session import Plan
 from benchmarks.serving.vllm_bench import (
     LATENCY_WARMUPS,
-    WARMUPS,
     Options,
     call,
     engine_command,
     latency_command,
     throughput_command,
 )
-from benchmarks.serving.workloads import Run
+from benchmarks.serving.workloads import Requests, Run
 
 KEY = (
     "workload",
@@ -38,6 +37,10 @@ KEY = (
     "input_len",
     "output_len",
 )
+WARM_UP_REQUESTS = 4
+WARM_UP_OUTPUT = 32
+"""Tokens of a warm-up's requests, whose prompts are those of the batch."""
+
 RESULTS = ("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions")
 
 
@@ -51,6 +54,15 @@ def plan(runs: Sequence[Run], options: Options) -> Plan:
             [(run.columns, partial(measure, run, options)) for run in group]
             for _, group in groupby(runs, key=lambda run: run.engine)
         ],
+    )
+
+
+def warm_up(requests: Requests) -> Requests:
+    """Return what compiles kernels and fills caches before a batch is timed."""
+    return Requests(
+        count=min(requests.count, WARM_UP_REQUESTS),
+        input_len=requests.input_len,
+        output_len=min(requests.output_len, WARM_UP_OUTPUT),
     )
 
 
@@ -73,7 +85,9 @@ def measure(run: Run, options: Options) -> dict[str, object]:
             result = call(latency, [*engine, *latency_command(requests)])
         seconds = result["percentiles"]["50"]
     else:
-        with Counters(WARMUPS) as counters:
+        # vLLM's own warm-up would write as much as what is timed
+        call(throughput, [*engine, *throughput_command(warm_up(requests))])
+        with Counters(num_warmups=0) as counters:
             result = call(throughput, [*engine, *throughput_command(requests)])
         seconds = result["elapsed_time"]
     return {

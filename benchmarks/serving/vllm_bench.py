@@ -19,9 +19,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from benchmarks.serving.workloads import MODELS, Requests
 
-WARMUPS = 4
-"""Requests that compile kernels and fill caches before anything is timed."""
 LATENCY_WARMUPS = 2
+"""How often a batch is served before anything is timed."""
 ITERATIONS = 5
 """How often a batch is served whose latency is asked for, after the warm-up."""
 
@@ -78,14 +77,13 @@ def engine_command(
     return command + list(options.engine_arguments)
 
 
-def throughput_command(requests: Requests, warmups: int = WARMUPS) -> list[str]:
+def throughput_command(requests: Requests) -> list[str]:
     """Return what `vllm bench throughput` is told about the requests."""
     return [
         "--dataset-name=random",
         f"--random-input-len={requests.input_len}",
         f"--random-output-len={requests.output_len}",
         f"--num-prompts={requests.count}",
-        f"--num-warmups={warmups}",
     ]
 
 

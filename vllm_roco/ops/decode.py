@@ -76,8 +76,7 @@ def decode_attention(
     _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_q_heads // num_kv_heads
     measure = statistics is not None
-    # without statistics a tile is one piece, which is the cheapest sum
-    piece = piece_size(block_size, plan.tile) if measure else plan.tile
+    piece = piece_size(block_size, plan.tile)
     max_pieces, max_tiles = pieces_and_tiles(scratch.max_blocks, block_size, plan.tile)
     head_padded = triton.next_power_of_2(head_size)
     group_padded = triton.next_power_of_2(group)
