@@ -18,7 +18,7 @@ from tests.oracle import Options, generate
 from tools.passkey import build_passkey
 from vllm_roco.metrics import get_metrics
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 
 def options(**changed: Any) -> Options:

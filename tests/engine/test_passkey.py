@@ -17,11 +17,7 @@ from tests.engine.passkeys import ARGUMENTS, NUM_KEYS, PEAK, keys_found, passkey
 from tests.engine.steps import audited_manager, most_held_blocks
 from tests.oracle import Options
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.usefixtures("engine_lock"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BOUND = most_held_blocks(PEAK, 1)
 FIRST_TOKEN_SECONDS = 15
