@@ -72,7 +72,11 @@ def test_random_model(
         with recorded_kept_blocks(engine) as kept:
             together = engine.generate(prompts, num_new)
         assert_agreement(prompts, together, kept, expected)
-        assert get_metrics(engine.llm).moved_blocks == 2 * moved
+        metrics = get_metrics(engine.llm)
+        assert metrics.moved_blocks == 2 * moved
+        assert metrics.freed_blocks == engine.manager.num_freed_blocks
+        assert metrics.max_sequence_kv_tokens == 0
+        assert metrics.peak_sequence_kv_tokens > options.budget
         assert engine.num_lost_blocks == 0
 
 
