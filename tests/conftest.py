@@ -27,13 +27,16 @@ os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tools.smollm2 import smollm2_path  # noqa: E402
 
-# a busy machine makes deadlines fail; `--hypothesis-profile=thorough` looks for more
-settings.register_profile("steady", derandomize=True, deadline=None)
-settings.register_profile("thorough", deadline=None, max_examples=2000)
+# a busy machine is too slow for both; `--hypothesis-profile=thorough` looks for more
+patient: dict[str, Any] = dict(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("steady", derandomize=True, **patient)
+settings.register_profile("thorough", max_examples=2000, **patient)
 settings.load_profile("steady")
 
 ENGINE_LOCK = FileLock(Path(tempfile.gettempdir()) / "vllm_roco_engine.lock")

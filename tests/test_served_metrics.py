@@ -153,7 +153,7 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[str]:
 def answers(url: str) -> bool:
     try:
         return requests.get(f"{url}/health", timeout=5).ok
-    except requests.ConnectionError:
+    except (requests.ConnectionError, requests.Timeout):
         return False
 
 
