@@ -19,8 +19,7 @@ from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from vllm_roco.cpu_platform import RocoCpuPlatform
 from vllm_roco.scheduler import RocoAsyncScheduler
 
-# one worker, so that `expected` is made once
-pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("poison")]
+pytestmark = pytest.mark.engine
 
 PROMPTS = [
     random_prompt(length, seed=length) for length in (20, 70, 96, 150, 210, 333, 480)

@@ -80,6 +80,7 @@ def test_random_model(
         assert engine.num_lost_blocks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_smollm2(name: str, smollm2: Path, prose: str) -> None:
     """A passkey prompt and free text, both longer than the budget, as is the answer."""
