@@ -5,10 +5,12 @@
 #
 #   ./test.sh                   every test that this machine can run
 #   ./test.sh -m "not engine"   arguments go to pytest
+#   ./test.sh -n 0              in one process, so that -s shows what a test prints
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source tools/setup_env.sh
 
 setup_env test
-exec "$PYTHON" -m pytest "$@"
+# "logical" and not 2, for which pytest-xdist refuses --pdb
+exec "$PYTHON" -m pytest -n logical --maxprocesses 2 --dist loadgroup "$@"

@@ -20,30 +20,56 @@ for name, value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }.items():
     os.environ.setdefault(name, value)
+# two workers and their engines share the cores: threads that are bound to one crawl
+# where anything else uses it, and several threads a process only wait for each other
+os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tools.smollm2 import smollm2_path  # noqa: E402
 
-# a busy machine makes deadlines fail; `--hypothesis-profile=thorough` looks for more
-settings.register_profile("steady", derandomize=True, deadline=None)
-settings.register_profile("thorough", deadline=None, max_examples=2000)
+# a busy machine is too slow for both; `--hypothesis-profile=thorough` looks for more
+patient: dict[str, Any] = dict(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("steady", derandomize=True, **patient)
+settings.register_profile("thorough", max_examples=2000, **patient)
 settings.load_profile("steady")
 
 ENGINE_LOCK = FileLock(Path(tempfile.gettempdir()) / "vllm_roco_engine.lock")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the missing thing as the reason."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Skip what this machine cannot run, and share the rest out among the workers.
+
+    One worker of pytest-xdist gets all tests that need the machine for themselves, so
+    that no other ever waits for the engine lock. Slow tests come first, or the last of
+    them would keep one worker busy while the other has nothing left to do.
+    """
     missing = _missing_for_gpu()
-    if missing is None:
-        return
+    alone = pytest.mark.xdist_group("alone")
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and missing is not None:
             item.add_marker(pytest.mark.skip(reason=missing))
+        elif _needs_lock(item) or (missing is None and _may_use_gpu(item)):
+            item.add_marker(alone)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def _needs_lock(item: pytest.Item) -> bool:
+    return "engine_lock" in getattr(item, "fixturenames", ())
+
+
+def _may_use_gpu(item: pytest.Item) -> bool:
+    kernels = Path(__file__).with_name("ops")
+    return item.get_closest_marker("engine") is not None or kernels in item.path.parents
 
 
 def _missing_for_gpu() -> str | None:
@@ -64,7 +90,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def engine_lock() -> Iterator[None]:
-    """Held while the module's engines live: two of them share cores and starve."""
+    """Held while the module's engines live: their processes use every core."""
     with ENGINE_LOCK:
         yield
 
@@ -72,7 +98,7 @@ def engine_lock() -> Iterator[None]:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Wait for the engine lock before the test's time limit starts to run."""
-    if "engine_lock" not in getattr(item, "fixturenames", ()):
+    if not _needs_lock(item):
         return (yield)
     with ENGINE_LOCK:
         return (yield)

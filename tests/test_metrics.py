@@ -78,7 +78,7 @@ def started(
     process = context.Process(target=target, args=(*args, theirs))
     process.start()
     try:
-        assert ours.poll(30), "the child did not start"
+        assert ours.poll(120), "the child did not start"
         ours.recv()
         yield process, ours
     finally:

@@ -397,7 +397,7 @@ LAYERS = {
 
 
 @pytest.fixture
-def in_process(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The engine in this process, so that its errors arrive here."""
     envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -441,7 +441,6 @@ def budget_of(tokens: int) -> Options:
 
 
 @pytest.mark.engine
-@pytest.mark.usefixtures("engine_lock")
 def test_windows_with_another_backend_are_served(tmp_path: Path) -> None:
     """What the message advises works: one table is evicted, the other is not."""
     model = save_gemma2(tmp_path)

@@ -282,9 +282,7 @@ def test_says_when_options_have_no_effect(
 
 
 @pytest.fixture
-def start(
-    engine_lock: None, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., LLM]:
+def start(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
     """Return a function that starts an engine in this process."""
     envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

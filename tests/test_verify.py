@@ -17,12 +17,7 @@ from vllm_roco import verify
 def run_verify(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vllm_roco.verify", *arguments],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            **environment,
-        },
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,

@@ -20,7 +20,7 @@ from tests.engine.tiny_models import (
 )
 from tests.oracle import generate
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 OPTIONS = replace(TINY_BUDGET, budget=128)
 LONG = [random_prompt(length, seed=length) for length in (240, 90)]

@@ -19,7 +19,7 @@ from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from vllm_roco.cpu_platform import RocoCpuPlatform
 from vllm_roco.scheduler import RocoAsyncScheduler
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 PROMPTS = [
     random_prompt(length, seed=length) for length in (20, 70, 96, 150, 210, 333, 480)
@@ -30,7 +30,7 @@ SMALL_POOL = dict(num_gpu_blocks_override=40, scheduler_reserve_full_isl=False)
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_llama: Path, engine_lock: None) -> list[tuple[int, ...]]:
+def expected(tiny_llama: Path) -> list[tuple[int, ...]]:
     """What synchronous scheduling says while freed blocks keep what they held."""
     with running_engine(tiny_llama, SMALL_BUDGET) as engine:
         return engine.generate(PROMPTS, NUM_NEW)

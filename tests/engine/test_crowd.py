@@ -12,7 +12,7 @@ from tests.engine.kept_blocks import recorded_kept_blocks
 from tests.engine.steps import recorded_steps
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 PROMPTS = [
     random_prompt(length, seed=length) for length in (333, 210, 150, 96, 70, 45, 20)

@@ -26,7 +26,7 @@ from vllm_roco.kv_cache.page import (
     statistics_view,
 )
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 CHUNK = 64
 NUM_NEW = 40

@@ -18,7 +18,7 @@ from tests.oracle import Options, generate
 from tools.passkey import build_passkey
 from vllm_roco.metrics import get_metrics
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 
 def options(**changed: Any) -> Options:
@@ -72,10 +72,15 @@ def test_random_model(
         with recorded_kept_blocks(engine) as kept:
             together = engine.generate(prompts, num_new)
         assert_agreement(prompts, together, kept, expected)
-        assert get_metrics(engine.llm).moved_blocks == 2 * moved
+        metrics = get_metrics(engine.llm)
+        assert metrics.moved_blocks == 2 * moved
+        assert metrics.freed_blocks == engine.manager.num_freed_blocks
+        assert metrics.max_sequence_kv_tokens == 0
+        assert metrics.peak_sequence_kv_tokens > options.budget
         assert engine.num_lost_blocks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMOLLM2)
 def test_smollm2(name: str, smollm2: Path, prose: str) -> None:
     """A passkey prompt and free text, both longer than the budget, as is the answer."""

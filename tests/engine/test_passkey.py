@@ -17,36 +17,39 @@ from tests.engine.passkeys import ARGUMENTS, NUM_KEYS, PEAK, keys_found, passkey
 from tests.engine.steps import audited_manager, most_held_blocks
 from tests.oracle import Options
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.usefixtures("engine_lock"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 BOUND = most_held_blocks(PEAK, 1)
-FIRST_TOKEN_SECONDS = 15
+PROMPT_SECONDS = 15
 """Of one core's time, for a prompt of 2,048 tokens; three times what was measured."""
 
+MOST_MISSES = 1
+SOME_KEYS = slice(4, 12, 2)
+"""Enough to miss more of them than a shield may miss of all."""
 
-def test_both_shields_find_it_and_recent_does_not(smollm2: Path) -> None:
+
+@pytest.mark.parametrize(
+    "options",
+    [PEAK, replace(PEAK, shield="deviation", shield_ratio=0.3)],
+    ids=["peak", "deviation"],
+)
+def test_both_shields_find_it(smollm2: Path, options: Options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     keys = passkeys(tokenizer)
-    with audited_engine(smollm2, PEAK) as engine:
+    with audited_engine(smollm2, options) as engine:
         # not by the clock, which other programs slow down
         started = time.process_time()
-        engine.generate([keys[0].token_ids], 1)
-        assert time.process_time() - started <= FIRST_TOKEN_SECONDS
-        peak = keys_found(engine, tokenizer, keys)
-    deviation_options = replace(PEAK, shield="deviation", shield_ratio=0.3)
-    with audited_engine(smollm2, deviation_options) as engine:
-        deviation = keys_found(engine, tokenizer, keys)
-    # a few misses are enough to know that it cannot find as many
-    some = keys[4:12:2]
+        found = keys_found(engine, tokenizer, keys)
+        assert time.process_time() - started <= PROMPT_SECONDS * len(keys)
+    assert found >= len(keys) - MOST_MISSES
+
+
+def test_recent_does_not(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    keys = passkeys(tokenizer)[SOME_KEYS]
     with audited_engine(smollm2, replace(PEAK, policy="recent")) as engine:
-        missed = len(some) - keys_found(engine, tokenizer, some)
-    assert peak >= 15
-    assert deviation >= 15
-    assert NUM_KEYS - missed < min(peak, deviation)
+        missed = len(keys) - keys_found(engine, tokenizer, keys)
+    assert missed > MOST_MISSES
 
 
 @contextlib.contextmanager

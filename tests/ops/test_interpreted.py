@@ -12,6 +12,7 @@ import pytest
 import torch
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available(),
     reason="the kernel tests run in this process",

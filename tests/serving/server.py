@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -61,13 +60,10 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # bound threads crawl where anything else uses their core
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     command = Path(sys.executable).with_name("vllm")
     with log.open("wb") as file:
         process = subprocess.Popen(
             [command, "serve", model, "--port", str(port), *arguments],
-            env=os.environ | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
         )

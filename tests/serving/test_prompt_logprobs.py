@@ -13,7 +13,7 @@ from tests.engine.engines import Engine, running_engine
 from tests.engine.tiny_models import random_prompt, save_tiny_model
 from tests.oracle import Options
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = pytest.mark.engine
 
 NEVER_EVICTS = Options(
     policy="roco",

@@ -21,7 +21,7 @@ def run_demo(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=540,
         check=False,
     )
 
