@@ -89,13 +89,13 @@ class RocoSchedulerMixin(Scheduler):
         Both scheduling loops of vLLM ask here how many of the `num_new_tokens` that
         they could schedule they may, and skip the request for this step on 0.
         """
+        known = request.num_tokens + request.num_output_placeholders
+        if num_computed_tokens + 1 >= known:
+            # a decode is never held back, and has no prefill to look ahead in
+            return num_new_tokens
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
-        known = request.num_tokens + request.num_output_placeholders
-        if num_computed_tokens + 1 >= known:
-            # a decode is never held back
-            return num_new_tokens
         least, most = next_step_ends(
             num_computed_tokens,
             request.num_prompt_tokens,

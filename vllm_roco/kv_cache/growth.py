@@ -32,12 +32,15 @@ class Growth:
     Args:
         schedule: The eviction arithmetic.
         held: Blocks held per request.
+
+    Attributes:
+        reading: Requests that are being read, by name.
     """
 
     def __init__(self, schedule: EvictionSchedule, held: HeldBlocks) -> None:
         self._schedule = schedule
         self._held = held
-        self._reading: dict[str, _Reading] = {}
+        self.reading: dict[str, _Reading] = {}
 
     def admit(self, request_id: str, num_tokens: int, most_blocks: int) -> None:
         """Note that a request is let in.
@@ -47,20 +50,17 @@ class Growth:
             num_tokens: Tokens that it has to read.
             most_blocks: The most blocks that it will hold while it reads them.
         """
-        self._reading[request_id] = _Reading(num_tokens, most_blocks)
+        self.reading[request_id] = _Reading(num_tokens, most_blocks)
 
     def process(self, request_id: str, num_processed_tokens: int) -> None:
         """Note how far a request has come."""
-        # asked for every request in every step, and as a rule nothing is read
-        if not self._reading:
-            return
-        reading = self._reading.get(request_id)
+        reading = self.reading.get(request_id)
         if reading is not None and num_processed_tokens >= reading.num_tokens:
-            del self._reading[request_id]
+            del self.reading[request_id]
 
     def drop(self, request_id: str) -> None:
         """Forget a request."""
-        self._reading.pop(request_id, None)
+        self.reading.pop(request_id, None)
 
     def ahead(self, evicting: Collection[str]) -> int:
         """Return by how many blocks more than now will be held at most.
@@ -75,13 +75,13 @@ class Growth:
         """
         most_read = sum(
             max(0, reading.most_blocks - self._held.of(request_id))
-            for request_id, reading in self._reading.items()
+            for request_id, reading in self.reading.items()
         )
         stride = self._schedule.stride_blocks
         # by the blocks held above the budget, from the first to the last of a stride
         phases = [0] * stride
         for request_id in evicting:
-            if request_id not in self._reading:
+            if request_id not in self.reading:
                 above = self._held.of(request_id) - self._schedule.budget_blocks
                 phases[max(0, above - 1) % stride] += 1
         num_decoding = sum(phases)

@@ -134,7 +134,8 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        self._growth.process(request_id, processed_computed_tokens)
+        if self._growth.reading:
+            self._growth.process(request_id, processed_computed_tokens)
         due = self._next_evictions.get(request_id, self._first_eviction)
         if processed_computed_tokens < due:
             return
