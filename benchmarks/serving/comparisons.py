@@ -67,6 +67,17 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
     return list(newest.values())
 
 
+def newest_settings(rows: Iterable[Row]) -> list[list[Row]]:
+    """Return for every GPU, vLLM and flags the rows of the newest commit."""
+    settings: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        settings.setdefault((row["gpu"], row["vllm"], row["flags"]), []).append(row)
+    return [
+        [row for row in group if row["commit"] == group[-1]["commit"]]
+        for group in settings.values()
+    ]
+
+
 def _is_baseline(row: Row) -> bool:
     return not row["policy"] and row["kv_cache_dtype"] == "auto"
 

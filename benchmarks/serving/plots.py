@@ -17,7 +17,12 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import FuncFormatter  # noqa: E402
 
-from benchmarks.serving.comparisons import Comparison, Row, comparisons  # noqa: E402
+from benchmarks.serving.comparisons import (  # noqa: E402
+    Comparison,
+    Row,
+    comparisons,
+    newest_settings,
+)
 from benchmarks.serving.table import rows_of  # noqa: E402
 
 GREY, PALE_GREY, PALE_BLUE, BLUE, DARK_BLUE = COLOURS = (
@@ -139,32 +144,36 @@ def resident_tokens(steps: list[Row], memory: list[Row], axes: Axes) -> None:
 
 
 def prefill(rows: list[Row], axes: Axes) -> None:
-    """Time to first token of a long prompt against the chunk."""
-    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
-    for index, row in enumerate(r for r in rows if r["backend"] != "ROCO"):
+    """Time to first token of a long prompt against the chunk, with each set of flags.
+
+    Args:
+        rows: Of `prefill.csv`.
+        axes: Where to draw.
+    """
+    colours = ((PALE_GREY, PALE_BLUE), (GREY, BLUE))
+    for setting, (grey, blue) in zip(newest_settings(rows), colours, strict=False):
+        flags = ", torch.compile off" if '"mode":0' in setting[0]["flags"] else ""
+        stock = [row for row in setting if row["backend"] != "ROCO"]
         axes.axhspan(
-            float(row["ttft_low_ms"]),
-            float(row["ttft_high_ms"]),
-            color=PALE_GREY,
-            label=None if index else row["backend"],
+            min(float(row["ttft_low_ms"]) for row in stock),
+            max(float(row["ttft_high_ms"]) for row in stock),
+            color=grey,
+            label=f"{stock[0]['backend']}{flags}",
         )
-    roco = sorted(
-        (row for row in rows if row["policy"] == "roco"),
-        key=lambda row: int(row["chunk"]),
-    )
-    middle = [float(row["ttft_ms"]) for row in roco]
-    below = [float(row["ttft_ms"]) - float(row["ttft_low_ms"]) for row in roco]
-    above = [float(row["ttft_high_ms"]) - float(row["ttft_ms"]) for row in roco]
-    axes.errorbar(
-        [int(row["chunk"]) for row in roco],
-        middle,
-        [below, above],
-        fmt="o",
-        color=BLUE,
-        label="roco",
-    )
+        roco = [row for row in setting if row["policy"] == "roco"]
+        middle = [float(row["ttft_ms"]) for row in roco]
+        below = [float(row["ttft_ms"]) - float(row["ttft_low_ms"]) for row in roco]
+        above = [float(row["ttft_high_ms"]) - float(row["ttft_ms"]) for row in roco]
+        axes.errorbar(
+            [int(row["chunk"]) for row in roco],
+            middle,
+            [below, above],
+            fmt="o",
+            color=blue,
+            label=f"roco{flags}",
+        )
     axes.set_xscale("log", base=2)
-    chunks = sorted({int(row["chunk"]) for row in roco})
+    chunks = sorted({int(row["chunk"]) for row in rows if row["chunk"]})
     axes.set_xticks(chunks, [str(chunk) for chunk in chunks])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)

@@ -17,7 +17,12 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from benchmarks.serving.comparisons import Comparison, Row, comparisons
+from benchmarks.serving.comparisons import (
+    Comparison,
+    Row,
+    comparisons,
+    newest_settings,
+)
 from benchmarks.serving.table import rows_of
 from benchmarks.serving.workloads import WORKLOADS
 
@@ -138,8 +143,11 @@ def _serving_lines(comparison: Comparison) -> Iterator[dict[str, str]]:
 
 
 def prefill(rows: list[Row]) -> str:
-    """Return the table of the times to first token, each beside FLASH_ATTN's."""
-    rows = [row for row in rows if _code(row) == _code(rows[-1])]
+    """Return tables of the times to first token, each beside FLASH_ATTN's."""
+    return "\n".join(map(_prefill, newest_settings(rows)))
+
+
+def _prefill(rows: list[Row]) -> str:
     lines = []
     for (batch, length), group in _grouped(rows, "batch", "input_len"):
         engines = list(_grouped(group, "backend", "policy", "budget", "chunk"))
