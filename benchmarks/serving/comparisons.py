@@ -68,14 +68,21 @@ def comparisons(rows: Iterable[Row]) -> list[Comparison]:
 
 
 def newest_settings(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return for every GPU, vLLM and flags the rows of the newest commit."""
+    """Return for every GPU, vLLM and flags the rows of the newest whole commit.
+
+    That is one with stock vLLM's rows too, if there is any.
+    """
     settings: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         settings.setdefault((row["gpu"], row["vllm"], row["flags"]), []).append(row)
-    return [
-        [row for row in group if row["commit"] == group[-1]["commit"]]
-        for group in settings.values()
-    ]
+    return [_newest(group) for group in settings.values()]
+
+
+def _newest(rows: list[Row]) -> list[Row]:
+    commits = dict.fromkeys(row["commit"] for row in reversed(rows))
+    stock = {row["commit"] for row in rows if row["backend"] != "ROCO"}
+    newest = next((name for name in commits if name in stock), rows[-1]["commit"])
+    return [row for row in rows if row["commit"] == newest]
 
 
 def _is_baseline(row: Row) -> bool:

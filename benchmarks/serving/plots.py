@@ -154,6 +154,8 @@ def prefill(rows: list[Row], axes: Axes) -> None:
     for setting, (grey, blue) in zip(newest_settings(rows), colours, strict=False):
         flags = ", torch.compile off" if '"mode":0' in setting[0]["flags"] else ""
         stock = [row for row in setting if row["backend"] != "ROCO"]
+        if not stock:
+            continue
         axes.axhspan(
             min(float(row["ttft_low_ms"]) for row in stock),
             max(float(row["ttft_high_ms"]) for row in stock),

@@ -161,21 +161,21 @@ def sample(model: Path, *, roco: bool) -> dict[str, list[float]]:
                 pooling_params=None,
             )
         )
-    in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+    in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput, bool]] = deque()
     times: dict[str, list[float]] = {"schedule": [], "update": []}
     while len(times["update"]) < DECODE_STEPS:
         start = time.perf_counter()
         output = core.schedule()
         scheduled = time.perf_counter() - start
-        in_flight.append((output, answer(core, output)))
         decodes = output.total_num_scheduled_tokens == requests.count
+        in_flight.append((output, answer(core, output), decodes))
         if decodes:
             times["schedule"].append(1e6 * scheduled)
         if len(in_flight) == STEPS_IN_FLIGHT:
-            oldest = in_flight.popleft()
+            oldest, result, decoded = in_flight.popleft()
             start = time.perf_counter()
-            core.update_from_output(*oldest)
-            if decodes:
+            core.update_from_output(oldest, result)
+            if decoded:
                 times["update"].append(1e6 * (time.perf_counter() - start))
     core.shutdown()
     return times

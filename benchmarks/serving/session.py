@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,8 @@ class Session:
                     if not self._add(table, columns, measure, end):
                         failures += 1
                         # requests may be left in it, or it may be dead
-                        engine.end()
+                        with contextlib.suppress(Exception):
+                            engine.end()
         return failures
 
     def _add(

@@ -27,6 +27,10 @@ def await_engine_end() -> None:
         gc.collect()
     for process in multiprocessing.active_children():
         process.join(END_SECONDS)
+        if process.is_alive():
+            # it would share the GPU's memory with the next
+            process.kill()
+            process.join()
 
 
 class SharedEngine:

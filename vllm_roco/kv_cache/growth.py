@@ -66,9 +66,13 @@ class Growth:
         """Return by how many blocks more than now will be held at most.
 
         Everything repeats after a stride of tokens, in which an evicting sequence takes
-        a block every `block_size` steps and gives a stride of blocks back once. All are
-        taken to be at the same place within their newest blocks, which may count one
-        block too many for each.
+        a block every `block_size` steps and gives a stride of blocks back once, when it
+        is next scheduled: others may have taken another block by then. All are taken to
+        be at the same place within their newest blocks, which counts up to a block too
+        many for each, and a stride too many where an eviction is still in flight.
+
+        Linear in the sequences that evict: asked only while a request waits that would
+        fit without this.
 
         Args:
             evicting: Requests that have given up blocks.
@@ -88,6 +92,7 @@ class Growth:
         growth = most = 0
         for ending in reversed(phases):
             growth += num_decoding
-            most = max(most, growth)
+            others = num_decoding - ending if ending else 0
+            most = max(most, growth + others)
             growth -= stride * ending
         return most_read + most
