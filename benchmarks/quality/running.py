@@ -116,7 +116,7 @@ def _in_order(
 def _plan(todo: list[Cell], parallel: int) -> str:
     planned = jobs(todo)
     has_gpu = os.path.exists("/dev/nvidiactl")
-    minutes = _estimated_seconds(planned, parallel, has_gpu) / 60
+    minutes = estimated_seconds(planned, parallel, has_gpu) / 60
     return (
         f"{len(todo)} cells in {len(planned)} processes, {parallel} at once: about "
         f"{math.ceil(minutes)} minutes with {'one H100' if has_gpu else 'CPUs alone'}, "
@@ -124,10 +124,12 @@ def _plan(todo: list[Cell], parallel: int) -> str:
     )
 
 
-def _estimated_seconds(planned: Iterable[Job], parallel: int, has_gpu: bool) -> float:
+def estimated_seconds(planned: list[Job], parallel: int, has_gpu: bool) -> float:
+    """Return how long jobs take, `parallel` at once where there are so many."""
     tokens = sum(cell.n * cell.context for job in planned for cell in job.cells)
     starts = sum(_SECONDS_A_START for _ in planned)
-    return (starts + tokens / _TOKENS_A_SECOND[has_gpu]) / parallel
+    at_once = max(1, min(parallel, len(planned)))
+    return (starts + tokens / _TOKENS_A_SECOND[has_gpu]) / at_once
 
 
 def _commit() -> str:

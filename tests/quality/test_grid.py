@@ -113,6 +113,14 @@ def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
         assert running.can_be_swept(swept, done) is expected
 
 
+def test_a_lone_job_takes_as_long_beside_an_idle_process() -> None:
+    """One cell, with two processes allowed, was to take half the time that it did."""
+    lone = jobs(grid()[:1])
+    seconds = running.estimated_seconds(lone, 1, has_gpu=False)
+    assert running.estimated_seconds(lone, 2, has_gpu=False) == seconds
+    assert running.estimated_seconds(lone * 2, 2, has_gpu=False) == seconds
+
+
 def arguments(out: Path) -> argparse.Namespace:
     return argparse.Namespace(
         preset="quick",
