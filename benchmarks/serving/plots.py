@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -151,8 +152,11 @@ def prefill(rows: list[Row], axes: Axes) -> None:
         axes: Where to draw.
     """
     colours = ((PALE_GREY, PALE_BLUE), (GREY, BLUE))
-    for setting, (grey, blue) in zip(newest_settings(rows), colours, strict=False):
-        flags = ", torch.compile off" if '"mode":0' in setting[0]["flags"] else ""
+    for setting, (grey, blue) in zip(
+        newest_settings(rows), cycle(colours), strict=False
+    ):
+        is_off = '"mode":0' in setting[0]["flags"].replace(" ", "")
+        flags = ", torch.compile off" if is_off else ""
         stock = [row for row in setting if row["backend"] != "ROCO"]
         if not stock:
             continue

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,14 @@ MACHINE = ("gpu", "vllm", "commit", "flags")
 Row = Mapping[str, object]
 Measurement = tuple[Row, Callable[[], Row]]
 """A row's columns that are known before, and what returns the others."""
+
+
+def _end(engine: SharedEngine) -> None:
+    try:
+        engine.end()
+    except Exception as error:
+        # the rows of later engines can be measured all the same
+        print(f"the engine does not end: {error!r}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,7 @@ class Session:
                     if not self._add(table, columns, measure, end):
                         failures += 1
                         # requests may be left in it, or it may be dead
-                        with contextlib.suppress(Exception):
-                            engine.end()
+                        _end(engine)
         return failures
 
     def _add(

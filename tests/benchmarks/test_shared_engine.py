@@ -40,9 +40,6 @@ def processes(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     # an earlier engine in this process may have had them kept
     envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    # bound threads crawl where anything else uses their core
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     envs.disable_envs_cache()
 
