@@ -45,6 +45,26 @@ def test_every_option_is_read() -> None:
     assert dataclasses.asdict(config) == options
 
 
+@pytest.mark.parametrize(
+    ("options", "stride", "chunk"),
+    [
+        ({}, 256, 1024),
+        ({"budget": 8192}, 256, 1024),
+        ({"budget": 512}, 256, 512),
+        ({"budget": 128}, 128, 128),
+        ({"budget": 128, "stride": None, "chunk": None}, 128, 128),
+        ({"budget": 128, "stride": 256, "chunk": 1024}, 256, 1024),
+    ],
+    ids=repr,
+)
+def test_what_is_left_out_follows_the_budget(
+    options: dict[str, int | None], stride: int, chunk: int
+) -> None:
+    """A sequence with a budget of 128 tokens was read 512 tokens at a time."""
+    config = RocoConfig.from_additional_config({"roco": options})
+    assert (config.stride, config.chunk) == (stride, chunk)
+
+
 def test_options_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RocoConfig().budget = 1  # type: ignore[misc]

@@ -19,6 +19,10 @@ NAMESPACE = "roco"
 POLICIES = ("roco", "recent")
 SHIELDS = ("peak", "deviation")
 
+_FROM_BUDGET: Any = None
+_MOST = {"stride": 256, "chunk": 1024}
+"""What is left out follows the budget, up to so many tokens."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RocoConfig:
@@ -31,9 +35,11 @@ class RocoConfig:
             (arXiv 2402.06262 shields by deviation).
         shield_ratio: Share of the budget that the first stage shields, 0 to 1.
         budget: KV tokens kept per sequence; a multiple of the block size.
-        stride: Tokens evicted at a time; a multiple of the block size.
+        stride: Tokens evicted at a time; a multiple of the block size. None: 256, or
+            the budget where that is less.
         chunk: Prompt tokens read per step once something is evicted, and the least
-            before; a multiple of the block size.
+            before; a multiple of the block size. None: 1024, or the budget where that
+            is less.
         sink: First tokens of a sequence that are never evicted.
         recent: Newest tokens of a sequence that are never evicted.
         trace: File that receives one JSON line per scheduled request and step, or
@@ -47,8 +53,8 @@ class RocoConfig:
     shield: str = "peak"
     shield_ratio: float = 0.7
     budget: int = 2048
-    stride: int = 256
-    chunk: int = 512
+    stride: int = _FROM_BUDGET
+    chunk: int = _FROM_BUDGET
     sink: int = 16
     recent: int = 32
     trace: str | None = None
@@ -56,6 +62,11 @@ class RocoConfig:
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("shield", self.shield, SHIELDS)
+        _check_integer("budget", self.budget, 1)
+        for key, most in _MOST.items():
+            if getattr(self, key) is None:
+                # the class is frozen for everybody else
+                object.__setattr__(self, key, min(most, self.budget))
         for key, least in _LEAST.items():
             _check_integer(key, getattr(self, key), least)
         _check_ratio("shield_ratio", self.shield_ratio)
@@ -141,7 +152,7 @@ def blocks_of(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-_LEAST = {"budget": 1, "stride": 1, "chunk": 1, "sink": 0, "recent": 0}
+_LEAST = {"stride": 1, "chunk": 1, "sink": 0, "recent": 0}
 
 
 def _bad(key: str, value: object, allowed: str) -> ValueError:

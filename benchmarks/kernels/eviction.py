@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=64, help="sequences of the batch")
     parser.add_argument("--budget", type=int, default=RocoConfig.budget)
-    parser.add_argument("--stride", type=int, default=RocoConfig.stride)
+    parser.add_argument("--stride", type=int, default=RocoConfig().stride)
     arguments = parser.parse_args()
 
     facts = environment()

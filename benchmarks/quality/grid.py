@@ -171,13 +171,11 @@ def cells(preset: Preset, *, model: str, seed: int, n: int | None) -> list[Cell]
 
 
 def _at_budget(method: str, sweep: Sweep, ratio: float) -> Setup:
-    budget = int(ratio * sweep.context)
-    # a stride above the budget would hold more than twice what is asked for
-    stride = min(DEFAULTS.stride, budget)
-    chunk = DEFAULTS.chunk
+    shipped = RocoConfig(budget=int(ratio * sweep.context))
+    chunk = shipped.chunk
     if sweep.task == PERPLEXITY_GENERATION:
-        chunk = min(stride, chunk)
-    return setup_of(method, budget, stride, chunk)
+        chunk = min(shipped.stride, chunk)
+    return setup_of(method, shipped.budget, shipped.stride, chunk)
 
 
 def _at_strides(method: str, preset: Preset) -> Iterator[Setup]:

@@ -23,17 +23,15 @@ class Measured:
 
     Attributes:
         rows: All of them.
-        stride: Tokens evicted at a time in the sweep of budgets, or the budget itself
-            where that is less.
-        chunk: Prompt tokens read per step there.
+        pace: Stride and chunk of the sweep of budgets, or the budget itself where that
+            is less.
         default_method: What a user gets who only sets a budget.
         kvpress: Rows of `kvpress_table`, where its table lies beside.
         ablation: Rows of the ablation's summary, likewise.
     """
 
     rows: tuple[Row, ...]
-    stride: int
-    chunk: int
+    pace: tuple[int, int]
     default_method: str
     kvpress: tuple[Row, ...]
     ablation: tuple[Row, ...]
@@ -53,8 +51,7 @@ class Measured:
 
         return cls(
             tuple(table.read(path)),
-            defaults["stride"],
-            defaults["chunk"],
+            (defaults["stride"], defaults["chunk"]),
             method,
             beside(KVPRESS_TABLE),
             beside(ABLATION_TABLE),
@@ -126,8 +123,7 @@ class Measured:
         return sorted(names, key=lambda name: name in ORACLE_METHODS)
 
     def _has_usual_pace(self, row: Row) -> bool:
-        stride = min(self.stride, int(row["budget"]))
-        chunk = self.chunk
+        stride, chunk = (min(size, int(row["budget"])) for size in self.pace)
         if row["task"] == PERPLEXITY_GENERATION:
             chunk = min(stride, chunk)
         return (row["stride"], row["chunk"]) == (str(stride), str(chunk))

@@ -66,12 +66,8 @@ class Case:
         """The options of `additional_config["roco"]`, empty without RoCo."""
         if self.policy is None:
             return {}
-        return {
-            "policy": self.policy,
-            "budget": self.budget,
-            "stride": RocoConfig.stride,
-            "chunk": self.chunk,
-        }
+        config = RocoConfig(policy=self.policy, budget=self.budget, chunk=self.chunk)
+        return {key: getattr(config, key) for key in KEY[4:8]}
 
     def columns(self, number: int) -> dict[str, object]:
         """Return the columns of `prefill.csv` that tell this case from others."""

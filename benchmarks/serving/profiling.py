@@ -29,9 +29,10 @@ from benchmarks.serving.workloads import VARIANTS, Requests
 from vllm_roco import ops
 from vllm_roco.config import RocoConfig
 
+DEFAULTS = RocoConfig()
 MODEL = "llama-3.1-8b"
 # the stride ends halfway through what is written
-REQUESTS = Requests(64, RocoConfig.budget + RocoConfig.stride - 20, 40)
+REQUESTS = Requests(64, DEFAULTS.budget + DEFAULTS.stride - 20, 40)
 TOP = 12
 """Kernels with a row of their own; the others share one."""
 MOVE = "_move_blocks_kernel"
@@ -81,7 +82,7 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     return [
         *engine,
         # few steps for all prompts, so that the rows keep near together
-        f"--max-num-batched-tokens={REQUESTS.count * RocoConfig.chunk}",
+        f"--max-num-batched-tokens={REQUESTS.count * 512}",
         f"--scheduler-cls={scheduler_class(roco=policy is not None)}",
         "--async-scheduling",
         f"--batch-size={REQUESTS.count}",

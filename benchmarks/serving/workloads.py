@@ -184,8 +184,9 @@ class Run:
         """The options of `additional_config["roco"]`, empty without RoCo."""
         if self.variant.policy is None:
             return {}
-        options = {key: getattr(self.workload, key) for key in _SIZES}
-        return {"policy": self.variant.policy, **options}
+        sizes = {key: getattr(self.workload, key) for key in _SIZES}
+        config = RocoConfig(policy=self.variant.policy, **sizes)
+        return {key: getattr(config, key) for key in ("policy", *_SIZES)}
 
     @property
     def columns(self) -> dict[str, object]:
