@@ -88,6 +88,8 @@ WORKLOADS = {
         batches=(Requests(256, 700, 1024),),
         budget=256,
         stride=128,
+        # a prompt in two steps
+        chunk=512,
         variants=("stock", "stock-fp8", "recent", "roco"),
         gpu_memory_utilization=(0.5, 0.4, 0.3, 0.25),
     ),
