@@ -132,7 +132,6 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         statistics=statistics,
         max_live_tokens=length,
         plan=plan_prefill(
-            group=GROUP,
             head_size=HEAD_SIZE,
             dtype=dtype,
             device=Device.of(device) if device.type == "cuda" else H100,

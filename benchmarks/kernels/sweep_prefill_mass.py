@@ -24,7 +24,7 @@ from benchmarks.kernels.workload import HEADS, Call, Shape, Workload, allocate_p
 from vllm_roco.ops.prefill_mass import PrefillPlan
 
 # sequences, queries of each, tokens attended over
-WORK = [(8, 2048, 2048), (1, 512, 2816), (8, 512, 2816), (1, 2048, 4352)]
+WORK = [(8, 2048, 2048), (1, 1024, 3328), (8, 1024, 3328), (1, 2048, 4352)]
 SHAPES = [
     Shape(batch, context, *heads, query_len=query_len)
     for heads in HEADS

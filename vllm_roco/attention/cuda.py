@@ -8,6 +8,7 @@ what the blocks received. The last layer of a group closes the step.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -31,6 +32,28 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
 
 
+@dataclass(frozen=True)
+class CacheViews:
+    """What the steps read of a layer's cache; making views anew takes its time.
+
+    Attributes:
+        keys: `[num_blocks, block_size, num_kv_heads, head_size]`.
+        values: Likewise.
+        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, None where nothing
+            is measured.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    statistics: torch.Tensor | None
+
+    @classmethod
+    def of(cls, kv_cache: torch.Tensor, *, measures: bool) -> CacheViews:
+        """Take the views of `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
+        keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
+        return cls(keys, values, statistics_view(kv_cache) if measures else None)
+
+
 class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
     """One layer's attention by kernels; see `RocoImpl`."""
 
@@ -48,13 +71,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         if dtype in (torch.float16, torch.bfloat16):
             self.flash_version = get_flash_attn_version(head_size=self.head_size)
         self.prefill_plan = plan_prefill(
-            group=self.num_heads // self.num_kv_heads,
             head_size=self.head_size,
             dtype=dtype,
             device=Device.of(torch.device("cuda", torch.cuda.current_device())),
         )
         self._cache_key: tuple[int, int] | None = None
-        self._statistics: torch.Tensor | None = None
+        self._views: CacheViews
 
     def do_kv_cache_update(
         self,
@@ -73,12 +95,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
             slot_mapping: `[num_tokens]` int64, -1 for padding.
         """
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        views = self._bound(kv_cache)
         reshape_and_cache_flash(
             key,
             value,
-            keys,
-            values,
+            views.keys,
+            views.values,
             slot_mapping,
             self.kv_cache_dtype,
             layer._k_scale,
@@ -112,7 +134,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         """
         if attn_metadata is None:
             return output.fill_(0)
-        statistics = self._bound_statistics(kv_cache) if self.config.measures else None
+        statistics = self._bound(kv_cache).statistics
         decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
         if decodes is not None:
             self._decode(
@@ -201,12 +223,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
-        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        views = self._bound(kv_cache)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
-            k=keys,
-            v=values,
+            k=views.keys,
+            v=views.values,
             out=output,
             cu_seqlens_q=prefills.query_start_loc,
             max_seqlen_q=prefills.max_query_len,
@@ -221,10 +243,10 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         )
         return lse
 
-    def _bound_statistics(self, kv_cache: torch.Tensor) -> torch.Tensor:
+    def _bound(self, kv_cache: torch.Tensor) -> CacheViews:
         # vLLM binds throw-away caches while it profiles, perhaps at the same address
         key = (kv_cache.data_ptr(), kv_cache.shape[0])
-        if self._statistics is None or self._cache_key != key:
-            self._statistics = statistics_view(kv_cache)
+        if self._cache_key != key:
+            self._views = CacheViews.of(kv_cache, measures=self.config.measures)
             self._cache_key = key
-        return self._statistics
+        return self._views

@@ -29,6 +29,7 @@ from vllm_roco.ops.decode_plan import (
     piece_size,
     pieces_and_tiles,
 )
+from vllm_roco.ops.launch import Launcher
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
@@ -36,6 +37,9 @@ MIN_GROUP = 16
 # over all of them, few where each is a program of its own
 CLOSING_BLOCKS = 128
 COMBINE_BLOCKS = 32
+
+_launch_attend = Launcher(attend_kernel)
+_launch_combine = Launcher(combine_kernel)
 
 
 def decode_attention(
@@ -90,7 +94,9 @@ def decode_attention(
     if query.dtype == torch.float32:
         warps_of_a_tile = 1
 
-    attend_kernel[(num_kv_heads, plan.splits, num_rows)](
+    _launch_attend(
+        (num_kv_heads, plan.splits, num_rows),
+        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
         kv_cache_ptr=kv_cache,
         live_table_ptr=live_table,
@@ -128,8 +134,6 @@ def decode_attention(
         MEASURE=measure,
         WARPS=warps_of_a_tile,
         PDL=plan.dependent_launch and plan.splits > 1,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
     )
 
     if plan.splits == 1:
@@ -137,7 +141,9 @@ def decode_attention(
     parts = group
     if measure:
         parts += triton.cdiv(scratch.max_blocks, COMBINE_BLOCKS)
-    combine_kernel[(num_kv_heads, parts, num_rows)](
+    _launch_combine(
+        (num_kv_heads, parts, num_rows),
+        {"num_warps": 1 if plan.splits <= 8 else 4, **launch_dependent},
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
         notes_ptr=scratch.notes,
@@ -163,6 +169,4 @@ def decode_attention(
         SPLITS_PADDED=triton.next_power_of_2(plan.splits),
         COMBINE_BLOCKS=COMBINE_BLOCKS,
         PDL=plan.dependent_launch,
-        num_warps=1 if plan.splits <= 8 else 4,
-        **launch_dependent,
     )

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from vllm_roco.ops.device import Device
+from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.statistics import (
     NUM_FIELDS,
     read_statistics,
@@ -25,54 +26,49 @@ from vllm_roco.ops.statistics import (
 )
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
+# tensor cores deal out 16 rows to lanes in two halves, a row's columns to four lanes
+HALF = tl.constexpr(8)
+LANES = tl.constexpr(4)
 
 
 @triton.jit
-def _mass_of_tile(
+def _weights_of_tile(
     query_ptr,  # [num_queries, num_q_heads, head_size]
     lse_ptr,  # [num_q_heads, num_queries] float32, natural logarithm
     keys,  # [COLUMNS, HEAD_PADDED]
     token,  # [COLUMNS], places in the row; past its end for idle columns
     start,  # first query of the tile, counted in the row
+    head,
     query_start,
     query_len,
     length,
-    kv_head,
     logit_scale,
     soft_cap,
     stride_query_token,
     stride_query_head,
     stride_lse_head,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Return `[ROWS // GROUP_PADDED, BLOCKS]`, every query's mass in every block."""
-    # the heads of a group lie beside each other in the rows, padded to a power of two
-    member = tl.arange(0, ROWS) % GROUP_PADDED
-    head = kv_head * GROUP + member
-    number = start + tl.arange(0, ROWS) // GROUP_PADDED
-    valid = (number < query_len) & (member < GROUP)
-    query_token = (query_start + number).to(tl.int64)
+    """Return `[ROWS, COLUMNS]`, what one query head's queries give to every token."""
+    row = tl.arange(0, ROWS)
     dim = tl.arange(0, HEAD_PADDED)
+    number = start + row
+    valid = number < query_len
+    first_token = (query_start + start).to(tl.int64)
+    query_ptr += first_token * stride_query_token + head * stride_query_head
     # [ROWS, HEAD_PADDED]
     query = tl.load(
-        query_ptr
-        + (query_token * stride_query_token + head * stride_query_head)[:, None]
-        + dim[None, :],
+        query_ptr + (row * stride_query_token)[:, None] + dim[None, :],
         mask=valid[:, None] & (dim < HEAD_SIZE)[None, :],
         other=0.0,
     )
     # rows that are no query's weigh 2^-inf
-    lse = tl.load(
-        lse_ptr + head * stride_lse_head + query_token, mask=valid, other=float("inf")
-    )
+    lse_ptr += head * stride_lse_head + first_token
+    lse = tl.load(lse_ptr + row, mask=valid, other=float("inf"))
     logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
     if SOFT_CAP:
         # tanh, in a form of which neither end overflows
@@ -82,9 +78,25 @@ def _mass_of_tile(
     if MASKED:
         position = length - query_len + number
         weights = tl.where(token[None, :] <= position[:, None], weights, 0.0)
-    by_head = tl.sum(tl.reshape(weights, [ROWS, BLOCKS, BLOCK_PADDED]), 2)
-    by_group = tl.reshape(by_head, [ROWS // GROUP_PADDED, GROUP_PADDED, BLOCKS])
-    return tl.sum(by_group, 1) / GROUP
+    return weights
+
+
+@triton.jit
+def _by_lane(
+    weights,  # [ROWS, BLOCKS * BLOCK_PADDED]
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_PADDED: tl.constexpr,
+):
+    """Return `[ROWS, BLOCKS, LANES]`, blocks summed up as far as a thread can alone.
+
+    Tensor cores leave a row's columns to four threads, which take turns two at a time.
+    """
+    PAIR: tl.constexpr = 2
+    turns = tl.reshape(
+        weights, [ROWS, BLOCKS, BLOCK_PADDED // (LANES * PAIR), LANES, PAIR]
+    )
+    return tl.sum(tl.sum(turns, 4), 2)
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "stride_lse_head"])
@@ -108,7 +120,6 @@ def _prefill_mass_kernel(
     stride_table_row,
     stride_statistics_block,
     GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -148,12 +159,11 @@ def _prefill_mass_kernel(
         other=0.0,
     )
 
-    # a place for each query of a tile: they are put together once, at the end, so that
-    # no tile waits for a sum over several warps
-    QUERIES: tl.constexpr = ROWS // GROUP_PADDED
-    masses = tl.zeros([QUERIES, BLOCKS], tl.float32)
-    squares = tl.zeros([QUERIES, BLOCKS], tl.float32)
-    peaks = tl.zeros([QUERIES, BLOCKS], tl.float32)
+    # a place for every two queries of a tile, which one thread has: they are put
+    # together once, at the end, so that no tile waits for a sum over several threads
+    masses = tl.zeros([ROWS // (2 * HALF), HALF, BLOCKS], tl.float32)
+    squares = tl.zeros([ROWS // (2 * HALF), HALF, BLOCKS], tl.float32)
+    peaks = tl.zeros([ROWS // (2 * HALF), HALF, BLOCKS], tl.float32)
     # from the first query that sees the run's first token; those that see its last one
     # need no mask, unless it has idle columns
     before_step = length - query_len
@@ -161,40 +171,45 @@ def _prefill_mass_kernel(
     all_seen = tl.maximum((first_index + BLOCKS) * BLOCK_SIZE - 1 - before_step, 0)
     if BLOCK_PADDED != BLOCK_SIZE:
         all_seen = query_len
-    masked_tiles = tl.cdiv(tl.minimum(all_seen, query_len) - first_query, QUERIES)
-    unmasked_query = first_query + tl.maximum(masked_tiles, 0) * QUERIES
+    masked_tiles = tl.cdiv(tl.minimum(all_seen, query_len) - first_query, ROWS)
+    unmasked_query = first_query + tl.maximum(masked_tiles, 0) * ROWS
     for part in tl.static_range(2):
         begin = first_query if part == 0 else unmasked_query
         end = unmasked_query if part == 0 else query_len
-        for start in tl.range(begin, end, QUERIES):
-            mass = _mass_of_tile(
+        # the heads of a group take turns at a tile; what the threads that share a block
+        # have is put together once for all heads
+        shares = tl.zeros([ROWS, BLOCKS, LANES], tl.float32)
+        for turn in tl.range(0, tl.cdiv(end - begin, ROWS) * GROUP):
+            member = turn % GROUP
+            weights = _weights_of_tile(
                 query_ptr,
                 lse_ptr,
                 keys,
                 token,
-                start,
+                begin + turn // GROUP * ROWS,
+                kv_head * GROUP + member,
                 query_start,
                 query_len,
                 length,
-                kv_head,
                 logit_scale,
                 soft_cap,
                 stride_query_token,
                 stride_query_head,
                 stride_lse_head,
-                GROUP,
-                GROUP_PADDED,
                 HEAD_SIZE,
                 HEAD_PADDED,
-                BLOCKS,
-                BLOCK_PADDED,
                 ROWS,
                 SOFT_CAP,
                 MASKED=part == 0,
             )
-            masses += mass
-            squares += mass * mass
-            peaks = tl.maximum(peaks, mass)
+            shares += _by_lane(weights, ROWS, BLOCKS, BLOCK_PADDED)
+            if member == GROUP - 1:
+                mass = tl.sum(shares, 2) / GROUP
+                pairs = tl.reshape(mass, [ROWS // (2 * HALF), 2, HALF, BLOCKS])
+                masses += tl.sum(pairs, 1)
+                squares += tl.sum(pairs * pairs, 1)
+                peaks = tl.maximum(peaks, tl.max(pairs, 1))
+                shares = tl.zeros([ROWS, BLOCKS, LANES], tl.float32)
 
     index = first_index + tl.arange(0, BLOCKS)
     statistics_ptr += kv_head * NUM_FIELDS
@@ -215,11 +230,14 @@ def _prefill_mass_kernel(
         length,
         query_len,
         tl.load(evicted_before_ptr + row),
-        tl.sum(masses, 0),
-        tl.sum(squares, 0),
-        tl.max(peaks, 0),
+        tl.sum(tl.sum(masses, 0), 0),
+        tl.sum(tl.sum(squares, 0), 0),
+        tl.max(tl.max(peaks, 0), 0),
         BLOCK_SIZE,
     )
+
+
+_launch = Launcher(_prefill_mass_kernel)
 
 
 @dataclass(frozen=True)
@@ -227,7 +245,7 @@ class PrefillPlan:
     """How the product of queries and keys is tiled.
 
     Attributes:
-        rows: Queries times the heads of a group, a power of two of at least 16.
+        rows: Queries, a power of two of at least 16.
         columns: Tokens, a power of two of at least 16; a longer block takes its own.
         num_warps: Warps of a program.
         num_stages: Tiles of queries in flight, the one being computed included.
@@ -239,15 +257,12 @@ class PrefillPlan:
     num_stages: int
 
 
-def plan_prefill(
-    *, group: int, head_size: int, dtype: torch.dtype, device: Device
-) -> PrefillPlan:
+def plan_prefill(*, head_size: int, dtype: torch.dtype, device: Device) -> PrefillPlan:
     """Choose a tile that fits in shared memory and registers.
 
     `benchmarks/kernels/sweep_prefill_mass.py` tells what the others cost.
 
     Args:
-        group: Query heads per KV head.
         head_size: Numbers per head.
         dtype: Element type of query and cache.
         device: Where the kernel runs.
@@ -255,16 +270,11 @@ def plan_prefill(
     if dtype.itemsize == 4:
         # no tensor cores: the product lives in registers
         return PrefillPlan(rows=32, columns=32, num_warps=4, num_stages=2)
-    rows, stages = 128, 3
+    rows, stages = 64, 3
     row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
-    if row_bytes > 256 or rows * row_bytes * stages > device.shared_memory // 2:
-        rows, stages = 64, 2
-    return PrefillPlan(
-        rows=rows,
-        columns=64,
-        num_warps=8 if rows == 128 and group <= 4 else 4,
-        num_stages=stages,
-    )
+    if rows * row_bytes * stages > device.shared_memory // 2:
+        stages = 2
+    return PrefillPlan(rows=rows, columns=64, num_warps=4, num_stages=stages)
 
 
 def measure_prefill(
@@ -304,11 +314,12 @@ def measure_prefill(
     _, num_kv_heads, block_size, _ = kv_cache.shape
     num_rows = live_lens.shape[0]
     group = num_q_heads // num_kv_heads
-    group_padded = triton.next_power_of_2(group)
     block_padded = triton.next_power_of_2(block_size)
     blocks = max(1, plan.columns // block_padded)
     max_blocks = triton.cdiv(max_live_tokens, block_size)
-    _prefill_mass_kernel[(num_kv_heads, triton.cdiv(max_blocks, blocks), num_rows)](
+    _launch(
+        (num_kv_heads, triton.cdiv(max_blocks, blocks), num_rows),
+        {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
         kv_cache_ptr=kv_cache,
         lse_ptr=lse,
@@ -328,14 +339,11 @@ def measure_prefill(
         stride_table_row=live_table.stride(0),
         stride_statistics_block=statistics.stride(0),
         GROUP=group,
-        GROUP_PADDED=group_padded,
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size,
         BLOCK_PADDED=block_padded,
         BLOCKS=blocks,
-        ROWS=max(plan.rows, group_padded),
+        ROWS=plan.rows,
         SOFT_CAP=soft_cap != 0.0,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
     )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from vllm_roco.ops.launch import Launcher
+
+
+@triton.jit(do_not_specialize=["varying"])
+def _fill_kernel(
+    out_ptr,
+    source_ptr,
+    fixed,
+    varying,
+    SIZE: tl.constexpr,
+):
+    index = tl.arange(0, SIZE)
+    value = tl.load(source_ptr + index) + fixed * 1000 + varying
+    tl.store(out_ptr + index, value)
+
+
+def launched(
+    launch: Launcher, source: torch.Tensor, *, fixed: int, varying: int, size: int
+) -> list[int]:
+    out = torch.zeros(size, dtype=torch.int32, device=source.device)
+    launch(
+        (1, 1, 1),
+        {"num_warps": 1},
+        out_ptr=out,
+        source_ptr=source,
+        fixed=fixed,
+        varying=varying,
+        SIZE=size,
+    )
+    return [int(number) for number in out]
+
+
+def test_a_variant_is_used_for_what_it_was_compiled_for(device: torch.device) -> None:
+    """1 and multiples of 16 have variants of their own, and so have odd addresses."""
+    launch = Launcher(_fill_kernel)
+    numbers = torch.arange(64, dtype=torch.int32, device=device)
+    for fixed in (1, 2, 16, 17, 1, 16):
+        for varying in (0, 1, 7, 16):
+            for first in (0, 1, 4):
+                for size in (16, 32):
+                    found = launched(
+                        launch, numbers[first:], fixed=fixed, varying=varying, size=size
+                    )
+                    start = first + 1000 * fixed + varying
+                    assert found == list(range(start, start + size))
+
+
+def test_arguments_in_another_order_are_refused(device: torch.device) -> None:
+    """A variant takes its arguments by place."""
+    numbers = torch.arange(16, dtype=torch.int32, device=device)
+    with pytest.raises(TypeError, match=r"_fill_kernel takes \['out_ptr', 'source_ptr"):
+        Launcher(_fill_kernel)(
+            (1, 1, 1),
+            {"num_warps": 1},
+            out_ptr=torch.zeros_like(numbers),
+            fixed=1,
+            source_ptr=numbers,
+            varying=1,
+            SIZE=16,
+        )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches kernels without what Triton works out anew on every call.
+
+Steps outside CUDA graphs, those that read prompts, are launched layer by layer. Triton
+looks at each of a kernel's thirty arguments to find the variant that was compiled for
+them, which takes several times as long as the launch itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+class Launcher:
+    """A kernel, and its variants by what they were compiled for.
+
+    Args:
+        kernel: A function under `triton.jit`. The numbers among its arguments are taken
+            to be the same in most calls, but for those in `do_not_specialize`, which
+            must fit in 32 bits.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        # the interpreter compiles nothing and has none
+        self._varying = frozenset(getattr(kernel, "do_not_specialize", None) or ())
+        self._variants: dict[tuple[object, ...], Any] = {}
+
+    def __call__(
+        self,
+        grid: tuple[int, int, int],
+        options: Mapping[str, int | bool],
+        **arguments: Any,
+    ) -> None:
+        """Launch the kernel.
+
+        Args:
+            grid: Programs in each dimension.
+            options: Triton's, such as `num_warps`.
+            arguments: All of the kernel's arguments, in its order; a tensor first.
+        """
+        varying = self._varying
+        key = (
+            next(iter(arguments.values())).get_device(),
+            *options.values(),
+            *(
+                # Triton asks no more of a pointer
+                (argument.dtype, argument.data_ptr() % 16 == 0)
+                if isinstance(argument, torch.Tensor)
+                else argument
+                for name, argument in arguments.items()
+                if name not in varying
+            ),
+        )
+        variant = self._variants.get(key)
+        if variant is None:
+            if list(arguments) != self._kernel.arg_names:
+                raise TypeError(
+                    f"roco: {self._kernel.__name__} takes {self._kernel.arg_names}, "
+                    f"in this order, not {list(arguments)}."
+                )
+            # the interpreter returns None
+            self._variants[key] = self._kernel[grid](**arguments, **options)
+        else:
+            variant[grid](*arguments.values())
