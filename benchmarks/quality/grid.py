@@ -17,7 +17,12 @@ from benchmarks.quality.cells import (
 from benchmarks.quality.tasks import RULER_TASKS
 from vllm_roco.config import SHIELDS, RocoConfig
 
-DEFAULTS = RocoConfig()
+BASE = RocoConfig(chunk=512)
+"""What is not swept, cut to the budget where that is less.
+
+The default but for the chunk: 1,024 tokens would be half of most texts here, and
+nothing would have gone before the question is read.
+"""
 BLOCK_SIZE = 16
 PAPER_SHIELD_RATIO = 0.3
 """Of the deviation shield, arXiv 2402.06262."""
@@ -108,7 +113,7 @@ PRESETS = {
 def setup_of(method: str, budget: int, stride: int, chunk: int) -> Setup:
     """Return a method of the plugin or of the oracle with its numbers."""
     policy, _, shield = method.partition("/")
-    ratio = DEFAULTS.shield_ratio if shield == DEFAULTS.shield else PAPER_SHIELD_RATIO
+    ratio = BASE.shield_ratio if shield == BASE.shield else PAPER_SHIELD_RATIO
     is_oracle = method in ORACLE_METHODS
     return Setup(
         method=method,
@@ -171,11 +176,11 @@ def cells(preset: Preset, *, model: str, seed: int, n: int | None) -> list[Cell]
 
 
 def _at_budget(method: str, sweep: Sweep, ratio: float) -> Setup:
-    shipped = RocoConfig(budget=int(ratio * sweep.context))
-    chunk = shipped.chunk
+    budget = int(ratio * sweep.context)
+    stride, chunk = min(BASE.stride, budget), min(BASE.chunk, budget)
     if sweep.task == PERPLEXITY_GENERATION:
-        chunk = min(shipped.stride, chunk)
-    return setup_of(method, shipped.budget, shipped.stride, chunk)
+        chunk = min(stride, chunk)
+    return setup_of(method, budget, stride, chunk)
 
 
 def _at_strides(method: str, preset: Preset) -> Iterator[Setup]:

@@ -40,10 +40,10 @@ class Measured:
     def read(cls, path: Path) -> Measured:
         """Read a table, and the configuration beside it."""
         configuration = json.loads(path.with_suffix(".json").read_text())
-        defaults = configuration["defaults"]
-        method = defaults["policy"]
+        base = configuration["base"]
+        method = base["policy"]
         if method == "roco":
-            method += f"/{defaults['shield']}"
+            method += f"/{base['shield']}"
 
         def beside(name: str) -> tuple[Row, ...]:
             other = path.with_name(name)
@@ -51,7 +51,7 @@ class Measured:
 
         return cls(
             tuple(table.read(path)),
-            (defaults["stride"], defaults["chunk"]),
+            (base["stride"], base["chunk"]),
             method,
             beside(KVPRESS_TABLE),
             beside(ABLATION_TABLE),

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from benchmarks.quality import outcomes, schedule, table
 from benchmarks.quality.cells import Cell, Job
 from benchmarks.quality.grid import (
-    DEFAULTS,
+    BASE,
     FULL,
     LEAST_FULL_ACCURACY,
     PRESETS,
@@ -165,7 +165,7 @@ def _write_configuration(
         "model": model,
         "preset": asdict(PRESETS[arguments.preset]),
         "seed": arguments.seed,
-        "defaults": asdict(DEFAULTS),
+        "base": asdict(BASE),
         "setups": [asdict(setup) for setup in dict.fromkeys(c.setup for c in grid)],
         "python": platform.python_version(),
         "versions": versions,

@@ -14,7 +14,7 @@ import pytest
 from benchmarks.quality import outcomes, running, schedule, table
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION, Cell, Job
 from benchmarks.quality.grid import (
-    DEFAULTS,
+    BASE,
     FULL,
     ORACLE_METHODS,
     PRESETS,
@@ -57,8 +57,8 @@ def test_every_method_meets_the_same_budgets_on_a_hundred_problems(
             for cell in grid()
             if (cell.task, cell.context) == (task, context)
             and cell.setup.method == method
-            and cell.setup.chunk == min(DEFAULTS.chunk, cell.setup.budget)
-            and cell.setup.stride == min(DEFAULTS.stride, cell.setup.budget)
+            and cell.setup.chunk == min(BASE.chunk, cell.setup.budget)
+            and cell.setup.stride == min(BASE.stride, cell.setup.budget)
             and cell.n >= 100
         }
         assert found == ratios, method

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.quality import running, table
 from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION, Cell
-from benchmarks.quality.grid import DEFAULTS, FULL, PRESETS, cells
+from benchmarks.quality.grid import BASE, FULL, PRESETS, cells
 from benchmarks.quality.outcomes import Outcome
 from benchmarks.quality.plots import draw
 from benchmarks.quality.report import fill, markdown
@@ -36,7 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = tmp_path_factory.mktemp("measured") / running.TABLE
     table.write(path, table.rows(outcomes))
-    path.with_suffix(".json").write_text(json.dumps({"defaults": asdict(DEFAULTS)}))
+    path.with_suffix(".json").write_text(json.dumps({"base": asdict(BASE)}))
     return path
 
 
