@@ -19,9 +19,10 @@ NAMESPACE = "roco"
 POLICIES = ("roco", "recent")
 SHIELDS = ("peak", "deviation")
 
+# until `__post_init__` knows the budget; an instance has a number
 _FROM_BUDGET: Any = None
 _MOST = {"stride": 256, "chunk": 1024}
-"""What is left out follows the budget, up to so many tokens."""
+"""Tokens of an option that is left out, or the budget where that is less."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,8 @@ from vllm_roco.config import SHIELDS, RocoConfig
 BASE = RocoConfig(chunk=512)
 """What is not swept, cut to the budget where that is less.
 
-The default but for the chunk: 1,024 tokens would be half of most texts here, and
-nothing would have gone before the question is read.
+The default but for the chunk: its 1,024 tokens are half of most texts here. Budgets
+that are large enough for it have a cell with it, too.
 """
 BLOCK_SIZE = 16
 PAPER_SHIELD_RATIO = 0.3
@@ -97,9 +97,9 @@ PRESETS = {
     "quick": Preset(
         name="quick",
         sweeps=(
-            Sweep("passkey", 1024, _QUARTERS, 16),
-            Sweep("needle", 1024, _QUARTERS[:2], 8),
-            Sweep(PERPLEXITY, 1024, _QUARTERS[:2], 6),
+            Sweep("passkey", 1024, _QUARTERS, 12),
+            Sweep("needle", 1024, _QUARTERS[:2], 6),
+            Sweep(PERPLEXITY, 1024, _QUARTERS[:2], 4),
         ),
         stride_budget=128,
         strides=(),
@@ -169,6 +169,13 @@ def cells(preset: Preset, *, model: str, seed: int, n: int | None) -> list[Cell]
                 found += [
                     cell(sweep, setup) for setup in _at_strides("roco/peak", preset)
                 ]
+        for sweep in preset.sweeps:
+            if sweep.task not in (*skipped, PERPLEXITY_GENERATION):
+                found += [
+                    cell(sweep, setup_of(method, c.budget, c.stride, c.chunk))
+                    for c in _longer_chunks(sweep)
+                    for method in methods
+                ]
     for sweep in preset.stride_sweeps[:1]:
         for method in preset.oracle_methods[:1]:
             found += [cell(sweep, setup) for setup in _at_strides(method, preset)]
@@ -181,6 +188,14 @@ def _at_budget(method: str, sweep: Sweep, ratio: float) -> Setup:
     if sweep.task == PERPLEXITY_GENERATION:
         chunk = min(stride, chunk)
     return setup_of(method, budget, stride, chunk)
+
+
+def _longer_chunks(sweep: Sweep) -> Iterator[RocoConfig]:
+    """Yield the plugin's own defaults where its chunk is longer than that of `BASE`."""
+    for ratio in sweep.ratios:
+        config = RocoConfig(budget=int(ratio * sweep.context))
+        if config.chunk > BASE.chunk:
+            yield config
 
 
 def _at_strides(method: str, preset: Preset) -> Iterator[Setup]:

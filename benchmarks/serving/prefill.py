@@ -19,7 +19,7 @@ from benchmarks.serving.vllm_bench import (
     latency_command,
 )
 from benchmarks.serving.workloads import Requests
-from vllm_roco.config import RocoConfig
+from vllm_roco.config import NAMESPACE, RocoConfig
 
 MODEL = "llama-3.1-8b"
 CHUNKS = (256, 512, 1024, 2048, 4096)
@@ -48,13 +48,13 @@ class Case:
         requests: The batch, one token to write.
         policy: RoCo's policy, None for FLASH_ATTN.
         budget: Tokens kept per sequence.
-        chunk: Prompt tokens per step of RoCo.
+        chunk: Prompt tokens per step of RoCo; None: its default.
     """
 
     requests: Requests
     policy: str | None = None
     budget: int = RocoConfig.budget
-    chunk: int = RocoConfig.chunk
+    chunk: int | None = None
 
     @property
     def backend(self) -> str:
@@ -66,7 +66,8 @@ class Case:
         """The options of `additional_config["roco"]`, empty without RoCo."""
         if self.policy is None:
             return {}
-        config = RocoConfig(policy=self.policy, budget=self.budget, chunk=self.chunk)
+        options = {"policy": self.policy, "budget": self.budget, "chunk": self.chunk}
+        config = RocoConfig.from_additional_config({NAMESPACE: options})
         return {key: getattr(config, key) for key in KEY[4:8]}
 
     def columns(self, number: int) -> dict[str, object]:

@@ -33,6 +33,8 @@ DEFAULTS = RocoConfig()
 MODEL = "llama-3.1-8b"
 # the stride ends halfway through what is written
 REQUESTS = Requests(64, DEFAULTS.budget + DEFAULTS.stride - 20, 40)
+# few steps for all prompts, so that the rows keep near together
+MAX_NUM_BATCHED_TOKENS = 512 * REQUESTS.count
 TOP = 12
 """Kernels with a row of their own; the others share one."""
 MOVE = "_move_blocks_kernel"
@@ -81,8 +83,7 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     )
     return [
         *engine,
-        # few steps for all prompts, so that the rows keep near together
-        f"--max-num-batched-tokens={REQUESTS.count * 512}",
+        f"--max-num-batched-tokens={MAX_NUM_BATCHED_TOKENS}",
         f"--scheduler-cls={scheduler_class(roco=policy is not None)}",
         "--async-scheduling",
         f"--batch-size={REQUESTS.count}",

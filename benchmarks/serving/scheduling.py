@@ -31,7 +31,6 @@ from vllm.v1.structured_output import StructuredOutputManager
 from benchmarks.kernels.measuring import Timing
 from benchmarks.serving.session import Plan
 from benchmarks.serving.workloads import MODELS, WORKLOADS
-from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.scheduler import RocoAsyncScheduler
 
@@ -92,7 +91,7 @@ def scheduler(
         kind: Instead of the class that serves them.
     """
     requests = WORKLOAD.batches[0]
-    config = RocoConfig(budget=WORKLOAD.budget, stride=WORKLOAD.stride)
+    config = WORKLOAD.config("roco")
     sizes = {key: getattr(config, key) for key in ("budget", "stride", "chunk")}
     backend: dict[str, Any] = {}
     if roco:

@@ -58,8 +58,8 @@ class Workload:
         model: Folder of `benchmarks/models`.
         batches: What is served, one after another.
         budget: Tokens kept per sequence.
-        stride: Tokens evicted at a time.
-        chunk: Prompt tokens per step.
+        stride: Tokens evicted at a time; None: the plugin's default at the budget.
+        chunk: Prompt tokens per step; None: likewise.
         variants: Keys of `VARIANTS`.
         gpu_memory_utilization: vLLM's option, one figure for each.
         kv_cache_bytes: KV memory of every variant; None: what the option above leaves.
@@ -70,14 +70,20 @@ class Workload:
     model: str
     batches: tuple[Requests, ...]
     budget: int
-    stride: int = RocoConfig.stride
-    chunk: int = RocoConfig.chunk
+    stride: int | None = None
+    chunk: int | None = None
     variants: tuple[str, ...] = ("stock", "recent", "roco")
     gpu_memory_utilization: tuple[float, ...] = (0.9,)
     kv_cache_bytes: int | None = None
     one_at_a_time: bool = False
 
+    def config(self, policy: str) -> RocoConfig:
+        """Return the plugin's options under a policy."""
+        sizes = {key: getattr(self, key) for key in _SIZES}
+        return RocoConfig(policy=policy, **sizes)
 
+
+_SIZES = ("budget", "stride", "chunk")
 _QWEN_BYTES_PER_TOKEN = 28 * 4 * 2 * 128 * 2
 """Layers, kv heads, K and V, head size, bytes of a number."""
 
@@ -186,8 +192,7 @@ class Run:
         """The options of `additional_config["roco"]`, empty without RoCo."""
         if self.variant.policy is None:
             return {}
-        sizes = {key: getattr(self.workload, key) for key in _SIZES}
-        config = RocoConfig(policy=self.variant.policy, **sizes)
+        config = self.workload.config(self.variant.policy)
         return {key: getattr(config, key) for key in ("policy", *_SIZES)}
 
     @property
@@ -210,9 +215,6 @@ class Run:
             "input_len": self.requests.input_len,
             "output_len": self.requests.output_len,
         }
-
-
-_SIZES = ("budget", "stride", "chunk")
 
 
 def runs(

@@ -18,7 +18,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from benchmarks.serving import scheduling
 from benchmarks.serving.annotated_scheduler import scheduler_class
 from benchmarks.serving.profiling import (
-    REQUESTS,
+    MAX_NUM_BATCHED_TOKENS,
     kernel_rows,
     our_kernels,
     profile_command,
@@ -143,4 +143,4 @@ def test_command(variant: str, tmp_path: Path) -> None:
     engine = EngineArgs.from_cli_args(arguments)
     assert engine.profiler_config.torch_profiler_dir == str(tmp_path)
     assert engine.async_scheduling
-    assert engine.max_num_batched_tokens == 512 * REQUESTS.count
+    assert engine.max_num_batched_tokens == MAX_NUM_BATCHED_TOKENS

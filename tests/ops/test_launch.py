@@ -39,18 +39,27 @@ def launched(
 
 
 def test_a_variant_is_used_for_what_it_was_compiled_for(device: torch.device) -> None:
-    """1 and multiples of 16 have variants of their own, and so have odd addresses."""
+    """1, multiples of 16, other numbers and odd addresses each have their own.
+
+    Under the interpreter nothing is compiled, and only the count can fail.
+    """
     launch = Launcher(_fill_kernel)
-    numbers = torch.arange(64, dtype=torch.int32, device=device)
+    # loads are vectors from 128 numbers a warp on, which an odd address would break
+    numbers = torch.arange(512, dtype=torch.int32, device=device)
     for fixed in (1, 2, 16, 17, 1, 16):
         for varying in (0, 1, 7, 16):
             for first in (0, 1, 4):
-                for size in (16, 32):
+                for size in (128, 256):
                     found = launched(
                         launch, numbers[first:], fixed=fixed, varying=varying, size=size
                     )
                     start = first + 1000 * fixed + varying
                     assert found == list(range(start, start + size))
+    # numbers, addresses, sizes; the interpreter's kernels do not say what varies
+    variants = 4 * 2 * 2 * (4 if device.type == "cpu" else 1)
+    assert len(launch._variants) == variants
+    launched(launch, numbers.short(), fixed=1, varying=0, size=128)
+    assert len(launch._variants) == variants + 1
 
 
 def test_arguments_in_another_order_are_refused(device: torch.device) -> None:

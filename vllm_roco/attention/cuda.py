@@ -8,6 +8,7 @@ what the blocks received. The last layer of a group closes the step.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -75,8 +76,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             dtype=dtype,
             device=Device.of(torch.device("cuda", torch.cuda.current_device())),
         )
-        self._cache_key: tuple[int, int] | None = None
-        self._views: CacheViews
+        self._bound_cache: weakref.ref[torch.Tensor]
+        self._views: CacheViews | None = None
 
     def do_kv_cache_update(
         self,
@@ -244,9 +245,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         return lse
 
     def _bound(self, kv_cache: torch.Tensor) -> CacheViews:
-        # vLLM binds throw-away caches while it profiles, perhaps at the same address
-        key = (kv_cache.data_ptr(), kv_cache.shape[0])
-        if self._cache_key != key:
+        if self._views is None or self._bound_cache() is not kv_cache:
             self._views = CacheViews.of(kv_cache, measures=self.config.measures)
-            self._cache_key = key
+            # vLLM binds throw-away caches while it profiles, whose memory it needs back
+            self._bound_cache = weakref.ref(kv_cache, self._unbind)
         return self._views
+
+    def _unbind(self, cache: weakref.ref[torch.Tensor]) -> None:
+        if cache is self._bound_cache:
+            self._views = None

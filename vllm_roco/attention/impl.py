@@ -48,6 +48,6 @@ class RocoImpl(AttentionImpl[T]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.soft_cap = logits_soft_cap or 0.0
+        self.soft_cap = float(logits_soft_cap or 0.0)
         self.vllm_config = remember_config()
         self.config = validated_config(self.vllm_config)

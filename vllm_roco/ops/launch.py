@@ -17,10 +17,13 @@ import torch
 class Launcher:
     """A kernel, and its variants by what they were compiled for.
 
+    A variant is kept for every value of a number, so numbers that change from call to
+    call belong in `do_not_specialize`; those must fit in 32 bits, which is not checked.
+    A number is always an int or always a float: 0 and 0.0 are told apart by Triton, not
+    here. The tensors lie on the current device.
+
     Args:
-        kernel: A function under `triton.jit`. The numbers among its arguments are taken
-            to be the same in most calls, but for those in `do_not_specialize`, which
-            must fit in 32 bits.
+        kernel: A function under `triton.jit`.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -39,7 +42,7 @@ class Launcher:
 
         Args:
             grid: Programs in each dimension.
-            options: Triton's, such as `num_warps`.
+            options: Triton's, such as `num_warps`; in every call the same ones.
             arguments: All of the kernel's arguments, in its order; a tensor first.
         """
         varying = self._varying

@@ -26,7 +26,8 @@ from vllm_roco.ops.statistics import (
 )
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
-# tensor cores deal out 16 rows to lanes in two halves, a row's columns to four lanes
+# of a tensor core's product a thread holds rows r and r + 8 of every 16, and four
+# threads share a row's columns, two adjacent ones each
 HALF = tl.constexpr(8)
 LANES = tl.constexpr(4)
 
@@ -159,7 +160,7 @@ def _prefill_mass_kernel(
         other=0.0,
     )
 
-    # a place for every two queries of a tile, which one thread has: they are put
+    # one place for the two queries of a tile that a thread holds: the places are put
     # together once, at the end, so that no tile waits for a sum over several threads
     masses = tl.zeros([ROWS // (2 * HALF), HALF, BLOCKS], tl.float32)
     squares = tl.zeros([ROWS // (2 * HALF), HALF, BLOCKS], tl.float32)
