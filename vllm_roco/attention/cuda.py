@@ -8,8 +8,6 @@ what the blocks received. The last layer of a group closes the step.
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,10 +17,10 @@ from vllm.v1.attention.backends.fa_utils import (
     reshape_and_cache_flash,
 )
 
+from vllm_roco.attention.cache_views import BoundCache
 from vllm_roco.attention.cuda_metadata import Decodes, Prefills, RocoCudaMetadata
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import name_of
-from vllm_roco.kv_cache.page import statistics_view
 from vllm_roco.ops.decode import decode_attention
 from vllm_roco.ops.decode_plan import DecodeScratch
 from vllm_roco.ops.device import Device
@@ -31,28 +29,6 @@ from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
-
-
-@dataclass(frozen=True)
-class CacheViews:
-    """What the steps read of a layer's cache; making views anew takes its time.
-
-    Attributes:
-        keys: `[num_blocks, block_size, num_kv_heads, head_size]`.
-        values: Likewise.
-        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, None where nothing
-            is measured.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    statistics: torch.Tensor | None
-
-    @classmethod
-    def of(cls, kv_cache: torch.Tensor, *, measures: bool) -> CacheViews:
-        """Take the views of `[num_blocks, num_kv_heads, block_size, 2 * head_size]`."""
-        keys, values = kv_cache.transpose(1, 2).chunk(2, dim=-1)
-        return cls(keys, values, statistics_view(kv_cache) if measures else None)
 
 
 class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
@@ -76,8 +52,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             dtype=dtype,
             device=Device.of(torch.device("cuda", torch.cuda.current_device())),
         )
-        self._bound_cache: weakref.ref[torch.Tensor]
-        self._views: CacheViews | None = None
+        self.cache = BoundCache(measures=self.config.measures)
 
     def do_kv_cache_update(
         self,
@@ -96,7 +71,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
             slot_mapping: `[num_tokens]` int64, -1 for padding.
         """
-        views = self._bound(kv_cache)
+        views = self.cache.views(kv_cache)
         reshape_and_cache_flash(
             key,
             value,
@@ -135,7 +110,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         """
         if attn_metadata is None:
             return output.fill_(0)
-        statistics = self._bound(kv_cache).statistics
+        statistics = self.cache.views(kv_cache).statistics
         decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
         if decodes is not None:
             self._decode(
@@ -224,7 +199,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
-        views = self._bound(kv_cache)
+        views = self.cache.views(kv_cache)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
@@ -243,14 +218,3 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             fa_version=version,
         )
         return lse
-
-    def _bound(self, kv_cache: torch.Tensor) -> CacheViews:
-        if self._views is None or self._bound_cache() is not kv_cache:
-            self._views = CacheViews.of(kv_cache, measures=self.config.measures)
-            # vLLM binds throw-away caches while it profiles, whose memory it needs back
-            self._bound_cache = weakref.ref(kv_cache, self._unbind)
-        return self._views
-
-    def _unbind(self, cache: weakref.ref[torch.Tensor]) -> None:
-        if cache is self._bound_cache:
-            self._views = None
