@@ -50,7 +50,7 @@ def _base_config() -> VllmConfig:
             {},
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=MAX_MODEL_LEN,
+            max_num_batched_tokens=MAX_NUM_SEQS + MAX_MODEL_LEN,
             enable_prefix_caching=True,
         )
 
