@@ -56,6 +56,6 @@ class BoundCache:
             self._cache = weakref.ref(kv_cache, self._drop)
         return self._views
 
-    def _drop(self, cache: weakref.ref[torch.Tensor]) -> None:
-        if cache is self._cache:
-            self._views = None
+    def _drop(self, _: weakref.ref[torch.Tensor]) -> None:
+        # only the newest cache's reference is kept, and so is its callback alone
+        self._views = None

@@ -42,7 +42,7 @@ class Launcher:
 
         Args:
             grid: Programs in each dimension.
-            options: Triton's, such as `num_warps`; in every call the same ones.
+            options: Triton's, such as `num_warps`; the same names in every call.
             arguments: All of the kernel's arguments, in its order; a tensor first.
         """
         varying = self._varying
