@@ -160,7 +160,7 @@ class PagedWorker:
     def _run(self, request_id: str, start: int, end: int) -> dict[int, int]:
         sequence = self._sequences[request_id]
         owner = (request_id, sequence.num_runs)
-        size, home = self._schedule.block_size, self._schedule.budget_blocks
+        size, resident = self._schedule.block_size, self._schedule.budget_blocks
         before = self._schedule.evicted_blocks(start)
         after = self._schedule.evicted_blocks(end)
         for position in range(start, end):
@@ -171,7 +171,10 @@ class PagedWorker:
             self._pages[block] = Page(owner, position // size, position % size + 1)
 
         num_blocks = -(-end // size)
-        places = [*range(min(home, num_blocks)), *range(home + before, num_blocks)]
+        places = [
+            *range(min(resident, num_blocks)),
+            *range(resident + before, num_blocks),
+        ]
         live = [sequence.row[place] for place in places]
         assert len(set(live)) == len(live), "a block is in two places"
         attended = 0
@@ -189,14 +192,15 @@ class PagedWorker:
     def _evict(
         self, sequence: Sequence, live: list[int], num_victims: int, end: int
     ) -> None:
-        home = self._schedule.budget_blocks
+        resident = self._schedule.budget_blocks
         labels = [self._pages[block].logical for block in live]
-        chosen = choose(labels[: home + num_victims], num_victims, end)
+        chosen = choose(labels[: resident + num_victims], num_victims, end)
         victims = sorted(labels.index(label) for label in chosen)
-        for source, destination in plan_moves(torch.tensor(victims), home):
+        for source, destination in plan_moves(torch.tensor(victims), resident):
             self._pages[live[destination]] = self._pages[live[source]]
         kept = [
-            self._pages[block] for block in live[:home] + live[home + num_victims :]
+            self._pages[block]
+            for block in live[:resident] + live[resident + num_victims :]
         ]
         full = {
             page.logical

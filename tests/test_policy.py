@@ -204,7 +204,7 @@ def test_heads_are_compared_by_shares_not_by_size() -> None:
 
 
 def test_shares_are_of_all_full_blocks_not_of_the_candidates() -> None:
-    # the arriving block takes most of the second head: among all blocks its share of
+    # the incoming block takes most of the second head: among all blocks its share of
     # block 0 is small, among the candidates alone it would be the largest
     statistics = statistics_of(6, [[0.4, 0.6, 0.0], [0.3, 0.1, 0.6]])
     assert victims_of(statistics, 6, 1, config_of(1)) == [0]
@@ -221,7 +221,7 @@ def test_blocks_behind_the_dying_range_are_no_candidates() -> None:
     ("first", "expected"),
     [
         pytest.param([0, 2, 4, 6, 8, 10], [0, 1], id="in order"),
-        # the home's blocks were overwritten: the oldest are in the middle
+        # the resident blocks were overwritten: the oldest are in the middle
         pytest.param([8, 0, 6, 2, 10, 12], [1, 3], id="out of order"),
     ],
 )
@@ -274,8 +274,8 @@ def test_sinks_are_protected(
         pytest.param(2, 12, [4], id="a whole block"),
         pytest.param(3, 12, [3], id="a block and a token"),
         # the newest token lies in a block that is not full
-        pytest.param(1, 13, [5], id="an arriving token"),
-        pytest.param(2, 13, [4], id="an arriving token and one before"),
+        pytest.param(1, 13, [5], id="an incoming token"),
+        pytest.param(2, 13, [4], id="an incoming token and one before"),
     ],
 )
 def test_the_newest_tokens_are_protected(
@@ -364,7 +364,7 @@ def test_selection_does_not_depend_on_where_candidates_lie(
 @pytest.mark.parametrize(
     ("victims", "moves"),
     [
-        pytest.param([4, 5], [], id="the dying range goes as it is"),
+        pytest.param([4, 5], [], id="the outgoing blocks go as they are"),
         pytest.param([0, 2], [(4, 0), (5, 2)], id="all of it survives"),
         pytest.param([1, 4], [(5, 1)], id="one survives"),
         pytest.param([3, 5], [(4, 3)], id="the other survives"),
@@ -410,7 +410,7 @@ def test_moves_leave_nothing_needed_in_the_dying_range(
 def test_recent_drops_the_oldest(
     budget_blocks: int, stride_blocks: int, sink_blocks: int, steps: list[int]
 ) -> None:
-    """Over many steps, some of them larger than the whole home."""
+    """Over many steps, some of them larger than all resident blocks."""
     sink_blocks = min(sink_blocks, budget_blocks)
     schedule = EvictionSchedule(
         block_size=1, budget=budget_blocks, stride=stride_blocks

@@ -14,11 +14,11 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
 from vllm_roco.metrics_file import check_directory
+from vllm_roco.request_refusal import trouble_with_seed
+from vllm_roco.scheduler_choice import check_scheduler_class
 from vllm_roco.trace import check_path
 from vllm_roco.validation import (
-    check_scheduler_class,
     is_selected,
-    trouble_with_seed,
     validated_config,
 )
 
@@ -113,7 +113,7 @@ class RocoCpuPlatform(StockPlatform):
         layers, their schedulers refuse it.
 
         Raises:
-            VLLMValidationError: See `vllm_roco.validation.trouble_with_seed`.
+            VLLMValidationError: See `vllm_roco.request_refusal.trouble_with_seed`.
         """
         # it imports the platform
         from vllm.exceptions import VLLMValidationError

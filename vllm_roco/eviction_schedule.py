@@ -20,14 +20,14 @@ class EvictionSchedule:
     ::
 
         row index      0 ... B-1 | B ......... B+E-1 | B+E ....... last
-                       home      | freed (null)      | arriving blocks
+                       resident  | freed (null)      | incoming blocks
 
     `B` is the budget in blocks, `E` the blocks evicted so far. The live table, over
-    which the sequence attends, is the home followed by the arriving blocks.
+    which the sequence attends, is the resident blocks followed by the incoming ones.
 
     Attributes:
         block_size: Tokens per block.
-        budget: Tokens that the home holds, a multiple of `block_size`.
+        budget: Tokens that the resident blocks hold, a multiple of `block_size`.
         stride: Tokens evicted at a time, a multiple of `block_size`.
     """
 
@@ -37,7 +37,7 @@ class EvictionSchedule:
 
     @property
     def budget_blocks(self) -> int:
-        """`B`, the blocks of the home."""
+        """`B`, the resident blocks."""
         return self.budget // self.block_size
 
     @property

@@ -14,8 +14,8 @@ import torch
 from vllm_roco import policy, reference
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
-from vllm_roco.ops.decode import decode_attention
-from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.decode.attention import decode_attention
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import H100, Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks

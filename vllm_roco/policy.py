@@ -11,7 +11,7 @@ a block grows old.
 This file is the specification. Every kernel is judged against it.
 
 Statistics are `[..., NUM_FIELDS]` float32 as they lie in a page (see `kv_cache.page`).
-Blocks are in live order: the home first, then the dying range, then the rest.
+Blocks are in live order: the resident ones first, then the outgoing, then the rest.
 """
 
 from __future__ import annotations
@@ -154,19 +154,19 @@ def _smallest(blocks: torch.Tensor, values: torch.Tensor, count: int) -> torch.T
 
 
 def plan_moves(victims: torch.Tensor, budget_blocks: int) -> list[tuple[int, int]]:
-    """Return which survivors of the dying range go over which victims of the home.
+    """Return which outgoing survivors go over which resident victims.
 
     Args:
         victims: `[num_victims]` int64, places in live order, ascending.
-        budget_blocks: `B`, the blocks of the home.
+        budget_blocks: `B`, the resident blocks.
 
     Returns:
         Pairs of places in live order, (source, destination), both ascending.
     """
     places = victims.tolist()
     gone = set(places)
-    dying = range(budget_blocks, budget_blocks + len(places))
-    sources = [place for place in dying if place not in gone]
+    outgoing = range(budget_blocks, budget_blocks + len(places))
+    sources = [place for place in outgoing if place not in gone]
     destinations = [place for place in places if place < budget_blocks]
     return list(zip(sources, destinations, strict=True))
 
@@ -176,13 +176,13 @@ def plan_recent_moves(
 ) -> list[tuple[int, int]]:
     """Return the moves of `policy="recent"`, which need no statistics.
 
-    The home behind the sinks is a ring: the block of logical index `j` lives at
-    `sink + (j - sink) mod (B - sink)`, so the newest blocks replace the oldest.
+    The resident blocks behind the sinks are a ring: the block of logical index `j` is
+    at `sink + (j - sink) mod (B - sink)`, so the newest blocks replace the oldest.
 
     Args:
         evicted_before: `E` at the start of the step, in blocks.
         evicted_after: `E` at its end.
-        budget_blocks: `B`, the blocks of the home.
+        budget_blocks: `B`, the resident blocks.
         sink_blocks: Blocks at the start of the sequence that stay, fewer than `B` or
             all of it.
 

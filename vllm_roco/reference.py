@@ -72,7 +72,7 @@ def live_row(
         row: `[width]`, the block-table row, indexed by logical block.
         evicted: `E` at the start of the step.
         live_len: Tokens to attend over.
-        budget_blocks: `B`, the blocks of the home.
+        budget_blocks: `B`, the resident blocks.
         block_size: Tokens per block.
     """
     live = torch.cat([row[:budget_blocks], row[budget_blocks + evicted :]])

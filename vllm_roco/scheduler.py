@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's schedulers, with prompt chunks that end where RoCo needs them to.
 
-`vllm_roco.validation.use_roco_scheduler` puts the right one in place; a scheduler of
+`vllm_roco.scheduler_choice` puts the right one in place; a scheduler of
 your own takes part by deriving from `RocoSchedulerMixin` as well.
 """
 
@@ -10,23 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.prometheus import create_publisher
+from vllm_roco.refusing_scheduler import RefusingScheduler
 from vllm_roco.trace import TraceWriter
-from vllm_roco.validation import trouble_with_seed, validated_config
+from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -36,7 +32,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class RocoSchedulerMixin(Scheduler):
+class RocoSchedulerMixin(RefusingScheduler):
     """What RoCo adds to a vLLM scheduler; put it before the scheduler class.
 
     Attributes:
@@ -75,8 +71,6 @@ class RocoSchedulerMixin(Scheduler):
         if self.roco_config.trace is not None:
             engine = vllm_config.parallel_config.data_parallel_index
             self._trace = TraceWriter(self.roco_config.trace, engine)
-        self._refused: list[Request] = []
-        self._refused_streams: set[str] = set()
         logger.info_once(
             "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
         )
@@ -109,35 +103,6 @@ class RocoSchedulerMixin(Scheduler):
             return allowed
         return max(0, allowed) if allowed >= least - num_computed_tokens else 0
 
-    def add_request(self, request: Request) -> None:
-        """Take a request, or refuse it alone if eviction cannot serve it."""
-        request_id = request.request_id
-        if request_id in self._refused_streams and not request.resumable:
-            # vLLM ends a stream with a request, which would be generated for nobody
-            self._refused_streams.discard(request_id)
-            return
-        super().add_request(request)
-        trouble = _trouble_with(request)
-        if trouble is None:
-            return
-        if request_id not in self._refused_streams:
-            logger.error("%s Request %s is refused.", trouble, request_id)
-        self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
-        if request.resumable:
-            self._refused_streams.add(request_id)
-        self._refused.append(request)
-
-    def finish_requests(
-        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
-    ) -> list[Request]:
-        """Finish as vLLM does, and forget refused streams that were given up."""
-        if request_ids is not None:
-            if isinstance(request_ids, str):
-                request_ids = (request_ids,)
-            request_ids = set(request_ids)
-            self._refused_streams -= request_ids
-        return super().finish_requests(request_ids, finished_status)
-
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
         output = super().schedule(*args, **kwargs)
@@ -149,18 +114,8 @@ class RocoSchedulerMixin(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Update as vLLM does, answer refused requests, and show what is held."""
+        """Update as vLLM does, and show what is held."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for request in self._refused:
-            client = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            client.outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=request.get_finished_reason(),
-                )
-            )
-        self._refused.clear()
         self._publish()
         return outputs
 
@@ -195,19 +150,6 @@ class RocoScheduler(RocoSchedulerMixin):
 
 class RocoAsyncScheduler(RocoSchedulerMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler with RoCo's chunks."""
-
-
-def _trouble_with(request: Request) -> str | None:
-    """Return why eviction cannot serve a request, None if it can."""
-    if request.resumable:
-        return (
-            "roco: streamed input is not supported, because a request's computed "
-            "length would go back to where eviction has already been. Send the whole "
-            "prompt at once, or use another --attention-backend."
-        )
-    if current_platform.is_cpu():
-        return trouble_with_seed(request.sampling_params)
-    return None
 
 
 def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) -> str:

@@ -14,11 +14,6 @@ from vllm_roco.config import RocoConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.pooling_params import PoolingParams
-    from vllm.sampling_params import SamplingParams
-
-SCHEDULER = "vllm_roco.scheduler.RocoScheduler"
-ASYNC_SCHEDULER = "vllm_roco.scheduler.RocoAsyncScheduler"
 
 KERNEL_BLOCK_SIZE = 16
 """Tokens. Block sizes are multiples of it, so that RoCo sees vLLM's own blocks."""
@@ -57,67 +52,6 @@ def validated_config(vllm_config: VllmConfig) -> RocoConfig:
     if vllm_config.cache_config.user_specified_block_size:
         _check_block_size(vllm_config.cache_config.block_size, config)
     return config
-
-
-def use_roco_scheduler(vllm_config: VllmConfig) -> None:
-    """Put the scheduler in place that ends prompt chunks where RoCo needs it.
-
-    The memory bound that vLLM plans with holds only under this scheduler, and kept
-    blocks would depend on who else is in the batch without it.
-
-    Args:
-        vllm_config: The engine core's configuration, before the scheduler is built.
-
-    Raises:
-        ValueError: The user chose a scheduler class without `RocoSchedulerMixin`.
-    """
-    scheduler_config = vllm_config.scheduler_config
-    if scheduler_config.scheduler_cls is None:
-        scheduler_config.scheduler_cls = (
-            ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
-        )
-    check_scheduler_class(vllm_config)
-
-
-def check_scheduler_class(vllm_config: VllmConfig) -> None:
-    """Refuse a scheduler class that does not end prompt chunks where RoCo evicts.
-
-    Raises:
-        ValueError: The user chose a scheduler class without `RocoSchedulerMixin`.
-    """
-    scheduler_config = vllm_config.scheduler_config
-    chosen = scheduler_config.get_scheduler_cls()
-    if not getattr(chosen, "ends_roco_chunks", False):
-        raise ValueError(
-            f"roco: scheduler_cls = {scheduler_config.scheduler_cls!r} does not end "
-            "prompt chunks where RoCo evicts. Leave --scheduler-cls out, or derive "
-            "your class from vllm_roco.scheduler.RocoSchedulerMixin."
-        )
-
-
-def trouble_with_seed(params: SamplingParams | PoolingParams | None) -> str | None:
-    """Return why a CPU cannot serve a request, None if it can.
-
-    Where a prompt is read in chunks, vLLM rewinds a request's own random generator
-    after each, which PyTorch's generators for CPUs cannot do: the engine would stop.
-
-    Args:
-        params: Of the request.
-    """
-    # it imports the platform, and the CPU platform imports this
-    from vllm.sampling_params import SamplingParams, SamplingType
-
-    if (
-        not isinstance(params, SamplingParams)
-        or params.sampling_type != SamplingType.RANDOM_SEED
-    ):
-        return None
-    return (
-        f"roco: seed = {params.seed} with temperature = {params.temperature:g} is not "
-        "supported on a CPU, where vLLM cannot read a prompt in chunks for a request "
-        "with a seed of its own. Leave seed out, use temperature 0, or start the "
-        "engine with --seed."
-    )
 
 
 def _refuse(what: str, value: object, instead: str) -> NotImplementedError:

@@ -36,7 +36,7 @@ from benchmarks.kernels.workload import (
     Workload,
     allocate_pool,
 )
-from vllm_roco.ops.decode_plan import plan_decode
+from vllm_roco.ops.decode.plan import plan_decode
 from vllm_roco.ops.device import Device
 
 BLOCK_SIZE = 16

@@ -27,13 +27,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks.kernels.measuring import Timing, captured, environment, interleaved
 from vllm_roco import reference
-from vllm_roco.attention.cuda_eviction import CudaEviction
-from vllm_roco.attention.cuda_metadata import StepBuffers
+from vllm_roco.attention.cuda.eviction import CudaEviction
+from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.ops.decode import decode_attention
-from vllm_roco.ops.decode_plan import DecodeScratch, plan_decode
+from vllm_roco.ops.decode.attention import decode_attention
+from vllm_roco.ops.decode.plan import DecodeScratch, plan_decode
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
 
@@ -112,8 +112,8 @@ class Step:
         self.measures = config.measures
         self.schedule = spec.schedule
         self.evicted = 4 * self.schedule.stride_blocks
-        home = self.schedule.budget_blocks
-        live = home + self.schedule.stride_blocks + 1
+        resident = self.schedule.budget_blocks
+        live = resident + self.schedule.stride_blocks + 1
         self.caches = [
             reference.paged_cache(
                 num_blocks=1 + rows * live,
@@ -132,11 +132,11 @@ class Step:
         self.block_table = torch.zeros(
             rows, self.evicted + live, dtype=torch.int32, device=device
         )
-        self.block_table[:, :home] = blocks[:, :home]
-        self.block_table[:, home + self.evicted :] = blocks[:, home:]
-        # the home holds what it held from the start: any distinct positions will do
+        self.block_table[:, :resident] = blocks[:, :resident]
+        self.block_table[:, resident + self.evicted :] = blocks[:, resident:]
+        # the resident holds what it held from the start: any distinct positions will do
         position = torch.arange(live, device=device)
-        position[home:] += self.evicted
+        position[resident:] += self.evicted
         self.statistics = torch.rand(
             1 + rows * live, model.kv_heads, page.NUM_FIELDS, device=device
         )
@@ -187,7 +187,7 @@ class Step:
 
     def close(self) -> None:
         """Choose and move, as the last layer does."""
-        self.eviction.close_step(self.buffers, self.seq_lens)
+        self.eviction.evict(self.buffers, self.seq_lens)
 
     @property
     def num_moves(self) -> int:

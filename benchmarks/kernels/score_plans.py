@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vllm_roco.ops.decode_plan import DecodePlan, plan_decode
+from vllm_roco.ops.decode.plan import DecodePlan, plan_decode
 from vllm_roco.ops.device import H100
 
 

@@ -32,7 +32,7 @@ from benchmarks.kernels.measuring import (
     sample,
 )
 from benchmarks.kernels.workload import HEADS, SHAPES, Shape, Workload, allocate_pool
-from vllm_roco.ops.decode_plan import DecodePlan
+from vllm_roco.ops.decode.plan import DecodePlan
 
 FLASH_BLOCKS = (16, 32, 64, 128, 256)
 # tokens of 128 numbers a head; heads half as large have tiles twice as long

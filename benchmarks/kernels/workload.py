@@ -17,8 +17,8 @@ import triton
 from benchmarks.kernels.measuring import COLD_BYTES
 from vllm_roco import reference
 from vllm_roco.kv_cache import page
-from vllm_roco.ops.decode import decode_attention
-from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.decode.attention import decode_attention
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
 
 DTYPE = torch.bfloat16

@@ -95,7 +95,7 @@ class DenseSequence:
                     self.masses[layer, kv_head, block].append(mass)
         return output
 
-    def close_step(self, num_queries: int) -> set[int]:
+    def evict(self, num_queries: int) -> set[int]:
         """Count the step's tokens and return the logical blocks that it evicts."""
         size = self._schedule.block_size
         before = self._schedule.evicted_blocks(self.length)

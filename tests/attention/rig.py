@@ -20,8 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from tests.attention.reference import DenseSequence
 from tests.configs import engine_config
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
-from vllm_roco.attention.cpu import RocoCpuMetadataBuilder
-from vllm_roco.attention.cpu_metadata import RocoCpuMetadata
+from vllm_roco.attention.cpu.metadata import RocoCpuMetadata, RocoCpuMetadataBuilder
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.page import (
     FIRST_POSITION,
@@ -175,7 +174,7 @@ class Rig:
             assert result is output
             self._compare(output, expected)
         for index, num_queries in queries.items():
-            self._close_step(index, num_queries)
+            self._evict(index, num_queries)
         for index in queries:
             self._compare_pages(index)
 
@@ -254,20 +253,20 @@ class Rig:
         )
         assert output[len(expected) :].isnan().all(), "padding was written to"
 
-    def _close_step(self, index: int, num_queries: int) -> None:
-        home, row = self.schedule.budget_blocks, self.rows[index]
+    def _evict(self, index: int, num_queries: int) -> None:
+        resident, row = self.schedule.budget_blocks, self.rows[index]
         before = self.schedule.evicted_blocks(self.sequences[index].length)
-        gone = len(self.sequences[index].close_step(num_queries))
-        dying = row[home + before : home + before + gone]
+        gone = len(self.sequences[index].evict(num_queries))
+        outgoing = row[resident + before : resident + before + gone]
         for cache in self.caches:
-            page_view(cache).view(torch.int8)[dying] = -1
-        self._free += dying
+            page_view(cache).view(torch.int8)[outgoing] = -1
+        self._free += outgoing
 
     def live_blocks(self, index: int) -> list[int]:
         """Return the block ids that a sequence's next step attends over."""
-        home, row = self.schedule.budget_blocks, self.rows[index]
+        resident, row = self.schedule.budget_blocks, self.rows[index]
         evicted = self.schedule.evicted_blocks(self.sequences[index].length)
-        return row[:home] + row[home + evicted :]
+        return row[:resident] + row[resident + evicted :]
 
     def _compare_pages(self, index: int) -> None:
         """The live pages are the kept blocks, with their keys, values, statistics."""

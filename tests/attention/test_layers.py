@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from tests.attention.rig import config_for
 from tests.kv_cache.specs import roco_spec
 from vllm_roco.attention.backend import RocoBackend
-from vllm_roco.attention.cpu import RocoCpuMetadataBuilder
+from vllm_roco.attention.cpu.metadata import RocoCpuMetadataBuilder
 from vllm_roco.attention.layers import LayerGroup
 from vllm_roco.kv_cache.spec import RocoSpec
 

@@ -13,8 +13,8 @@ import torch
 
 from tests.engine.engines import Engine
 from tests.oracle import Options
-from vllm_roco.attention import cpu
-from vllm_roco.attention.cpu_metadata import Sequence
+from vllm_roco.attention.cpu import impl
+from vllm_roco.attention.cpu.metadata import Sequence
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import FIRST_POSITION, page_view, statistics_view
@@ -35,7 +35,7 @@ def recorded_kept_blocks(engine: Engine) -> Iterator[KeptBlocks]:
     """
     recorder = _Recorder(engine)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "evict", recorder.evict)
+        patch.setattr(impl, "evict", recorder.evict)
         yield recorder.kept
 
 
@@ -58,9 +58,9 @@ def num_moved_blocks(kept: KeptBlocks, options: Options) -> int:
 class _Recorder:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._evict = cpu.evict
-        # per request, the logical index of the block at each place of its home
-        self._homes: dict[str, list[int]] = {}
+        self._evict = impl.evict
+        # per request, the logical index of the block at each resident place
+        self._resident: dict[str, list[int]] = {}
         self.kept: KeptBlocks = defaultdict(dict)
 
     def evict(
@@ -72,19 +72,19 @@ class _Recorder:
     ) -> int:
         """Evict, and find every block of the live table by its content before."""
         request_id = self._request_of(int(sequence.live_blocks[0]))
-        num_home = schedule.budget_blocks
+        num_resident = schedule.budget_blocks
         num_full = sequence.num_tokens // schedule.block_size
         if sequence.evicted_before == 0:
-            self._homes[request_id] = list(range(num_home))
-        arriving = range(num_home + sequence.evicted_before, num_full)
-        indices = [*self._homes[request_id], *arriving]
+            self._resident[request_id] = list(range(num_resident))
+        incoming = range(num_resident + sequence.evicted_before, num_full)
+        indices = [*self._resident[request_id], *incoming]
         full = sequence.live_blocks[: len(indices)]
         before = [_contents(cache, full) for cache in kv_caches]
 
         num_moved = self._evict(sequence, kv_caches, schedule, config)
 
         num_evicted = sequence.evicted_after - sequence.evicted_before
-        live = torch.cat((full[:num_home], full[num_home + num_evicted :]))
+        live = torch.cat((full[:num_resident], full[num_resident + num_evicted :]))
         per_layer = {
             tuple(indices[old.index(page)] for page in _contents(cache, live))
             for cache, old in zip(kv_caches, before, strict=True)
@@ -98,7 +98,7 @@ class _Recorder:
                 expected = torch.tensor(kept)[:, None] * schedule.block_size
                 assert torch.equal(first, expected.expand_as(first).float())
 
-        self._homes[request_id] = list(kept[:num_home])
+        self._resident[request_id] = list(kept[:num_resident])
         prompt = tuple(self._engine.scheduler.requests[request_id].prompt_token_ids)
         first_time = self.kept[prompt].setdefault(
             sequence.num_tokens, tuple(sorted(kept))

@@ -18,7 +18,7 @@ from tests.engine.engines import running_engine
 from tests.engine.steps import recorded_steps
 from tests.oracle import Options
 from tools.passkey import build_passkey
-from vllm_roco.attention.cpu import RocoCpuImpl
+from vllm_roco.attention.cpu.impl import RocoCpuImpl
 from vllm_roco.kv_cache.page import (
     MASS_PEAK,
     MASS_SQUARES,

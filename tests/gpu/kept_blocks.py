@@ -17,7 +17,7 @@ import torch
 
 from tests.engine.engines import Engine
 from tests.engine.kept_blocks import KeptBlocks
-from vllm_roco.attention.cuda_metadata import (
+from vllm_roco.attention.cuda.metadata import (
     RocoCudaMetadata,
     RocoCudaMetadataBuilder,
 )
@@ -64,21 +64,21 @@ def _record(engine: Engine, metadata: RocoCudaMetadata, kept: KeptBlocks) -> Non
         metadata.seq_lens.tolist(),
         strict=True,
     )
-    for home, before, after, num_tokens in rows:
+    for resident, before, after, num_tokens in rows:
         if before == after:
             continue
         first = torch.stack(
-            [statistics_view(x)[home, :, FIRST_POSITION] for x in engine.kv_caches]
+            [statistics_view(x)[resident, :, FIRST_POSITION] for x in engine.kv_caches]
         )
         # [layers, blocks, kv heads]
         assert torch.equal(first, first[:1, :, :1].expand_as(first)), "layers disagree"
         indices = (first[0, :, 0] / schedule.block_size).int().tolist()
         assert len(set(indices)) == len(indices), "a block lies in two places"
-        arriving = range(
+        incoming = range(
             schedule.budget_blocks + after, num_tokens // schedule.block_size
         )
-        request = engine.scheduler.requests[_request_of(engine, home[0])]
-        found = tuple(sorted([*indices, *arriving]))
+        request = engine.scheduler.requests[_request_of(engine, resident[0])]
+        found = tuple(sorted([*indices, *incoming]))
         first_time = kept[tuple(request.prompt_token_ids)].setdefault(num_tokens, found)
         assert first_time == found, "a repetition keeps other blocks"
 

@@ -87,8 +87,8 @@ def test_no_step_waits_for_the_device(
 ) -> None:
     """Building the metadata and running a layer read nothing back on the host."""
     # not at the top: a machine without a GPU collects these tests too
-    from vllm_roco.attention.cuda import RocoCudaImpl
-    from vllm_roco.attention.cuda_metadata import RocoCudaMetadataBuilder
+    from vllm_roco.attention.cuda.impl import RocoCudaImpl
+    from vllm_roco.attention.cuda.metadata import RocoCudaMetadataBuilder
 
     watched = {name: 0 for name in ("build", "forward", "do_kv_cache_update")}
 

@@ -254,7 +254,7 @@ def test_growth_is_foreseen(lengths: list[int], in_flight: int) -> None:
     cache = cache_manager()
     sequences = evicting(cache, lengths)
     held = NUM_BLOCKS - 1 - cache.block_pool.get_num_free_blocks()
-    ahead = roco_manager(cache).growth_ahead()
+    ahead = roco_manager(cache).foreseen_blocks()
     most = decode_together(cache, sequences, 2 * PERIOD, in_flight)
     assert most <= held + ahead
 
@@ -265,7 +265,7 @@ def test_no_more_than_the_growth_is_foreseen(length: int) -> None:
     cache = cache_manager()
     sequences = evicting(cache, [length] * 5)
     held = NUM_BLOCKS - 1 - cache.block_pool.get_num_free_blocks()
-    ahead = roco_manager(cache).growth_ahead()
+    ahead = roco_manager(cache).foreseen_blocks()
     most = decode_together(cache, sequences, 2 * PERIOD, in_flight=1)
     assert held + ahead - len(sequences) <= most <= held + ahead
 
@@ -273,7 +273,7 @@ def test_no_more_than_the_growth_is_foreseen(length: int) -> None:
 def test_nothing_is_foreseen_for_sequences_that_have_lost_nothing() -> None:
     cache = cache_manager()
     assert run(cache, request(), FIRST_EVICTION)
-    assert roco_manager(cache).growth_ahead() == 0
+    assert roco_manager(cache).foreseen_blocks() == 0
 
 
 @pytest.mark.parametrize("num_tokens", [3 * BLOCK, 40 * BLOCK])
@@ -284,19 +284,19 @@ def test_what_an_admitted_prompt_will_take_is_foreseen(num_tokens: int) -> None:
     reading = request("a", num_tokens)
     most = min(num_tokens // BLOCK, manager.max_blocks_per_sequence)
     assert cache.allocate_slots(reading, BLOCK, full_sequence_must_fit=True) is not None
-    assert manager.growth_ahead() == most - 1
+    assert manager.foreseen_blocks() == most - 1
     for _ in range(num_tokens // BLOCK - 1):
         reading.num_computed_tokens += BLOCK
         assert cache.allocate_slots(reading, BLOCK) is not None
-        assert manager.growth_ahead() == most - manager.held.of("a")
+        assert manager.foreseen_blocks() == most - manager.held.of("a")
     reading.num_computed_tokens += BLOCK
     # from the first decode step on it is one of those that evict, or has lost nothing
     assert cache.allocate_slots(reading, 1) is not None
     evicts = num_tokens > FIRST_EVICTION
-    assert (manager.growth_ahead() > 0) == evicts
-    assert manager.growth_ahead() <= STRIDE_BLOCKS
+    assert (manager.foreseen_blocks() > 0) == evicts
+    assert manager.foreseen_blocks() <= STRIDE_BLOCKS
     cache.free(reading)
-    assert manager.growth_ahead() == 0
+    assert manager.foreseen_blocks() == 0
 
 
 def test_admission_leaves_room_for_the_next_peak() -> None:
@@ -304,7 +304,7 @@ def test_admission_leaves_room_for_the_next_peak() -> None:
     cache = cache_manager(one_group(roco_spec(), 1 + 2 * BUDGET_BLOCKS + 4))
     (sequence,) = evicting(cache, [FIRST_EVICTION])
     free = cache.block_pool.get_num_free_blocks()
-    ahead = roco_manager(cache).growth_ahead()
+    ahead = roco_manager(cache).foreseen_blocks()
     assert 0 < ahead < free
     for num_tokens, fits in (((free - ahead) * BLOCK, True), (free * BLOCK, False)):
         waiting = request("b", num_tokens)
@@ -345,7 +345,7 @@ def test_books_agree_with_the_pool(steps: list[tuple[str, int]]) -> None:
 
 
 def test_nothing_is_ever_cached() -> None:
-    """A block of the home may hold other tokens than those that it was hashed for."""
+    """A resident block may hold other tokens than those that it was hashed for."""
     cache = cache_manager(enable_caching=True)
     first = request("a", 300)
     assert run(cache, first, 300)

@@ -16,8 +16,8 @@ from tests.ops.paged_case import (
     boundary_lengths,
 )
 from vllm_roco.kv_cache import page
-from vllm_roco.ops.decode import decode_attention
-from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.decode.attention import decode_attention
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, plan_decode
 from vllm_roco.ops.device import H100, Device
 
 SMALL = Device(num_multiprocessors=58, capability=(8, 9), shared_memory=99 * 1024)

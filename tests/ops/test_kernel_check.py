@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_roco import kernel_check
-from vllm_roco.ops.decode import decode_attention
+from vllm_roco.ops.decode.attention import decode_attention
 
 
 @pytest.mark.parametrize("name", kernel_check.CHECKS)

@@ -45,9 +45,9 @@ def run(
 
 def decode_and_prompt_steps(schedule: EvictionSchedule) -> list[tuple[int, int]]:
     """Return steps that end around every boundary, of one token and of many."""
-    size, home = schedule.block_size, schedule.budget
-    edges = {1, size - 1, size, size + 1, home, home + schedule.stride}
-    edges |= {home + 2 * schedule.stride, home + 7 * schedule.stride + 5}
+    size, resident = schedule.block_size, schedule.budget
+    edges = {1, size - 1, size, size + 1, resident, resident + schedule.stride}
+    edges |= {resident + 2 * schedule.stride, resident + 7 * schedule.stride + 5}
     ends = sorted({n + d for n in edges for d in (-1, 0, 1) if n + d > 0})
     return (
         [(0, 0)]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.oracle import Options
 
-# blocks of 4, 6 at home, 2 a stride
+# blocks of 4, 6 resident, 2 a stride
 SMALL = Options(
     policy="roco",
     shield="peak",

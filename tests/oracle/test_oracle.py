@@ -263,16 +263,16 @@ class TestKeptBlocks:
         ]
 
     @pytest.mark.parametrize("shield", ["peak", "deviation"])
-    def test_roco_always_keeps_sinks_recent_and_arriving_blocks(
+    def test_roco_always_keeps_sinks_recent_and_incoming_blocks(
         self, shield: Shield
     ) -> None:
         options = dataclasses.replace(SMALL, shield=shield)
         result = generate(build("qwen2"), prompt(), options, NEW_TOKENS)
         for step in result.evictions:
             end = step.num_computed_tokens
-            arriving = range(6 + options.evicted_blocks(end), end // 4)
+            incoming = range(6 + options.evicted_blocks(end), end // 4)
             recent = range((end - 6) // 4, end // 4)
-            assert {0, *arriving, *recent} <= set(step.kept_blocks)
+            assert {0, *incoming, *recent} <= set(step.kept_blocks)
 
     def test_kept_blocks_carry_over(self) -> None:
         """A block once gone never comes back, and none vanishes without a trace."""
@@ -307,8 +307,8 @@ class TestKeptBlocks:
                 first_position = block.index * SMALL.block_size
                 assert block.queries_seen == step.num_computed_tokens - first_position
 
-    def test_arriving_blocks_count_in_the_sums(self) -> None:
-        """At 32 tokens E is 2, blocks 0 to 4 are home, 5 and 6 are dying, 7 arrives."""
+    def test_incoming_blocks_count_in_the_sums(self) -> None:
+        """At 32 tokens E is 2: 0 to 4 are resident, 5 and 6 outgoing, 7 incoming."""
         options = dataclasses.replace(SMALL, budget=20, chunk=32, recent=0)
         result = generate(build("llama"), prompt(32), options, 1)
         (step,) = result.evictions

@@ -11,7 +11,7 @@ import torch
 from tests.oracle import Options
 from tests.oracle.victims import Block, choose_victims, find_candidates, score_blocks
 
-# 5 blocks at home and 1 dying; the shield holds floor(0.5 * 5) = 2 blocks
+# 5 resident blocks and 1 outgoing; the shield holds floor(0.5 * 5) = 2 blocks
 HAND = Options(
     policy="roco",
     shield="peak",
@@ -77,8 +77,8 @@ class TestScores:
 
 
 class TestCandidates:
-    def test_sink_recent_and_arriving_blocks_may_not_go(self) -> None:
-        """32 tokens: E = 3, so blocks from 5 + 3 = 8 on are arriving, none here.
+    def test_sink_recent_and_incoming_blocks_may_not_go(self) -> None:
+        """32 tokens: E = 3, so blocks from 5 + 3 = 8 on are incoming, none here.
 
         Block 0 is the sink and block 7 holds the newest 4 tokens.
         """
@@ -89,14 +89,14 @@ class TestCandidates:
     def test_part_of_a_block_protects_the_whole(self) -> None:
         """5 sink tokens reach into block 1; of 34 tokens the newest 7 into block 6.
 
-        With a stride of 8, E(34) = 2: blocks from 7 on are arriving.
+        With a stride of 8, E(34) = 2: blocks from 7 on are incoming.
         """
         options = dataclasses.replace(HAND, sink=5, recent=7, stride=8)
         blocks = [hand_block(index) for index in range(8)]
         candidates = find_candidates(blocks, 34, options)
         assert [block.index for block in candidates] == [2, 3, 4, 5]
 
-    def test_arriving_blocks_may_not_go_even_unprotected(self) -> None:
+    def test_incoming_blocks_may_not_go_even_unprotected(self) -> None:
         options = dataclasses.replace(HAND, sink=0, recent=0, stride=8)
         blocks = [hand_block(index) for index in range(8)]
         candidates = find_candidates(blocks, 34, options)

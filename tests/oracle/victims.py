@@ -89,7 +89,7 @@ def _largest_share(values: torch.Tensor) -> list[float]:
 def find_candidates(
     blocks: Sequence[Block], num_computed_tokens: int, options: Options
 ) -> list[Block]:
-    """Leaves out the arriving, the sink and the recent blocks.
+    """Leaves out the incoming, the sink and the recent blocks.
 
     Args:
         blocks: The full live blocks.

@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
-from vllm_roco.attention.process_config import process_config
+from vllm_roco.attention.current_config import current_vllm_config
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import (
@@ -72,11 +72,11 @@ class RocoBackend(AttentionBackend):
             NotImplementedError: The platform is neither a CPU nor CUDA.
         """
         if current_platform.is_cpu():
-            from vllm_roco.attention.cpu import RocoCpuImpl
+            from vllm_roco.attention.cpu.impl import RocoCpuImpl
 
             return RocoCpuImpl
         if current_platform.is_cuda():
-            from vllm_roco.attention.cuda import RocoCudaImpl
+            from vllm_roco.attention.cuda.impl import RocoCudaImpl
 
             return RocoCudaImpl
         raise _unsupported_platform()
@@ -85,11 +85,11 @@ class RocoBackend(AttentionBackend):
     def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
         """The metadata builder of this platform; raises as `get_impl_cls` does."""
         if current_platform.is_cpu():
-            from vllm_roco.attention.cpu import RocoCpuMetadataBuilder
+            from vllm_roco.attention.cpu.metadata import RocoCpuMetadataBuilder
 
             return RocoCpuMetadataBuilder
         if current_platform.is_cuda():
-            from vllm_roco.attention.cuda_metadata import RocoCudaMetadataBuilder
+            from vllm_roco.attention.cuda.metadata import RocoCudaMetadataBuilder
 
             return RocoCudaMetadataBuilder
         raise _unsupported_platform()
@@ -133,7 +133,7 @@ class RocoBackend(AttentionBackend):
                 f"{spec.head_size_v}, head_size = {spec.head_size}) are not supported. "
                 "Use another --attention-backend."
             )
-        vllm_config = process_config()
+        vllm_config = current_vllm_config()
         config = validated_config(vllm_config)
         # vLLM also asks with a block of one token, for a page size per token
         if spec.block_size > 1:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
+from vllm_roco.attention.current_config import remember_vllm_config
 from vllm_roco.attention.layers import refuse_layer
-from vllm_roco.attention.process_config import remember_config
 from vllm_roco.validation import validated_config
 
 T = TypeVar("T", bound=AttentionMetadata)
@@ -49,5 +49,5 @@ class RocoImpl(AttentionImpl[T]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = float(logits_soft_cap or 0.0)
-        self.vllm_config = remember_config()
+        self.vllm_config = remember_vllm_config()
         self.config = validated_config(self.vllm_config)

@@ -61,7 +61,7 @@ class LayerGroup:
 
     @property
     def last(self) -> str:
-        """Name of the layer that closes the step."""
+        """Name of the layer that evicts, once all have attended."""
         return self._layers[-1].layer_name
 
     def kv_caches(self) -> list[torch.Tensor]:

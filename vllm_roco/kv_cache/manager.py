@@ -8,11 +8,11 @@ only the blocks that go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from vllm_roco.kv_cache.growth import Growth
+from vllm_roco.kv_cache.admission_forecast import AdmissionForecast
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
 
 if TYPE_CHECKING:
@@ -23,7 +23,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
 
-    from vllm_roco.kv_cache.spec import RocoSpec
+    from vllm_roco.eviction_schedule import EvictionSchedule
+
+
+class BudgetedSpec(Protocol):
+    """What the manager needs of a group's KV cache spec, see `spec.RocoSpec`."""
+
+    @property
+    def schedule(self) -> EvictionSchedule:
+        """The eviction arithmetic."""
+
+    @property
+    def max_blocks_per_sequence(self) -> int:
+        """The most blocks ever held for one sequence."""
 
 
 class RocoManager(FullAttentionManager):
@@ -32,7 +44,7 @@ class RocoManager(FullAttentionManager):
     ::
 
         row index   0 ........ B-1 | B ......... B+E-1 | B+E ..... last
-                    home           | freed (null)      | arriving blocks
+                    resident       | freed (null)      | incoming blocks
 
     The contract: a block of the gap is freed once the step that evicted it has been
     processed (`num_in_flight_tokens` no longer covers it). A step that is still in
@@ -47,8 +59,8 @@ class RocoManager(FullAttentionManager):
 
     supports_fine_grained_hash_lookup = False
 
-    def __init__(self, kv_cache_spec: RocoSpec, **kwargs: Any) -> None:
-        # a home block may be overwritten after it was hashed, so none is ever cached
+    def __init__(self, kv_cache_spec: BudgetedSpec, **kwargs: Any) -> None:
+        # a resident block may be overwritten after it was hashed, so none is cached
         kwargs["enable_caching"] = False
         super().__init__(kv_cache_spec, **kwargs)
         self.schedule = kv_cache_spec.schedule
@@ -56,7 +68,7 @@ class RocoManager(FullAttentionManager):
         # vLLM hands the cap only to its own recycling specs
         self.max_admission_blocks_per_request = self.max_blocks_per_sequence
         self.held = HeldBlocks()
-        self._growth = Growth(self.schedule, self.held)
+        self._forecast = AdmissionForecast(self.schedule, self.held)
         # whom vLLM would let in next: its name, known tokens and blocks
         self._asked = ("", 0, 0)
         self.num_freed_blocks = 0
@@ -67,7 +79,7 @@ class RocoManager(FullAttentionManager):
 
     @property
     def has_positionally_stable_blocks(self) -> bool:
-        """Home blocks are overwritten by tokens of other positions."""
+        """Resident blocks are overwritten by tokens of other positions."""
         return False
 
     def get_num_blocks_to_allocate(
@@ -100,12 +112,12 @@ class RocoManager(FullAttentionManager):
             self._asked = (request_id, num_tokens, blocks)
             # the look ahead is for requests that would be let in without it
             if blocks <= self.block_pool.get_num_free_blocks():
-                blocks += self.growth_ahead()
+                blocks += self.foreseen_blocks()
         return blocks
 
-    def growth_ahead(self) -> int:
+    def foreseen_blocks(self) -> int:
         """Return by how many blocks more than now running requests will hold."""
-        return self._growth.ahead(self._next_evictions.keys())
+        return self._forecast.ahead(self._next_evictions.keys())
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -116,7 +128,7 @@ class RocoManager(FullAttentionManager):
         )
         if blocks:
             if self._asked[0] == request_id and not self.held.of(request_id):
-                self._growth.admit(*self._asked)
+                self._forecast.admit(*self._asked)
             self.held.add(request_id, len(blocks))
         return blocks
 
@@ -134,8 +146,8 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        if self._growth.reading:
-            self._growth.process(request_id, processed_computed_tokens)
+        if self._forecast.reading:
+            self._forecast.process(request_id, processed_computed_tokens)
         due = self._next_evictions.get(request_id, self._first_eviction)
         if processed_computed_tokens < due:
             return
@@ -164,7 +176,7 @@ class RocoManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
-        self._growth.drop(request_id)
+        self._forecast.drop(request_id)
         self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 

@@ -18,7 +18,7 @@ from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import statistics_bytes
-from vllm_roco.validation import use_roco_scheduler
+from vllm_roco.scheduler_choice import use_roco_scheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

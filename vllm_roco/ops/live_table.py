@@ -86,7 +86,7 @@ def build_live_table(
         live_lens: `[num_rows]` int32, output: tokens to attend over.
         evicted_before: `[num_rows]` int32, output: `E` at the start of the step.
         evicted_after: `[num_rows]` int32, output: `E` at its end.
-        budget_blocks: `B`, the blocks of the home.
+        budget_blocks: `B`, the resident blocks.
         stride_blocks: `S`, the blocks evicted at a time.
         block_size: Tokens per block.
     """

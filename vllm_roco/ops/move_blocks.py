@@ -7,6 +7,8 @@ part of every step. Sources and destinations of a step are disjoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,7 @@ def _move_blocks_kernel(
             tl.store(pages + target + start + word, content, mask=inside)
 
 
-def first_pages(kv_caches: list[torch.Tensor]) -> torch.Tensor:
+def first_pages(kv_caches: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the address of page 0 in every layer; valid while the caches are bound.
 
     Args:

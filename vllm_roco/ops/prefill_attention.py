@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.logits import cap_logits, logit_scale
+
 _LN_2 = tl.constexpr(math.log(2))
-_LOG2_E = tl.constexpr(math.log2(math.e))
 
 # float32 tiles of this many rows and columns fit into any supported device
 ROWS = 32
@@ -101,9 +102,7 @@ def _prefill_attention_kernel(
         values = tl.load(content_ptr + HEAD_SIZE, mask=content_mask, other=0.0)
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
         if SOFT_CAP:
-            # tanh, in a form of which neither end overflows
-            growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
-            logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
+            logits = cap_logits(logits, soft_cap)
         # every query sees the row's first token, so the maximum is finite from here on
         seen = token[None, :] <= position[:, None]
         logits = tl.where(seen, logits, float("-inf"))
@@ -175,7 +174,7 @@ def prefill_attention(
         live_lens_ptr=live_lens,
         output_ptr=output,
         lse_ptr=lse,
-        logit_scale=scale if soft_cap else scale * math.log2(math.e),
+        logit_scale=logit_scale(scale, soft_cap),
         soft_cap=soft_cap,
         stride_query_token=query.stride(0),
         stride_query_head=query.stride(1),

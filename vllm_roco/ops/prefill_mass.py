@@ -10,7 +10,6 @@ and the sums are the same in every run.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +18,13 @@ import triton.language as tl
 
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.launch import Launcher
+from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
 from vllm_roco.ops.statistics import (
     NUM_FIELDS,
     read_statistics,
     write_statistics,
 )
 
-_LOG2_E = tl.constexpr(math.log2(math.e))
 # of a tensor core's product a thread holds rows r and r + 8 of every 16, and four
 # threads share a row's columns, two adjacent ones each
 HALF = tl.constexpr(8)
@@ -72,10 +71,8 @@ def _weights_of_tile(
     lse = tl.load(lse_ptr + row, mask=valid, other=float("inf"))
     logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
     if SOFT_CAP:
-        # tanh, in a form of which neither end overflows
-        growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
-        logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
-    weights = tl.exp2(logits - (lse * _LOG2_E)[:, None])
+        logits = cap_logits(logits, soft_cap)
+    weights = tl.exp2(logits - (lse * LOG2_E)[:, None])
     if MASKED:
         position = length - query_len + number
         weights = tl.where(token[None, :] <= position[:, None], weights, 0.0)
@@ -329,7 +326,7 @@ def measure_prefill(
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,
         statistics_ptr=statistics,
-        logit_scale=scale if soft_cap else scale * math.log2(math.e),
+        logit_scale=logit_scale(scale, soft_cap),
         soft_cap=soft_cap,
         stride_query_token=query.stride(0),
         stride_query_head=query.stride(1),

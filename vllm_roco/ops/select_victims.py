@@ -131,7 +131,7 @@ def _write_moves(
 
 
 @triton.jit
-def _note_moves(count, row, num_moves_ptr, moved_ptr):
+def _store_moves(count, row, num_moves_ptr, moved_ptr):
     tl.store(num_moves_ptr + row, count)
     if count > 0:
         tl.atomic_add(moved_ptr, count.to(tl.int64))
@@ -208,7 +208,7 @@ def _select_kernel(
         candidate & ~in_home & ~victim,
         victim & in_home,
     )
-    _note_moves(count, row, num_moves_ptr, moved_ptr)
+    _store_moves(count, row, num_moves_ptr, moved_ptr)
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "max_moves"])
@@ -230,17 +230,17 @@ def _recent_kernel(
     before = tl.load(evicted_before_ptr + row)
     after = tl.load(evicted_after_ptr + row)
     table_ptr = live_table_ptr + row * stride_table_row
-    # the newest blocks that the ring behind the sinks holds, of those that are dying
+    # the newest blocks that the ring behind the sinks holds, of those that are outgoing
     first = tl.maximum(BUDGET_BLOCKS + before, SINK_BLOCKS + after)
     count = tl.where(after > before, tl.maximum(BUDGET_BLOCKS + after - first, 0), 0)
-    _note_moves(count, row, num_moves_ptr, moved_ptr)
+    _store_moves(count, row, num_moves_ptr, moved_ptr)
     move = tl.arange(0, MOVES)
     due = move < count
     logical = first + move
-    home = SINK_BLOCKS + (logical - SINK_BLOCKS) % RING_BLOCKS
+    resident = SINK_BLOCKS + (logical - SINK_BLOCKS) % RING_BLOCKS
     pair_ptr = moves_ptr + (row * max_moves + move) * 2
     source = tl.load(table_ptr + logical - before, mask=due, other=0)
-    target = tl.load(table_ptr + home, mask=due, other=0)
+    target = tl.load(table_ptr + resident, mask=due, other=0)
     tl.store(pair_ptr, source, mask=due)
     tl.store(pair_ptr + 1, target, mask=due)
 
@@ -279,7 +279,7 @@ def select_victims(
     sink: int,
     recent: int,
 ) -> None:
-    """Write the moves that close the step, for `policy="roco"`.
+    """Write the moves that end the step, for `policy="roco"`.
 
     Args:
         first_statistics_of_layer: `[num_layers]` int64, see `first_statistics`.
@@ -297,7 +297,7 @@ def select_victims(
             destination block of each move.
         num_moves: `[num_rows]` int32, output.
         moved: `[1]` int64, to which the moves are added.
-        budget_blocks: `B`, the blocks of the home.
+        budget_blocks: `B`, the resident blocks.
         block_size: Tokens per block.
         shield_by_peak: Whether the peak shields, not the deviation.
         shield_blocks: Blocks shielded, cut where too few victims would remain.
@@ -362,7 +362,7 @@ def select_oldest(
     budget_blocks: int,
     sink_blocks: int,
 ) -> None:
-    """Write the moves that close the step, for `policy="recent"`.
+    """Write the moves that end the step, for `policy="recent"`.
 
     Args:
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
@@ -372,7 +372,7 @@ def select_oldest(
             destination block of each move.
         num_moves: `[num_rows]` int32, output.
         moved: `[1]` int64, to which the moves are added.
-        budget_blocks: `B`, the blocks of the home.
+        budget_blocks: `B`, the resident blocks.
         sink_blocks: First blocks that are never evicted, at most `B`.
     """
     num_rows, max_moves, _ = moves.shape

@@ -10,14 +10,19 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.v1.attention.backend import AttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
 
+from vllm_roco.attention.layers import LayerGroup, roco_spec
+from vllm_roco.attention.moved_blocks import moved_blocks_of
 from vllm_roco.config import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from vllm_roco.attention.layers import LayerGroup
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
     from vllm_roco.eviction_schedule import EvictionSchedule
     from vllm_roco.metrics import MovedBlocks
 
@@ -81,7 +86,7 @@ class Batch:
         live = tokens - evicted * size
         is_live = place < ((live + size - 1) // size)[:, None]
         is_new = is_live & (place * size >= (live - num_queries)[:, None])
-        # behind the home, the place in the row is the place in the live table plus E
+        # behind the resident blocks, the place in the row is that in the table plus E
         gap = evicted[:, None] * (place >= schedule.budget_blocks)
         return cls(
             tokens=first[:, None] + torch.arange(num_queries),
@@ -128,7 +133,7 @@ def sequences_of(
         block_table: `[num_reqs, width]`, block ids by `position // block_size`.
         schedule: The eviction arithmetic.
     """
-    home = schedule.budget_blocks
+    resident = schedule.budget_blocks
     for row, num_tokens in enumerate(seq_lens):
         first_token = query_start_loc[row]
         num_queries = query_start_loc[row + 1] - first_token
@@ -142,7 +147,7 @@ def sequences_of(
             num_tokens=num_tokens,
             evicted_before=before,
             evicted_after=schedule.evicted_blocks(num_tokens),
-            live_blocks=torch.cat((blocks[:home], blocks[home + before :])),
+            live_blocks=torch.cat((blocks[:resident], blocks[resident + before :])),
         )
 
 
@@ -164,3 +169,43 @@ def batches_of(
         batches.append(Batch.of(decodes[:count], schedule))
         decodes = decodes[count:]
     return batches
+
+
+class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
+    """Builds the step's metadata from vLLM's; arguments as in the base class."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._schedule = roco_spec(kv_cache_spec).schedule
+        self._layers = LayerGroup(layer_names, vllm_config)
+        self._moved_blocks = moved_blocks_of(vllm_config)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> RocoCpuMetadata:
+        """Work out the live tables and who evicts, from the lengths alone."""
+        common = common_attn_metadata
+        sequences = list(
+            sequences_of(
+                common.query_start_loc_cpu.tolist(),
+                common.seq_lens.tolist(),
+                common.block_table_tensor,
+                self._schedule,
+            )
+        )
+        return RocoCpuMetadata(
+            schedule=self._schedule,
+            layers=self._layers,
+            moved_blocks=self._moved_blocks,
+            batches=batches_of(sequences, self._schedule),
+            evicting=[s for s in sequences if s.evicted_after > s.evicted_before],
+        )

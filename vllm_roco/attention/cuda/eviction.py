@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes a step on CUDA: selection over all layers, then one move of whole pages.
+"""Evicts on CUDA: selection over all layers, then one move of whole pages.
 
 Always launched, also inside a captured graph; the kernels return at once for rows in
 which nothing is due.
@@ -8,10 +8,12 @@ which nothing is due.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_roco.attention.bound_caches import WhileBound
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.kv_cache.page import statistics_view
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
@@ -23,7 +25,7 @@ from vllm_roco.ops.select_victims import (
 )
 
 if TYPE_CHECKING:
-    from vllm_roco.attention.cuda_metadata import StepBuffers
+    from vllm_roco.attention.cuda.step_buffers import StepBuffers
     from vllm_roco.attention.layers import LayerGroup
     from vllm_roco.kv_cache.spec import RocoSpec
 
@@ -32,20 +34,35 @@ MAX_SLICES = 8
 
 
 @dataclass(frozen=True)
-class BoundCaches:
+class CacheAddresses:
     """Where the layers' caches lie, as the kernels need it.
 
     Attributes:
-        key: What it was made from; another one means that vLLM bound other caches.
         first_page: `[num_layers]` int64, address of page 0 of every layer.
         first_statistics: `[num_layers]` int64, address of its statistics, or None.
         page_bytes: Bytes of a page, tail included.
     """
 
-    key: tuple[int, ...]
     first_page: torch.Tensor
     first_statistics: torch.Tensor | None
     page_bytes: int
+
+    @classmethod
+    def of(cls, *kv_caches: torch.Tensor, measures: bool) -> CacheAddresses:
+        """Find the caches; in a warm-up run, never while a graph is captured.
+
+        Args:
+            kv_caches: The layers' caches, in the order of the model.
+            measures: Whether pages have a tail of statistics.
+        """
+        statistics = None
+        if measures:
+            statistics = first_statistics([statistics_view(x) for x in kv_caches])
+        return cls(
+            first_page=first_pages(kv_caches),
+            first_statistics=statistics,
+            page_bytes=kv_caches[0].stride(0) * kv_caches[0].element_size(),
+        )
 
 
 class CudaEviction:
@@ -79,7 +96,7 @@ class CudaEviction:
         self._budget_blocks = schedule.budget_blocks
         self._shield_blocks = int(config.shield_ratio * schedule.budget_blocks)
         self._sink_blocks = blocks_of(config.sink, spec.block_size)
-        # every move goes over a block of the home
+        # every move goes over a resident block
         self._moves = torch.zeros(
             (max_rows, schedule.budget_blocks, 2), dtype=torch.int32, device=device
         )
@@ -89,7 +106,9 @@ class CudaEviction:
         self._scores = torch.zeros(
             (max_rows, slices, SCORES, max_blocks), dtype=torch.float32, device=device
         )
-        self._bound: BoundCaches | None = None
+        self._addresses = WhileBound(
+            partial(CacheAddresses.of, measures=config.measures)
+        )
 
     @property
     def moved(self) -> torch.Tensor:
@@ -98,10 +117,10 @@ class CudaEviction:
 
     @property
     def last_layer(self) -> str:
-        """Name of the layer that closes the step."""
+        """Name of the layer that evicts."""
         return self._layers.last
 
-    def close_step(self, step: StepBuffers, seq_lens: torch.Tensor) -> None:
+    def evict(self, step: StepBuffers, seq_lens: torch.Tensor) -> None:
         """Choose victims for every row whose `E` grows, and move the survivors.
 
         Args:
@@ -109,9 +128,9 @@ class CudaEviction:
             seq_lens: `[num_rows]` int32, length of each row after the step.
         """
         num_rows = len(seq_lens)
-        bound = self._bind()
+        caches = self._addresses.of(*self._layers.kv_caches())
         moves, num_moves = self._moves[:num_rows], self._num_moves[:num_rows]
-        if bound.first_statistics is None:
+        if caches.first_statistics is None:
             select_oldest(
                 live_table=step.live_table,
                 evicted_before=step.evicted_before,
@@ -124,8 +143,8 @@ class CudaEviction:
             )
         else:
             select_victims(
-                first_statistics_of_layer=bound.first_statistics,
-                stride_statistics_block=bound.page_bytes // torch.float32.itemsize,
+                first_statistics_of_layer=caches.first_statistics,
+                stride_statistics_block=caches.page_bytes // torch.float32.itemsize,
                 num_kv_heads=self._num_kv_heads,
                 seq_lens=seq_lens,
                 live_table=step.live_table,
@@ -143,24 +162,8 @@ class CudaEviction:
                 recent=self._config.recent,
             )
         move_blocks(
-            first_page_of_layer=bound.first_page,
+            first_page_of_layer=caches.first_page,
             moves=moves,
             num_moves=num_moves,
-            page_bytes=bound.page_bytes,
+            page_bytes=caches.page_bytes,
         )
-
-    def _bind(self) -> BoundCaches:
-        caches = self._layers.kv_caches()
-        key = tuple(cache.data_ptr() for cache in caches)
-        if self._bound is None or self._bound.key != key:
-            # happens in a warm-up run, never while a graph is captured
-            statistics = None
-            if self._config.measures:
-                statistics = first_statistics([statistics_view(c) for c in caches])
-            self._bound = BoundCaches(
-                key=key,
-                first_page=first_pages(caches),
-                first_statistics=statistics,
-                page_bytes=caches[0].stride(0) * caches[0].element_size(),
-            )
-        return self._bound

@@ -23,7 +23,7 @@ class _Reading(NamedTuple):
     most_blocks: int
 
 
-class Growth:
+class AdmissionForecast:
     """What requests will take that are being read or have begun to evict.
 
     What others will generate is not foreseen: they may end before they evict, and vLLM

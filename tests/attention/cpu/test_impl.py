@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from tests.attention.rig import Rig, Shape
-from vllm_roco.attention import cpu, cpu_metadata
 from vllm_roco.attention.backend import RocoBackend
+from vllm_roco.attention.cpu import impl, metadata
 from vllm_roco.kv_cache.page import MASS_SUM, statistics_view
 
 # B 3 and S 2 blocks of 16: the first eviction is at 80 tokens
@@ -69,7 +69,7 @@ def test_prompts_and_decodes_over_several_evictions(shape: Shape) -> None:
     rig = Rig(shape, num_blocks=60)
     size = shape.block_size
     long, short = rig.add(), rig.add()
-    # the whole home in a step, then a chunk, then a chunk beside a decode
+    # all resident blocks in a step, then a chunk, then a chunk beside a decode
     rig.step({long: shape.budget_blocks * size + 1, short: 3})
     rig.step({long: 2 * size})
     rig.step({short: 1, long: size + 3})
@@ -119,7 +119,7 @@ def test_prompts_go_tile_by_tile(
     max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From one query at a time to everything at once."""
-    monkeypatch.setattr(cpu, "MAX_SCORES", max_scores)
+    monkeypatch.setattr(impl, "MAX_SCORES", max_scores)
     rig = Rig(Shape(num_layers=1, num_heads=2))
     first, second = rig.add(), rig.add()
     rig.step({first: 90})
@@ -131,7 +131,7 @@ def test_prompts_go_tile_by_tile(
 def test_decodes_go_batch_by_batch(
     max_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_metadata, "MAX_BATCH_TOKENS", max_tokens)
+    monkeypatch.setattr(metadata, "MAX_BATCH_TOKENS", max_tokens)
     run_ragged(Rig(Shape(num_layers=1)), EDGES, 2)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two kernels of decode attention tell each other; see `decode`.
+"""What the two kernels of decode attention tell each other; see `attention`.
 
 The first leaves, for each split, its log-sum-exp, and for each row and kv head the
-notes, `[max_pieces + max_tiles, GROUP]` float32: the sum of every piece's weights, then
-every tile's maximum.
+partial sums, `[max_pieces + max_tiles, GROUP]` float32: the sum of every piece's
+weights, then every tile's maximum.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def log_sum_exp(
 
 @triton.jit
 def update_statistics(
-    notes_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
+    partial_sums_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
     max_pieces,
     lse,  # [GROUP_PADDED] float32, base 2
     statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
@@ -73,14 +73,16 @@ def update_statistics(
     for piece in tl.static_range(PIECES):
         number = (index * PIECES + piece)[:, None]
         # [N, GROUP_PADDED]
-        noted = (number * PIECE < length) & (group < GROUP)
-        piece_sum = tl.load(notes_ptr + number * GROUP + group, mask=noted, other=0.0)
+        stored = (number * PIECE < length) & (group < GROUP)
+        piece_sum = tl.load(
+            partial_sums_ptr + number * GROUP + group, mask=stored, other=0.0
+        )
         tile_max = tl.load(
-            notes_ptr + (max_pieces + number * PIECE // TILE) * GROUP + group,
-            mask=noted,
+            partial_sums_ptr + (max_pieces + number * PIECE // TILE) * GROUP + group,
+            mask=stored,
             other=0.0,
         )
-        share = tl.where(noted, piece_sum * tl.exp2(tile_max - lse[None, :]), 0.0)
+        share = tl.where(stored, piece_sum * tl.exp2(tile_max - lse[None, :]), 0.0)
         mass += tl.sum(share, 1)
     mass /= GROUP
     write_statistics(

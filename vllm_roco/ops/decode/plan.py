@@ -46,14 +46,14 @@ class DecodeScratch:
     Attributes:
         partial_output: Flat float32, `rows * q_heads * splits * head_size` numbers.
         partial_lse: Flat float32, `rows * q_heads * splits` numbers.
-        notes: Flat float32, for each row and query head a number for every piece and
-            every tile of the longest row; empty when nothing is measured.
+        partial_sums: Flat float32, for each row and query head a number for every piece
+            and every tile of the longest row; empty when nothing is measured.
         max_blocks: Blocks of the longest row.
     """
 
     partial_output: torch.Tensor
     partial_lse: torch.Tensor
-    notes: torch.Tensor
+    partial_sums: torch.Tensor
     max_blocks: int
 
     @classmethod
@@ -85,14 +85,14 @@ class DecodeScratch:
 
         max_blocks = triton.cdiv(max_live_tokens, block_size)
         splits = max(rows * plan.splits for rows, plan in plans)
-        notes = max(
+        partial_sums = max(
             rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
             for rows, plan in plans
         )
         return cls(
             partial_output=floats(splits * num_q_heads * head_size),
             partial_lse=floats(splits * num_q_heads),
-            notes=floats(notes * num_q_heads if measure else 0),
+            partial_sums=floats(partial_sums * num_q_heads if measure else 0),
             max_blocks=max_blocks,
         )
 

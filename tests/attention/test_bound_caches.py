@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from vllm_roco.attention.cache_views import BoundCache
+from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.kv_cache import page
 
 
@@ -18,11 +20,11 @@ def new_cache() -> torch.Tensor:
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_views_show_the_cache_that_is_bound(inference: bool) -> None:
-    bound = BoundCache(measures=True)
+    bound = WhileBound(partial(CacheViews.of, measures=True))
     with torch.inference_mode(inference):
         for cache in (new_cache(), new_cache()):
-            views = bound.views(cache)
-            assert bound.views(cache) is views
+            views = bound.of(cache)
+            assert bound.of(cache) is views
             cache.fill_(1)
             cache[3, 1, 5, 32:] = 7
             assert views.keys.shape == views.values.shape == (4, 16, 2, 32)
@@ -36,12 +38,26 @@ def test_views_show_the_cache_that_is_bound(inference: bool) -> None:
 @pytest.mark.parametrize("inference", [False, True])
 def test_views_go_with_their_cache(measures: bool, inference: bool) -> None:
     """They kept vLLM's throw-away cache until the first step with the real one."""
-    bound = BoundCache(measures=measures)
+    bound = WhileBound(partial(CacheViews.of, measures=measures))
     # with a tail it is a view itself, which views of it would not keep alive
     cache = new_cache() if measures else torch.zeros(4, 2, 16, 64)
     with torch.inference_mode(inference):
-        bound.views(cache)
-        bound.views(cache)
-    assert bound._views is not None
+        bound.of(cache)
+        bound.of(cache)
+    assert bound._made is not None
     del cache
-    assert bound._views is None
+    assert bound._made is None
+
+
+def test_what_was_made_of_several_goes_with_any_of_them() -> None:
+    bound = WhileBound(lambda *caches: [cache.data_ptr() for cache in caches])
+    first, second, third = new_cache(), new_cache(), new_cache()
+    made = bound.of(first, second)
+    assert bound.of(first, second) is made
+    assert bound.of(first, third) == [first.data_ptr(), third.data_ptr()]
+    assert bound.of(first) == [first.data_ptr()]
+    bound.of(first, third)
+    del second
+    assert bound._made is not None
+    del third
+    assert bound._made is None

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 _remembered: VllmConfig | None = None
 
 
-def remember_config() -> VllmConfig:
+def remember_vllm_config() -> VllmConfig:
     """Return the current configuration and keep it; for a layer being built."""
     global _remembered
     _remembered = get_current_vllm_config()
     return _remembered
 
 
-def process_config() -> VllmConfig:
+def current_vllm_config() -> VllmConfig:
     """Return the current configuration, or the one the newest layer was built under.
 
     Raises:

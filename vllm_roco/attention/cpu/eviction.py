@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Closes a step for one sequence: chooses the victims and moves the survivors."""
+"""Evicts for one sequence: chooses the victims and moves the survivors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_roco.kv_cache.page import page_view, statistics_view
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
-    from vllm_roco.attention.cpu_metadata import Sequence
+    from vllm_roco.attention.cpu.metadata import Sequence
     from vllm_roco.eviction_schedule import EvictionSchedule
 
 
@@ -24,7 +24,7 @@ def evict(
     schedule: EvictionSchedule,
     config: RocoConfig,
 ) -> int:
-    """Leave nothing in the dying range that the sequence still needs.
+    """Leave nothing in the outgoing blocks that the sequence still needs.
 
     Args:
         sequence: A sequence whose `E` grows in this step.
@@ -51,11 +51,11 @@ def _moves(
     schedule: EvictionSchedule,
     config: RocoConfig,
 ) -> list[tuple[int, int]]:
-    home = schedule.budget_blocks
+    resident = schedule.budget_blocks
     before, after = sequence.evicted_before, sequence.evicted_after
     if not config.measures:
         sink = blocks_of(config.sink, schedule.block_size)
-        return policy.plan_recent_moves(before, after, home, sink)
+        return policy.plan_recent_moves(before, after, resident, sink)
     num_full = sequence.num_tokens // schedule.block_size - before
     full = sequence.live_blocks[:num_full]
     # [layers, blocks, heads, fields] to [layers, heads, blocks, fields]
@@ -67,4 +67,4 @@ def _moves(
         schedule.block_size,
         config,
     )
-    return policy.plan_moves(victims, home)
+    return policy.plan_moves(victims, resident)

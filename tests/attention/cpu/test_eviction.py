@@ -10,8 +10,8 @@ import torch
 
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
-from vllm_roco.attention.cpu_metadata import sequences_of
-from vllm_roco.attention.eviction import evict
+from vllm_roco.attention.cpu.eviction import evict
+from vllm_roco.attention.cpu.metadata import sequences_of
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.page import (
     FIRST_POSITION,
@@ -78,7 +78,7 @@ layouts = pytest.mark.parametrize(
 
 @layouts
 def test_a_survivor_of_the_dying_range_goes_over_the_victim(layout: Any) -> None:
-    """Block 1 is weak in every layer; the dying block 4 takes its page."""
+    """Block 1 is weak in every layer; the outgoing block 4 takes its page."""
     mean = [[0.3, 0.1, 0.3, 0.2, 0.4], [0.2, 0.1, 0.3, 0.3, 0.3]]
     caches, config = caches_of(mean, 80, layout)
     held = close(caches, config, num_queries=1, num_tokens=80)
@@ -112,7 +112,7 @@ def test_several_blocks_move_in_one_step(layout: Any) -> None:
     mean = [[0.3, 0.01, 0.02, 0.4, 0.5, 0.03, 0.6]]
     caches, config = caches_of(mean, 112, layout)
     held = close(caches, config, num_queries=40, num_tokens=112)
-    # blocks 4 and 6 of the dying range go over 1 and 2; 5 is the third victim
+    # blocks 4 and 6 of the outgoing blocks go over 1 and 2; 5 is the third victim
     assert held == [[7, 1, 3, 4, 1, 8, 3]]
 
 

@@ -10,74 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.v1.attention.backend import (
-    AttentionMetadataBuilder,
-)
 
 from vllm_roco import policy
-from vllm_roco.attention.cpu_metadata import (
-    Batch,
-    RocoCpuMetadata,
-    batches_of,
-    sequences_of,
-)
-from vllm_roco.attention.eviction import evict
+from vllm_roco.attention.cpu.eviction import evict
+from vllm_roco.attention.cpu.metadata import Batch, RocoCpuMetadata
 from vllm_roco.attention.impl import RocoImpl
-from vllm_roco.attention.layers import (
-    LayerGroup,
-    name_of,
-    roco_spec,
-)
-from vllm_roco.attention.moved_blocks import moved_blocks_of
+from vllm_roco.attention.layers import name_of
 from vllm_roco.kv_cache.page import statistics_view
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.attention.backend import AttentionLayer
 
 MAX_SCORES = 1 << 24
 """Float32 scores that are held at once, 64 MiB; longer prompts go tile by tile."""
-
-
-class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
-    """Builds the step's metadata from vLLM's; arguments as in the base class."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._schedule = roco_spec(kv_cache_spec).schedule
-        self._layers = LayerGroup(layer_names, vllm_config)
-        self._moved_blocks = moved_blocks_of(vllm_config)
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> RocoCpuMetadata:
-        """Work out the live tables and who evicts, from the lengths alone."""
-        common = common_attn_metadata
-        sequences = list(
-            sequences_of(
-                common.query_start_loc_cpu.tolist(),
-                common.seq_lens.tolist(),
-                common.block_table_tensor,
-                self._schedule,
-            )
-        )
-        return RocoCpuMetadata(
-            schedule=self._schedule,
-            layers=self._layers,
-            moved_blocks=self._moved_blocks,
-            batches=batches_of(sequences, self._schedule),
-            evicting=[s for s in sequences if s.evicted_after > s.evicted_before],
-        )
 
 
 class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
@@ -137,7 +82,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
             self._attend(query, kv_cache, batch, output)
         attn_metadata.num_layers_done += 1
         if name_of(layer) == attn_metadata.layers.last:
-            self._close_step(attn_metadata)
+            self._evict(attn_metadata)
         return output
 
     def _attend(
@@ -180,7 +125,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         if statistics is not None:
             pages[batch.table[batch.is_live]] = statistics[batch.is_live]
 
-    def _close_step(self, step: RocoCpuMetadata) -> None:
+    def _evict(self, step: RocoCpuMetadata) -> None:
         if step.num_layers_done != len(step.layers):
             raise RuntimeError(
                 f"roco: the last layer attended after {step.num_layers_done - 1} of "

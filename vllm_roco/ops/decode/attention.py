@@ -3,12 +3,12 @@
 
 One query a row. Two launches: `decode_attend` splits the keys of a (row, kv head) over
 several programs, each with an online softmax over tiles of tokens; `decode_combine`
-merges the splits and, knowing the final log-sum-exp, turns what the first kernel noted
-of each block into its mass and updates the statistics. A program of the first kernel
-that sees all keys of its row does both, and there is no second launch.
+merges the splits and, knowing the final log-sum-exp, turns the first kernel's partial
+sums of each block into its mass and updates the statistics. A program of the first
+kernel that sees all keys of its row does both, and there is no second launch.
 
 With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
-all in base 2, the first kernel notes the `m` of each tile and, out of the weights it
+all in base 2, the first kernel stores the `m` of each tile and, out of the weights it
 needs anyway, `w = sum_t 2^(s_t - m)` for each piece of a block; the second computes
 `a = mean_g sum_pieces w * 2^(m - L)`. A piece is the part of a block that lies in one
 tile, the whole block as a rule.
@@ -16,26 +16,25 @@ tile, the whole block as a rule.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 
-from vllm_roco.ops.decode_attend import attend_kernel
-from vllm_roco.ops.decode_combine import combine_kernel
-from vllm_roco.ops.decode_plan import (
+from vllm_roco.ops.decode.attend import attend_kernel
+from vllm_roco.ops.decode.combine import combine_kernel
+from vllm_roco.ops.decode.plan import (
     DecodePlan,
     DecodeScratch,
     piece_size,
     pieces_and_tiles,
 )
 from vllm_roco.ops.launch import Launcher
+from vllm_roco.ops.logits import logit_scale
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
 # live blocks whose statistics a program updates at a time: many where it has attended
 # over all of them, few where each is a program of its own
-CLOSING_BLOCKS = 128
+UPDATED_BLOCKS = 128
 COMBINE_BLOCKS = 32
 
 _launch_attend = Launcher(attend_kernel)
@@ -106,8 +105,8 @@ def decode_attention(
         output_ptr=output,
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
-        notes_ptr=scratch.notes,
-        logit_scale=scale if soft_cap else scale * math.log2(math.e),
+        partial_sums_ptr=scratch.partial_sums,
+        logit_scale=logit_scale(scale, soft_cap),
         soft_cap=soft_cap,
         stride_query_row=query.stride(0),
         stride_query_head=query.stride(1),
@@ -128,7 +127,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
-        CLOSING_BLOCKS=CLOSING_BLOCKS,
+        UPDATED_BLOCKS=UPDATED_BLOCKS,
         SPLIT=plan.splits > 1,
         SOFT_CAP=soft_cap != 0.0,
         MEASURE=measure,
@@ -146,7 +145,7 @@ def decode_attention(
         {"num_warps": 1 if plan.splits <= 8 else 4, **launch_dependent},
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
-        notes_ptr=scratch.notes,
+        partial_sums_ptr=scratch.partial_sums,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,

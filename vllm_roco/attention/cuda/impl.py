@@ -3,11 +3,12 @@
 
 Decode rows go through a kernel that attends and measures in one pass. Prompt rows go
 through vLLM's FlashAttention over the live table, then through a kernel that adds up
-what the blocks received. The last layer of a group closes the step.
+what the blocks received. The last layer of a group evicts.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -17,12 +18,12 @@ from vllm.v1.attention.backends.fa_utils import (
     reshape_and_cache_flash,
 )
 
-from vllm_roco.attention.cache_views import BoundCache
-from vllm_roco.attention.cuda_metadata import Decodes, Prefills, RocoCudaMetadata
+from vllm_roco.attention.bound_caches import CacheViews, WhileBound
+from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import name_of
-from vllm_roco.ops.decode import decode_attention
-from vllm_roco.ops.decode_plan import DecodeScratch
+from vllm_roco.ops.decode.attention import decode_attention
+from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
@@ -52,7 +53,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             dtype=dtype,
             device=Device.of(torch.device("cuda", torch.cuda.current_device())),
         )
-        self.cache = BoundCache(measures=self.config.measures)
+        self.views = WhileBound(partial(CacheViews.of, measures=self.config.measures))
 
     def do_kv_cache_update(
         self,
@@ -71,7 +72,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
             slot_mapping: `[num_tokens]` int64, -1 for padding.
         """
-        views = self.cache.views(kv_cache)
+        views = self.views.of(kv_cache)
         reshape_and_cache_flash(
             key,
             value,
@@ -110,7 +111,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         """
         if attn_metadata is None:
             return output.fill_(0)
-        statistics = self.cache.views(kv_cache).statistics
+        statistics = self.views.of(kv_cache).statistics
         decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
         if decodes is not None:
             self._decode(
@@ -119,9 +120,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         if prefills is not None:
             self._prefill(query, kv_cache, statistics, output, prefills)
         if name_of(layer) == attn_metadata.eviction.last_layer:
-            attn_metadata.eviction.close_step(
-                attn_metadata.step, attn_metadata.seq_lens
-            )
+            attn_metadata.eviction.evict(attn_metadata.step, attn_metadata.seq_lens)
         return output
 
     def _decode(
@@ -199,7 +198,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
-        views = self.cache.views(kv_cache)
+        views = self.views.of(kv_cache)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,

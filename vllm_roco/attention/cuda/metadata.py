@@ -19,11 +19,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_roco.attention.cuda_eviction import CudaEviction
+from vllm_roco.attention.cuda.eviction import CudaEviction
+from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.config import blocks_of
-from vllm_roco.ops.decode_plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, plan_decode
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.validation import validated_config
@@ -32,41 +33,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
-
-
-@dataclass(frozen=True)
-class StepBuffers:
-    """What the live-table kernel writes each step; rows as in vLLM's batch.
-
-    Attributes:
-        live_table: `[num_rows, live_width]` int32, block ids.
-        live_lens: `[num_rows]` int32, tokens attended.
-        evicted_before: `[num_rows]` int32, `E` at the start of the step.
-        evicted_after: `[num_rows]` int32, `E` at its end.
-    """
-
-    live_table: torch.Tensor
-    live_lens: torch.Tensor
-    evicted_before: torch.Tensor
-    evicted_after: torch.Tensor
-
-    @classmethod
-    def allocate(cls, rows: int, width: int, device: torch.device) -> StepBuffers:
-        """Allocate for at most `rows` rows of `width` live blocks."""
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
-        return cls(zeros(rows, width), zeros(rows), zeros(rows), zeros(rows))
-
-    def rows(self, start: int, end: int) -> StepBuffers:
-        """Return a range of rows, as views."""
-        return StepBuffers(
-            self.live_table[start:end],
-            self.live_lens[start:end],
-            self.evicted_before[start:end],
-            self.evicted_after[start:end],
-        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +81,7 @@ class RocoCudaMetadata(AttentionMetadata):
         scratch: Memory that the decode kernels share.
         seq_lens: `[num_rows]` int32, length of each row after the step.
         step: The step's buffers, all rows.
-        eviction: Closes the step in the last layer.
+        eviction: What the last layer evicts with.
     """
 
     decodes: Decodes | None

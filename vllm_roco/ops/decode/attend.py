@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The first kernel of decode attention: attends, and notes what each block weighed.
+"""The first kernel of decode attention: attends, and sums up each block.
 
 The keys of a (row, kv head) are split over several programs, each with an online
-softmax over tiles of tokens; see `decode`.
+softmax over tiles of tokens; see `attention`.
 """
 
 from __future__ import annotations
 
-import math
-
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.decode_notes import log_sum_exp, split_range, update_statistics
+from vllm_roco.ops.decode.partial_sums import (
+    log_sum_exp,
+    split_range,
+    update_statistics,
+)
+from vllm_roco.ops.logits import cap_logits
 from vllm_roco.ops.statistics import NUM_FIELDS, read_statistics
-
-_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def attend_kernel(
     output_ptr,  # [num_rows, num_q_heads, head_size]
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    notes_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
+    partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
     stride_query_row,
@@ -84,7 +85,7 @@ def attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
-    CLOSING_BLOCKS: tl.constexpr,
+    UPDATED_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -123,14 +124,14 @@ def attend_kernel(
     )
     keys_ptr = kv_cache_ptr + kv_head * stride_cache_head
     table_ptr = live_table_ptr + row * stride_table_row
-    max_notes = max_pieces + max_tiles
-    notes_ptr += (row * num_kv_heads + kv_head) * max_notes * GROUP
-    maxima_ptr = notes_ptr + max_pieces * GROUP
+    max_sums = max_pieces + max_tiles
+    partial_sums_ptr += (row * num_kv_heads + kv_head) * max_sums * GROUP
+    maxima_ptr = partial_sums_ptr + max_pieces * GROUP
     if MEASURE and not SPLIT:
-        # whoever sees every key closes the books itself: what it will add to is on its
-        # way while it attends
+        # whoever sees every key updates the statistics itself: what it will add to is
+        # on its way while it attends
         statistics_ptr += kv_head * NUM_FIELDS
-        index = tl.arange(0, CLOSING_BLOCKS)
+        index = tl.arange(0, UPDATED_BLOCKS)
         live_block, before = read_statistics(
             statistics_ptr,
             stride_statistics_block,
@@ -172,9 +173,7 @@ def attend_kernel(
         )
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
         if SOFT_CAP:
-            # tanh, in a form of which neither end overflows
-            growth = tl.exp2(logits * (2.0 * _LOG2_E / soft_cap))
-            logits = soft_cap * _LOG2_E * (1.0 - 2.0 / (growth + 1.0))
+            logits = cap_logits(logits, soft_cap)
         logits = tl.where(visible[None, :], logits, float("-inf"))
 
         new_max = tl.maximum(running_max, tl.max(logits, 1))
@@ -185,7 +184,7 @@ def attend_kernel(
             piece_sum = tl.sum(_by_piece(weights, DOT_GROUP, TILE, PIECE, WARPS), 2)
             number = tile * PIECES + piece
             tl.store(
-                notes_ptr + number[None, :] * GROUP + group[:, None],
+                partial_sums_ptr + number[None, :] * GROUP + group[:, None],
                 piece_sum,
                 mask=(group < GROUP)[:, None] & (number * PIECE < length)[None, :],
             )
@@ -231,7 +230,7 @@ def attend_kernel(
             mask=group < GROUP,
         )
     if MEASURE and not SPLIT:
-        # what the program's other threads have noted is visible behind the barrier
+        # what the program's other threads have stored is visible behind the barrier
         tl.debug_barrier()
         evicted = tl.load(evicted_before_ptr + row)
         lse = log_sum_exp(
@@ -245,9 +244,9 @@ def attend_kernel(
             1,
         )
         num_blocks = tl.cdiv(length, BLOCK_SIZE)
-        for first_index in range(0, num_blocks, CLOSING_BLOCKS):
+        for first_index in range(0, num_blocks, UPDATED_BLOCKS):
             update_statistics(
-                notes_ptr,
+                partial_sums_ptr,
                 max_pieces,
                 lse,
                 statistics_ptr,
@@ -263,7 +262,7 @@ def attend_kernel(
                 PIECE,
                 TILE,
             )
-            index = first_index + CLOSING_BLOCKS + tl.arange(0, CLOSING_BLOCKS)
+            index = first_index + UPDATED_BLOCKS + tl.arange(0, UPDATED_BLOCKS)
             live_block, before = read_statistics(
                 statistics_ptr,
                 stride_statistics_block,

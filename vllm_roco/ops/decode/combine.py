@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second kernel of decode attention: merges splits and updates the statistics.
 
-It knows the log-sum-exp over all keys, and turns what the first kernel noted of each
-block into its mass; see `decode`.
+It knows the log-sum-exp over all keys, and turns the first kernel's partial sums of
+each block into its mass; see `attention`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.decode_notes import log_sum_exp, split_range, update_statistics
+from vllm_roco.ops.decode.partial_sums import (
+    log_sum_exp,
+    split_range,
+    update_statistics,
+)
 from vllm_roco.ops.statistics import NUM_FIELDS, read_statistics
 
 
@@ -56,7 +60,7 @@ def _merge_output(
 def combine_kernel(
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    notes_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
+    partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
@@ -130,7 +134,7 @@ def combine_kernel(
                 SPLITS_PADDED,
             )
             update_statistics(
-                notes_ptr + row_kv_head * (max_pieces + max_tiles) * GROUP,
+                partial_sums_ptr + row_kv_head * (max_pieces + max_tiles) * GROUP,
                 max_pieces,
                 lse,
                 statistics_ptr,

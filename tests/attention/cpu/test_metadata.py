@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_roco.attention import cpu_metadata
-from vllm_roco.attention.cpu_metadata import Batch, Sequence, batches_of, sequences_of
+from vllm_roco.attention.cpu import metadata
+from vllm_roco.attention.cpu.metadata import Batch, Sequence, batches_of, sequences_of
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 # B 2, S 1: blocks go at 12, 16, 20, ... tokens
@@ -104,7 +104,7 @@ def test_prompts_stay_alone_and_decodes_go_together() -> None:
 def test_decodes_are_split_by_the_keys_that_they_gather(
     max_tokens: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_metadata, "MAX_BATCH_TOKENS", max_tokens)
+    monkeypatch.setattr(metadata, "MAX_BATCH_TOKENS", max_tokens)
     batches = batches_of(sequences([1] * 4, [12, 5, 9, 8]), SCHEDULE)
     assert [len(batch.tokens) for batch in batches] == sizes
     for batch in batches:

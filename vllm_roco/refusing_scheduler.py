@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM scheduler that answers a request it cannot serve with an error of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from vllm_roco.request_refusal import trouble_with
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class RefusingScheduler(Scheduler):
+    """Refuses requests alone, see `request_refusal`; arguments as in the base class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._refused: list[Request] = []
+        self._refused_streams: set[str] = set()
+
+    def add_request(self, request: Request) -> None:
+        """Take a request, or refuse it alone if eviction cannot serve it."""
+        request_id = request.request_id
+        if request_id in self._refused_streams and not request.resumable:
+            # vLLM ends a stream with a request, which would be generated for nobody
+            self._refused_streams.discard(request_id)
+            return
+        super().add_request(request)
+        trouble = trouble_with(request)
+        if trouble is None:
+            return
+        if request_id not in self._refused_streams:
+            logger.error("%s Request %s is refused.", trouble, request_id)
+        self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
+        if request.resumable:
+            self._refused_streams.add(request_id)
+        self._refused.append(request)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        """Finish as vLLM does, and forget refused streams that were given up."""
+        if request_ids is not None:
+            if isinstance(request_ids, str):
+                request_ids = (request_ids,)
+            request_ids = set(request_ids)
+            self._refused_streams -= request_ids
+        return super().finish_requests(request_ids, finished_status)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Update as vLLM does, and answer refused requests."""
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for request in self._refused:
+            client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                )
+            )
+        self._refused.clear()
+        return outputs
