@@ -126,6 +126,7 @@ class Setup:
             one_group(spec, num_blocks),
             StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
+            log_stats=True,
         )
 
 

@@ -126,16 +126,9 @@ class RocoConfig:
             ValueError: An option does not fit the block size, or the protected blocks
                 leave nothing to evict.
         """
-        for key in ("budget", "stride", "chunk"):
-            value = getattr(self, key)
-            if value % block_size:
-                below = value // block_size * block_size
-                near = below + block_size
-                choice = f"{below} or {near}" if below else f"{near}"
-                raise ValueError(
-                    f"roco: {key} = {value} is not a multiple of the block size "
-                    f"({block_size} tokens). Use {choice}, or another --block-size."
-                )
+        check_whole_blocks(
+            block_size, budget=self.budget, stride=self.stride, chunk=self.chunk
+        )
         protected = (
             blocks_of(self.sink, block_size) + blocks_of(self.recent, block_size)
         ) * block_size
@@ -145,6 +138,30 @@ class RocoConfig:
                 f"{protected} tokens when rounded up to blocks of {block_size}, but "
                 f"must not exceed budget = {self.budget}. Lower them, raise budget, "
                 "or use a smaller --block-size."
+            )
+
+
+def check_whole_blocks(block_size: int, **options: int) -> None:
+    """Raise unless every option is a multiple of the block size.
+
+    vLLM enlarges the blocks of a model with several kinds of layers after it has asked
+    for the options' check, so a spec asks again with the size that it gets.
+
+    Args:
+        block_size: Tokens per KV block.
+        **options: Names of options and their tokens.
+
+    Raises:
+        ValueError: An option does not fit the block size.
+    """
+    for key, value in options.items():
+        if value % block_size:
+            below = value // block_size * block_size
+            near = below + block_size
+            choice = f"{below} or {near}" if below else f"{near}"
+            raise ValueError(
+                f"roco: {key} = {value} is not a multiple of the block size "
+                f"({block_size} tokens). Use {choice}, or another --block-size."
             )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
@@ -63,6 +64,10 @@ class RocoSchedulerMixin(RefusingScheduler):
                 "ROCO attention backend, but no layer uses it. Add "
                 "--attention-backend roco, or leave --scheduler-cls out."
             )
+        for manager in self.roco_managers:
+            # vLLM may have enlarged the blocks since the options were checked
+            self.roco_config.check_block_size(manager.block_size)
+            manager.scheduler_ends_chunks = True
         self._eviction_schedule = self.roco_managers[0].schedule
         self._publisher = create_publisher(
             vllm_config, budget_tokens=self.roco_config.budget
@@ -81,7 +86,11 @@ class RocoSchedulerMixin(RefusingScheduler):
         """End a prefill step where it may end, or wait for room to get there.
 
         Both scheduling loops of vLLM ask here how many of the `num_new_tokens` that
-        they could schedule they may, and skip the request for this step on 0.
+        they could schedule they may. On 0 the loop of running requests goes on to the
+        next one. What the loop of waiting requests does differs between releases, and
+        one that goes on would let later requests overtake and walk the whole queue in
+        each step. So a waiting request is refused memory instead, which ends that loop
+        on all of them.
         """
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + 1 >= known:
@@ -101,7 +110,13 @@ class RocoSchedulerMixin(RefusingScheduler):
         if request.has_encoder_inputs:
             # an input item may end a chunk early for good; waiting would be for ever
             return allowed
-        return max(0, allowed) if allowed >= least - num_computed_tokens else 0
+        if allowed >= least - num_computed_tokens:
+            return max(0, allowed)
+        if request.status == RequestStatus.RUNNING:
+            return 0
+        for manager in self.roco_managers:
+            manager.refuse(request.request_id)
+        return num_new_tokens
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""

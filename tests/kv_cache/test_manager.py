@@ -38,15 +38,20 @@ init_none_hash(sha256)
 def cache_manager(
     plan: KVCacheConfig | None = None, enable_caching: bool = False
 ) -> KVCacheManager:
-    """Return vLLM's cache manager for 64 usable blocks of 16 tokens."""
-    return KVCacheManager(
-        plan or one_group(roco_spec(), NUM_BLOCKS),
+    """Return vLLM's cache manager for 64 usable blocks of 16 tokens.
+
+    By default a step may have any length, so that few of them reach any place.
+    """
+    cache = KVCacheManager(
+        plan or one_group(roco_spec(chunk=1 << 20), NUM_BLOCKS),
         max_model_len=1 << 20,
         max_in_flight_tokens=1 << 20,
         enable_caching=enable_caching,
         scheduler_block_size=BLOCK,
         hash_block_size=BLOCK,
     )
+    roco_manager(cache).scheduler_ends_chunks = True
+    return cache
 
 
 def roco_manager(cache: KVCacheManager) -> RocoManager:
@@ -279,7 +284,7 @@ def test_nothing_is_foreseen_for_sequences_that_have_lost_nothing() -> None:
 @pytest.mark.parametrize("num_tokens", [3 * BLOCK, 40 * BLOCK])
 def test_what_an_admitted_prompt_will_take_is_foreseen(num_tokens: int) -> None:
     """Read in steps, it takes its blocks later than it was promised them."""
-    cache = cache_manager()
+    cache = cache_manager(one_group(roco_spec(), NUM_BLOCKS))
     manager = roco_manager(cache)
     reading = request("a", num_tokens)
     most = min(num_tokens // BLOCK, manager.max_blocks_per_sequence)
@@ -297,6 +302,43 @@ def test_what_an_admitted_prompt_will_take_is_foreseen(num_tokens: int) -> None:
     assert manager.foreseen_blocks() <= STRIDE_BLOCKS
     cache.free(reading)
     assert manager.foreseen_blocks() == 0
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2, 3])
+@pytest.mark.parametrize("num_tokens", range(3 * BLOCK - 2, 3 * BLOCK + 2))
+def test_decodes_in_flight_are_foreseen(num_tokens: int, steps_in_flight: int) -> None:
+    """A prompt of whole blocks was promised a block less than it held: with more steps
+    in flight, it decodes before its last prompt step is processed."""
+    spec = roco_spec(max_steps_in_flight=steps_in_flight)
+    cache = cache_manager(one_group(spec, NUM_BLOCKS))
+    manager = roco_manager(cache)
+    reading = request("a", num_tokens)
+    assert cache.allocate_slots(reading, num_tokens, full_sequence_must_fit=True)
+    promised = manager.held.of("a") + manager.foreseen_blocks()
+    reading.num_computed_tokens = num_tokens
+    for step in range(1, steps_in_flight):
+        reading.num_in_flight_tokens = num_tokens + step - 1
+        assert cache.allocate_slots(reading, 1) is not None
+        reading.num_computed_tokens += 1
+    assert manager.held.of("a") == promised
+
+
+def test_more_than_the_bound_is_never_held() -> None:
+    """With the chunk hook unheard, 225 blocks were held against 15 that vLLM had
+    planned with, and nobody noticed."""
+    cache = cache_manager(one_group(roco_spec(), NUM_BLOCKS))
+    most = roco_manager(cache).max_blocks_per_sequence
+    assert run(cache, request("a"), most * BLOCK)
+    with pytest.raises(RuntimeError, match=f"hold {most + 1} blocks.*vllm_roco.verify"):
+        run(cache, request("b"), most * BLOCK + 1)
+
+
+def test_another_scheduler_is_noticed() -> None:
+    """Its steps may have any length."""
+    cache = cache_manager()
+    roco_manager(cache).scheduler_ends_chunks = False
+    with pytest.raises(RuntimeError, match="Leave --scheduler-cls out"):
+        run(cache, request(), BLOCK)
 
 
 def test_admission_leaves_room_for_the_next_peak() -> None:
@@ -395,7 +437,7 @@ class CountingRow(list[KVCacheBlock]):
 
 @pytest.mark.parametrize("num_blocks", [1, 6, 7, 100, 1000])
 def test_nothing_due_costs_no_look_at_a_row_of_any_length(num_blocks: int) -> None:
-    cache = cache_manager(one_group(roco_spec(), num_blocks + 2))
+    cache = cache_manager(one_group(roco_spec(chunk=1 << 20), num_blocks + 2))
     manager = roco_manager(cache)
     sequence = request("a", 1)
     run(cache, sequence, num_blocks * BLOCK)
@@ -409,7 +451,7 @@ def test_nothing_due_costs_no_look_at_a_row_of_any_length(num_blocks: int) -> No
 
 @pytest.mark.parametrize("strides", [1, 2, 10])
 def test_what_is_due_costs_a_look_for_each_block_that_goes(strides: int) -> None:
-    cache = cache_manager(one_group(roco_spec(), 1002))
+    cache = cache_manager(one_group(roco_spec(chunk=1 << 20), 1002))
     manager = roco_manager(cache)
     sequence = request("a", 1)
     run(cache, sequence, 1000 * BLOCK)

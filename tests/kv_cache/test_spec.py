@@ -111,6 +111,15 @@ def test_larger_blocks_have_larger_pages(block_size: int, how: str) -> None:
     assert changed.schedule.stride_blocks * block_size == 64
 
 
+@pytest.mark.parametrize("option", ["budget", "stride", "chunk"])
+def test_blocks_that_vllm_enlarges_are_checked(option: str) -> None:
+    """The options fitted blocks of 16 tokens, then vLLM doubled them: the stride became
+    0 blocks, and the engine divided by it."""
+    spec = roco_spec(**{"budget": 64, "stride": 64, "chunk": 64, option: 112})
+    with pytest.raises(ValueError, match=f"{option} = 112 .* block size .32 tokens"):
+        spec.copy_with_new_block_size(32)
+
+
 def test_padding_that_vllm_asked_for_is_kept() -> None:
     spec = roco_spec()
     padded = replace(spec, page_size_padded=spec.page_size_bytes + 384)

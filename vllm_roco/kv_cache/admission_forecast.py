@@ -9,60 +9,73 @@ let in in a valley would cost another one its cache at the next peak.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from vllm_roco.eviction_schedule import EvictionSchedule
-    from vllm_roco.kv_cache.held_blocks import HeldBlocks
-
-
-class _Reading(NamedTuple):
-    num_tokens: int
-    most_blocks: int
 
 
 class AdmissionForecast:
     """What requests will take that are being read or have begun to evict.
 
     What others will generate is not foreseen: they may end before they evict, and vLLM
-    lets requests in on that hope.
+    lets requests in on that hope. Every update takes constant time; the answer is kept
+    until an evicting sequence takes or gives blocks.
 
     Args:
         schedule: The eviction arithmetic.
-        held: Blocks held per request.
-
-    Attributes:
-        reading: Requests that are being read, by name.
     """
 
-    def __init__(self, schedule: EvictionSchedule, held: HeldBlocks) -> None:
-        self._schedule = schedule
-        self._held = held
-        self.reading: dict[str, _Reading] = {}
+    def __init__(self, schedule: EvictionSchedule) -> None:
+        self._budget_blocks = schedule.budget_blocks
+        self._stride_blocks = schedule.stride_blocks
+        # of requests that are being read: the most blocks they will hold
+        self._most: dict[str, int] = {}
+        # likewise: what they will yet take, and its sum
+        self._untaken: dict[str, int] = {}
+        self._untaken_blocks = 0
+        # evicting sequences by the blocks held above the budget, from the first to the
+        # last of a stride
+        self._phase: dict[str, int] = {}
+        self._num_in_phase = [0] * self._stride_blocks
+        self._next_peak: int | None = 0
 
-    def admit(self, request_id: str, num_tokens: int, most_blocks: int) -> None:
-        """Note that a request is let in.
+    def admit(self, request_id: str, most_blocks: int) -> None:
+        """Note that a request is let in, which holds nothing yet.
 
         Args:
             request_id: The request.
-            num_tokens: Tokens that it has to read.
-            most_blocks: The most blocks that it will hold while it reads them.
+            most_blocks: The most blocks that it will hold while it is read.
         """
-        self.reading[request_id] = _Reading(num_tokens, most_blocks)
+        self._most[request_id] = most_blocks
+        self._set_untaken(request_id, most_blocks)
 
-    def process(self, request_id: str, num_processed_tokens: int) -> None:
-        """Note how far a request has come."""
-        reading = self.reading.get(request_id)
-        if reading is not None and num_processed_tokens >= reading.num_tokens:
-            del self.reading[request_id]
+    def finish_reading(self, request_id: str) -> None:
+        """Note that all tokens known at admission have been read."""
+        if self._most.pop(request_id, None) is not None:
+            self._set_untaken(request_id, None)
+
+    def update(self, request_id: str, held_blocks: int, *, evicts: bool) -> None:
+        """Note what a request holds.
+
+        Args:
+            request_id: The request.
+            held_blocks: Blocks that it holds now.
+            evicts: Whether it has given up blocks.
+        """
+        most = self._most.get(request_id)
+        if most is not None:
+            self._set_untaken(request_id, max(0, most - held_blocks))
+        elif evicts:
+            above = held_blocks - self._budget_blocks
+            self._set_phase(request_id, max(0, above - 1) % self._stride_blocks)
 
     def drop(self, request_id: str) -> None:
         """Forget a request."""
-        self.reading.pop(request_id, None)
+        self.finish_reading(request_id)
+        self._set_phase(request_id, None)
 
-    def ahead(self, evicting: Collection[str]) -> int:
+    def blocks(self) -> int:
         """Return by how many blocks more than now will be held at most.
 
         Everything repeats after a stride of tokens, in which an evicting sequence takes
@@ -70,29 +83,32 @@ class AdmissionForecast:
         is next scheduled: others may have taken another block by then. All are taken to
         be at the same place within their newest blocks, which counts up to a block too
         many for each, and a stride too many where an eviction is still in flight.
-
-        Linear in the sequences that evict: asked only while a request waits that would
-        fit without this.
-
-        Args:
-            evicting: Requests that have given up blocks.
         """
-        most_read = sum(
-            max(0, reading.most_blocks - self._held.of(request_id))
-            for request_id, reading in self.reading.items()
-        )
-        stride = self._schedule.stride_blocks
-        # by the blocks held above the budget, from the first to the last of a stride
-        phases = [0] * stride
-        for request_id in evicting:
-            if request_id not in self.reading:
-                above = self._held.of(request_id) - self._schedule.budget_blocks
-                phases[max(0, above - 1) % stride] += 1
-        num_decoding = sum(phases)
-        growth = most = 0
-        for ending in reversed(phases):
-            growth += num_decoding
-            others = num_decoding - ending if ending else 0
-            most = max(most, growth + others)
-            growth -= stride * ending
-        return most_read + most
+        if self._next_peak is None:
+            num_decoding = len(self._phase)
+            growth = most = 0
+            for ending in reversed(self._num_in_phase):
+                growth += num_decoding
+                others = num_decoding - ending if ending else 0
+                most = max(most, growth + others)
+                growth -= self._stride_blocks * ending
+            self._next_peak = most
+        return self._untaken_blocks + self._next_peak
+
+    def _set_untaken(self, request_id: str, blocks: int | None) -> None:
+        self._untaken_blocks -= self._untaken.pop(request_id, 0)
+        if blocks is not None:
+            self._untaken[request_id] = blocks
+            self._untaken_blocks += blocks
+
+    def _set_phase(self, request_id: str, phase: int | None) -> None:
+        before = self._phase.get(request_id)
+        if before == phase:
+            return
+        if before is not None:
+            self._num_in_phase[before] -= 1
+            del self._phase[request_id]
+        if phase is not None:
+            self._num_in_phase[phase] += 1
+            self._phase[request_id] = phase
+        self._next_peak = None

@@ -33,11 +33,12 @@ class HeldBlocks:
         """Return the blocks that a request holds."""
         return self._of.get(request_id, 0)
 
-    def add(self, request_id: str, change: int) -> None:
-        """Change a request's count by `change` blocks."""
+    def add(self, request_id: str, change: int) -> int:
+        """Change a request's count by `change` blocks and return it."""
         before = self._of.get(request_id, 0)
-        self._of[request_id] = before + change
-        self._move(before, before + change)
+        after = self._of[request_id] = before + change
+        self._move(before, after)
+        return after
 
     def drop(self, request_id: str) -> None:
         """Forget a request that holds nothing any more."""

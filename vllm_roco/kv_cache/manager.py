@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
+from vllm_roco.config import blocks_of
 from vllm_roco.kv_cache.admission_forecast import AdmissionForecast
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
 
@@ -37,6 +38,10 @@ class BudgetedSpec(Protocol):
     def max_blocks_per_sequence(self) -> int:
         """The most blocks ever held for one sequence."""
 
+    @property
+    def max_steps_in_flight(self) -> int:
+        """Steps that may be scheduled but not yet processed."""
+
 
 class RocoManager(FullAttentionManager):
     """Block tables with a gap: `row[B : B+E]` has been freed and holds null blocks.
@@ -54,6 +59,8 @@ class RocoManager(FullAttentionManager):
         schedule: The eviction arithmetic.
         max_blocks_per_sequence: The most blocks ever held for one sequence.
         held: Blocks held per request, kept up to date by allocation and freeing.
+        scheduler_ends_chunks: Whether the scheduler has said that it ends steps where
+            RoCo needs it; nothing is allocated before.
         num_freed_blocks: Blocks given back by eviction since the start.
     """
 
@@ -68,9 +75,14 @@ class RocoManager(FullAttentionManager):
         # vLLM hands the cap only to its own recycling specs
         self.max_admission_blocks_per_request = self.max_blocks_per_sequence
         self.held = HeldBlocks()
-        self._forecast = AdmissionForecast(self.schedule, self.held)
-        # whom vLLM would let in next: its name, known tokens and blocks
-        self._asked = ("", 0, 0)
+        self.scheduler_ends_chunks = False
+        self._forecast = AdmissionForecast(self.schedule)
+        self._max_steps_in_flight = kv_cache_spec.max_steps_in_flight
+        # whom vLLM would let in next, and the tokens that it has to read
+        self._asked = ("", 0)
+        # of requests that are being read
+        self._tokens_to_read: dict[str, int] = {}
+        self._refused_id: str | None = None
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
         self._first_eviction = self.schedule.next_eviction(0)
@@ -98,6 +110,9 @@ class RocoManager(FullAttentionManager):
         vLLM asks with `apply_admission_cap` only whether all of a waiting request fits
         (`scheduler_reserve_full_isl`).
         """
+        if request_id == self._refused_id:
+            self._refused_id = None
+            return self.block_pool.num_gpu_blocks + 1
         blocks = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -109,28 +124,71 @@ class RocoManager(FullAttentionManager):
             prefill_end=prefill_end,
         )
         if apply_admission_cap:
-            self._asked = (request_id, num_tokens, blocks)
+            self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
             if blocks <= self.block_pool.get_num_free_blocks():
                 blocks += self.foreseen_blocks()
         return blocks
 
+    def refuse(self, request_id: str) -> None:
+        """Let vLLM find no room for a waiting request when it asks next.
+
+        It then leaves that request and all behind it where they are until the next
+        step, on every release: what a scheduler's hook can say instead is read as
+        "skip this one" by some.
+        """
+        self._refused_id = request_id
+
     def foreseen_blocks(self) -> int:
         """Return by how many blocks more than now running requests will hold."""
-        return self._forecast.ahead(self._next_evictions.keys())
+        return self._forecast.blocks()
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
-        """Allocate as the base class does, and count."""
+        """Allocate as the base class does, and count.
+
+        Raises:
+            RuntimeError: The scheduler does not end steps where RoCo needs it, so that
+                the request would hold more than vLLM has planned with.
+        """
+        if not self.scheduler_ends_chunks:
+            raise RuntimeError(
+                "roco: the scheduler that runs is not RoCo's, and would let a sequence "
+                "hold more than its bound. Leave --scheduler-cls out, or derive your "
+                "class from vllm_roco.scheduler.RocoSchedulerMixin."
+            )
         blocks = super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
         )
         if blocks:
-            if self._asked[0] == request_id and not self.held.of(request_id):
-                self._forecast.admit(*self._asked)
-            self.held.add(request_id, len(blocks))
+            asked_id, num_known_tokens = self._asked
+            if asked_id == request_id and not self.held.of(request_id):
+                self._admit(request_id, num_known_tokens)
+            self._count(request_id, len(blocks))
         return blocks
+
+    def _admit(self, request_id: str, num_tokens: int) -> None:
+        # decodes that are scheduled before the last step of reading is processed
+        ahead = self._max_steps_in_flight - 1
+        most = min(
+            blocks_of(num_tokens + ahead, self.block_size), self.max_blocks_per_sequence
+        )
+        self._tokens_to_read[request_id] = num_tokens
+        self._forecast.admit(request_id, most)
+
+    def _count(self, request_id: str, change: int) -> None:
+        held = self.held.add(request_id, change)
+        if held > self.max_blocks_per_sequence:
+            raise RuntimeError(
+                f"roco: request {request_id} would hold {held} blocks, but vLLM has "
+                f"planned with at most {self.max_blocks_per_sequence} for a sequence: "
+                "this release of vLLM does not end steps where RoCo asks it to. Run "
+                "`python -m vllm_roco.verify`, and use a release that it passes."
+            )
+        self._forecast.update(
+            request_id, held, evicts=request_id in self._next_evictions
+        )
 
     def remove_skipped_blocks(
         self,
@@ -146,8 +204,10 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        if self._forecast.reading:
-            self._forecast.process(request_id, processed_computed_tokens)
+        if self._tokens_to_read:
+            to_read = self._tokens_to_read.get(request_id)
+            if to_read is not None and processed_computed_tokens >= to_read:
+                self._finish_reading(request_id)
         due = self._next_evictions.get(request_id, self._first_eviction)
         if processed_computed_tokens < due:
             return
@@ -171,12 +231,18 @@ class RocoManager(FullAttentionManager):
         if freed:
             self.block_pool.free_blocks(freed)
             self.num_freed_blocks += len(freed)
-            self.held.add(request_id, -len(freed))
+        self._count(request_id, -len(freed))
+
+    def _finish_reading(self, request_id: str) -> None:
+        del self._tokens_to_read[request_id]
+        self._forecast.finish_reading(request_id)
+        self._count(request_id, 0)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
         self._forecast.drop(request_id)
+        self._tokens_to_read.pop(request_id, None)
         self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 

@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_spec_registry import (
     register_kv_cache_spec,
 )
 
-from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.config import RocoConfig, blocks_of, check_whole_blocks
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import statistics_bytes
@@ -38,6 +38,10 @@ class RocoSpec(AttentionSpec):
     group. vLLM may change `block_size` of a model with several kinds of layers, so
     everything is kept in tokens and the page is sized anew on every copy.
 
+    Raises:
+        ValueError: Budget, stride or chunk is no multiple of the block size, as when
+            vLLM has enlarged the blocks.
+
     Attributes:
         budget: Tokens kept per sequence.
         stride: Tokens evicted at a time.
@@ -54,6 +58,9 @@ class RocoSpec(AttentionSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
+        check_whole_blocks(
+            self.block_size, budget=self.budget, stride=self.stride, chunk=self.chunk
+        )
         page = self.unpadded_page_size_bytes
         if self.has_statistics:
             page += statistics_bytes(self.num_kv_heads)
