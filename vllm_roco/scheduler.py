@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
@@ -75,6 +76,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
         )
 
+    @override
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -103,6 +105,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             return allowed
         return max(0, allowed) if allowed >= least - num_computed_tokens else 0
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
         output = super().schedule(*args, **kwargs)
@@ -111,6 +114,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             self._write_trace(self._trace, output)
         return output
 
+    @override
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
@@ -119,6 +123,7 @@ class RocoSchedulerMixin(RefusingScheduler):
         self._publish()
         return outputs
 
+    @override
     def shutdown(self) -> None:
         """Remove the metrics file and close the trace."""
         self._publisher.close()

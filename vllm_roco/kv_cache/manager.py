@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from typing_extensions import override
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_roco.kv_cache.admission_forecast import AdmissionForecast
@@ -78,10 +79,12 @@ class RocoManager(FullAttentionManager):
         self._next_evictions: dict[str, int] = {}
 
     @property
+    @override
     def has_positionally_stable_blocks(self) -> bool:
         """Resident blocks are overwritten by tokens of other positions."""
         return False
 
+    @override
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -119,6 +122,7 @@ class RocoManager(FullAttentionManager):
         """Return by how many blocks more than now running requests will hold."""
         return self._forecast.ahead(self._next_evictions.keys())
 
+    @override
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -132,6 +136,7 @@ class RocoManager(FullAttentionManager):
             self.held.add(request_id, len(blocks))
         return blocks
 
+    @override
     def remove_skipped_blocks(
         self,
         request_id: str,
@@ -173,6 +178,7 @@ class RocoManager(FullAttentionManager):
             self.num_freed_blocks += len(freed)
             self.held.add(request_id, -len(freed))
 
+    @override
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
@@ -181,6 +187,7 @@ class RocoManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
+    @override
     def find_longest_cache_hit(
         cls,
         block_hashes: BlockHashList,
@@ -196,6 +203,7 @@ class RocoManager(FullAttentionManager):
         """Never hit: a prefix that lost blocks cannot be shared."""
         return tuple([] for _ in kv_cache_group_ids), 0
 
+    @override
     def cache_blocks(
         self,
         request: Request,
