@@ -75,12 +75,17 @@ def fetch_release(version: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=".making-", dir=folder.parent) as made:
         wheel = _download(version, Path(made))
         unpacked = Path(made, "unpacked")
-        with zipfile.ZipFile(wheel) as archive:
-            kept = [name for name in archive.namelist() if _is_kept(name)]
-            archive.extractall(unpacked, kept)
+        unpack(wheel, unpacked)
         # a folder that is there is whole: it gets its name last
         unpacked.rename(folder)
     return folder
+
+
+def unpack(wheel: Path, destination: Path) -> None:
+    """Put the Python files of a wheel into a folder."""
+    with zipfile.ZipFile(wheel) as archive:
+        kept = [name for name in archive.namelist() if _is_kept(name)]
+        archive.extractall(destination, kept)
 
 
 def _download(version: str, destination: Path) -> Path:
