@@ -17,6 +17,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,17 @@ def users() -> dict[str, ast.Module]:
 
 
 def assigned(cls: type) -> set[str]:
-    """Return the attributes that the methods of a class assign, inherited ones not."""
-    functions = filter(None, map(function_of, vars(cls).values()))
-    return {
-        instruction.argval
-        for function in functions
-        for instruction in dis.get_instructions(function)
-        if instruction.opname == "STORE_ATTR"
-    }
+    """Return what the methods of a class assign to `self`, inherited ones not."""
+    found = set()
+    for function in filter(None, map(function_of, vars(cls).values())):
+        owner = function.__code__.co_varnames[:1]
+        for loaded, stored in pairwise(dis.get_instructions(function)):
+            if stored.opname == "STORE_ATTR":
+                # newer Pythons load the value and its owner at once
+                names = loaded.argval
+                if (names if isinstance(names, tuple) else (names,))[-1:] == owner:
+                    found.add(stored.argval)
+    return found
 
 
 def _all_hooks() -> Iterator[Hook]:
