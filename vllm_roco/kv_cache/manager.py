@@ -8,7 +8,7 @@ only the blocks that go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from typing_extensions import override
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -63,7 +63,8 @@ class RocoManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: BudgetedSpec, **kwargs: Any) -> None:
         # a resident block may be overwritten after it was hashed, so none is cached
         kwargs["enable_caching"] = False
-        super().__init__(kv_cache_spec, **kwargs)
+        # a protocol cannot say that the spec is one of vLLM's as well
+        super().__init__(cast("KVCacheSpec", kv_cache_spec), **kwargs)
         self.schedule = kv_cache_spec.schedule
         self.max_blocks_per_sequence = kv_cache_spec.max_blocks_per_sequence
         # vLLM hands the cap only to its own recycling specs
