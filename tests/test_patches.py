@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The patches for vLLM apply without fuzz, do what they say, and refuse other text.
 
-Patches of the installed release are applied and run. Patches of other releases are
-applied and compiled if `VLLM_RELEASES` names folders that hold their `vllm` package,
-separated as in `PATH`.
+Patches of the installed release are applied and run, patches of other tested releases
+applied and compiled.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
@@ -20,37 +17,19 @@ from tests.patches.vllm_overlay import (
     run_probe,
     touched_files,
 )
-from tools.check_vllm import check, open_release
-from tools.vllm_source import SourceRelease
+from tests.releases import release_path
+from tools.check_vllm import check
+from tools.releases import installed_release
 
 PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = sorted(PATCHES.glob("*/*.diff"))
 
 
-def _release_folders() -> dict[str, Path]:
-    """Return the `vllm` folders at hand, by version; the installed one comes first."""
-    spec = importlib.util.find_spec("vllm")
-    assert spec is not None and spec.origin is not None
-    folders = [Path(spec.origin).parents[1]]
-    folders += map(
-        Path, filter(None, os.environ.get("VLLM_RELEASES", "").split(os.pathsep))
-    )
-    found: dict[str, Path] = {}
-    for folder in folders:
-        package = open_release(folder)
-        assert isinstance(package, Path)
-        found.setdefault(SourceRelease(package).version, package)
-    return found
-
-
-RELEASES = _release_folders()
-INSTALLED = next(iter(RELEASES))
+INSTALLED = str(installed_release())
 
 
 def _package(version: str) -> Path:
-    if version not in RELEASES:
-        pytest.skip(f"vLLM {version} is neither installed nor in VLLM_RELEASES")
-    return RELEASES[version]
+    return release_path(version) / "vllm"
 
 
 def _name(diff: Path) -> str:
@@ -64,8 +43,8 @@ def patched(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]
     if not diffs:
         pytest.skip(f"there is no patch {request.param} for vLLM {INSTALLED}")
     files = touched_files(diffs[0])
-    before = make_overlay(RELEASES[INSTALLED], files, tmp_path / "before")
-    after = make_overlay(RELEASES[INSTALLED], files, tmp_path / "after")
+    before = make_overlay(_package(INSTALLED), files, tmp_path / "before")
+    after = make_overlay(_package(INSTALLED), files, tmp_path / "after")
     result = apply_patch(diffs[0], after)
     assert result.returncode == 0, result.stdout
     return before, after
@@ -102,15 +81,15 @@ def test_refuses_text_that_differs(diff: Path, tmp_path: Path) -> None:
     assert apply_patch(diff, overlay).returncode != 0
 
 
+@pytest.mark.slow
 def test_every_hook_is_there_with_all_patches(tmp_path: Path) -> None:
     """Patching vLLM must not take away what the unpatched plugin uses."""
     diffs = sorted((PATCHES / INSTALLED).glob("*.diff"))
     files = [file for diff in diffs for file in touched_files(diff)]
-    overlay = make_overlay(RELEASES[INSTALLED], files, tmp_path / "overlay")
+    overlay = make_overlay(_package(INSTALLED), files, tmp_path / "overlay")
     for diff in diffs:
         assert apply_patch(diff, overlay).returncode == 0
-    _, failures = check([SourceRelease(open_release(overlay))])
-    assert failures == []
+    assert check(overlay) == []
 
 
 def test_ledger_lists_every_patch() -> None:

@@ -28,7 +28,8 @@ run_check() {
   case $1 in
     lint) ruff check && shellcheck -x .ci/run ./*.sh tools/*.sh ;;
     format) ruff format --check ;;
-    types) mypy ;;
+    # against the installed vLLM, then against every other tested release
+    types) mypy && "$PYTHON" -m tools.check_vllm ;;
     spelling) typos ;;
     imports) lint-imports --no-logo ;;
     package) package ;;

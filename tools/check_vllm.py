@@ -1,31 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check a release of vLLM for every hook of the plugin, without installing it.
+"""Check releases of vLLM for everything that the plugin needs, without installing them.
 
-    python -m tools.check_vllm vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl
+    python -m tools.check_vllm vllm-0.34.0-cp38-abi3-manylinux_2_28_x86_64.whl
+    python -m tools.check_vllm        # the tested releases that are not installed
 
-Reads the wheel's Python source and resolves imports and inheritance in it; nothing is
-imported or run, so any release can be checked on any machine. Prints a Markdown table
-with one column a release and exits with 1 if any hook is gone or has changed.
+mypy checks the plugin against the release's Python files, and `vllm_roco.hooks` looks
+at them from a process that has them first on its path. What they find is printed; the
+exit status is 1 if that is anything.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import zipfile
-from collections.abc import Sequence
-from importlib.resources.abc import Traversable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from tabulate import tabulate
+from tools.releases import need_release, other_releases, unpack
 
-from tools.vllm_source import SourceRelease
-from vllm_roco.hook_check import complaints
-from vllm_roco.hooks import HOOKS
+ROOT = Path(__file__).parents[1]
+
+# vLLM's files are all that matters here, and all that need be there; types that are
+# not known are nothing to complain of, nor is what could now be left out
+_LOOSE = (
+    "--no-site-packages",
+    "--ignore-missing-imports",
+    "--allow-subclassing-any",
+    "--allow-untyped-decorators",
+    "--no-warn-return-any",
+    "--no-warn-unused-ignores",
+    "--no-warn-redundant-casts",
+)
+_LIST_MISSING = """
+import json
+from vllm_roco.hooks import hooks
+print(json.dumps([str(hook) for hook in hooks() if hook.trouble]))
+"""
 
 
-def open_release(path: Path) -> Traversable:
-    """Return the `vllm` package within a wheel or a folder.
+@contextmanager
+def open_release(path: Path) -> Iterator[Path]:
+    """Give a folder with nothing but the release's `vllm` in it.
 
     Args:
         path: A wheel, the `vllm` folder, or a folder that holds it.
@@ -33,61 +55,111 @@ def open_release(path: Path) -> Traversable:
     Raises:
         ValueError: There is no vLLM at that path.
     """
-    if path.is_dir():
-        root: Traversable = path
-    elif path.is_file() and zipfile.is_zipfile(path):
-        root = zipfile.Path(path)
-    else:
-        raise ValueError(
-            f"{path} is neither a wheel nor a folder. Give a vLLM wheel "
-            "(`pip download --no-deps vllm==<version>`) or an unpacked one."
-        )
-    for package in (root / "vllm", root):
-        if (package / "v1").is_dir() and (package / "_version.py").is_file():
-            return package
-    raise ValueError(
-        f"{path} holds no vllm package with Python source. Give a wheel, not a source "
-        "distribution or a git checkout."
-    )
+    with tempfile.TemporaryDirectory(prefix="vllm-release-") as made:
+        folder = Path(made)
+        if path.is_file() and zipfile.is_zipfile(path):
+            unpack(path, folder)
+        elif path.is_dir():
+            package = path if path.name == "vllm" else path / "vllm"
+            (folder / "vllm").symlink_to(package.resolve())
+        else:
+            raise ValueError(
+                f"{path} is neither a wheel nor a folder. Give a vLLM wheel "
+                "(`pip download --no-deps vllm==<version>`) or an unpacked one."
+            )
+        if not (folder / "vllm" / "__init__.py").is_file():
+            raise ValueError(
+                f"{path} holds no package `vllm`. Give a vLLM wheel or an unpacked one."
+            )
+        yield folder
 
 
-def check(releases: Sequence[SourceRelease]) -> tuple[str, list[str]]:
-    """Check every hook against every release.
+def check(release: Path, root: Path = ROOT) -> list[str]:
+    """Return what is amiss with a release.
 
-    Returns:
-        The table, and a sentence for each failure.
+    Args:
+        release: A folder from `open_release`.
+        root: The folder with the plugin and its `pyproject.toml`.
     """
-    rows, failures = [], []
-    for hook in HOOKS:
-        row = [f"`{hook.label.removeprefix('vllm.')}`", hook.why]
-        for release in releases:
-            found = list(complaints(hook, release))
-            row.append("FAIL" if found else "PASS")
-            failures += [f"{release.version}: {sentence}" for sentence in found]
-        rows.append(row)
-    headers = ["hook", "needed to", *(release.version for release in releases)]
-    return tabulate(rows, headers, tablefmt="github"), failures
+    return [*type_errors(release, root), *missing_hooks(release, root)]
+
+
+def type_errors(release: Path, root: Path = ROOT) -> list[str]:
+    """Return what mypy says of the plugin on a release."""
+    with tempfile.TemporaryDirectory(prefix="mypy-") as made:
+        # without their base class, mypy takes requests to have any attribute
+        spec = importlib.util.find_spec("msgspec")
+        if spec is not None and spec.origin is not None:
+            (Path(made) / "msgspec").symlink_to(Path(spec.origin).parent)
+        result = _run(
+            root,
+            ["-m", "mypy", "--package=vllm_roco", f"--cache-dir={made}/cache", *_LOOSE],
+            MYPYPATH=os.pathsep.join([str(release), made]),
+        )
+    errors = [
+        line
+        for line in result.stdout.splitlines()
+        if line.startswith("vllm_roco") and ": error: " in line
+    ]
+    if result.returncode and not errors:
+        return [f"mypy failed: {result.stdout}{result.stderr}"]
+    return errors
+
+
+def missing_hooks(release: Path, root: Path = ROOT) -> list[str]:
+    """Return what `vllm_roco.hooks` says of a release."""
+    result = _run(
+        root,
+        ["-c", _LIST_MISSING],
+        PYTHONPATH=os.pathsep.join([str(release), str(root)]),
+        # a platform or plugin that is installed would be tried on the release
+        VLLM_PLUGINS="none",
+    )
+    if result.returncode:
+        return [f"vllm_roco.hooks failed: {result.stderr}"]
+    complaints: list[str] = json.loads(result.stdout.splitlines()[-1])
+    return complaints
+
+
+def _run(
+    root: Path, arguments: list[str], **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in a folder."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table and the failures; return the exit status."""
+    """Print what is amiss with each release; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.check_vllm",
-        description="Check releases of vLLM for the hooks that vllm_roco needs.",
+        description="Check releases of vLLM for everything that vllm_roco needs.",
     )
     parser.add_argument(
-        "release", nargs="+", type=Path, help="a vLLM wheel, or a folder with vllm/"
+        "release", nargs="*", type=Path, help="a vLLM wheel, or a folder with vllm/"
     )
     paths = parser.parse_args(arguments).release
+    failed = False
     try:
-        releases = [SourceRelease(open_release(path)) for path in paths]
+        for path in paths or map(need_release, other_releases()):
+            with open_release(path) as release:
+                complaints = check(release)
+            print(f"{path}: {len(complaints) or 'no'} complaints")
+            print(*complaints, sep="\n", end="\n" if complaints else "")
+            failed |= bool(complaints)
     except ValueError as error:
         parser.error(str(error))
-    table, failures = check(releases)
-    print(table)
-    for failure in failures:
-        print(failure, file=sys.stderr)
-    return 1 if failures else 0
+    except FileNotFoundError as error:
+        print(f"not checked: {error}", file=sys.stderr)
+        # only in CI every release has to be there
+        failed |= bool(os.environ.get("CI"))
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from typing_extensions import override
 from vllm.logger import init_logger
 from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.cpu import CpuPlatform
@@ -48,6 +49,7 @@ class RocoCpuPlatform(StockPlatform):
     """Whether engines that this process configured have RoCo layers: one or both."""
 
     @classmethod
+    @override
     def get_attn_backend_cls(
         cls,
         selected_backend: AttentionBackendEnum,
@@ -76,6 +78,7 @@ class RocoCpuPlatform(StockPlatform):
         return selected_backend.get_path()
 
     @classmethod
+    @override
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check RoCo's options early, and prefer blocks of 16 tokens."""
         serves_roco = is_selected(vllm_config)
@@ -104,6 +107,7 @@ class RocoCpuPlatform(StockPlatform):
             config.check_block_size(PREFERRED_BLOCK_SIZE)
 
     @classmethod
+    @override
     def validate_request(
         cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams
     ) -> None:

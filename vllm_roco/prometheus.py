@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.values import MultiProcessValue
+from typing_extensions import override
 
 from vllm_roco.metrics import MetricsPublisher, RocoMetrics, read_engines
 
@@ -147,6 +148,7 @@ class MultiprocessPublisher(MetricsPublisher):
         self._published: tuple[int, int, int] | None = None
         self.publish(0, 0)
 
+    @override
     def publish(self, freed_blocks: int, max_sequence_kv_tokens: int) -> None:
         """See `MetricsPublisher.publish`."""
         numbers = freed_blocks, max_sequence_kv_tokens, self.moved_blocks

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -30,6 +31,7 @@ class RefusingScheduler(Scheduler):
         self._refused: list[Request] = []
         self._refused_streams: set[str] = set()
 
+    @override
     def add_request(self, request: Request) -> None:
         """Take a request, or refuse it alone if eviction cannot serve it."""
         request_id = request.request_id
@@ -48,6 +50,7 @@ class RefusingScheduler(Scheduler):
             self._refused_streams.add(request_id)
         self._refused.append(request)
 
+    @override
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
@@ -59,6 +62,7 @@ class RefusingScheduler(Scheduler):
             self._refused_streams -= request_ids
         return super().finish_requests(request_ids, finished_status)
 
+    @override
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
@@ -80,6 +81,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
         )
 
+    @override
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -118,6 +120,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             manager.refuse(request.request_id)
         return num_new_tokens
 
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
         output = super().schedule(*args, **kwargs)
@@ -126,6 +129,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             self._write_trace(self._trace, output)
         return output
 
+    @override
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
@@ -134,6 +138,7 @@ class RocoSchedulerMixin(RefusingScheduler):
         self._publish()
         return outputs
 
+    @override
     def shutdown(self) -> None:
         """Remove the metrics file and close the trace."""
         self._publisher.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from typing_extensions import override
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
@@ -60,11 +61,13 @@ class RocoBackend(AttentionBackend):
     ]
 
     @staticmethod
+    @override
     def get_name() -> str:
         """The member of `AttentionBackendEnum` that `register` adds."""
         return BACKEND_NAME
 
     @staticmethod
+    @override
     def get_impl_cls() -> type[AttentionImpl[Any]]:
         """The implementation of this platform.
 
@@ -82,6 +85,7 @@ class RocoBackend(AttentionBackend):
         raise _unsupported_platform()
 
     @staticmethod
+    @override
     def get_builder_cls() -> type[AttentionMetadataBuilder[Any]]:
         """The metadata builder of this platform; raises as `get_impl_cls` does."""
         if current_platform.is_cpu():
@@ -95,6 +99,7 @@ class RocoBackend(AttentionBackend):
         raise _unsupported_platform()
 
     @staticmethod
+    @override
     def get_supported_kernel_block_sizes(
         kv_cache_spec: KVCacheSpec | None = None,
     ) -> list[int | MultipleOf]:
@@ -102,22 +107,26 @@ class RocoBackend(AttentionBackend):
         return [MultipleOf(KERNEL_BLOCK_SIZE)]
 
     @classmethod
+    @override
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """The layouts whose pages are contiguous, so that they can have a tail."""
         return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
 
     @classmethod
+    @override
     def supports_kv_connector(cls) -> bool:
         """Connectors move blocks by position, which eviction gives up."""
         return False
 
     @classmethod
+    @override
     def validate_configuration(cls, *args: Any, **kwargs: Any) -> list[str]:
         """Return vLLM's reasons against a layer, each with what to do about it."""
         reasons = super().validate_configuration(*args, **kwargs)
         return [_WHAT_TO_DO.get(reason, reason) for reason in reasons]
 
     @classmethod
+    @override
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Turn vLLM's full-attention spec into RoCo's; leave other kinds alone.
 

@@ -8,8 +8,9 @@ only the blocks that go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from typing_extensions import override
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_roco.config import blocks_of
@@ -69,7 +70,8 @@ class RocoManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: BudgetedSpec, **kwargs: Any) -> None:
         # a resident block may be overwritten after it was hashed, so none is cached
         kwargs["enable_caching"] = False
-        super().__init__(kv_cache_spec, **kwargs)
+        # a protocol cannot say that the spec is one of vLLM's as well
+        super().__init__(cast("KVCacheSpec", kv_cache_spec), **kwargs)
         self.schedule = kv_cache_spec.schedule
         self.max_blocks_per_sequence = kv_cache_spec.max_blocks_per_sequence
         # vLLM hands the cap only to its own recycling specs
@@ -90,10 +92,12 @@ class RocoManager(FullAttentionManager):
         self._next_evictions: dict[str, int] = {}
 
     @property
+    @override
     def has_positionally_stable_blocks(self) -> bool:
         """Resident blocks are overwritten by tokens of other positions."""
         return False
 
+    @override
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -143,6 +147,7 @@ class RocoManager(FullAttentionManager):
         """Return by how many blocks more than now running requests will hold."""
         return self._forecast.blocks()
 
+    @override
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -190,6 +195,7 @@ class RocoManager(FullAttentionManager):
             request_id, held, evicts=request_id in self._next_evictions
         )
 
+    @override
     def remove_skipped_blocks(
         self,
         request_id: str,
@@ -238,6 +244,7 @@ class RocoManager(FullAttentionManager):
         self._forecast.finish_reading(request_id)
         self._count(request_id, 0)
 
+    @override
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Give up the whole row of a finished, aborted or preempted request."""
         self.held.drop(request_id)
@@ -247,6 +254,7 @@ class RocoManager(FullAttentionManager):
         return super().pop_blocks_for_free(request_id)
 
     @classmethod
+    @override
     def find_longest_cache_hit(
         cls,
         block_hashes: BlockHashList,
@@ -262,6 +270,7 @@ class RocoManager(FullAttentionManager):
         """Never hit: a prefix that lost blocks cannot be shared."""
         return tuple([] for _ in kv_cache_group_ids), 0
 
+    @override
     def cache_blocks(
         self,
         request: Request,

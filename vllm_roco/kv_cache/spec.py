@@ -7,6 +7,7 @@ import copy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import (
@@ -56,6 +57,7 @@ class RocoSpec(AttentionSpec):
     has_statistics: bool
     max_steps_in_flight: int
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         check_whole_blocks(
@@ -97,6 +99,7 @@ class RocoSpec(AttentionSpec):
         """The most blocks that the manager ever holds for one sequence."""
         return self.schedule.max_blocks(self.max_steps_in_flight * self.chunk)
 
+    @override
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Return the most bytes that one sequence needs in this layer.
 
@@ -114,6 +117,7 @@ class RocoSpec(AttentionSpec):
         return blocks * self.page_size_bytes
 
     @classmethod
+    @override
     def merge(cls, specs: list[RocoSpec]) -> RocoSpec:
         """Return the one spec that all layers of a group share.
 
@@ -125,6 +129,7 @@ class RocoSpec(AttentionSpec):
         )
         return copy.deepcopy(specs[0])
 
+    @override
     def is_uniform_with_collection(
         self, kv_cache_specs: dict[str, KVCacheSpec]
     ) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 
 from vllm_roco import policy
 from vllm_roco.attention.cpu.eviction import evict
@@ -51,6 +52,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         states = torch.cat((key[used], value[used]), -1)
         kv_cache[slots // block_size, :, slots % block_size] = states
 
+    @override
     def forward(
         self,
         layer: AttentionLayer,

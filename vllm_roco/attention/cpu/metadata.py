@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
+from typing_extensions import override
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
 
 from vllm_roco.attention.layers import LayerGroup, roco_spec
@@ -186,6 +187,7 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         self._layers = LayerGroup(layer_names, vllm_config)
         self._moved_blocks = moved_blocks_of(vllm_config)
 
+    @override
     def build(
         self,
         common_prefix_len: int,

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from typing_extensions import override
 from vllm.v1.attention.backends.fa_utils import (
     flash_attn_varlen_func,
     get_flash_attn_version,
@@ -84,6 +85,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             layer._v_scale,
         )
 
+    @override
     def forward(
         self,
         layer: AttentionLayer,
