@@ -13,10 +13,10 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
-from vllm_roco.metrics_file import check_directory
+from vllm_roco.observability.file import check_directory
+from vllm_roco.observability.trace import check_path
 from vllm_roco.request_refusal import trouble_with_seed
 from vllm_roco.scheduler_choice import check_scheduler_class
-from vllm_roco.trace import check_path
 from vllm_roco.validation import (
     is_selected,
     validated_config,

@@ -14,9 +14,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
-from vllm_roco.prometheus import create_publisher
+from vllm_roco.observability.prometheus import create_publisher
+from vllm_roco.observability.trace import TraceWriter
 from vllm_roco.refusing_scheduler import RefusingScheduler
-from vllm_roco.trace import TraceWriter
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:

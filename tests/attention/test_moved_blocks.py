@@ -18,7 +18,7 @@ from vllm_roco.attention.moved_blocks import (
     DeviceMovedBlocks,
     moved_blocks_of,
 )
-from vllm_roco.metrics import MetricsPublisher, MovedBlocks
+from vllm_roco.observability.metrics import MetricsPublisher, MovedBlocks
 
 
 class Device:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
-from vllm_roco.metrics import MetricsPublisher, MovedBlocks
-from vllm_roco.prometheus import MultiprocessPublisher
+from vllm_roco.observability.metrics import MetricsPublisher, MovedBlocks
+from vllm_roco.observability.prometheus import MultiprocessPublisher
 
 
 def publisher(

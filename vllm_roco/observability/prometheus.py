@@ -27,7 +27,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.values import MultiProcessValue
 
-from vllm_roco.metrics import MetricsPublisher, RocoMetrics, read_engines
+from vllm_roco.observability.metrics import MetricsPublisher, RocoMetrics, read_engines
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

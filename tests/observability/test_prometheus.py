@@ -22,9 +22,9 @@ from vllm.v1.metrics.prometheus import (
 )
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
-from tests.publishing import publisher, run_engine
-from vllm_roco.metrics import MovedBlocks
-from vllm_roco.prometheus import (
+from tests.observability.publishing import publisher, run_engine
+from vllm_roco.observability.metrics import MovedBlocks
+from vllm_roco.observability.prometheus import (
     MultiprocessPublisher,
     RocoCollector,
     register_collector,

@@ -20,7 +20,7 @@ from typing import Literal
 
 import pytest
 
-from vllm_roco.metrics import (
+from vllm_roco.observability.metrics import (
     MetricsPublisher,
     MovedBlocks,
     RocoMetrics,
@@ -189,7 +189,7 @@ def test_moves_do_not_count_before_their_engine_serves() -> None:
 
 def test_another_programs_engines_are_not_ours(directory: Path) -> None:
     code = (
-        "from vllm_roco.metrics import MetricsPublisher, read_engines\n"
+        "from vllm_roco.observability.metrics import MetricsPublisher, read_engines\n"
         "owned = MetricsPublisher("
         "instance_id='1', engine=0, model_name='m', budget_tokens=64)\n"
         "print(len(read_engines()), flush=True)\n"
@@ -241,7 +241,7 @@ def test_a_folder_among_the_files_is_left_alone(directory: Path) -> None:
 
 def test_engines_that_start_together_do_not_sweep_each_other() -> None:
     code = (
-        "from vllm_roco.metrics import MetricsPublisher, read_engines\n"
+        "from vllm_roco.observability.metrics import MetricsPublisher, read_engines\n"
         "for engine in range(300):\n"
         "    owned = MetricsPublisher("
         "instance_id='1', engine=engine, model_name='m', budget_tokens=64)\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_roco.trace import TraceWriter
+from vllm_roco.observability.trace import TraceWriter
 
 
 def records(path: Path) -> list[dict[str, object]]:
@@ -57,7 +57,7 @@ def test_a_killed_engine_leaves_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     code = (
         "import os, signal, sys\n"
-        "from vllm_roco.trace import TraceWriter\n"
+        "from vllm_roco.observability.trace import TraceWriter\n"
         "trace = TraceWriter(sys.argv[1])\n"
         "trace.write(0, 'a', 16, 1)\n"
         "trace.flush()\n"
@@ -72,7 +72,7 @@ def test_leaving_python_flushes(tmp_path: Path) -> None:
     path = tmp_path / "trace.jsonl"
     code = (
         "import sys\n"
-        "from vllm_roco.trace import TraceWriter\n"
+        "from vllm_roco.observability.trace import TraceWriter\n"
         "trace = TraceWriter(sys.argv[1])\n"
         "trace.write(0, 'a', 16, 1)\n"
     )
