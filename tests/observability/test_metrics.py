@@ -172,6 +172,26 @@ def test_moves_do_not_count_before_their_engine_serves() -> None:
         assert [engine.moved_blocks for engine in read_engines()] == [0, 0]
 
 
+def run_front_end(connection: Connection) -> None:
+    """Be a child of some program, with the engine core in this very process."""
+    with contextlib.closing(publisher()) as owned:
+        owned.publish(5, 80)
+        connection.send([engine.freed_blocks for engine in read_engines("1")])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_child_reads_the_engine_inside_it(method: Method) -> None:
+    """It looked for engines of its own number, and they bore its parent's."""
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context(method).Process(
+        target=run_front_end, args=(theirs,)
+    )
+    process.start()
+    assert ours.poll(120)
+    assert ours.recv() == [5]
+    process.join(60)
+
+
 def test_another_programs_engines_are_not_ours(directory: Path) -> None:
     code = (
         "from vllm_roco.observability.metrics import read_engines\n"
