@@ -181,14 +181,19 @@ def test_a_worker_that_cannot_write_goes_on(
     assert "moved blocks ends here, and the engine goes on without" in warning
 
 
-FULL_DISK = """
-import resource
-from tests.observability.conftest import Warnings
+NO_ROOM = """
+import sys
 from tests.observability.publishing import publisher
+from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.publisher import MovedBlocks
 
 owned = publisher()
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    with open(sys.argv[1], "wb", buffering=0) as file:
+        while file.write(bytes(1 << 12)):
+            pass
+except OSError as error:
+    print(error)
 owned.publish(5, 80)
 moved = MovedBlocks("1", 0)
 moved.add(3)
@@ -197,23 +202,44 @@ try:
     publisher(engine=1)
 except OSError as error:
     print(error)
+(metrics,) = read_engines()
+assert (metrics.freed_blocks, metrics.moved_blocks) == (5, 0)
+owned.close()
 """
 
 
-def test_a_disk_without_room_is_an_error_at_once(directory: Path) -> None:
-    """A store into a hole of a file kills a process when there is no room for it.
+def test_a_full_disk_is_an_error_and_kills_nobody(directory: Path) -> None:
+    """A store into a hole of a mapped file is fatal when the disk has no room for it.
 
-    So files are filled before they are used. A limit on their size stands for a disk.
+    So files are filled before they are mapped.
     """
+    namespace = ["unshare", "--user", "--map-root-user", "--mount"]
+    small = "mount -t tmpfs -o size=32k none"
+    temporary = directory.parent
+    cache = Path(os.environ["XDG_CACHE_HOME"])
+    cache.mkdir()
+    try:
+        command = [*namespace, "sh", "-c", f"{small} {temporary}"]
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs mounts in a namespace: {error}")
+    # and no other place
+    (cache / directory.name).touch()
     run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK],
+        [
+            *namespace,
+            "sh",
+            "-c",
+            f'{small} {temporary} && exec "$0" -c "$1" {temporary}/all-that-is-left',
+            sys.executable,
+            NO_ROOM,
+        ],
         cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert run.returncode == 0, run.stderr
-    assert "File too large" in run.stdout or "No space left" in run.stdout
+    assert run.returncode == 0, run
+    assert run.stdout.count("No space left on device") == 2
     assert "moved blocks ends here" in run.stderr
-    # neither half a file nor one of the engine that has ended
-    assert list(directory.iterdir()) == []
