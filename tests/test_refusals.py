@@ -6,8 +6,6 @@ Each message says what is wrong, which value, what is allowed and what to do.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -474,18 +472,6 @@ def test_scheduler_without_layers_is_refused(in_process: None, llama: Path) -> N
     with pytest.raises(ValueError) as error:
         LLM(**arguments_of(llama, case))
     refused(str(error.value), case)
-
-
-def test_a_directory_of_metrics_that_others_may_read_is_refused(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    directory = tmp_path / f"vllm_roco-{os.geteuid()}"
-    directory.mkdir()
-    directory.chmod(0o755)
-    with pytest.raises(PermissionError) as error:
-        engine_config(llama, Case(()))
-    refused(str(error.value), Case((str(directory), "mode 0700", "Remove it")))
 
 
 def test_a_trace_is_checked_and_left_alone(llama: Path, tmp_path: Path) -> None:

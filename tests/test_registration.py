@@ -7,7 +7,6 @@ import operator
 import os
 import subprocess
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -324,7 +323,7 @@ def test_larger_blocks_are_evicted(start: Callable[..., LLM], block_size: int) -
 def test_is_idle_when_another_backend_is_chosen(
     start: Callable[..., LLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     llm = start()
     generate(llm, num_prompt_tokens=100, num_new_tokens=2)
 

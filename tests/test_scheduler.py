@@ -13,7 +13,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.kv_cache.specs import one_group
 from tests.scheduler_driver import BLOCK_SIZE, MAX_NUM_SEQS, Driver, Setup
-from vllm_roco.metrics import read_engines
+from vllm_roco.observability.metrics import read_engines
 from vllm_roco.scheduler import (
     RocoAsyncScheduler,
     RocoScheduler,

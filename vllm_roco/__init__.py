@@ -31,7 +31,7 @@ def register() -> None:
     )
 
     from vllm_roco import compat
-    from vllm_roco.prometheus import register_collector
+    from vllm_roco.observability.prometheus import register_collector
 
     compat.check_version()
     if (obstacle := _obstacle()) is not None:

@@ -14,10 +14,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
-from vllm_roco.metrics_file import check_directory
+from vllm_roco.observability.trace import check_path
 from vllm_roco.request_refusal import trouble_with_seed
 from vllm_roco.scheduler_choice import check_scheduler_class
-from vllm_roco.trace import check_path
 from vllm_roco.validation import (
     is_selected,
     validated_config,
@@ -94,9 +93,8 @@ class RocoCpuPlatform(StockPlatform):
             super().check_and_update_config(vllm_config)
             return
         config = validated_config(vllm_config)
-        # the engine core would raise them too, but perhaps from a process of its own
-        check_directory()
         if config.trace is not None:
+            # the engine core would raise too, but perhaps from a process of its own
             check_path(config.trace)
         if vllm_config.scheduler_config.scheduler_cls is not None:
             check_scheduler_class(vllm_config)

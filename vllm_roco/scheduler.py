@@ -16,12 +16,13 @@ from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
-from vllm_roco.prometheus import create_publisher
+from vllm_roco.observability.observer import Observer
 from vllm_roco.refusing_scheduler import RefusingScheduler
-from vllm_roco.trace import TraceWriter
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
@@ -70,13 +71,9 @@ class RocoSchedulerMixin(RefusingScheduler):
             self.roco_config.check_block_size(manager.block_size)
             manager.scheduler_ends_chunks = True
         self._eviction_schedule = self.roco_managers[0].schedule
-        self._publisher = create_publisher(
-            vllm_config, budget_tokens=self.roco_config.budget
+        self._observer = Observer(
+            vllm_config, self.roco_config.budget, self.roco_config.trace
         )
-        self._trace: TraceWriter | None = None
-        if self.roco_config.trace is not None:
-            engine = vllm_config.parallel_config.data_parallel_index
-            self._trace = TraceWriter(self.roco_config.trace, engine)
         logger.info_once(
             "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
         )
@@ -125,8 +122,7 @@ class RocoSchedulerMixin(RefusingScheduler):
         """Schedule as vLLM does, and show what is held."""
         output = super().schedule(*args, **kwargs)
         self._publish()
-        if self._trace is not None:
-            self._write_trace(self._trace, output)
+        self._observer.record(self.current_step, self._held_by(output))
         return output
 
     @override
@@ -140,28 +136,24 @@ class RocoSchedulerMixin(RefusingScheduler):
 
     @override
     def shutdown(self) -> None:
-        """Remove the metrics file and close the trace."""
-        self._publisher.close()
-        if self._trace is not None:
-            self._trace.close()
+        """Remove the metrics and close the trace."""
+        self._observer.close()
         super().shutdown()
 
     def _publish(self) -> None:
         most = max(manager.held.largest for manager in self.roco_managers)
-        self._publisher.publish(
+        self._observer.publish(
             sum(manager.num_freed_blocks for manager in self.roco_managers),
             most * self._eviction_schedule.block_size,
         )
 
-    def _write_trace(self, trace: TraceWriter, output: SchedulerOutput) -> None:
+    def _held_by(self, output: SchedulerOutput) -> Iterator[tuple[str, int, int]]:
         for request_id in output.num_scheduled_tokens:
-            trace.write(
-                self.current_step,
+            yield (
                 request_id,
                 self.requests[request_id].num_computed_tokens,
                 max(manager.held_blocks(request_id) for manager in self.roco_managers),
             )
-        trace.flush()
 
 
 class RocoScheduler(RocoSchedulerMixin):

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks.serving.residency import BLOCK_SIZE, CONFIG, Page, by_step
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.trace import TraceWriter
+from vllm_roco.observability.trace import TraceWriter
 
 
 def test_by_step(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from vllm_roco.metrics import MovedBlocks
+from vllm_roco.observability.publisher import MovedBlocks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

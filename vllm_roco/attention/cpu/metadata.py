@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
     from vllm_roco.eviction_schedule import EvictionSchedule
-    from vllm_roco.metrics import MovedBlocks
+    from vllm_roco.observability.publisher import MovedBlocks
 
 MAX_BATCH_TOKENS = 1 << 17
 """Keys of one kv head that a batch of decodes gathers at most, padding included."""

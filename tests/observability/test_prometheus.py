@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
-import tempfile
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,13 +20,10 @@ from vllm.v1.metrics.prometheus import (
 )
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
-from tests.publishing import publisher, run_engine
-from vllm_roco.metrics import MovedBlocks
-from vllm_roco.prometheus import (
-    MultiprocessPublisher,
-    RocoCollector,
-    register_collector,
-)
+from tests.observability.publishing import publisher, run_engine
+from vllm_roco.observability.metrics import read_engines
+from vllm_roco.observability.prometheus import RocoCollector, register_collector
+from vllm_roco.observability.publisher import MovedBlocks
 
 Method = Literal["fork", "spawn"]
 Samples = dict[tuple[str, str], float]
@@ -38,12 +33,6 @@ MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
-
-
-@pytest.fixture(autouse=True)
-def temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture
@@ -99,9 +88,10 @@ def test_a_scrape_shows_the_newest_numbers() -> None:
     registry = CollectorRegistry()
     registry.register(RocoCollector())
     with contextlib.closing(publisher(engine=3)) as owned:
+        moved = MovedBlocks("1", 3)
         for freed_blocks, moved_blocks, tokens in ((2, 1, 96), (5, 3, 80)):
             owned.publish(freed_blocks, tokens)
-            MovedBlocks("1", 3).add(moved_blocks - owned.moved_blocks)
+            moved.add(moved_blocks - read_engines()[0].moved_blocks)
             assert scrape(registry) == {
                 (FREED, "3"): freed_blocks,
                 (MOVED, "3"): moved_blocks,
@@ -176,12 +166,23 @@ def test_several_api_servers_show_each_engine_once(method: Method) -> None:
 
 
 def test_the_shared_files_are_not_those_of_other_metrics(
-    multiprocess_directory: Path,
+    multiprocess_directory: Path, directory: Path
 ) -> None:
     """Two writers of one file of prometheus_client would corrupt it."""
-    with contextlib.closing(publisher(MultiprocessPublisher)):
-        names = {path.name for path in multiprocess_directory.iterdir()}
-    assert names == {
-        f"counter_roco{os.getpid()}.db",
-        f"gauge_mostrecent_roco{os.getpid()}.db",
-    }
+    with contextlib.closing(publisher()), contextlib.closing(publisher()):
+        names = sorted(path.name for path in multiprocess_directory.iterdir())
+        assert not directory.exists()
+    kinds = [name.partition("_roco-")[0] for name in names]
+    assert kinds == ["counter", "counter", "gauge_max", "gauge_max"]
+    assert list(multiprocess_directory.iterdir()) == []
+
+
+def test_programs_read_the_shared_directory_too(multiprocess_directory: Path) -> None:
+    """`get_metrics` must not need another place than the API servers."""
+    with contextlib.closing(publisher()) as owned:
+        moved = MovedBlocks("1", 0)
+        owned.publish(5, 80)
+        moved.add(3)
+        assert len(list(multiprocess_directory.iterdir())) == 3
+        (metrics,) = read_engines()
+    assert (metrics.freed_blocks, metrics.moved_blocks) == (5, 3)

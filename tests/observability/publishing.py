@@ -8,22 +8,18 @@ from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
-from vllm_roco.metrics import MetricsPublisher, MovedBlocks
-from vllm_roco.prometheus import MultiprocessPublisher
+from vllm_roco.observability.publisher import MetricsPublisher, MovedBlocks
 
 
-def publisher(
-    kind: type[MetricsPublisher] = MetricsPublisher,
-    *,
-    engine: int = 0,
-    model_name: str = "m",
-) -> MetricsPublisher:
-    return kind(instance_id="1", engine=engine, model_name=model_name, budget_tokens=64)
+def publisher(engine: int = 0, instance_id: str = "1") -> MetricsPublisher:
+    return MetricsPublisher(
+        instance_id=instance_id, engine=engine, model_name="m", budget_tokens=64
+    )
 
 
 def run_engine(engine: int, connection: Connection) -> None:
     """Publish growing numbers, as an engine core of several API servers does."""
-    owned = publisher(MultiprocessPublisher, engine=engine)
+    owned = publisher(engine)
     moved_blocks = MovedBlocks("1", engine)
     while (freed_blocks := connection.recv()) is not None:
         owned.publish(freed_blocks, 16 * freed_blocks)

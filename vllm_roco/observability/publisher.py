@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an engine's processes show their numbers to its front end.
+
+vLLM gives a plugin no field in the statistics that travel from the engine core to the
+front end, so each process that counts keeps its numbers in files of its own, which the
+front end reads whenever somebody asks. Publishing costs the scheduler a look at the
+clock, and a store for each number that has changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+from vllm_roco.observability.families import (
+    BUDGET,
+    FREED_BLOCKS,
+    MAX_SEQUENCE,
+    MOVED_BLOCKS,
+    PEAK_SEQUENCE,
+)
+from vllm_roco.observability.file import NumbersFile, find_files, read_file, sweep
+from vllm_roco.observability.names import FileName, instance_name
+from vllm_roco.observability.places import places
+from vllm_roco.observability.warning import logger, warn_of_end
+
+CHECK_SECONDS = 1.0
+"""How often a process looks whether its files are still there, at most."""
+
+
+class MetricsPublisher:
+    """The engine core's side: owns two files and writes its numbers.
+
+    Not thread-safe: one thread, the scheduler's, publishes.
+
+    Args:
+        instance_id: `VllmConfig.instance_id`, which the front end's copy of the
+            configuration shares.
+        engine: Data-parallel index of this engine core.
+        model_name: Served name of the model.
+        budget_tokens: The option `budget`.
+
+    Raises:
+        OSError: There is no place where the files can be written.
+    """
+
+    def __init__(
+        self, *, instance_id: str, engine: int, model_name: str, budget_tokens: int
+    ) -> None:
+        counter = FileName.of_this_core("counter", instance_id, engine)
+        self._freed, self._max, self._peak, moved, budget = (
+            family.key(model_name, engine)
+            for family in (
+                FREED_BLOCKS,
+                MAX_SEQUENCE,
+                PEAK_SEQUENCE,
+                MOVED_BLOCKS,
+                BUDGET,
+            )
+        )
+        # workers add what they move, but 0 is shown before
+        counts = {self._freed: 0, moved: 0}
+        sizes = {self._max: 0, self._peak: 0, budget: budget_tokens}
+        self._counters, self._gauges = _open(counter, counts, sizes)
+        # freed blocks, most tokens now, and ever
+        self._published = [0, 0, 0]
+        self._due = 0.0
+
+    def publish(self, freed_blocks: int, max_sequence_kv_tokens: int) -> None:
+        """Show new numbers; call it whenever the scheduler may have changed them.
+
+        Args:
+            freed_blocks: Blocks given back by the budget since the engine started.
+            max_sequence_kv_tokens: Most KV tokens one running sequence holds now:
+                blocks held times block size, 0 when nothing runs.
+
+        Raises:
+            OSError: Somebody has removed a file, and it cannot be written anew.
+        """
+        published = self._published
+        if freed_blocks != published[0]:
+            published[0] = freed_blocks
+            self._counters.set(self._freed, freed_blocks)
+        if max_sequence_kv_tokens != published[1]:
+            published[1] = max_sequence_kv_tokens
+            self._gauges.set(self._max, max_sequence_kv_tokens)
+            if max_sequence_kv_tokens > published[2]:
+                published[2] = max_sequence_kv_tokens
+                self._gauges.set(self._peak, max_sequence_kv_tokens)
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + CHECK_SECONDS
+            self._counters.keep()
+            self._gauges.keep()
+
+    def close(self) -> None:
+        """Remove the files. Closing twice is harmless."""
+        self._counters.close()
+        self._gauges.close()
+
+
+class MovedBlocks:
+    """A worker's side: counts blocks copied over evicted ones, in a file beside.
+
+    One worker of an engine counts: tensor-parallel rank 0 of the first pipeline stage.
+    The others move blocks in the same steps, but choose by their own heads and layers,
+    so that their numbers may differ a little. One thread, the worker's own, writes.
+    Nothing here raises: where a file cannot be written, counting ends with a warning.
+
+    Args:
+        instance_id: `VllmConfig.instance_id`.
+        engine: Data-parallel index of the worker's engine core.
+    """
+
+    def __init__(self, instance_id: str, engine: int) -> None:
+        self._engine = instance_name(instance_id), engine
+        self._file: NumbersFile | None = None
+        self._key = ""
+        self._count = 0
+        self._due = 0.0
+        self._ended = False
+
+    def connect(self) -> bool:
+        """Return whether moves count by now.
+
+        The engine core makes its files when it is about to serve. What workers move
+        before, in warm-up runs, is nobody's block.
+        """
+        if self._file is None and not self._ended:
+            try:
+                self._find_core()
+            except (OSError, ValueError) as error:
+                self._end(error)
+        return self._file is not None
+
+    def add(self, num_blocks: int) -> None:
+        """Count more blocks, or none of them before `connect` would succeed."""
+        if not num_blocks or not self.connect():
+            return
+        assert self._file is not None
+        self._count += num_blocks
+        try:
+            self._file.set(self._key, self._count)
+            if (now := time.monotonic()) >= self._due:
+                self._due = now + CHECK_SECONDS
+                self._file.keep()
+        except (OSError, ValueError) as error:
+            self._end(error)
+
+    def _find_core(self) -> None:
+        for place, name in find_files():
+            is_core = name.kind == "counter" and name.writer == "core"
+            if not is_core or (name.instance, name.engine) != self._engine:
+                continue
+            for number in read_file(place, name):
+                if number.sample_name == MOVED_BLOCKS.sample_name:
+                    self._key = MOVED_BLOCKS.key(number.model_name, number.engine)
+                    self._file = NumbersFile(
+                        place, name.of_a_worker(), {self._key: self._count}
+                    )
+                    return
+
+    def _end(self, error: Exception) -> None:
+        self._ended, self._file = True, None
+        warn_of_end("the metric of moved blocks", error)
+
+
+def _open(
+    counter: FileName, counts: Mapping[str, float], sizes: Mapping[str, float]
+) -> tuple[NumbersFile, NumbersFile]:
+    """Return the two files of an engine core, in the best place that takes them."""
+    gauge = dataclasses.replace(counter, kind="gauge_max")
+    troubles = []
+    for place in places():
+        try:
+            files = (
+                NumbersFile(place, counter, counts),
+                NumbersFile(place, gauge, sizes),
+            )
+        except OSError as error:
+            troubles.append(str(error))
+            continue
+        if troubles:
+            logger.warning(
+                "roco: the metrics lie in %s, because %s.",
+                place.path,
+                "; ".join(troubles),
+            )
+        sweep(place)
+        return files
+    raise OSError(
+        f"{'; '.join(troubles)}. Set TMPDIR to a directory of your own to have them"
+    )
