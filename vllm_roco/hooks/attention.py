@@ -168,7 +168,14 @@ ATTENTION = (
         module="vllm.model_executor.layers.attention",
         name="Attention",
         why="reach the caches of all layers of a group",
-        members=("attn_backend", "kv_cache", "layer_name", "num_heads"),
+        members=(
+            "attn_backend",
+            "get_kv_cache_spec",
+            "impl",
+            "kv_cache",
+            "layer_name",
+            "num_heads",
+        ),
     ),
     Hook(
         module="vllm.model_executor.models.utils",
