@@ -135,6 +135,7 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         max_live_tokens=length,
         plan=plan_prefill(
             head_size=HEAD_SIZE,
+            block_size=BLOCK_SIZE,
             dtype=dtype,
             device=Device.of(device) if device.type == "cuda" else H100,
         ),

@@ -27,7 +27,7 @@ from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_attention import prefill_attention
-from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -50,11 +50,6 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         if dtype in (torch.float16, torch.bfloat16):
             self.flash_version = get_flash_attn_version(head_size=self.head_size)
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
-        self.prefill_plan = plan_prefill(
-            head_size=self.head_size,
-            dtype=dtype,
-            device=self.hardware,
-        )
         self.memory: StepMemory | None = None
         self.views = WhileBound(partial(CacheViews.of, measures=self.config.measures))
 
@@ -191,7 +186,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 evicted_before=step.evicted_before,
                 statistics=statistics,
                 max_live_tokens=prefills.max_live_tokens,
-                plan=self.prefill_plan,
+                plan=prefills.plan,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
             )

@@ -28,6 +28,7 @@ from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
+from vllm_roco.ops.prefill_mass import PrefillPlan, plan_prefill
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Prefills:
         query_start_loc: `[num_rows + 1]` int32, counted from `first_token`.
         max_query_len: Their longest query.
         max_live_tokens: Bound of the tokens attended.
+        plan: How the kernel that measures them is laid out.
     """
 
     first_token: int
@@ -70,6 +72,7 @@ class Prefills:
     query_start_loc: torch.Tensor
     max_query_len: int
     max_live_tokens: int
+    plan: PrefillPlan
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,12 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             bounds,
             device,
             hardware,
+        )
+        self._prefill_plan = plan_prefill(
+            head_size=spec.head_size,
+            block_size=spec.block_size,
+            dtype=spec.dtype,
+            device=hardware,
         )
         self._plans = [
             bounds.decode_plan(rows, hardware) for rows in range(1, bounds.rows + 1)
@@ -188,6 +197,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
                 query_start_loc=start - num_decode_tokens if num_decodes else start,
                 max_query_len=common.max_query_len,
                 max_live_tokens=min(common.max_seq_len, longest),
+                plan=self._prefill_plan,
             )
         return RocoCudaMetadata(
             decodes=decodes,
