@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -89,6 +90,10 @@ def start(model: Path, *, reserves: bool) -> Start:
             patch.setattr(impl, "reserve", lambda *args: None)
         with gpu_engine(model, OPTIONS, **ARGUMENTS) as engine:
             engine.generate([(1, 2, 3)], 4)
+    # what is left of it must not count as free memory of the next one
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
     return result
 
 
