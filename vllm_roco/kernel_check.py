@@ -15,7 +15,7 @@ from vllm_roco import policy, reference
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
-from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, DecodeScratchSize
 from vllm_roco.ops.device import H100, Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
@@ -87,13 +87,15 @@ def check_decode(device: torch.device, dtype: torch.dtype) -> None:
             statistics=statistics,
             output=output,
             scratch=DecodeScratch.allocate(
-                plans=[(1, plan)],
-                num_q_heads=GROUP * NUM_KV_HEADS,
-                head_size=HEAD_SIZE,
-                block_size=BLOCK_SIZE,
-                max_live_tokens=WIDTH * BLOCK_SIZE,
-                measure=True,
-                device=device,
+                DecodeScratchSize.of(
+                    plans=[(1, plan)],
+                    num_q_heads=GROUP * NUM_KV_HEADS,
+                    head_size=HEAD_SIZE,
+                    block_size=BLOCK_SIZE,
+                    max_live_tokens=WIDTH * BLOCK_SIZE,
+                    measure=True,
+                ),
+                device,
             ),
             plan=plan,
             scale=SCALE,
@@ -133,6 +135,7 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         max_live_tokens=length,
         plan=plan_prefill(
             head_size=HEAD_SIZE,
+            block_size=BLOCK_SIZE,
             dtype=dtype,
             device=Device.of(device) if device.type == "cuda" else H100,
         ),

@@ -27,13 +27,17 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks.kernels.measuring import Timing, captured, environment, interleaved
 from vllm_roco import reference
-from vllm_roco.attention.cuda.eviction import CudaEviction
+from vllm_roco.attention.cuda.eviction import (
+    CudaEviction,
+    EvictionScratch,
+    EvictionScratchSize,
+)
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.ops.decode.attention import decode_attention
-from vllm_roco.ops.decode.plan import DecodeScratch, plan_decode
+from vllm_roco.ops.decode.plan import DecodeScratch, DecodeScratchSize, plan_decode
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
 
@@ -146,13 +150,18 @@ class Step:
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.buffers = StepBuffers.allocate(rows, live, device)
+        size = EvictionScratchSize.of(
+            rows=rows,
+            live_blocks=live,
+            budget_blocks=resident,
+            num_layers=model.layers,
+            measure=config.measures,
+        )
+        self.scratch = EvictionScratch.over(
+            torch.empty(size.total, device=device), size
+        )
         self.eviction = CudaEviction(
-            cast("LayerGroup", Layers(self.caches)),
-            spec,
-            config,
-            max_rows=rows,
-            max_blocks=live,
-            device=device,
+            cast("LayerGroup", Layers(self.caches)), spec, config, self.scratch
         )
         self.restore()
         self.set_due(0)
@@ -192,7 +201,7 @@ class Step:
     @property
     def num_moves(self) -> int:
         """Blocks that the last `close` moved in each layer."""
-        return int(self.eviction._num_moves.sum())
+        return int(self.scratch.num_moves.sum())
 
     def model_step(self, device: Device) -> Callable[[], None]:
         """Return the step without its end: attention and matrix products.
@@ -210,13 +219,15 @@ class Step:
             device=device,
         )
         scratch = DecodeScratch.allocate(
-            plans=[(rows, plan)],
-            num_q_heads=model.q_heads,
-            head_size=model.head_size,
-            block_size=BLOCK_SIZE,
-            max_live_tokens=self.schedule.max_live_tokens() + 1,
-            measure=self.measures,
-            device=self.device,
+            DecodeScratchSize.of(
+                plans=[(rows, plan)],
+                num_q_heads=model.q_heads,
+                head_size=model.head_size,
+                block_size=BLOCK_SIZE,
+                max_live_tokens=self.schedule.max_live_tokens() + 1,
+                measure=self.measures,
+            ),
+            self.device,
         )
 
         def random(*shape: int) -> torch.Tensor:

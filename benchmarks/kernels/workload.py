@@ -18,7 +18,7 @@ from benchmarks.kernels.measuring import COLD_BYTES
 from vllm_roco import reference
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
-from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, DecodeScratchSize
 from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
 
 DTYPE = torch.bfloat16
@@ -163,13 +163,15 @@ class Workload:
         if table is None:
             table = self.table(block_size)
         scratch = DecodeScratch.allocate(
-            plans=[(shape.batch, plan)],
-            num_q_heads=shape.q_heads,
-            head_size=shape.head_size,
-            block_size=block_size,
-            max_live_tokens=shape.context,
-            measure=measure,
-            device=self.pool.device,
+            DecodeScratchSize.of(
+                plans=[(shape.batch, plan)],
+                num_q_heads=shape.q_heads,
+                head_size=shape.head_size,
+                block_size=block_size,
+                max_live_tokens=shape.context,
+                measure=measure,
+            ),
+            self.pool.device,
         )
 
         def call(layer: int) -> Call:

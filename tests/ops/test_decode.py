@@ -17,7 +17,12 @@ from tests.ops.paged_case import (
 )
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
-from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.decode.plan import (
+    DecodePlan,
+    DecodeScratch,
+    DecodeScratchSize,
+    plan_decode,
+)
 from vllm_roco.ops.device import H100, Device
 
 SMALL = Device(num_multiprocessors=58, capability=(8, 9), shared_memory=99 * 1024)
@@ -60,13 +65,15 @@ def run(
         statistics=case.statistics if measure else None,
         output=output,
         scratch=DecodeScratch.allocate(
-            plans=[(rows, plan)],
-            num_q_heads=q_heads,
-            head_size=head_size,
-            block_size=case.block_size,
-            max_live_tokens=case.max_live_tokens,
-            measure=measure,
-            device=case.query.device,
+            DecodeScratchSize.of(
+                plans=[(rows, plan)],
+                num_q_heads=q_heads,
+                head_size=head_size,
+                block_size=case.block_size,
+                max_live_tokens=case.max_live_tokens,
+                measure=measure,
+            ),
+            case.query.device,
         ),
         plan=plan,
         scale=case.scale,

@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import AttentionLayer
+    from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+def roco_layers(vllm_config: VllmConfig) -> list[Attention]:
+    """Return this worker's layers whose backend is RoCo, in the order of the model."""
+    every = get_layers_from_vllm_config(vllm_config, Attention)
+    return [x for x in every.values() if x.attn_backend.get_name() == BACKEND_NAME]
 
 
 class LayerGroup:
@@ -40,8 +46,7 @@ class LayerGroup:
 
     def __init__(self, layer_names: Sequence[str], vllm_config: VllmConfig) -> None:
         every = get_layers_from_vllm_config(vllm_config, Attention)
-        roco = [x for x in every.values() if x.attn_backend.get_name() == BACKEND_NAME]
-        heads = sorted({layer.num_heads for layer in roco})
+        heads = sorted({layer.num_heads for layer in roco_layers(vllm_config)})
         if len(heads) > 1:
             raise NotImplementedError(
                 f"roco: a model whose layers have different numbers of query heads "
@@ -63,6 +68,11 @@ class LayerGroup:
     def last(self) -> str:
         """Name of the layer that evicts, once all have attended."""
         return self._layers[-1].layer_name
+
+    @property
+    def implementations(self) -> list[AttentionImpl[Any]]:
+        """The layers' implementations."""
+        return [layer.impl for layer in self._layers]
 
     def kv_caches(self) -> list[torch.Tensor]:
         """Return the layers' caches as bound now.

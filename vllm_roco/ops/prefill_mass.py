@@ -29,6 +29,8 @@ from vllm_roco.ops.statistics import (
 # threads share a row's columns, two adjacent ones each
 HALF = tl.constexpr(8)
 LANES = tl.constexpr(4)
+MIN_ROWS = 16
+"""Queries of the smallest tile that tensor cores multiply."""
 
 
 @triton.jit
@@ -255,24 +257,43 @@ class PrefillPlan:
     num_stages: int
 
 
-def plan_prefill(*, head_size: int, dtype: torch.dtype, device: Device) -> PrefillPlan:
+def plan_prefill(
+    *, head_size: int, block_size: int, dtype: torch.dtype, device: Device
+) -> PrefillPlan:
     """Choose a tile that fits in shared memory and registers.
 
+    A program holds the keys of a block or more, and the queries in flight.
     `benchmarks/kernels/sweep_prefill_mass.py` tells what the others cost.
 
     Args:
         head_size: Numbers per head.
+        block_size: Tokens per block.
         dtype: Element type of query and cache.
         device: Where the kernel runs.
+
+    Raises:
+        NotImplementedError: The keys of a block do not fit on the device.
     """
-    if dtype.itemsize == 4:
-        # no tensor cores: the product lives in registers
-        return PrefillPlan(rows=32, columns=32, num_warps=4, num_stages=2)
-    rows, stages = 64, 3
     row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
+    # without tensor cores, for float32, the product lives in registers
+    rows, columns, stages = (32, 32, 2) if dtype.itemsize == 4 else (64, 64, 3)
+    keys_bytes = max(columns, triton.next_power_of_2(block_size)) * row_bytes
     if rows * row_bytes * stages > device.shared_memory // 2:
         stages = 2
-    return PrefillPlan(rows=rows, columns=64, num_warps=4, num_stages=stages)
+    while keys_bytes + rows * row_bytes * stages > device.shared_memory:
+        if rows > MIN_ROWS:
+            rows //= 2
+        elif stages > 1:
+            stages -= 1
+        else:
+            raise NotImplementedError(
+                f"roco: block_size = {block_size} is too large for heads of "
+                f"{head_size} numbers of {dtype} on this GPU: a program's "
+                f"{device.shared_memory // 1024} KiB of shared memory must hold the "
+                "keys of a block and some queries. Choose a smaller --block-size; 16 "
+                "always fits."
+            )
+    return PrefillPlan(rows=rows, columns=columns, num_warps=4, num_stages=stages)
 
 
 def measure_prefill(

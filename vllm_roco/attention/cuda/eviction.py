@@ -7,6 +7,7 @@ which nothing is due.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from vllm_roco.attention.bound_caches import WhileBound
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.kv_cache.page import statistics_view
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
+from vllm_roco.ops.scratch import carve, total
 from vllm_roco.ops.select_victims import (
     SCORES,
     first_statistics,
@@ -65,6 +67,85 @@ class CacheAddresses:
         )
 
 
+@dataclass(frozen=True)
+class EvictionScratchSize:
+    """What the kernels of one eviction need to tell each other.
+
+    Attributes:
+        scores: Shape of `EvictionScratch.scores`.
+        moves: Shape of `EvictionScratch.moves`.
+    """
+
+    scores: tuple[int, int, int, int]
+    moves: tuple[int, int, int]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        rows: int,
+        live_blocks: int,
+        budget_blocks: int,
+        num_layers: int,
+        measure: bool,
+    ) -> EvictionScratchSize:
+        """Return what the largest step needs.
+
+        Args:
+            rows: Most rows of a step, padding included.
+            live_blocks: Most live blocks of a row.
+            budget_blocks: `B`, the resident blocks.
+            num_layers: Layers of the group.
+            measure: Whether statistics are kept.
+        """
+        slices = min(MAX_SLICES, num_layers) if measure else 0
+        return cls(
+            scores=(rows, slices, SCORES, live_blocks),
+            # every move goes over a resident block
+            moves=(rows, budget_blocks, 2),
+        )
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Numbers of four bytes of scores, moves and their count."""
+        return math.prod(self.scores), math.prod(self.moves), self.moves[0]
+
+    @property
+    def total(self) -> int:
+        """Numbers of all parts together."""
+        return total(self.counts)
+
+
+@dataclass(frozen=True)
+class EvictionScratch:
+    """What the kernels of one eviction tell each other.
+
+    Attributes:
+        scores: `[rows, slices, SCORES, live_blocks]` float32, see `select_victims`.
+        moves: `[rows, budget_blocks, 2]` int32, source and destination block.
+        num_moves: `[rows]` int32.
+    """
+
+    scores: torch.Tensor
+    moves: torch.Tensor
+    num_moves: torch.Tensor
+
+    @classmethod
+    def over(cls, memory: torch.Tensor, size: EvictionScratchSize) -> EvictionScratch:
+        """Lay the scratch over memory.
+
+        Args:
+            memory: Flat float32, at least `size.total` numbers.
+            size: What the largest step needs.
+        """
+        scores, moves, num_moves = carve(memory, size.counts)
+        return cls(
+            scores.view(size.scores),
+            moves.view(torch.int32).view(size.moves),
+            num_moves.view(torch.int32),
+        )
+
+
 class CudaEviction:
     """Chooses and moves for one KV cache group.
 
@@ -72,9 +153,7 @@ class CudaEviction:
         layers: The layers of the group.
         spec: Their KV cache spec.
         config: The options.
-        max_rows: Most rows of a step, padding included.
-        max_blocks: Most live blocks of a row.
-        device: Where the caches lie.
+        scratch: What its kernels may overwrite; nobody else does while they run.
     """
 
     def __init__(
@@ -82,10 +161,7 @@ class CudaEviction:
         layers: LayerGroup,
         spec: RocoSpec,
         config: RocoConfig,
-        *,
-        max_rows: int,
-        max_blocks: int,
-        device: torch.device,
+        scratch: EvictionScratch,
     ) -> None:
         schedule = spec.schedule
 
@@ -96,16 +172,8 @@ class CudaEviction:
         self._budget_blocks = schedule.budget_blocks
         self._shield_blocks = int(config.shield_ratio * schedule.budget_blocks)
         self._sink_blocks = blocks_of(config.sink, spec.block_size)
-        # every move goes over a resident block
-        self._moves = torch.zeros(
-            (max_rows, schedule.budget_blocks, 2), dtype=torch.int32, device=device
-        )
-        self._num_moves = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._moved = torch.zeros(1, dtype=torch.int64, device=device)
-        slices = min(MAX_SLICES, len(layers)) if config.measures else 0
-        self._scores = torch.zeros(
-            (max_rows, slices, SCORES, max_blocks), dtype=torch.float32, device=device
-        )
+        self._scratch = scratch
+        self._moved = torch.zeros(1, dtype=torch.int64, device=scratch.moves.device)
         self._addresses = WhileBound(
             partial(CacheAddresses.of, measures=config.measures)
         )
@@ -129,7 +197,8 @@ class CudaEviction:
         """
         num_rows = len(seq_lens)
         caches = self._addresses.of(*self._layers.kv_caches())
-        moves, num_moves = self._moves[:num_rows], self._num_moves[:num_rows]
+        moves = self._scratch.moves[:num_rows]
+        num_moves = self._scratch.num_moves[:num_rows]
         if caches.first_statistics is None:
             select_oldest(
                 live_table=step.live_table,
@@ -150,7 +219,7 @@ class CudaEviction:
                 live_table=step.live_table,
                 evicted_before=step.evicted_before,
                 evicted_after=step.evicted_after,
-                scores=self._scores[:num_rows],
+                scores=self._scratch.scores[:num_rows],
                 moves=moves,
                 num_moves=num_moves,
                 moved=self._moved,

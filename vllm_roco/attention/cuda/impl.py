@@ -21,13 +21,14 @@ from vllm.v1.attention.backends.fa_utils import (
 
 from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
+from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import name_of
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_attention import prefill_attention
-from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -49,11 +50,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
         if dtype in (torch.float16, torch.bfloat16):
             self.flash_version = get_flash_attn_version(head_size=self.head_size)
-        self.prefill_plan = plan_prefill(
-            head_size=self.head_size,
-            dtype=dtype,
-            device=Device.of(torch.device("cuda", torch.cuda.current_device())),
-        )
+        self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
+        self.memory: StepMemory | None = None
         self.views = WhileBound(partial(CacheViews.of, measures=self.config.measures))
 
     def do_kv_cache_update(
@@ -106,12 +104,15 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             key: Already in the cache, see `do_kv_cache_update`.
             value: Likewise.
             kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
-            attn_metadata: The step, or None in profiling runs.
+            attn_metadata: The step, or None in profiling runs, in which nothing is
+                attended but the memory of steps is taken.
             output: `[num_tokens, num_heads, head_size]`, written in place.
             output_scale: Must be None: quantised outputs are not announced.
             output_block_scale: Likewise.
         """
         if attn_metadata is None:
+            if self.memory is None:
+                reserve(self.vllm_config, output.device, self.hardware)
             return output.fill_(0)
         statistics = self.views.of(kv_cache).statistics
         decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
@@ -187,7 +188,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 evicted_before=step.evicted_before,
                 statistics=statistics,
                 max_live_tokens=prefills.max_live_tokens,
-                plan=self.prefill_plan,
+                plan=prefills.plan,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
             )

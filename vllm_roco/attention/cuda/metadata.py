@@ -2,14 +2,14 @@
 """What one step means for RoCo's layers on CUDA, in buffers that never move.
 
 A captured graph replays the addresses it was captured with, so everything that changes
-from step to step lies in memory that the builder allocates once, and everything that a
-graph has frozen (grids, splits) depends on the number of rows alone.
+from step to step lies in memory that is allocated once, and everything that a graph has
+frozen (grids, splits) depends on the number of rows alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from typing_extensions import override
@@ -20,14 +20,16 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_roco.attention.cuda.eviction import CudaEviction
+from vllm_roco.attention.cuda.eviction import CudaEviction, EvictionScratch
+from vllm_roco.attention.cuda.step_bounds import StepBounds
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
+from vllm_roco.attention.cuda.step_memory import HasStepMemory, claim
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
-from vllm_roco.config import blocks_of
-from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, plan_decode
+from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.live_table import build_live_table
+from vllm_roco.ops.prefill_mass import PrefillPlan, plan_prefill
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ class Prefills:
         query_start_loc: `[num_rows + 1]` int32, counted from `first_token`.
         max_query_len: Their longest query.
         max_live_tokens: Bound of the tokens attended.
+        plan: How the kernel that measures them is laid out.
     """
 
     first_token: int
@@ -70,6 +73,7 @@ class Prefills:
     query_start_loc: torch.Tensor
     max_query_len: int
     max_live_tokens: int
+    plan: PrefillPlan
 
 
 @dataclass(frozen=True)
@@ -113,43 +117,35 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         layers = LayerGroup(layer_names, vllm_config)
         config = validated_config(vllm_config)
         self._schedule = spec.schedule
-        self._num_kv_heads = spec.num_kv_heads
-        self._head_size = spec.head_size
-        self._dtype = spec.dtype
-        self._device = Device.of(device)
-
-        scheduler = vllm_config.scheduler_config
-        max_model_len = vllm_config.model_config.max_model_len
-        # the warm-up does not go through the scheduler, so a chunk is no bound here
-        self._max_live_tokens = min(
-            max_model_len,
-            self._schedule.max_live_tokens() + scheduler.max_num_batched_tokens,
-        )
-        # a decode starts from what a step leaves and adds one token
-        self._max_decode_tokens = min(
-            max_model_len, self._schedule.max_live_tokens() + 1
-        )
-        captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        max_rows = max(scheduler.max_num_seqs, captured)
-        max_blocks = blocks_of(self._max_live_tokens, spec.block_size)
-        self._buffers = StepBuffers.allocate(max_rows, max_blocks, device)
-        self._plans: dict[int, DecodePlan] = {}
-        self._scratch = DecodeScratch.allocate(
-            plans=[(rows, self._plan(rows)) for rows in range(1, max_rows + 1)],
+        bounds = StepBounds.of(
+            spec,
+            vllm_config,
             num_q_heads=layers.num_heads,
+            num_layers=len(layers),
+        )
+        hardware = Device.of(device)
+        self._buffers, scratch = claim(
+            cast("list[HasStepMemory]", layers.implementations),
+            bounds,
+            device,
+            hardware,
+        )
+        self._prefill_plan = plan_prefill(
             head_size=spec.head_size,
             block_size=spec.block_size,
-            max_live_tokens=self._max_decode_tokens,
-            measure=config.measures,
-            device=device,
+            dtype=spec.dtype,
+            device=hardware,
         )
+        self._plans = [
+            bounds.decode_plan(rows, hardware) for rows in range(1, bounds.rows + 1)
+        ]
+        self._scratch = DecodeScratch.over(scratch, bounds.decode_scratch(hardware))
         self._eviction = CudaEviction(
             layers,
             spec,
             config,
-            max_rows=max_rows,
-            max_blocks=max_blocks,
-            device=device,
+            # attention is done with the scratch when eviction begins
+            EvictionScratch.over(scratch, bounds.eviction_scratch),
         )
         self._moved_blocks: DeviceMovedBlocks | None = None
         if (moved_blocks := moved_blocks_of(vllm_config)) is not None:
@@ -191,7 +187,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             decodes = Decodes(
                 num_rows=num_decodes,
                 step=step.rows(0, num_decodes),
-                plan=self._plan(num_decodes),
+                plan=self._plans[num_decodes - 1],
             )
         if num_prefills:
             start = common.query_start_loc[num_decodes : num_rows + 1]
@@ -203,6 +199,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
                 query_start_loc=start - num_decode_tokens if num_decodes else start,
                 max_query_len=common.max_query_len,
                 max_live_tokens=min(common.max_seq_len, longest),
+                plan=self._prefill_plan,
             )
         return RocoCudaMetadata(
             decodes=decodes,
@@ -212,16 +209,3 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             step=step,
             eviction=self._eviction,
         )
-
-    def _plan(self, num_rows: int) -> DecodePlan:
-        plan = self._plans.get(num_rows)
-        if plan is None:
-            plan = self._plans[num_rows] = plan_decode(
-                num_rows=num_rows,
-                num_kv_heads=self._num_kv_heads,
-                head_size=self._head_size,
-                max_live_tokens=self._max_decode_tokens,
-                dtype=self._dtype,
-                device=self._device,
-            )
-        return plan

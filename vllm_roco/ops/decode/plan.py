@@ -11,6 +11,7 @@ import torch
 import triton
 
 from vllm_roco.ops.device import Device
+from vllm_roco.ops.scratch import carve, total
 
 TILE_BYTES = 32 * 1024
 """Keys and values that a program reads at a time while several share a row."""
@@ -40,14 +41,79 @@ class DecodePlan:
 
 
 @dataclass(frozen=True)
-class DecodeScratch:
-    """What the first kernel leaves for the second; allocated once.
+class DecodeScratchSize:
+    """How many float32 numbers the launches that share a scratch need.
 
     Attributes:
-        partial_output: Flat float32, `rows * q_heads * splits * head_size` numbers.
-        partial_lse: Flat float32, `rows * q_heads * splits` numbers.
-        partial_sums: Flat float32, for each row and query head a number for every piece
-            and every tile of the longest row; empty when nothing is measured.
+        partial_output: `rows * q_heads * splits * head_size` where keys are split.
+        partial_lse: `rows * q_heads * splits`.
+        partial_sums: For each row and query head a number for every piece and every
+            tile of the longest row; none when nothing is measured.
+        max_blocks: Blocks of the longest row.
+    """
+
+    partial_output: int
+    partial_lse: int
+    partial_sums: int
+    max_blocks: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        plans: Sequence[tuple[int, DecodePlan]],
+        num_q_heads: int,
+        head_size: int,
+        block_size: int,
+        max_live_tokens: int,
+        measure: bool,
+    ) -> DecodeScratchSize:
+        """Return what is enough for every launch.
+
+        Args:
+            plans: The launches, as number of rows and plan.
+            num_q_heads: Query heads of the layer on this rank.
+            head_size: Numbers per head.
+            block_size: Tokens per block.
+            max_live_tokens: Bound of the rows' live lengths.
+            measure: Whether statistics are to be kept.
+        """
+        max_blocks = triton.cdiv(max_live_tokens, block_size)
+        # a program that sees all keys of its row writes the output itself
+        splits = max(rows * plan.splits * (plan.splits > 1) for rows, plan in plans)
+        partial_lse, partial_sums = splits, 0
+        if measure:
+            partial_lse = max(rows * plan.splits for rows, plan in plans)
+            partial_sums = max(
+                rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
+                for rows, plan in plans
+            )
+        return cls(
+            partial_output=splits * num_q_heads * head_size,
+            partial_lse=partial_lse * num_q_heads,
+            partial_sums=partial_sums * num_q_heads,
+            max_blocks=max_blocks,
+        )
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Numbers of each part, in the order of their attributes."""
+        return self.partial_output, self.partial_lse, self.partial_sums
+
+    @property
+    def total(self) -> int:
+        """Numbers of all parts together."""
+        return total(self.counts)
+
+
+@dataclass(frozen=True)
+class DecodeScratch:
+    """What the first kernel leaves for the second.
+
+    Attributes:
+        partial_output: Flat float32, see `DecodeScratchSize`.
+        partial_lse: Likewise.
+        partial_sums: Likewise.
         max_blocks: Blocks of the longest row.
     """
 
@@ -57,44 +123,21 @@ class DecodeScratch:
     max_blocks: int
 
     @classmethod
-    def allocate(
-        cls,
-        *,
-        plans: Sequence[tuple[int, DecodePlan]],
-        num_q_heads: int,
-        head_size: int,
-        block_size: int,
-        max_live_tokens: int,
-        measure: bool,
-        device: torch.device,
-    ) -> DecodeScratch:
-        """Allocate enough for every launch that is to share the memory.
+    def over(cls, memory: torch.Tensor, size: DecodeScratchSize) -> DecodeScratch:
+        """Lay the scratch over memory.
 
         Args:
-            plans: The launches, as number of rows and plan.
-            num_q_heads: Query heads of the layer on this rank.
-            head_size: Numbers per head.
-            block_size: Tokens per block.
-            max_live_tokens: Bound of the rows' live lengths.
-            measure: Whether statistics are to be kept.
-            device: Where the kernels run.
+            memory: Flat float32, at least `size.total` numbers.
+            size: What the launches need.
         """
+        partial_output, partial_lse, partial_sums = carve(memory, size.counts)
+        return cls(partial_output, partial_lse, partial_sums, size.max_blocks)
 
-        def floats(count: int) -> torch.Tensor:
-            return torch.empty(count, dtype=torch.float32, device=device)
-
-        max_blocks = triton.cdiv(max_live_tokens, block_size)
-        splits = max(rows * plan.splits for rows, plan in plans)
-        partial_sums = max(
-            rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
-            for rows, plan in plans
-        )
-        return cls(
-            partial_output=floats(splits * num_q_heads * head_size),
-            partial_lse=floats(splits * num_q_heads),
-            partial_sums=floats(partial_sums * num_q_heads if measure else 0),
-            max_blocks=max_blocks,
-        )
+    @classmethod
+    def allocate(cls, size: DecodeScratchSize, device: torch.device) -> DecodeScratch:
+        """Allocate the scratch by itself."""
+        memory = torch.empty(size.total, dtype=torch.float32, device=device)
+        return cls.over(memory, size)
 
 
 def piece_size(block_size: int, tile: int) -> int:

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of the memory that steps take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tests.attention.rig import config_for
+from tests.kv_cache.specs import roco_spec
+from vllm_roco.attention.cuda.eviction import EvictionScratch
+from vllm_roco.attention.cuda.step_bounds import StepBounds
+from vllm_roco.attention.cuda.step_buffers import StepBuffers
+from vllm_roco.ops.decode.plan import DecodeScratch
+from vllm_roco.ops.device import H100
+
+MIB = 2**20
+
+DEFAULT = StepBounds(
+    rows=512,
+    live_tokens=2048 + 256 - 1 + 8192,
+    decode_tokens=2048 + 256,
+    block_size=16,
+    budget_blocks=128,
+    measures=True,
+    num_layers=32,
+    num_q_heads=32,
+    num_kv_heads=8,
+    head_size=128,
+    dtype=torch.bfloat16,
+)
+"""Llama 8B with the default options, 8,192 tokens a step and graphs up to 512 rows."""
+
+LARGE = dataclasses.replace(
+    DEFAULT,
+    rows=1024,
+    live_tokens=32768 + 4096 - 1 + 16384,
+    decode_tokens=32768 + 4096,
+    budget_blocks=2048,
+    num_q_heads=64,
+)
+"""64 heads, a budget of 32K, 16K tokens a step and 1,024 sequences."""
+
+
+@pytest.mark.parametrize(
+    ("bounds", "most"), [(DEFAULT, 23), (LARGE, 663)], ids=["default", "large"]
+)
+def test_what_steps_take(bounds: StepBounds, most: int) -> None:
+    """They took 40 MiB and 917 MiB.
+
+    Outputs of splits were kept for launches without any, and what eviction needs lay
+    beside what attention needs, though never at the same time.
+    """
+    assert most - 1 < bounds.memory_bytes(H100) / MIB <= most
+
+
+@pytest.mark.parametrize("policy", ["roco", "recent"])
+def test_bytes_are_those_that_tensors_take(policy: str) -> None:
+    bounds = dataclasses.replace(
+        DEFAULT, rows=40, live_tokens=2000, measures=policy == "roco"
+    )
+    device = torch.device("cpu")
+    buffers = StepBuffers.allocate(bounds.rows, bounds.live_blocks, device)
+    scratch = torch.empty(bounds.scratch_numbers(H100))
+    tensors = [getattr(buffers, field.name) for field in dataclasses.fields(buffers)]
+    taken = sum(tensor.nbytes for tensor in [*tensors, scratch])
+    assert bounds.memory_bytes(H100) == taken
+    # each of both fits, from the first number on
+    decode = DecodeScratch.over(scratch, bounds.decode_scratch(H100))
+    eviction = EvictionScratch.over(scratch, bounds.eviction_scratch)
+    slices = 8 if bounds.measures else 0
+    assert eviction.scores.shape == (40, slices, 2, 125)
+    assert eviction.moves.shape == (40, 128, 2)
+    assert eviction.num_moves.shape == (40,)
+    parts = [decode.partial_output, decode.partial_lse, decode.partial_sums]
+    assert scratch.data_ptr() in (parts[0].data_ptr(), eviction.moves.data_ptr())
+    for group in (parts, [eviction.scores, eviction.moves, eviction.num_moves]):
+        taken_by = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in group if x.numel()]
+        assert all(start % 256 == scratch.data_ptr() % 256 for start, _ in taken_by)
+        ends = [end for _, end in taken_by]
+        assert all(a <= b for a, (b, _) in zip(ends, taken_by[1:], strict=False))
+
+
+def test_every_launch_has_room() -> None:
+    """Also those with few rows, which split most."""
+    size = DEFAULT.decode_scratch(H100)
+    heads, head_size = DEFAULT.num_q_heads, DEFAULT.head_size
+    blocks = math.ceil(DEFAULT.decode_tokens / DEFAULT.block_size)
+    assert size.max_blocks == blocks
+    for rows in range(1, DEFAULT.rows + 1):
+        plan = DEFAULT.decode_plan(rows, H100)
+        lse = rows * heads * plan.splits
+        assert lse <= size.partial_lse
+        if plan.splits > 1:
+            assert lse * head_size <= size.partial_output
+        tiles = math.ceil(blocks * DEFAULT.block_size / plan.tile)
+        assert rows * heads * (blocks + tiles) <= size.partial_sums
+
+
+def test_bounds_are_those_of_the_configuration() -> None:
+    vllm_config = config_for({"budget": 64, "stride": 32})
+    spec = roco_spec(budget=64, stride=32)
+    bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
+    # 4 sequences, and no graphs on a CPU
+    assert bounds.rows == 4
+    # 4,096 tokens a step, but a sequence is no longer either
+    assert bounds.live_tokens == 4096
+    assert bounds.decode_tokens == 96
+    assert bounds.live_blocks == 256
+    assert (bounds.budget_blocks, bounds.measures) == (4, True)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What steps take is part of vLLM's memory plan."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.configs import SHAPE
+from tests.engine.tiny_models import SMALL_BUDGET
+from tests.gpu.engines import FULL_GRAPHS, gpu_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.usefixtures("engine_lock"),
+]
+
+MIB = 2**20
+# a counter, and the addresses of caches
+BUILDER_BYTES = MIB // 16
+# vLLM asks the driver, from which PyTorch takes its memory in pieces
+PLAN_BYTES = 32 * MIB
+# steps that take some 80 MiB
+OPTIONS = replace(SMALL_BUDGET, budget=32768, stride=4096, chunk=1024)
+ARGUMENTS: dict[str, Any] = dict(
+    load_format="dummy",
+    max_model_len=65536,
+    max_num_seqs=1024,
+    max_num_batched_tokens=16384,
+    num_gpu_blocks_override=16384,
+    # profile memory rather than be told
+    kv_cache_memory_bytes=None,
+    compilation_config={
+        **FULL_GRAPHS["compilation_config"],
+        "cudagraph_capture_sizes": [1, 8],
+    },
+)
+
+
+@dataclass
+class Start:
+    """How an engine started.
+
+    Attributes:
+        available: Bytes that vLLM found available for the KV cache.
+        built: Bytes that each metadata builder allocated.
+    """
+
+    available: int = 0
+    built: list[int] = field(default_factory=list)
+
+
+def start(model: Path, *, reserves: bool) -> Start:
+    """Start an engine and generate a little.
+
+    Args:
+        model: A Hugging Face folder.
+        reserves: Whether the layers take the memory of steps while vLLM profiles.
+    """
+    # not at the top: a machine without a GPU collects these tests too
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_roco.attention.cuda import impl
+    from vllm_roco.attention.cuda.metadata import RocoCudaMetadataBuilder
+
+    result = Start()
+    determine = Worker.determine_available_memory
+    make = RocoCudaMetadataBuilder.__init__
+
+    def determining(worker: Worker) -> int:
+        result.available = determine(worker)
+        return result.available
+
+    def making(*args: Any, **kwargs: Any) -> None:
+        before = torch.cuda.memory_allocated()
+        make(*args, **kwargs)
+        result.built.append(torch.cuda.memory_allocated() - before)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Worker, "determine_available_memory", determining)
+        patch.setattr(RocoCudaMetadataBuilder, "__init__", making)
+        if not reserves:
+            patch.setattr(impl, "reserve", lambda *args: None)
+        with gpu_engine(model, OPTIONS, **ARGUMENTS) as engine:
+            engine.generate([(1, 2, 3)], 4)
+    # what is left of it must not count as free memory of the next one
+    del engine
+    gc.collect()
+    torch.cuda.empty_cache()
+    return result
+
+
+def test_builders_allocate_nothing_that_vllm_has_not_planned(tmp_path: Path) -> None:
+    """They allocated it after vLLM had given the memory to the KV cache."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    # what a process loads once, it has loaded then
+    start(tmp_path, reserves=False)
+    without = start(tmp_path, reserves=False)
+    reserved = start(tmp_path, reserves=True)
+    needed = without.built[-1]
+    print(
+        f"steps take {needed / MIB:.1f} MiB; available to the KV cache: "
+        f"{without.available / MIB:.1f} MiB if builders allocate that, "
+        f"{reserved.available / MIB:.1f} MiB if vLLM sees it; builders then allocate "
+        f"{max(reserved.built)} bytes"
+    )
+    assert needed > 2 * PLAN_BYTES
+    # for a throw-away cache, and for the real one
+    assert len(reserved.built) >= 2
+    assert max(reserved.built) <= BUILDER_BYTES
+    planned = without.available - reserved.available
+    assert abs(planned - needed) <= PLAN_BYTES
