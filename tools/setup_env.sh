@@ -35,6 +35,9 @@ setup_env() {
   _make_base "$device"
   _activate "$ROCO_VENV/bin/python"
   _make_project "$@"
+  if [[ " $* " == *" test "* ]]; then
+    _make_releases
+  fi
 }
 
 # _make_base DEVICE: the virtual environment and vLLM in it.
@@ -99,6 +102,25 @@ PYTHON
   _step "vllm_roco" _pip install --no-deps --no-build-isolation --editable "$ROCO_ROOT"
   _step "extras: $extras" _pip install -c "$ROCO_VENV/held.txt" -r "$ROCO_VENV/extras.txt"
   printf '%s' "$wanted" >"$stamp"
+}
+
+# _make_releases: the Python files of the tested releases that are not installed. What
+# needs them says so; everything else works without.
+_make_releases() {
+  local stamp="$ROCO_VENV/.roco-releases" wanted
+  wanted="$(cksum <"$ROCO_ROOT/vllm_roco/compat.py")"
+  if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
+    return
+  fi
+  if (_step "Python files of other vLLM releases" _in_root "$PYTHON" -m tools.releases); then
+    printf '%s' "$wanted" >"$stamp"
+  else
+    _say "going on without them"
+  fi
+}
+
+_in_root() {
+  cd "$ROCO_ROOT" && "$@"
 }
 
 # _base_key DEVICE: changes when the base has to be made anew.
