@@ -47,15 +47,18 @@ def found(patterns: list[str]) -> set[str]:
 )
 @pytest.mark.parametrize("version", other_releases())
 def test_passes_on_another_release(
-    version: str, files: set[str], tmp_path: Path
+    version: str, files: set[str], tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     release_path(version)
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "tests.on_release", version]
     # temporary folders of its own: pytest clears away those of runs before
     options = [f"--junitxml={report}", f"--basetemp={tmp_path / 'temporary'}"]
+    # in the order of this run's seed, if it has one
+    seed = pytestconfig.getoption("randomly_seed", None)
+    order = ["-p", "no:randomly"] if seed is None else [f"--randomly-seed={seed}"]
     run = subprocess.run(
-        [*command, *options, "--color=no", *sorted(files)],
+        [*command, *options, *order, "--color=no", *sorted(files)],
         cwd=ROOT,
         env={name: os.environ[name] for name in os.environ if "PYTEST" not in name},
         stdout=subprocess.PIPE,
