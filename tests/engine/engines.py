@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.attention import Attention
@@ -139,6 +140,17 @@ def roco_arguments(options: Options) -> dict[str, Any]:
     )
 
 
+def import_model_class(model: Path) -> None:
+    """Let vLLM know a model's class without looking at it in a process of its own.
+
+    That process imports all of vLLM, which takes longer than most of these engines.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (architecture,) = config["architectures"]
+    model_class = ModelRegistry.models[architecture].load_model_cls()
+    ModelRegistry.register_model(architecture, model_class)
+
+
 @contextlib.contextmanager
 def running_engine(
     model: Path, options: Options | None, **arguments: Any
@@ -162,6 +174,8 @@ def running_engine(
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
         # vLLM asks for nine collections, most of a short engine's life
         patch.setattr(gc, "collect", lambda *_: 0)
+        patch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
+        import_model_class(model)
         llm = LLM(str(model), **{**_ARGUMENTS, **chosen, **arguments})
         try:
             yield Engine(llm)
