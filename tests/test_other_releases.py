@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.inner_run import order_options
 from tests.releases import release_path
 from tools.releases import other_releases
 
@@ -54,11 +55,9 @@ def test_passes_on_another_release(
     command = [sys.executable, "-m", "tests.on_release", version]
     # temporary folders of its own: pytest clears away those of runs before
     options = [f"--junitxml={report}", f"--basetemp={tmp_path / 'temporary'}"]
-    # in the order of this run's seed, if it has one
-    seed = pytestconfig.getoption("randomly_seed", None)
-    order = ["-p", "no:randomly"] if seed is None else [f"--randomly-seed={seed}"]
+    options.append("--color=no")
     run = subprocess.run(
-        [*command, *options, *order, "--color=no", *sorted(files)],
+        [*command, *options, *order_options(pytestconfig), *sorted(files)],
         cwd=ROOT,
         env={name: os.environ[name] for name in os.environ if "PYTEST" not in name},
         stdout=subprocess.PIPE,
