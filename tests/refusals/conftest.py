@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from vllm import envs
 
+from tests.engine.engines import engines_in_process
 from tests.model_configs import save_config
 
 
@@ -20,9 +20,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def in_process() -> Iterator[None]:
     """The engine in this process, so that its errors arrive here."""
-    envs.disable_envs_cache()
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    yield
-    envs.disable_envs_cache()
+    with engines_in_process():
+        yield
