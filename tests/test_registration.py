@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY, generate_latest
-from vllm import LLM, SamplingParams, envs
+from vllm import LLM, SamplingParams
 from vllm.config import get_layers_from_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.entrypoints.cli.benchmark import main as bench_command
@@ -28,6 +28,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.core.sched.scheduler import Scheduler
 
 import vllm_roco
+from tests.engine.engines import engines_in_process
 from tests.model_configs import save_config
 from vllm_roco import cpu_platform
 from vllm_roco.cpu_platform import RocoCpuPlatform
@@ -281,16 +282,19 @@ def test_says_when_options_have_no_effect(
 
 
 @pytest.fixture
-def start(model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
-    """Return a function that starts an engine in this process."""
-    envs.disable_envs_cache()
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+def start(model: Path) -> Iterator[Callable[..., LLM]]:
+    """A function that starts an engine in this process."""
+    started: list[LLM] = []
 
     def start(**changes: Any) -> LLM:
         changes = {"num_gpu_blocks_override": 64} | changes
-        return LLM(**arguments(model, **changes))
+        started.append(LLM(**arguments(model, **changes)))
+        return started[-1]
 
-    return start
+    with engines_in_process():
+        yield start
+        while started:
+            started.pop().llm_engine.engine_core.shutdown()
 
 
 def generate(llm: LLM, num_prompt_tokens: int, num_new_tokens: int) -> None:

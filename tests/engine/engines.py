@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from vllm import LLM, SamplingParams
+from vllm import LLM, ModelRegistry, SamplingParams, envs
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.attention import Attention
@@ -140,6 +141,46 @@ def roco_arguments(options: Options) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def engines_in_process() -> Iterator[None]:
+    """Let engines start in this process, and take away what they leave in it."""
+    # an earlier engine may have had the variables kept
+    envs.disable_envs_cache()
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # bound threads crawl where anything else uses their core
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        # a worker replaces it for good
+        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        # vLLM asks for nine collections, most of a short engine's life
+        patch.setattr(gc, "collect", lambda *_: 0)
+        try:
+            yield
+        finally:
+            cleanup_dist_env_and_memory()
+    torch.set_num_threads(threads)
+    gc.collect()
+
+
+@contextlib.contextmanager
+def imported_model_class(model: Path) -> Iterator[None]:
+    """Let vLLM know a model's class without looking at it in a process of its own.
+
+    That process imports all of vLLM, which takes longer than most of these engines.
+    """
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (architecture,) = config["architectures"]
+    registered = ModelRegistry.models[architecture]
+    ModelRegistry.register_model(architecture, registered.load_model_cls())
+    try:
+        yield
+    finally:
+        ModelRegistry.models[architecture] = registered
+
+
+@contextlib.contextmanager
 def running_engine(
     model: Path, options: Options | None, **arguments: Any
 ) -> Iterator[Engine]:
@@ -151,23 +192,10 @@ def running_engine(
         arguments: Of `LLM`, over this module's own.
     """
     chosen = {} if options is None else roco_arguments(options)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # bound threads crawl where anything else uses their core
-        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        # a worker replaces it for good
-        patch.setattr(torch, "set_num_threads", torch.set_num_threads)
-        # vLLM asks for nine collections, most of a short engine's life
-        patch.setattr(gc, "collect", lambda *_: 0)
+    with engines_in_process(), imported_model_class(model):
         llm = LLM(str(model), **{**_ARGUMENTS, **chosen, **arguments})
         try:
             yield Engine(llm)
         finally:
             llm.llm_engine.engine_core.shutdown()
-            cleanup_dist_env_and_memory()
-    torch.set_num_threads(threads)
-    del llm
-    gc.collect()
+            del llm

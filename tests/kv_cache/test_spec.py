@@ -11,19 +11,17 @@ from typing import Any
 import pytest
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import (
-    get_kv_cache_configs,
-    get_kv_cache_groups,
-    get_max_concurrency_for_kv_cache_config,
-)
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
+    KVCacheConfig,
     KVCacheSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from tests.configs import engine_config
+from tests.kv_cache.planning import get_kv_cache_groups, plan_kv_cache
 from tests.kv_cache.specs import roco_spec
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.manager import RocoManager
@@ -222,12 +220,11 @@ def test_a_short_sequence_needs_no_more_than_its_length(
     assert spec.max_memory_usage_bytes(vllm_config) == 11 * spec.page_size_bytes
 
 
-def plan(vllm_config: VllmConfig, num_blocks: int) -> Any:
+def plan(vllm_config: VllmConfig, num_blocks: int) -> KVCacheConfig:
     spec = roco_spec()
     specs: dict[str, KVCacheSpec] = {"layers.0": spec, "layers.1": spec}
     memory = num_blocks * 2 * spec.page_size_bytes
-    (planned,) = get_kv_cache_configs(vllm_config, [specs], [memory])
-    return planned
+    return plan_kv_cache(vllm_config, specs, memory)
 
 
 def test_one_sequence_of_any_length_fits_in_its_bound(vllm_config: VllmConfig) -> None:

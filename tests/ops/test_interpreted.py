@@ -11,15 +11,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.inner_run import order_options
+
+FOLDER = Path(__file__).parent
+
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available(),
     reason="the kernel tests run in this process",
 )
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("letters", ["a-l", "m-z"])
+def test_kernels_under_the_interpreter(
+    letters: str, pytestconfig: pytest.Config
+) -> None:
+    """Two runs, which two processes can share."""
+    files = {*FOLDER.rglob(f"test_[{letters}]*.py")} - {Path(__file__)}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", str(Path(__file__).parent)],
+        [sys.executable, "-m", "pytest", "-q", *order_options(pytestconfig)]
+        + sorted(map(str, files)),
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,

@@ -21,7 +21,9 @@ def run(
     lengths = torch.tensor([after - before for before, after in steps])
     starts = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     width = max(after for _, after in steps) // schedule.block_size + 1
-    table = torch.randperm(len(steps) * width, dtype=torch.int32).view(-1, width)
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randperm(len(steps) * width, generator=generator).int()
+    table = table.view(-1, width)
     buffers = {
         name: torch.full(shape, UNTOUCHED, dtype=torch.int32, device=device)
         for name, shape in {

@@ -149,7 +149,7 @@ def test_a_profiling_run_gives_zeros() -> None:
     """vLLM measures memory without metadata, before there is a cache."""
     rig = Rig(Shape(num_layers=1))
     (layer,) = rig.layers
-    states = torch.randn(7, 4, 64)
+    states = torch.ones(7, 4, 64)
     output = torch.full_like(states, torch.nan)
     empty = torch.empty(0)
     layer.impl.forward(layer, states, states, states, empty, None, output)

@@ -1,79 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that RoCo refuses, by the message that a user of vLLM gets to see.
+"""What RoCo refuses at start-up, by the message that a user of vLLM gets to see.
 
 Each message says what is wrong, which value, what is allowed and what to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, Gemma2Config
-from vllm import LLM, ModelRegistry, SamplingParams, envs
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
+from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform, PlatformEnum
-from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from tests.engine.engines import running_engine
-from tests.engine.tiny_models import random_prompt
-from tests.model_configs import TINY, save_config
-from tests.oracle import Options
+from tests.refusals.cases import Case, arguments_of, engine_config, refused
 from vllm_roco.attention import backend
 from vllm_roco.cpu_platform import RocoCpuPlatform
-from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.scheduler import RocoSchedulerMixin
-
-OPTIONS = {"budget": 128, "stride": 32, "chunk": 64}
-
-
-@dataclass(frozen=True)
-class Case:
-    """Engine arguments that are refused, and what the message has to say.
-
-    Attributes:
-        says: Parts of the message, in order.
-        options: Put over `OPTIONS`.
-        arguments: Of `EngineArgs`.
-    """
-
-    says: tuple[str, ...]
-    options: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-def arguments_of(model: Path, case: Case) -> dict[str, Any]:
-    return {
-        "model": str(model),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "dtype": "float32",
-        "max_model_len": 256,
-        "max_num_seqs": 4,
-        "max_num_batched_tokens": 1024,
-        "enforce_eager": True,
-        "attention_backend": "roco",
-        "additional_config": {"roco": OPTIONS | case.options},
-    } | case.arguments
-
-
-def engine_config(model: Path, case: Case) -> VllmConfig:
-    return EngineArgs(**arguments_of(model, case)).create_engine_config()
-
-
-def refused(message: str, case: Case) -> None:
-    place = message.find("roco: ")
-    for part in case.says:
-        place = message.find(part, place)
-        assert place >= 0, f"{part!r} is not in {message!r}"
 
 
 class ForeignScheduler(Scheduler):
@@ -217,13 +163,6 @@ BAD_SETTINGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that RoCo serves."""
-    folder = tmp_path_factory.mktemp("llama")
-    return save_config(folder, "llama", "LlamaForCausalLM")
-
-
 def test_what_the_cases_change_is_accepted_without_the_change(llama: Path) -> None:
     """Or every case below could be refused for a reason of its own."""
     config = engine_config(llama, Case(()))
@@ -258,206 +197,6 @@ def test_a_scheduler_with_the_mixin_is_accepted(llama: Path) -> None:
 
     config = engine_config(llama, Case((), arguments={"scheduler_cls": Derived}))
     assert config.scheduler_config.scheduler_cls is Derived
-
-
-@dataclass(frozen=True)
-class Model:
-    """A kind of model that is refused.
-
-    Attributes:
-        model_class: Where vLLM has it: module and class.
-        model_type: Of the Hugging Face configuration.
-        changes: Of `TINY`.
-        case: What is said.
-    """
-
-    model_class: str
-    model_type: str
-    case: Case
-    changes: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-        """Write the configuration, and let vLLM know the class without looking.
-
-        vLLM inspects a model class that it does not know in a process of its own,
-        which takes longer than the refusal.
-        """
-        architecture = self.model_class.rpartition(".")[2]
-        monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
-        ModelRegistry.register_model(
-            architecture, resolve_obj_by_qualname(self.model_class)
-        )
-        return save_config(folder, self.model_type, architecture, **self.changes)
-
-
-MODELS = {
-    "mla": Model(
-        "vllm.model_executor.models.deepseek_v2.DeepseekV2ForCausalLM",
-        "deepseek_v2",
-        Case(("has multi-head latent attention (MLA)", "Serve a model of")),
-        {
-            "num_key_value_heads": 4,
-            "kv_lora_rank": 32,
-            "q_lora_rank": None,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-        },
-    ),
-    "hybrid": Model(
-        "vllm.model_executor.models.jamba.JambaForCausalLM",
-        "jamba",
-        Case(("has state-space (Mamba) layers", "Serve a model of")),
-        {"attn_layer_period": 2, "attn_layer_offset": 1},
-    ),
-    "mamba": Model(
-        "vllm.model_executor.models.mamba.MambaForCausalLM",
-        "mamba",
-        Case(("has state-space (Mamba) layers", "Serve a model of")),
-    ),
-    "encoder-decoder": Model(
-        "vllm.model_executor.models.whisper.WhisperForConditionalGeneration",
-        "whisper",
-        Case(("is an encoder-decoder model", "Serve a model of")),
-    ),
-    "pooling": Model(
-        "vllm.model_executor.models.bert.BertModel",
-        "bert",
-        Case(("runner = 'pooling'", "Serve a model that generates text")),
-    ),
-    "multimodal-prefix": Model(
-        "vllm.model_executor.models.llama.LlamaForCausalLM",
-        "llama",
-        Case(("attends to multimodal inputs in both directions", "Serve a model of")),
-        {"is_mm_prefix_lm": True},
-    ),
-    "chunked-local": Model(
-        "vllm.model_executor.models.llama4.Llama4ForCausalLM",
-        "llama4_text",
-        Case(("has chunked-local attention", "Serve a model of")),
-        {"attention_chunk_size": 64},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_model_is_refused_before_it_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    model = MODELS[name]
-    folder = model.save(tmp_path, monkeypatch)
-    with pytest.raises(NotImplementedError) as error:
-        engine_config(folder, model.case)
-    refused(str(error.value), model.case)
-
-
-LAYERS = {
-    "alibi": Model(
-        "vllm.model_executor.models.bloom.BloomForCausalLM",
-        "bloom",
-        Case(("ALiBi", "is not supported", "another --attention-backend")),
-        {"n_layer": 1, "n_head": 4},
-    ),
-    "sliding-window": Model(
-        "vllm.model_executor.models.mistral.MistralForCausalLM",
-        "mistral",
-        Case(("sliding-window layers", "backend_per_kind", "CPU_ATTN")),
-        {"sliding_window": 64},
-    ),
-    "sinks": Model(
-        "vllm.model_executor.models.gpt_oss.GptOssForCausalLM",
-        "gpt_oss",
-        Case(("attention sinks of the model", "another --attention-backend")),
-        {"num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
-    "kv-sharing": Model(
-        "vllm.model_executor.models.gemma3n.Gemma3nForCausalLM",
-        "gemma3n_text",
-        Case(("sharing the KV cache of layer 'model.layers.0.",)),
-        {
-            "num_kv_shared_layers": 1,
-            "layer_types": ["full_attention"] * 2,
-            "vocab_size_per_layer_input": 256,
-            "hidden_size_per_layer_input": 16,
-            "activation_sparsity_pattern": [0.0] * 2,
-            "laurel_rank": 8,
-            "intermediate_size": [64] * 2,
-            "altup_num_inputs": 2,
-        },
-    ),
-    "bidirectional": Model(
-        "vllm.model_executor.models.llama.LlamaForCausalLM",
-        "llama",
-        Case(("attention type",)),
-        {"is_causal": False},
-    ),
-}
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The engine in this process, so that its errors arrive here."""
-    envs.disable_envs_cache()
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    yield
-    envs.disable_envs_cache()
-
-
-@pytest.mark.engine
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer_is_refused(
-    in_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    model = LAYERS[name]
-    folder = model.save(tmp_path, monkeypatch)
-    with pytest.raises((ValueError, NotImplementedError)) as error:
-        LLM(**arguments_of(folder, model.case))
-    refused(str(error.value), model.case)
-
-
-def save_gemma2(folder: Path) -> Path:
-    """Write a model of which every other layer has a window, with random weights."""
-    torch.manual_seed(0)
-    config = Gemma2Config(**TINY, sliding_window=64, initializer_range=0.2)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder
-
-
-def budget_of(tokens: int) -> Options:
-    return Options(
-        policy="roco",
-        shield="peak",
-        shield_ratio=0.7,
-        budget=tokens,
-        stride=32,
-        chunk=64,
-        sink=16,
-        recent=32,
-        block_size=16,
-    )
-
-
-@pytest.mark.engine
-def test_windows_with_another_backend_are_served(tmp_path: Path) -> None:
-    """What the message advises works: one table is evicted, the other is not."""
-    model = save_gemma2(tmp_path)
-    windows = {"attention_config": {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}}
-    prompts = [random_prompt(length, seed=length) for length in (30, 150)]
-    with running_engine(model, None, max_model_len=512) as engine:
-        expected = engine.generate_one_by_one(prompts, 60)
-    with running_engine(model, budget_of(512), max_model_len=512, **windows) as engine:
-        assert engine.generate_one_by_one(prompts, 60) == expected
-    with running_engine(model, budget_of(96), max_model_len=512, **windows) as engine:
-        engine.generate(prompts, 60)
-        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
-        (roco,) = [m for m in managers if isinstance(m, RocoManager)]
-        assert len(managers) == 2
-        # 209 computed tokens are 3 strides over the budget
-        assert roco.num_freed_blocks == 6
-        assert (
-            roco.block_pool.get_num_free_blocks() == roco.block_pool.num_gpu_blocks - 1
-        )
 
 
 @pytest.mark.engine
