@@ -17,6 +17,8 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
+from typing_extensions import override
+
 _DIGITS = 16
 
 
@@ -77,6 +79,7 @@ class FileName:
         """Return a new name for a file that a worker of this engine core adds."""
         return replace(self, writer=secrets.token_hex(_DIGITS // 2))
 
+    @override
     def __str__(self) -> str:
         return (
             f"{self.kind}_roco-{self.process}-{self.parent}-{self.instance}-"
