@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table that plots and reports are made of, one row a cell and metric."""
+"""From results to the rows that tables and pictures are made of: scores, intervals."""
 
 from __future__ import annotations
 
-import csv
-import os
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import asdict, replace
 
-from benchmarks.quality import intervals
+import pandas as pd
+
+from benchmarks.quality import significance
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.grid import FULL
-from benchmarks.quality.outcomes import Outcome
+from benchmarks.quality.policies import DEFAULT
+from benchmarks.quality.results import Result
 
 COLUMNS = (
     *("task", "metric", "model", "context"),
@@ -21,54 +22,74 @@ COLUMNS = (
     *("of_full", "of_full_low", "of_full_high"),
     *("gpu", "commit"),
 )
+SEARCH_COLUMNS = (
+    *("model", "n", "seed", "task", "context", "budget_ratio", "method"),
+    *("score", "ci_low", "ci_high", "better", "worse", "p_value", "gpu", "commit"),
+)
+_DIGITS = 4
 
-Row = dict[str, str]
 
+def rows(results: Mapping[Cell, Result]) -> pd.DataFrame:
+    """Return a row for each cell and metric, in their order.
 
-def rows(outcomes: Mapping[Cell, Outcome]) -> list[dict[str, object]]:
-    """Return the table of some outcomes, in their order."""
-    table: list[dict[str, object]] = []
-    for cell, outcome in outcomes.items():
-        full = outcomes.get(full_of(cell))
-        for metric, values in outcome.metrics.items():
-            row = cell.to_json() | {
-                "metric": metric,
-                "budget_ratio": round(cell.budget_ratio, 4),
-                "gpu": outcome.gpu,
-                "commit": outcome.commit,
-            }
-            names = ("score", "ci_low", "ci_high")
-            row |= _rounded(names, intervals.score(metric, tuple(values)))
+    `of_full` is the share of what the full cache makes of the same problems.
+    """
+    found = []
+    for cell, result in results.items():
+        full = results.get(full_of(cell))
+        for metric, values in result.metrics.items():
+            row = _row(cell, result, metric)
             if full is not None and metric in ("accuracy", "perplexity"):
-                share = intervals.share_of_full(
+                share = significance.share_of_full(
                     metric, tuple(values), tuple(full.metrics[metric])
                 )
                 names = ("of_full", "of_full_low", "of_full_high")
                 row |= _rounded(names, share or ())
-            table.append({name: row.get(name, "") for name in COLUMNS})
-    return table
+            found.append(row)
+    return pd.DataFrame(found, columns=list(COLUMNS), dtype=object)
+
+
+def search_rows(results: Mapping[Cell, Result]) -> pd.DataFrame:
+    """Return a row for each cell, each beside the default on the same problems."""
+    references = {
+        _problems(cell): result
+        for cell, result in results.items()
+        if cell.setup.method == DEFAULT
+    }
+    found = []
+    for cell, result in results.items():
+        ((metric, values),) = result.metrics.items()
+        row = _row(cell, result, metric)
+        if reference := references.get(_problems(cell)):
+            compared = significance.compare(metric, values, reference.metrics[metric])
+            row |= asdict(compared) | {"p_value": float(f"{compared.p_value:.3g}")}
+        found.append(row)
+    return pd.DataFrame(found, columns=list(SEARCH_COLUMNS), dtype=object)
 
 
 def full_of(cell: Cell) -> Cell:
     """Return the cell that has the same problems and the full cache."""
-    return Cell.from_json(cell.to_json() | FULL.__dict__)
+    return replace(cell, setup=FULL)
 
 
-def write(path: Path, table: list[dict[str, object]]) -> None:
-    """Write the table; a reader sees the old one or the new one, whole."""
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-    os.replace(unfinished, path)
+def _problems(cell: Cell) -> tuple[Cell, float]:
+    return full_of(cell), cell.budget_ratio
 
 
-def read(path: Path) -> list[Row]:
-    """Return the rows of a table as they are written."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def _row(cell: Cell, result: Result, metric: str) -> dict[str, object]:
+    names = ("score", "ci_low", "ci_high")
+    score = significance.score(metric, tuple(result.metrics[metric]))
+    return {
+        **cell.to_json(),
+        "metric": metric,
+        "budget_ratio": round(cell.budget_ratio, _DIGITS),
+        "gpu": result.gpu,
+        "commit": result.commit,
+        **_rounded(names, score),
+    }
 
 
 def _rounded(names: tuple[str, ...], values: tuple[float, ...]) -> dict[str, object]:
-    return {name: round(value, 4) for name, value in zip(names, values, strict=False)}
+    return {
+        name: round(value, _DIGITS) for name, value in zip(names, values, strict=False)
+    }

@@ -11,7 +11,8 @@ from itertools import groupby
 from vllm.benchmarks import latency
 
 from benchmarks.kernels.measuring import Timing
-from benchmarks.serving.session import Plan
+from benchmarks.rows import Table
+from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import (
     Options,
     call,
@@ -25,19 +26,13 @@ MODEL = "llama-3.1-8b"
 CHUNKS = (256, 512, 1024, 2048, 4096)
 ITERATIONS = 12
 SHORT, LONG = Requests(8, 2048, 1), Requests(1, 16384, 1)
-KEY = (
-    "model",
-    "batch",
-    "input_len",
-    "backend",
-    "policy",
-    "budget",
-    "stride",
-    "chunk",
-    "round",
+OPTIONS = ("policy", "budget", "stride", "chunk")
+TABLE = Table(
+    "prefill",
+    key=("model", "batch", "input_len", "backend", *OPTIONS, "round"),
+    # median, and the 20 % and 80 % quantiles
+    results=("iterations", "ttft_ms", "ttft_low_ms", "ttft_high_ms"),
 )
-RESULTS = ("iterations", "ttft_ms", "ttft_low_ms", "ttft_high_ms")
-"""Median, and the 20 % and 80 % quantiles."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +63,7 @@ class Case:
             return {}
         options = {"policy": self.policy, "budget": self.budget, "chunk": self.chunk}
         config = RocoConfig.from_additional_config({NAMESPACE: options})
-        return {key: getattr(config, key) for key in KEY[4:8]}
+        return {key: getattr(config, key) for key in OPTIONS}
 
     def columns(self, number: int) -> dict[str, object]:
         """Return the columns of `prefill.csv` that tell this case from others."""
@@ -78,7 +73,7 @@ class Case:
             "batch": self.requests.count,
             "input_len": self.requests.input_len,
             "backend": self.backend,
-            **{key: options.get(key, "") for key in KEY[4:8]},
+            **{key: options.get(key) for key in OPTIONS},
             "round": number,
         }
 
@@ -119,19 +114,14 @@ def measure(case: Case, options: Options) -> dict[str, object]:
     }
 
 
-def plan(
+def jobs(
     chunks: Sequence[int], policies: Sequence[str], rounds: int, options: Options
-) -> Plan:
+) -> list[Job]:
     """Return every case once a round: a drift of the clock meets all of them."""
-    return Plan(
-        name="prefill",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [(case.columns(number), partial(measure, case, options)) for case in group]
-            for number in range(1, rounds + 1)
-            for _, group in groupby(
-                cases(chunks, policies), key=lambda case: case.roco_options
-            )
-        ],
-    )
+    return [
+        [(case.columns(number), partial(measure, case, options)) for case in group]
+        for number in range(1, rounds + 1)
+        for _, group in groupby(
+            cases(chunks, policies), key=lambda case: case.roco_options
+        )
+    ]

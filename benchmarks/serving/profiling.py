@@ -7,21 +7,21 @@ are kept, so that they can be read again without a GPU.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import importlib
 import json
 import pkgutil
 import statistics
 import time
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from vllm.benchmarks import latency
 
+from benchmarks import rows
 from benchmarks.serving.annotated_scheduler import scheduler_class
-from benchmarks.serving.session import MACHINE
+from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.shared_engine import await_engine_end
 from benchmarks.serving.trace_steps import Step, decode_steps
 from benchmarks.serving.vllm_bench import Options, engine_command, parsed
@@ -40,11 +40,6 @@ TOP = 12
 MOVE = "_move_blocks_kernel"
 MACHINE_FILE = "machine.json"
 TRACES = "*.pt.trace.json.gz"
-COLUMNS = (
-    *("model", "batch", "context", "variant", "step"),
-    *("step_us", "idle_us", "scheduler_us"),
-    *("kernel", "ours", "calls", "us", "share"),
-)
 
 
 def record(
@@ -119,32 +114,34 @@ def our_kernels() -> set[str]:
     }
 
 
-def kernel_rows(steps: list[Step]) -> list[dict[str, object]]:
+def kernel_rows(steps: list[Step]) -> pd.DataFrame:
     """Return the kernels of an average step, the costliest first."""
     ours = our_kernels()
-    times: dict[str, float] = defaultdict(float)
-    calls: Counter[str] = Counter()
-    for step in steps:
-        for name, durations in step.kernels.items():
-            times[name] += sum(durations)
-            calls[name] += len(durations)
-    total = sum(times.values())
-    shown = sorted(times, key=times.__getitem__, reverse=True)[:TOP]
-    shown += sorted(ours & times.keys() - set(shown))
-    rest = times.keys() - set(shown)
-
-    def row(kernel: str, names: list[str]) -> dict[str, object]:
-        spent = sum(times[name] for name in names)
-        return {
-            "kernel": kernel,
-            "ours": "yes" if kernel in ours else "no",
-            "calls": round(sum(calls[name] for name in names) / len(steps), 1),
-            "us": round(spent / len(steps), 2),
-            "share": round(spent / total, 5),
-        }
-
-    rows = [row(name[:80], [name]) for name in shown]
-    return [*rows, row(f"{len(rest)} others", sorted(rest))] if rest else rows
+    every = pd.DataFrame(
+        [
+            (name, len(durations) / len(steps), sum(durations) / len(steps))
+            for step in steps
+            for name, durations in step.kernels.items()
+        ],
+        columns=["kernel", "calls", "us"],
+    )
+    total = every["us"].sum()
+    kernels = every.groupby("kernel").sum().sort_values("us", ascending=False)
+    shown = [
+        name for place, name in enumerate(kernels.index) if place < TOP or name in ours
+    ]
+    rest = kernels.drop(shown)
+    found = kernels.loc[shown]
+    if len(rest):
+        found.loc[f"{len(rest)} others"] = rest.sum()
+    found = found.assign(
+        ours=["yes" if name in ours else "no" for name in found.index],
+        share=(found["us"] / total).round(5),
+        calls=found["calls"].round(1),
+        us=found["us"].round(2),
+    ).reset_index()
+    found["kernel"] = found["kernel"].str[:80]
+    return found[["kernel", "ours", "calls", "us", "share"]]
 
 
 def whole_step(steps: list[Step]) -> dict[str, object]:
@@ -155,7 +152,7 @@ def whole_step(steps: list[Step]) -> dict[str, object]:
     }
 
 
-def profile(variant: str, folder: Path) -> list[dict[str, object]]:
+def profile(variant: str, folder: Path) -> pd.DataFrame:
     """Return a variant's rows of `profile.csv` from its trace.
 
     Args:
@@ -172,12 +169,13 @@ def profile(variant: str, folder: Path) -> list[dict[str, object]]:
         "context": REQUESTS.input_len,
         "variant": variant,
     }
-    return [
-        {**columns, "step": kind, **whole_step(part), **row}
-        for kind, part in split(steps).items()
-        if part
-        for row in kernel_rows(part)
-    ]
+    parts = []
+    for kind, part in split(steps).items():
+        if part:
+            kernels = kernel_rows(part)
+            whole = {**columns, "step": kind, **whole_step(part)}
+            parts.append(kernels.assign(**whole)[[*whole, *kernels]])
+    return pd.concat(parts)
 
 
 def run(
@@ -197,8 +195,7 @@ def run(
         time_limit: Seconds after which no trace is begun.
     """
     end = time.monotonic() + time_limit
-    rows: list[dict[str, object]] = []
-    machines: dict[str, object] = {}
+    parts: list[pd.DataFrame] = []
     for variant in variants:
         folder = out / "traces" / variant
         if not list(folder.glob(TRACES)):
@@ -207,10 +204,7 @@ def run(
                 continue
             record(variant, folder, facts, options)
             await_engine_end()
-        rows += profile(variant, folder)
-        machines[variant] = json.loads((folder / MACHINE_FILE).read_text())
-        with (out / "profile.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*MACHINE, *COLUMNS])
-            writer.writeheader()
-            writer.writerows(rows)
-        (out / "profile.json").write_text(json.dumps(machines, indent=1) + "\n")
+        parts.append(profile(variant, folder))
+        rows.write(out / "profile.csv", pd.concat(parts))
+        facts_of_trace = json.loads((folder / MACHINE_FILE).read_text())
+        rows.note(out, "profile", {"variant": variant, **facts_of_trace})

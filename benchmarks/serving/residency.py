@@ -7,19 +7,19 @@ for both sides: what three full sequences need.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
 from vllm.benchmarks import throughput
 
+from benchmarks import rows
+from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.session import Plan
+from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import (
     Options,
     call,
@@ -39,28 +39,19 @@ STEPS_IN_FLIGHT = 2
 """Of asynchronous scheduling."""
 ITEM_BYTES = 2
 
-KEY = (
-    "model",
-    "kv_cache_bytes",
-    "backend",
-    *("policy", "budget", "stride", "chunk"),
-    *("num_requests", "input_len", "output_len"),
+TABLE = Table(
+    "memory",
+    key=(
+        *("model", "kv_cache_bytes", "backend"),
+        *("policy", "budget", "stride", "chunk"),
+        *("num_requests", "input_len", "output_len"),
+    ),
+    results=(
+        *("max_running", "preemptions"),
+        *("peak_sequence_tokens", "bound_tokens", "statistics_share"),
+    ),
 )
-RESULTS = (
-    "max_running",
-    "preemptions",
-    "peak_sequence_tokens",
-    "bound_tokens",
-    "statistics_share",
-)
-STEP_COLUMNS = (
-    "step",
-    "running",
-    "held_tokens",
-    "largest_tokens",
-    "first_computed_tokens",
-    "first_held_tokens",
-)
+STEPS = "memory_steps.csv"
 
 
 @dataclass(frozen=True)
@@ -88,23 +79,17 @@ class Page:
         return self.statistics / (self.content + self.statistics)
 
 
-def plan(model: str, baseline: str, options: Options, out: Path) -> Plan:
+def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
     """Return both sides; what RoCo held in every step goes to `memory_steps.csv`."""
-    steps = out / "memory_steps.csv"
-    return Plan(
-        name="memory",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [
-                (
-                    columns(model, roco=roco),
-                    partial(measure, model, baseline, options, steps, roco=roco),
-                )
-            ]
-            for roco in (False, True)
-        ],
-    )
+    return [
+        [
+            (
+                columns(model, roco=roco),
+                partial(measure, model, baseline, options, out / STEPS, roco=roco),
+            )
+        ]
+        for roco in (False, True)
+    ]
 
 
 def columns(model: str, *, roco: bool) -> dict[str, object]:
@@ -114,8 +99,7 @@ def columns(model: str, *, roco: bool) -> dict[str, object]:
         "model": model,
         "kv_cache_bytes": kv_cache_bytes(model),
         "backend": "ROCO" if roco else "stock",
-        **{key: options.get(key, "") for key in ("policy", "budget", "stride")},
-        "chunk": options.get("chunk", ""),
+        **{key: options.get(key) for key in ("policy", "budget", "stride", "chunk")},
         "num_requests": REQUESTS.count,
         "input_len": REQUESTS.input_len,
         "output_len": REQUESTS.output_len,
@@ -161,12 +145,9 @@ def measure(
             "preemptions": counters.preemptions,
         }
         if roco:
-            rows = by_step(trace)
-            with steps.open("w", newline="") as file:
-                writer = csv.DictWriter(file, STEP_COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-            result["peak_sequence_tokens"] = max(row["largest_tokens"] for row in rows)
+            held = by_step(trace)
+            rows.write(steps, held)
+            result["peak_sequence_tokens"] = int(held["largest_tokens"].max())
             schedule = EvictionSchedule(
                 block_size=BLOCK_SIZE, budget=CONFIG.budget, stride=CONFIG.stride
             )
@@ -176,32 +157,22 @@ def measure(
     return result
 
 
-def by_step(trace: Path) -> list[dict[str, int]]:
+def by_step(trace: Path) -> pd.DataFrame:
     """Return what was held in each step of a trace, in tokens.
 
     Args:
         trace: The file that the option `trace` names.
     """
-    steps: dict[int, list[Mapping[str, object]]] = defaultdict(list)
-    for line in trace.read_text().splitlines():
-        record = json.loads(line)
-        steps[record["step"]].append(record)
-    first = next(iter(steps.values()))[0]["request"]
-    rows = []
-    for step, records in steps.items():
-        held = {
-            str(record["request"]): BLOCK_SIZE * int(str(record["held_blocks"]))
-            for record in records
+    lines = pd.read_json(trace, lines=True, dtype={"request": str})
+    lines["held_tokens"] = BLOCK_SIZE * lines["held_blocks"]
+    steps = lines.groupby("step")["held_tokens"]
+    found = pd.DataFrame(
+        {
+            "running": steps.size(),
+            "held_tokens": steps.sum(),
+            "largest_tokens": steps.max(),
         }
-        computed = {str(r["request"]): int(str(r["computed_tokens"])) for r in records}
-        row = {
-            "step": step,
-            "running": len(records),
-            "held_tokens": sum(held.values()),
-            "largest_tokens": max(held.values()),
-        }
-        if first in held:
-            row["first_computed_tokens"] = computed[str(first)]
-            row["first_held_tokens"] = held[str(first)]
-        rows.append(row)
-    return rows
+    )
+    first = lines[lines["request"] == lines["request"].iloc[0]].set_index("step")
+    first = first[["computed_tokens", "held_tokens"]].add_prefix("first_")
+    return found.join(first.astype("Int64")).reset_index()

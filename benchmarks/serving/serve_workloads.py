@@ -9,8 +9,9 @@ from itertools import groupby
 
 from vllm.benchmarks import latency, throughput
 
+from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.session import Plan
+from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import (
     LATENCY_WARMUPS,
     Options,
@@ -21,40 +22,26 @@ from benchmarks.serving.vllm_bench import (
 )
 from benchmarks.serving.workloads import Requests, Run
 
-KEY = (
-    "workload",
-    "model",
-    "gpu_memory_utilization",
-    "kv_cache_bytes",
-    "backend",
-    "kv_cache_dtype",
-    "policy",
-    "shield",
-    "budget",
-    "stride",
-    "chunk",
-    "num_requests",
-    "input_len",
-    "output_len",
+TABLE = Table(
+    "serving",
+    key=(
+        *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
+        *("backend", "kv_cache_dtype", "policy", "shield"),
+        *("budget", "stride", "chunk", "num_requests", "input_len", "output_len"),
+    ),
+    results=("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions"),
 )
 WARM_UP_REQUESTS = 4
 WARM_UP_OUTPUT = 32
 """Tokens of a warm-up's requests, whose prompts are those of the batch."""
 
-RESULTS = ("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions")
 
-
-def plan(runs: Sequence[Run], options: Options) -> Plan:
+def jobs(runs: Sequence[Run], options: Options) -> list[Job]:
     """Return the runs as measurements, those next to each other sharing an engine."""
-    return Plan(
-        name="serving",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [(run.columns, partial(measure, run, options)) for run in group]
-            for _, group in groupby(runs, key=lambda run: run.engine)
-        ],
-    )
+    return [
+        [(run.columns, partial(measure, run, options)) for run in group]
+        for _, group in groupby(runs, key=lambda run: run.engine)
+    ]
 
 
 def warm_up(requests: Requests) -> Requests:

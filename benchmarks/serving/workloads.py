@@ -202,15 +202,15 @@ class Run:
         if self.variant.policy is None:
             config = {}
         elif self.variant.policy == "recent":
-            config["shield"] = ""
+            config["shield"] = None
         return {
             "workload": self.name,
             "model": self.workload.model,
             "gpu_memory_utilization": self.gpu_memory_utilization,
-            "kv_cache_bytes": self.workload.kv_cache_bytes or "",
+            "kv_cache_bytes": self.workload.kv_cache_bytes,
             "backend": self.backend,
             "kv_cache_dtype": self.variant.kv_cache_dtype,
-            **{key: config.get(key, "") for key in ("policy", "shield", *_SIZES)},
+            **{key: config.get(key) for key in ("policy", "shield", *_SIZES)},
             "num_requests": self.requests.count,
             "input_len": self.requests.input_len,
             "output_len": self.requests.output_len,

@@ -63,19 +63,16 @@ def test_steps_and_shares() -> None:
     parts = split(decode_steps(trace([2, 2, 80, 2, 2]), batch=2))
     assert [len(part) for part in parts.values()] == [3, 1]
     ordinary, evicting = (kernel_rows(part) for part in parts.values())
-    assert [(row["kernel"], row["calls"], row["us"]) for row in ordinary] == [
-        ("gemm", 2, 60),
-        ("gpu_memset", 1, 5),
-        ("_move_blocks_kernel", 1, 2),
-        ("gpu_memcpy", 1, 2),
+    assert ordinary[["kernel", "ours", "calls", "us"]].to_numpy().tolist() == [
+        ["gemm", "no", 2, 60],
+        ["gpu_memset", "no", 1, 5],
+        ["_move_blocks_kernel", "yes", 1, 2],
+        ["gpu_memcpy", "no", 1, 2],
     ]
-    assert [row["ours"] for row in ordinary] == ["no", "no", "yes", "no"]
     # of five digits each
-    assert sum(float(str(row["share"])) for row in ordinary) == pytest.approx(
-        1, abs=2e-5
-    )
-    assert evicting[0]["kernel"] == "_move_blocks_kernel"
-    assert evicting[0]["share"] == pytest.approx(80 / 147, abs=1e-5)
+    assert ordinary["share"].sum() == pytest.approx(1, abs=2e-5)
+    assert evicting["kernel"][0] == "_move_blocks_kernel"
+    assert evicting["share"][0] == pytest.approx(80 / 147, abs=1e-5)
 
 
 def test_idle_time_and_the_scheduler() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A cell's score, its share of the full cache's, and 95 % intervals of both.
+"""A cell's score, its share of the full cache's, 95 % intervals, and comparisons.
 
 Proportions have Wilson's interval, everything else the percentiles of a bootstrap over
 problems; a share of the full cache's score is bootstrapped over pairs.
@@ -8,11 +8,12 @@ problems; a share of the full cache's score is bootstrapped over pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, wilcoxon
 
 LEVEL = 0.95
 _RESAMPLES = 4000
@@ -87,3 +88,41 @@ def _bootstrap(
     )
     interval = result.confidence_interval
     return float(interval.low), float(interval.high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How one method does against another on the same problems.
+
+    Attributes:
+        better: Problems on which it does better.
+        worse: Problems on which it does worse.
+        p_value: Two-sided, of no difference.
+    """
+
+    better: int
+    worse: int
+    p_value: float
+
+
+def compare(
+    metric: str, values: Sequence[float], reference: Sequence[float]
+) -> Comparison:
+    """Compare two methods on the same problems.
+
+    Answers that are right or wrong by McNemar's exact test, losses by Wilcoxon's
+    signed-rank test; less of a loss is better.
+
+    Args:
+        metric: `perplexity` for losses, anything else for what more is better of.
+        values: One number a problem.
+        reference: The other method's.
+    """
+    pairs = np.asarray([values, reference], float)
+    ours, theirs = -pairs if metric == "perplexity" else pairs
+    better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
+    if not better + worse:
+        return Comparison(0, 0, 1.0)
+    if metric == "perplexity":
+        return Comparison(better, worse, float(wilcoxon(ours, theirs).pvalue))
+    return Comparison(better, worse, float(binomtest(better, better + worse).pvalue))

@@ -12,11 +12,11 @@ SHIELDS = ("peak", "deviation", "rms", "focus", "none")
 
 
 @dataclass(frozen=True)
-class Keep:
+class EvictionMethod:
     """One way to keep at most `budget` tokens of a sequence.
 
     Attributes:
-        method: `full` keeps everything. The plugin's, one choice of blocks for all
+        name: `full` keeps everything. The plugin's, one choice of blocks for all
             layers and heads: `roco`; `recent`, the first and the newest. Published, on
             tokens: `token-roco` (arXiv 2402.06262) and `h2o` (arXiv 2306.14048), a
             choice for every layer and kv head; `tova` (arXiv 2401.06104), one for every
@@ -37,7 +37,7 @@ class Keep:
         ValueError: A value is unknown or out of range.
     """
 
-    method: str
+    name: str
     budget: int = 0
     stride: int = 128
     chunk: int = 256
@@ -49,14 +49,14 @@ class Keep:
     options: tuple[tuple[str, str | float], ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.method in METHODS, "method", self.method, " or ".join(METHODS))
+        _require(self.name in METHODS, "name", self.name, " or ".join(METHODS))
         _require(self.chunk > 0, "chunk", self.chunk, "1 or more")
-        if self.method == "full":
+        if self.name == "full":
             return
         _require(self.shield in SHIELDS, "shield", self.shield, " or ".join(SHIELDS))
         ratio = self.shield_ratio
         _require(0 <= ratio <= 1, "shield_ratio", ratio, "a number from 0 to 1")
-        unit = self.block_size if self.method in BLOCK_METHODS else 1
+        unit = self.block_size if self.name in BLOCK_METHODS else 1
         for name in ("budget", "stride"):
             value = getattr(self, name)
             allowed = f"a multiple of {unit}, above 0"
@@ -71,14 +71,14 @@ class Keep:
         Every method gives up as many at the same time: whenever the sequence has grown
         by `stride` past the budget, `stride` go.
         """
-        if self.method == "full":
+        if self.name == "full":
             return 0
         over = num_computed_tokens - self.budget
         return max(0, over // self.stride) * self.stride
 
     def most_live_tokens(self, num_tokens: int) -> int:
         """Return the most tokens attended in reading and writing `num_tokens`."""
-        if self.method == "full":
+        if self.name == "full":
             return num_tokens
         return min(num_tokens, self.budget + self.stride + self.chunk)
 

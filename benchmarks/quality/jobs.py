@@ -46,13 +46,13 @@ class Workplace:
     Attributes:
         model: Hugging Face folder.
         commit: Of the code.
-        outcomes: File that workers append to.
+        results: File that workers append to.
         logs: Folder for jobs and what they print.
     """
 
     model: str
     commit: str
-    outcomes: Path
+    results: Path
     logs: Path
 
 
@@ -145,7 +145,7 @@ def _run_one(job: Job, workplace: Workplace, until: float) -> None:
                 "cells": [cell.to_json() for cell in job.cells],
                 "model": workplace.model,
                 "commit": workplace.commit,
-                "outcomes": str(workplace.outcomes),
+                "results": str(workplace.results),
             }
         )
     )

@@ -1,48 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Works off a list of measurements within a time limit, each row written at once."""
+"""Runs measurements within a time limit, an engine's after another's."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks import rows
+from benchmarks.rows import Row, Table
 from benchmarks.serving.shared_engine import SharedEngine
-from benchmarks.serving.table import Table, note_machine
 
 MACHINE = ("gpu", "vllm", "commit", "flags")
 """Columns of every table: a row counts only beside rows of the same machine."""
 
-Row = Mapping[str, object]
 Measurement = tuple[Row, Callable[[], Row]]
 """A row's columns that are known before, and what returns the others."""
-
-
-def _end(engine: SharedEngine) -> None:
-    try:
-        engine.end()
-    except Exception as error:
-        # the rows of later engines can be measured all the same
-        print(f"the engine does not end: {error!r}", file=sys.stderr, flush=True)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be measured for one table.
-
-    Attributes:
-        name: The table's, without its suffix.
-        key: Columns that tell one measurement from another.
-        results: Columns that a measurement fills.
-        engines: The measurements of one engine after another.
-    """
-
-    name: str
-    key: Sequence[str]
-    results: Sequence[str]
-    engines: Sequence[Sequence[Measurement]]
+Job = Sequence[Measurement]
+"""What one engine measures."""
 
 
 @dataclass(frozen=True)
@@ -51,29 +28,32 @@ class Session:
 
     Attributes:
         out: Folder of the tables.
-        facts: GPU, driver, versions, commit and flags, for the JSON file.
+        facts: GPU, driver, versions, commit and flags, for the provenance.
         time_limit: Seconds after which nothing new is begun.
         again: Whether rows are measured that are there already.
     """
 
     out: Path
-    facts: Mapping[str, object]
+    facts: Row
     time_limit: float
     again: bool
 
-    def work_off(self, plan: Plan) -> int:
-        """Measure what is not yet in the table; return how much failed."""
+    @property
+    def machine(self) -> Row:
+        """The columns that every row begins with."""
+        return {column: self.facts[column] for column in MACHINE}
+
+    def run(self, table: Table, jobs: Sequence[Job]) -> int:
+        """Measure what is not yet in a table; return how much failed."""
         end = time.monotonic() + self.time_limit
-        table = Table(
-            self.out / f"{plan.name}.csv",
-            key=[*MACHINE, *plan.key],
-            results=plan.results,
-        )
-        note_machine(self.out / f"{plan.name}.json", self.facts)
+        table = replace(table, key=[*MACHINE, *table.key])
+        # other columns are refused before anything is measured
+        table.read(self.out)
+        rows.note(self.out, table.name, self.facts)
         failures = 0
-        for measurements in plan.engines:
+        for job in jobs:
             with SharedEngine() as engine:
-                for columns, measure in measurements:
+                for columns, measure in job:
                     if not self._add(table, columns, measure, end):
                         failures += 1
                         # requests may be left in it, or it may be dead
@@ -84,9 +64,9 @@ class Session:
         self, table: Table, columns: Row, measure: Callable[[], Row], end: float
     ) -> bool:
         """Measure a row unless it is there or time is up; return whether that works."""
-        row = {**{column: self.facts[column] for column in MACHINE}, **columns}
-        label = " ".join(str(value) for value in columns.values() if value != "")
-        if table.has(row) and not self.again:
+        row = {**self.machine, **columns}
+        label = " ".join(str(value) for value in columns.values() if value is not None)
+        if not self.again and table.has(self.out, row):
             print(f"there already: {label}", flush=True)
             return True
         start = time.monotonic()
@@ -99,7 +79,15 @@ class Session:
             # one that fails must not cost the others' figures
             print(f"failed: {label}: {error!r}", file=sys.stderr, flush=True)
             return False
-        table.append({**row, **measured})
+        table.append(self.out, {**row, **measured})
         seconds = time.monotonic() - start
         print(f"{label}: {dict(measured)} in {seconds:.0f} s", flush=True)
         return True
+
+
+def _end(engine: SharedEngine) -> None:
+    try:
+        engine.end()
+    except Exception as error:
+        # the rows of later engines can be measured all the same
+        print(f"the engine does not end: {error!r}", file=sys.stderr, flush=True)

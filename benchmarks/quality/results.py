@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The outcome of every problem of every cell, in a file that only grows.
+"""The result of every problem of every cell, in a file that only grows.
 
 Workers append to it the moment a cell is known, whatever becomes of them afterwards.
 The table is made from it, paired comparisons too.
@@ -22,7 +22,7 @@ _DIGITS = 5
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """What came of a cell.
 
     Attributes:
@@ -38,18 +38,18 @@ class Outcome:
     commit: str
 
 
-def append(path: Path, outcome: Outcome) -> None:
+def append(path: Path, result: Result) -> None:
     """Add a line, whole even when several processes add lines at once."""
     metrics = {
         name: [round(value, _DIGITS) for value in values]
-        for name, values in outcome.metrics.items()
+        for name, values in result.metrics.items()
     }
     line = json.dumps(
         {
-            "cell": outcome.cell.to_json(),
+            "cell": result.cell.to_json(),
             "metrics": metrics,
-            "gpu": outcome.gpu,
-            "commit": outcome.commit,
+            "gpu": result.gpu,
+            "commit": result.commit,
         }
     )
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -59,13 +59,13 @@ def append(path: Path, outcome: Outcome) -> None:
         os.close(file)
 
 
-def read(path: Path) -> dict[Cell, Outcome]:
+def read(path: Path) -> dict[Cell, Result]:
     """Return what the file holds; none if there is no file."""
     if not path.exists():
         return {}
-    outcomes = {}
+    results = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
         cell = Cell.from_json(fields.pop("cell"))
-        outcomes[cell] = Outcome(cell, **fields)
-    return outcomes
+        results[cell] = Result(cell, **fields)
+    return results
