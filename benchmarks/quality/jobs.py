@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 from benchmarks.quality.cells import Job
 
@@ -60,38 +58,13 @@ class Failed(Exception):
     """A job ended with an error; says where to read of it."""
 
 
-class _Queue:
-    """Jobs that several threads take from; oracles only as many as fit.
-
-    A third of the threads asks for an oracle first: it keeps a GPU busy while engines
-    of vLLM start, which is work for CPUs.
-    """
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._lock = threading.Lock()
-        self._engines = deque(job for job in jobs if not _is_oracle(job))
-        self._oracles = deque(job for job in jobs if _is_oracle(job))
-        self._running_oracles = 0
-
-    def take(self, *, oracle_first: bool) -> Job | None:
-        """Return the next job; None when there is none left for this thread."""
-        with self._lock:
-            may_oracle = self._oracles and self._running_oracles < MOST_ORACLES
-            if may_oracle and (oracle_first or not self._engines):
-                self._running_oracles += 1
-                return self._oracles.popleft()
-            return self._engines.popleft() if self._engines else None
-
-    def give_back(self, job: Job) -> None:
-        """Say that a job has ended."""
-        with self._lock:
-            self._running_oracles -= _is_oracle(job)
-
-
 def run(
     jobs: Sequence[Job], workplace: Workplace, *, parallel: int, until: float
 ) -> Iterator[list[Failed]]:
     """Run jobs, and yield about once a second: the failures since.
+
+    A third of the processes is for oracles, which keep a GPU busy while engines of vLLM
+    start, which is work for CPUs.
 
     Args:
         jobs: The first ones start first.
@@ -100,29 +73,30 @@ def run(
         until: `time.monotonic()` at which what still runs is ended.
     """
     workplace.logs.mkdir(parents=True, exist_ok=True)
-    jobs_left = _Queue(jobs)
-    failures: SimpleQueue[Failed] = SimpleQueue()
-
-    def work(oracle_first: bool) -> None:
-        while job := jobs_left.take(oracle_first=oracle_first):
-            try:
-                _run_one(job, workplace, until)
-            except Failed as failure:
-                failures.put(failure)
-            finally:
-                jobs_left.give_back(job)
-
-    with ThreadPoolExecutor(parallel) as pool:
-        running = {pool.submit(work, i < parallel // 3) for i in range(parallel)}
+    oracles = [job for job in jobs if job.cells[0].setup.engine == "oracle"]
+    engines = [job for job in jobs if job not in oracles]
+    beside = min(MOST_ORACLES, len(oracles), parallel // 3 if engines else parallel)
+    with (
+        ThreadPoolExecutor(max(1, parallel - beside)) as pool,
+        ThreadPoolExecutor(beside) if beside else contextlib.nullcontext(pool) as other,
+    ):
+        running = {
+            chosen.submit(_run_one, job, workplace, until)
+            for chosen, waiting in ((pool, engines), (other, oracles))
+            for job in waiting
+        }
         while running:
             done, running = wait(running, timeout=_POLL_SECONDS)
-            yield [failures.get() for _ in range(failures.qsize())]
-            for future in done:
-                future.result()
+            yield [error for each in done if (error := _failure(each)) is not None]
 
 
-def _is_oracle(job: Job) -> bool:
-    return job.cells[0].setup.engine == "oracle"
+def _failure(ended: Future[None]) -> Failed | None:
+    """Return why a job failed; raise what is no failure of its process."""
+    try:
+        ended.result()
+    except Failed as failure:
+        return failure
+    return None
 
 
 def _run_one(job: Job, workplace: Workplace, until: float) -> None:

@@ -78,7 +78,8 @@ def _against_budget(
     for panel, (title, swept) in zip(
         axes, found.groupby("title", sort=False), strict=True
     ):
-        for method, line in swept.groupby("method", sort=False):
+        for _, line in swept.groupby("method", sort=False):
+            method = line["method"].iloc[0]
             if method == "full":
                 level = line[score].iloc[0]
                 panel.axhline(level, color="black", ls="--", label="full cache")
@@ -86,7 +87,7 @@ def _against_budget(
                 name = f"{method}, default"
                 _line(panel, line, "budget_ratio", score, label=name, linewidth=2.2)
             else:
-                _line(panel, line, "budget_ratio", score, label=str(method))
+                _line(panel, line, "budget_ratio", score, label=method)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         panel.set(title=title, ylabel=label, xlabel="budget, share of the text")

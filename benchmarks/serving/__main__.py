@@ -99,8 +99,8 @@ def main(command: list[str]) -> int:
         scheduling,
         serve_workloads,
     )
+    from benchmarks.serving.engines import Options
     from benchmarks.serving.jobs import Session
-    from benchmarks.serving.vllm_bench import Options
     from tools.smollm2 import smollm2_path
 
     facts = environment_elsewhere()

@@ -12,20 +12,19 @@ from typing import Any
 from torch.profiler import record_function
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from benchmarks.serving.trace_steps import SCHEDULER
 from vllm_roco.scheduler import RocoAsyncScheduler
-
-PREFIX = "scheduler: "
 
 
 class _Annotated:
     """Put before a scheduler class."""
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        with record_function(f"{PREFIX}schedule"):
+        with record_function(f"{SCHEDULER}schedule"):
             return super().schedule(*args, **kwargs)  # type: ignore[misc]
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
-        with record_function(f"{PREFIX}update_from_output"):
+        with record_function(f"{SCHEDULER}update_from_output"):
             return super().update_from_output(*args, **kwargs)  # type: ignore[misc]
 
 

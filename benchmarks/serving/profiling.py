@@ -11,7 +11,6 @@ import gzip
 import importlib
 import json
 import pkgutil
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from vllm.benchmarks import latency
 
 from benchmarks import rows
 from benchmarks.serving.annotated_scheduler import scheduler_class
+from benchmarks.serving.engines import Engine, Options, Requests
 from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.shared_engine import await_engine_end
-from benchmarks.serving.trace_steps import Step, decode_steps
-from benchmarks.serving.vllm_bench import Options, engine_command, parsed
-from benchmarks.serving.workloads import VARIANTS, Requests
+from benchmarks.serving.trace_steps import Steps, decode_steps
+from benchmarks.serving.vllm_bench import parsed
+from benchmarks.serving.workloads import VARIANTS
 from vllm_roco import ops
 from vllm_roco.config import RocoConfig
 
@@ -66,18 +66,14 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
         "torch_profiler_dir": str(folder.resolve()),
         "torch_profiler_with_stack": False,
     }
-    engine = engine_command(
+    engine = Engine(
         model=MODEL,
-        batches=[REQUESTS],
-        backend="FLASH_ATTN" if policy is None else "ROCO",
+        batches=(REQUESTS,),
+        roco=None if policy is None else RocoConfig(policy=policy),
         kv_cache_dtype=VARIANTS[variant].kv_cache_dtype,
-        roco_options={} if policy is None else {"policy": policy},
-        gpu_memory_utilization=0.9,
-        kv_cache_bytes=None,
-        options=options,
     )
     return [
-        *engine,
+        *engine.command(options),
         f"--max-num-batched-tokens={MAX_NUM_BATCHED_TOKENS}",
         f"--scheduler-cls={scheduler_class(roco=policy is not None)}",
         "--async-scheduling",
@@ -90,17 +86,15 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     ]
 
 
-def split(steps: list[Step]) -> dict[str, list[Step]]:
+def split(steps: Steps) -> dict[str, Steps]:
     """Return the ordinary steps and those in which pages are moved."""
-    moving = [sum(step.kernels.get(MOVE, [])) for step in steps]
-    usual = statistics.median(moving)
-    parts: dict[str, list[Step]] = {"decode": [], "evicting": []}
-    for step, moved in zip(steps, moving, strict=True):
-        parts["evicting" if moved > 5 * usual else "decode"].append(step)
-    if parts["evicting"]:
-        # prompts that were read later evict later: the fullest step counts
-        parts["evicting"] = [max(parts["evicting"], key=lambda s: sum(s.kernels[MOVE]))]
-    return parts
+    moves = steps.calls[steps.calls["kernel"] == MOVE]
+    moving = moves.groupby("step")["us"].sum().reindex(steps.times.index, fill_value=0)
+    evicting = moving > 5 * moving.median()
+    # prompts that were read later evict later: the fullest step counts
+    fullest = evicting & (moving == moving.max())
+    parts = {"decode": steps.where(~evicting), "evicting": steps.where(fullest)}
+    return {kind: part for kind, part in parts.items() if len(part.times)}
 
 
 def our_kernels() -> set[str]:
@@ -114,42 +108,29 @@ def our_kernels() -> set[str]:
     }
 
 
-def kernel_rows(steps: list[Step]) -> pd.DataFrame:
+def kernel_rows(steps: Steps) -> pd.DataFrame:
     """Return the kernels of an average step, the costliest first."""
     ours = our_kernels()
-    every = pd.DataFrame(
-        [
-            (name, len(durations) / len(steps), sum(durations) / len(steps))
-            for step in steps
-            for name, durations in step.kernels.items()
-        ],
-        columns=["kernel", "calls", "us"],
-    )
-    total = every["us"].sum()
-    kernels = every.groupby("kernel").sum().sort_values("us", ascending=False)
-    shown = [
-        name for place, name in enumerate(kernels.index) if place < TOP or name in ours
-    ]
-    rest = kernels.drop(shown)
-    found = kernels.loc[shown]
+    calls = steps.calls.groupby("kernel")["us"].agg(["size", "sum"])
+    kernels = (calls / len(steps.times)).set_axis(["calls", "us"], axis=1)
+    kernels = kernels.sort_values("us", ascending=False).reset_index()
+    is_shown = (kernels.index < TOP) | kernels["kernel"].isin(ours)
+    rest = kernels[~is_shown]
+    found = kernels[is_shown]
     if len(rest):
-        found.loc[f"{len(rest)} others"] = rest.sum()
-    found = found.assign(
-        ours=["yes" if name in ours else "no" for name in found.index],
-        share=(found["us"] / total).round(5),
-        calls=found["calls"].round(1),
-        us=found["us"].round(2),
-    ).reset_index()
-    found["kernel"] = found["kernel"].str[:80]
-    return found[["kernel", "ours", "calls", "us", "share"]]
-
-
-def whole_step(steps: list[Step]) -> dict[str, object]:
-    """Return an average step's time, the GPU's idle part and the scheduler's time."""
-    return {
-        column: round(statistics.mean(getattr(step, column) for step in steps), 1)
-        for column in ("step_us", "idle_us", "scheduler_us")
-    }
+        sums = rest[["calls", "us"]].sum()
+        found = pd.concat(
+            [found, sums.to_frame().T.assign(kernel=f"{len(rest)} others")]
+        )
+    return pd.DataFrame(
+        {
+            "kernel": found["kernel"].str[:80],
+            "ours": found["kernel"].isin(ours).map({True: "yes", False: "no"}),
+            "calls": found["calls"].round(1),
+            "us": found["us"].round(2),
+            "share": (found["us"] / found["us"].sum()).round(5),
+        }
+    ).reset_index(drop=True)
 
 
 def profile(variant: str, folder: Path) -> pd.DataFrame:
@@ -171,10 +152,9 @@ def profile(variant: str, folder: Path) -> pd.DataFrame:
     }
     parts = []
     for kind, part in split(steps).items():
-        if part:
-            kernels = kernel_rows(part)
-            whole = {**columns, "step": kind, **whole_step(part)}
-            parts.append(kernels.assign(**whole)[[*whole, *kernels]])
+        kernels = kernel_rows(part)
+        whole = {**columns, "step": kind, **part.times.mean().round(1)}
+        parts.append(kernels.assign(**whole)[[*whole, *kernels]])
     return pd.concat(parts)
 
 

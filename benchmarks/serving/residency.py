@@ -8,7 +8,7 @@ for both sides: what three full sequences need.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +19,9 @@ from vllm.benchmarks import throughput
 from benchmarks import rows
 from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
+from benchmarks.serving.engines import MODELS, Engine, Options, Requests
 from benchmarks.serving.jobs import Job
-from benchmarks.serving.vllm_bench import (
-    Options,
-    call,
-    engine_command,
-    throughput_command,
-)
-from benchmarks.serving.workloads import MODELS, Requests
+from benchmarks.serving.vllm_bench import call, throughput_command
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import statistics_bytes
@@ -81,29 +76,22 @@ class Page:
 
 def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
     """Return both sides; what RoCo held in every step goes to `memory_steps.csv`."""
+    stock = Engine(
+        model=model,
+        batches=(REQUESTS,),
+        stock=baseline,
+        gpu_memory_utilization=0.5,
+        kv_cache_bytes=kv_cache_bytes(model),
+    )
     return [
         [
             (
-                columns(model, roco=roco),
-                partial(measure, model, baseline, options, out / STEPS, roco=roco),
+                {**engine.columns, **REQUESTS.columns},
+                partial(measure, engine, options, out / STEPS),
             )
         ]
-        for roco in (False, True)
+        for engine in (stock, replace(stock, roco=CONFIG))
     ]
-
-
-def columns(model: str, *, roco: bool) -> dict[str, object]:
-    """Return the columns of `memory.csv` that tell a side from the other."""
-    options = vars(CONFIG) if roco else {}
-    return {
-        "model": model,
-        "kv_cache_bytes": kv_cache_bytes(model),
-        "backend": "ROCO" if roco else "stock",
-        **{key: options.get(key) for key in ("policy", "budget", "stride", "chunk")},
-        "num_requests": REQUESTS.count,
-        "input_len": REQUESTS.input_len,
-        "output_len": REQUESTS.output_len,
-    }
 
 
 def kv_cache_bytes(model: str) -> int:
@@ -112,48 +100,37 @@ def kv_cache_bytes(model: str) -> int:
     return (FULL_SEQUENCES * tokens // BLOCK_SIZE + 1) * Page.of(model).content
 
 
-def measure(
-    model: str, baseline: str, options: Options, steps: Path, *, roco: bool
-) -> dict[str, object]:
+def measure(engine: Engine, options: Options, steps: Path) -> dict[str, object]:
     """Serve the requests; return the columns that this fills.
 
     Args:
-        model: Folder of `benchmarks/models`.
-        baseline: The attention backend of stock vLLM.
+        engine: Either side.
         options: What is the same for both engines.
         steps: File for what RoCo held in every step; replaced.
-        roco: Which side to measure.
     """
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
-        config = {key: getattr(CONFIG, key) for key in ("budget", "stride", "chunk")}
-        engine = engine_command(
-            model=model,
-            batches=[REQUESTS],
-            backend="ROCO" if roco else baseline,
-            kv_cache_dtype="auto",
-            roco_options={**config, "trace": str(trace)} if roco else {},
-            gpu_memory_utilization=0.5,
-            kv_cache_bytes=kv_cache_bytes(model),
-            options=options,
-        )
-        engine += ["--dtype=bfloat16", "--async-scheduling"]
+        if engine.roco is not None:
+            engine = replace(engine, roco=replace(engine.roco, trace=str(trace)))
+        command = [*engine.command(options), "--dtype=bfloat16", "--async-scheduling"]
         with Counters(num_warmups=0) as counters:
-            call(throughput, [*engine, *throughput_command(REQUESTS)])
+            call(throughput, [*command, *throughput_command(REQUESTS)])
         result: dict[str, object] = {
             "max_running": counters.max_running,
             "preemptions": counters.preemptions,
         }
-        if roco:
+        if engine.roco is not None:
             held = by_step(trace)
             rows.write(steps, held)
-            result["peak_sequence_tokens"] = int(held["largest_tokens"].max())
             schedule = EvictionSchedule(
                 block_size=BLOCK_SIZE, budget=CONFIG.budget, stride=CONFIG.stride
             )
             in_flight = STEPS_IN_FLIGHT * CONFIG.chunk
-            result["bound_tokens"] = schedule.max_blocks(in_flight) * BLOCK_SIZE
-            result["statistics_share"] = round(Page.of(model).statistics_share, 5)
+            result |= {
+                "peak_sequence_tokens": int(held["largest_tokens"].max()),
+                "bound_tokens": schedule.max_blocks(in_flight) * BLOCK_SIZE,
+                "statistics_share": round(Page.of(engine.model).statistics_share, 5),
+            }
     return result
 
 

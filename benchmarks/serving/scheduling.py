@@ -30,8 +30,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.kernels.measuring import Timing
 from benchmarks.rows import Table
+from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import Job
-from benchmarks.serving.workloads import MODELS, WORKLOADS
+from benchmarks.serving.workloads import WORKLOADS
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.scheduler import RocoAsyncScheduler
 
@@ -199,9 +200,6 @@ def measure(model: Path, *, roco: bool) -> dict[str, object]:
 def _row(times: dict[str, list[float]]) -> dict[str, object]:
     row: dict[str, object] = {}
     for name, samples in times.items():
-        timing = Timing.of(samples)
-        row[f"{name}_us"] = timing.median
-        row[f"{name}_low"] = timing.low
-        row[f"{name}_high"] = timing.high
+        row |= Timing.of(samples).columns(name)
         row[f"{name}_mean"] = round(sum(samples) / len(samples), 1)
     return row

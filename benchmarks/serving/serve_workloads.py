@@ -11,16 +11,15 @@ from vllm.benchmarks import latency, throughput
 
 from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
+from benchmarks.serving.engines import Options, Requests
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import (
     LATENCY_WARMUPS,
-    Options,
     call,
-    engine_command,
     latency_command,
     throughput_command,
 )
-from benchmarks.serving.workloads import Requests, Run
+from benchmarks.serving.workloads import WORKLOADS, Run
 
 TABLE = Table(
     "serving",
@@ -55,19 +54,8 @@ def warm_up(requests: Requests) -> Requests:
 
 def measure(run: Run, options: Options) -> dict[str, object]:
     """Serve a run's batch; return the columns of `serving.csv` that it fills."""
-    requests = run.requests
-    engine = engine_command(
-        model=run.workload.model,
-        # all of them, whichever are selected: a row means the same alone
-        batches=run.workload.batches,
-        backend=run.backend,
-        kv_cache_dtype=run.variant.kv_cache_dtype,
-        roco_options=run.roco_options,
-        gpu_memory_utilization=run.gpu_memory_utilization,
-        kv_cache_bytes=run.workload.kv_cache_bytes,
-        options=options,
-    )
-    if run.workload.one_at_a_time:
+    requests, engine = run.requests, run.engine.command(options)
+    if WORKLOADS[run.name].one_at_a_time:
         with Counters(LATENCY_WARMUPS * requests.count) as counters:
             result = call(latency, [*engine, *latency_command(requests)])
         seconds = result["percentiles"]["50"]

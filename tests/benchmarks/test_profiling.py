@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from benchmarks.serving import scheduling
 from benchmarks.serving.annotated_scheduler import scheduler_class
+from benchmarks.serving.engines import MODELS, Options
 from benchmarks.serving.profiling import (
     MAX_NUM_BATCHED_TOKENS,
     kernel_rows,
@@ -24,10 +24,9 @@ from benchmarks.serving.profiling import (
     profile_command,
     run,
     split,
-    whole_step,
 )
 from benchmarks.serving.trace_steps import decode_steps
-from benchmarks.serving.vllm_bench import Options, parsed
+from benchmarks.serving.vllm_bench import parsed
 
 PREFILL = "execute_context_2(700)_generation_0(0)"
 DECODE = "execute_context_0(0)_generation_2(2)"
@@ -61,7 +60,7 @@ def trace(moves: list[float]) -> Mapping[str, Any]:
 
 def test_steps_and_shares() -> None:
     parts = split(decode_steps(trace([2, 2, 80, 2, 2]), batch=2))
-    assert [len(part) for part in parts.values()] == [3, 1]
+    assert [len(part.times) for part in parts.values()] == [3, 1]
     ordinary, evicting = (kernel_rows(part) for part in parts.values())
     assert ordinary[["kernel", "ours", "calls", "us"]].to_numpy().tolist() == [
         ["gemm", "no", 2, 60],
@@ -78,10 +77,10 @@ def test_steps_and_shares() -> None:
 def test_idle_time_and_the_scheduler() -> None:
     parts = split(decode_steps(trace([2, 2, 80, 2, 2]), batch=2))
     # the long move ends in the next step, beside that one's first kernels
-    assert [whole_step(part) for part in parts.values()] == [
+    assert [part.times.mean().to_dict() for part in parts.values()] == [
         {
             "step_us": 100,
-            "idle_us": pytest.approx((36 + 36 + 34) / 3, abs=0.05),
+            "idle_us": pytest.approx((36 + 36 + 34) / 3),
             "scheduler_us": 7,
         },
         {"step_us": 100, "idle_us": 4, "scheduler_us": 7},
@@ -91,15 +90,15 @@ def test_idle_time_and_the_scheduler() -> None:
 def test_a_trace_without_the_scheduler_tells_no_time() -> None:
     events = trace([2, 2])["traceEvents"]
     others = [event for event in events if event.get("cat") != "user_annotation"]
-    (step,) = decode_steps({"traceEvents": others}, batch=2)
-    assert step.idle_us == 36
-    assert math.isnan(step.scheduler_us)
+    times = decode_steps({"traceEvents": others}, batch=2).times
+    assert times["idle_us"].tolist() == [36]
+    assert times["scheduler_us"].isna().all()
 
 
 @pytest.mark.parametrize("roco", [False, True])
 def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
     kind = resolve_obj_by_qualname(scheduler_class(roco=roco))
-    model = scheduling.MODELS / scheduling.WORKLOAD.model
+    model = MODELS / scheduling.WORKLOAD.model
     core = scheduling.scheduler(model, roco=roco, kind=kind)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         output = core.schedule()
@@ -133,8 +132,7 @@ def test_our_kernels() -> None:
 
 @pytest.mark.parametrize("variant", ["stock", "roco"])
 def test_command(variant: str, tmp_path: Path) -> None:
-    models = str(Path(__file__).parents[2] / "benchmarks" / "models")
-    command = profile_command(variant, tmp_path, Options(tokenizer=models))
+    command = profile_command(variant, tmp_path, Options(tokenizer=str(MODELS)))
     arguments = parsed(latency, command)
     assert arguments.profile
     engine = EngineArgs.from_cli_args(arguments)

@@ -84,7 +84,7 @@ def test_report(tmp_path: Path) -> None:
                 **{column: "x" for column in MACHINE},
                 **case.columns(number),
                 **times,
-                "ttft_ms": 10 * number * (3 if case.policy else 2),
+                "ttft_ms": 10 * number * (3 if case.engine.roco else 2),
             }
             for case in cases
             for number in (1, 2)

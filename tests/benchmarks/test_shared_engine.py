@@ -16,15 +16,11 @@ from vllm.benchmarks import latency
 
 from benchmarks.rows import read
 from benchmarks.serving import serve_workloads
+from benchmarks.serving.engines import Engine, Options, Requests
 from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.shared_engine import SharedEngine
-from benchmarks.serving.vllm_bench import (
-    Options,
-    call,
-    engine_command,
-    latency_command,
-)
-from benchmarks.serving.workloads import Requests, runs
+from benchmarks.serving.vllm_bench import call, latency_command
+from benchmarks.serving.workloads import runs
 
 BATCH = Requests(1, 8, 4)
 Measure = Callable[[], Mapping[str, object]]
@@ -127,17 +123,16 @@ def test_an_engine_that_does_not_start_is_tried_once(smollm2: Path) -> None:
             ("auto", "the engine does not start"),
             ("fp8", "another kv_cache_dtype='fp8'"),
         ):
-            command = engine_command(
+            engine = Engine(
                 model="smollm2-135m",
-                batches=[BATCH],
-                backend="CPU_ATTN",
+                batches=(BATCH,),
+                stock="CPU_ATTN",
                 kv_cache_dtype=kv_cache_dtype,
-                roco_options={},
                 gpu_memory_utilization=0.3,
-                kv_cache_bytes=None,
-                # longer than the model
-                options=Options(str(smollm2), ["--max-model-len=100000"]),
             )
+            # longer than the model
+            options = Options(str(smollm2), ["--max-model-len=100000"])
+            command = engine.command(options)
             with pytest.raises((RuntimeError, ValueError), match=message) as error:
                 call(latency, [*command, *latency_command(BATCH)])
             causes.append(error.value.__cause__)
