@@ -15,7 +15,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from benchmarks import machine, rows
-from benchmarks.quality import jobs, results, table
+from benchmarks.quality import jobs, results, scoring
 from benchmarks.quality.cells import Cell, Job
 from benchmarks.quality.grid import (
     BASE,
@@ -34,9 +34,9 @@ MODEL_VARIABLE = "VLLM_ROCO_SMOLLM2"
 """Folder of the default model, for a host that cannot make it."""
 Results = Mapping[Cell, Result]
 ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
-    "quality": table.rows,
-    "search": table.search_rows,
-    "kvpress": table.rows,
+    "quality": scoring.rows,
+    "search": scoring.search_rows,
+    "kvpress": scoring.rows,
 }
 """What makes each table of the results beside it."""
 
@@ -103,7 +103,7 @@ def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
     """
     if cell.setup == FULL or preset.reference != FULL.method:
         return True
-    full = done.get(table.full_of(cell))
+    full = done.get(scoring.full_of(cell))
     if full is None:
         return False
     scores = full.metrics.get("accuracy")

@@ -52,10 +52,10 @@ class Engine:
 
 def press_of(cell: Cell) -> Any:
     """Return a press that keeps the cell's share of a prompt; None for all of it."""
-    import kvpress
-
     if cell.setup.policy == "full":
         return None
+    import kvpress
+
     press = getattr(kvpress, f"{cell.setup.policy}Press")
     return press(compression_ratio=1 - cell.budget_ratio)
 

@@ -30,25 +30,20 @@ from benchmarks.serving.comparisons import comparisons, newest_settings
 
 def throughput(axes: Axes, found: pd.DataFrame) -> None:
     """Bars of tokens a second for each memory size, with the ratio on top."""
-    names = found["engine"].unique()
-    sizes = found["gpu_memory_utilization"].unique()
-    width = 0.8 / len(names)
-    for index, name in enumerate(names):
-        bar = found[found["engine"] == name]
-        offset = (index - (len(names) - 1) / 2) * width
-        places = [
-            list(sizes).index(size) + offset for size in bar["gpu_memory_utilization"]
+    names, sizes = (found[key].unique() for key in ("engine", "gpu_memory_utilization"))
+    speeds, ratios = (
+        found.pivot(index="gpu_memory_utilization", columns="engine", values=value).loc[
+            sizes, names
         ]
-        bars = axes.bar(
-            places,
-            bar["output_tok_s"].to_numpy(float),
-            0.94 * width,
-            label=name,
-            color=_colour(name),
-        )
-        labels = [f"{ratio:.2f}" for ratio in bar["ratio"]]
-        axes.bar_label(bars, labels, fontsize=8, padding=2)
-    axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        for value in ("output_tok_s", "ratio")
+    )
+    colours: Any = list(map(_colour, names))
+    speeds.astype(float).plot.bar(
+        ax=axes, width=0.8, color=colours, rot=0, legend=False
+    )
+    for bars, name in zip(axes.containers, names, strict=True):
+        labels = ["" if pd.isna(ratio) else f"{ratio:.2f}" for ratio in ratios[name]]
+        axes.bar_label(bars, labels, fontsize=8, padding=2)  # type: ignore[arg-type]
     axes.set_xlabel("--gpu-memory-utilization")
     axes.set_ylabel("output tokens per second")
     axes.margins(y=0.1)

@@ -14,7 +14,7 @@ from vllm.benchmarks import latency
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from benchmarks.serving import scheduling
+from benchmarks.serving import profiling, scheduling
 from benchmarks.serving.annotated_scheduler import scheduler_class
 from benchmarks.serving.engines import MODELS, Options
 from benchmarks.serving.profiling import (
@@ -72,6 +72,18 @@ def test_steps_and_shares() -> None:
     assert ordinary["share"].sum() == pytest.approx(1, abs=2e-5)
     assert evicting["kernel"][0] == "_move_blocks_kernel"
     assert evicting["share"][0] == pytest.approx(80 / 147, abs=1e-5)
+
+
+def test_kernels_beyond_the_first_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "TOP", 1)
+    found = kernel_rows(decode_steps(trace([2, 2]), batch=2))
+    assert found[["kernel", "calls", "us"]].to_numpy().tolist() == [
+        ["gemm", 2, 60],
+        # ours have a row in any case
+        ["_move_blocks_kernel", 1, 2],
+        ["2 others", 2, 7],
+    ]
+    assert found["share"].sum() == pytest.approx(1, abs=2e-5)
 
 
 def test_idle_time_and_the_scheduler() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import jobs, results, table
+from benchmarks.quality import jobs, results, scoring
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION, Cell, Job
 from benchmarks.quality.grid import (
     BASE,
@@ -202,7 +202,7 @@ def test_table_has_intervals_and_the_share_of_the_full_cache() -> None:
         for c in every
         if c.task == "passkey" and c.context == 2048 and c.budget_ratio == 0.25
     )
-    rows = table.rows(
+    rows = scoring.rows(
         {
             full: result(full, *[1.0] * 90, *[0.0] * 10),
             cell: result(cell, *[1.0] * 45, *[0.0] * 55),

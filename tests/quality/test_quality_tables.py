@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.markdown import UNMEASURED
-from benchmarks.quality import table
+from benchmarks.quality import scoring
 from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION, Cell
 from benchmarks.quality.grid import BASE, FULL, METHODS, ORACLE_METHODS, PRESETS, cells
 from benchmarks.quality.pictures import PICTURES
@@ -36,7 +36,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if cell.setup == FULL or cell.task not in FAILED
     }
     folder = tmp_path_factory.mktemp("measured")
-    write(folder / "quality.csv", table.rows(results))
+    write(folder / "quality.csv", scoring.rows(results))
     note(folder, "quality", {"base": asdict(BASE)})
     return folder
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.quality import table, with_oracle, worker
+from benchmarks.quality import scoring, with_oracle, worker
 from benchmarks.quality.cells import PERPLEXITY, Cell
 from benchmarks.quality.grid import PRESETS, cells
 from benchmarks.quality.oracle import EvictionMethod, Oracle
@@ -82,7 +82,7 @@ def test_policies_are_compared_on_the_same_problems(
         )
         for cell in every
     }
-    found = table.search_rows(results)
+    found = scoring.search_rows(results)
     assert found["method"].tolist() == ["full", "full", DEFAULT, DEFAULT]
     assert found["budget_ratio"].tolist() == [0.25] * 4
     assert found["score"][0] == 0, "a random model finds nothing"
