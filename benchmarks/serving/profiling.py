@@ -14,20 +14,23 @@ import pkgutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from torch.profiler import record_function
 from vllm.benchmarks import latency
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from benchmarks import rows
-from benchmarks.serving.annotated_scheduler import scheduler_class
 from benchmarks.serving.engines import Engine, Options, Requests
 from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.shared_engine import await_engine_end
-from benchmarks.serving.trace_steps import Steps, decode_steps
+from benchmarks.serving.trace_steps import SCHEDULER, Steps, decode_steps
 from benchmarks.serving.vllm_bench import parsed
 from benchmarks.serving.workloads import VARIANTS
 from vllm_roco import ops
 from vllm_roco.config import RocoConfig
+from vllm_roco.scheduler import RocoAsyncScheduler
 
 DEFAULTS = RocoConfig()
 MODEL = "llama-3.1-8b"
@@ -40,6 +43,34 @@ TOP = 12
 MOVE = "_move_blocks_kernel"
 MACHINE_FILE = "machine.json"
 TRACES = "*.pt.trace.json.gz"
+
+
+class _Annotated:
+    """Put before a scheduler class."""
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        with record_function(f"{SCHEDULER}schedule"):
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        with record_function(f"{SCHEDULER}update_from_output"):
+            return super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+
+
+class AnnotatedScheduler(_Annotated, AsyncScheduler):
+    """vLLM's own."""
+
+
+class AnnotatedRocoScheduler(_Annotated, RocoAsyncScheduler):
+    """RoCo's."""
+
+
+SCHEDULERS = {False: AnnotatedScheduler, True: AnnotatedRocoScheduler}
+"""Schedulers whose work shows in traces, without RoCo and with it.
+
+vLLM annotates the model's steps, but of the scheduler only parts. The schedulers run in
+the thread that starts the profiler, as long as the engine has one GPU.
+"""
 
 
 def record(
@@ -75,7 +106,7 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     return [
         *engine.command(options),
         f"--max-num-batched-tokens={MAX_NUM_BATCHED_TOKENS}",
-        f"--scheduler-cls={scheduler_class(roco=policy is not None)}",
+        f"--scheduler-cls={__name__}.{SCHEDULERS[policy is not None].__name__}",
         "--async-scheduling",
         f"--batch-size={REQUESTS.count}",
         f"--input-len={REQUESTS.input_len}",

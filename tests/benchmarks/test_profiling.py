@@ -15,7 +15,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from benchmarks.serving import profiling, scheduling
-from benchmarks.serving.annotated_scheduler import scheduler_class
 from benchmarks.serving.engines import MODELS, Options
 from benchmarks.serving.profiling import (
     MAX_NUM_BATCHED_TOKENS,
@@ -109,7 +108,7 @@ def test_a_trace_without_the_scheduler_tells_no_time() -> None:
 
 @pytest.mark.parametrize("roco", [False, True])
 def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
-    kind = resolve_obj_by_qualname(scheduler_class(roco=roco))
+    kind = profiling.SCHEDULERS[roco]
     model = MODELS / scheduling.WORKLOAD.model
     core = scheduling.scheduler(model, roco=roco, kind=kind)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -150,4 +149,6 @@ def test_command(variant: str, tmp_path: Path) -> None:
     engine = EngineArgs.from_cli_args(arguments)
     assert engine.profiler_config.torch_profiler_dir == str(tmp_path)
     assert engine.async_scheduling
+    kind = resolve_obj_by_qualname(engine.scheduler_cls)
+    assert kind is profiling.SCHEDULERS[variant == "roco"]
     assert engine.max_num_batched_tokens == MAX_NUM_BATCHED_TOKENS
