@@ -24,25 +24,25 @@ Interval = tuple[float, float, float]
 
 # a table is written anew for every cell that is added
 @cache
-def score(metric: str, outcomes: tuple[float, ...]) -> Interval:
+def score(metric: str, values: tuple[float, ...]) -> Interval:
     """Return what the problems come to.
 
     Args:
         metric: `perplexity` for losses, of which the mean is exponentiated; the mean
             itself of everything else.
-        outcomes: One number a problem.
+        values: One number a problem.
     """
-    value = float(_statistic(metric)(np.asarray(outcomes)))
-    if metric == "accuracy" and set(outcomes) <= {0, 1}:
-        test = binomtest(round(sum(outcomes)), len(outcomes))
+    value = float(_statistic(metric)(np.asarray(values)))
+    if metric == "accuracy" and set(values) <= {0, 1}:
+        test = binomtest(round(sum(values)), len(values))
         interval = test.proportion_ci(LEVEL, method="wilson")
         return value, float(interval.low), float(interval.high)
-    return value, *_bootstrap((outcomes,), _statistic(metric))
+    return value, *_bootstrap((values,), _statistic(metric))
 
 
 @cache
 def share_of_full(
-    metric: str, outcomes: tuple[float, ...], full: tuple[float, ...]
+    metric: str, values: tuple[float, ...], full: tuple[float, ...]
 ) -> Interval | None:
     """Return the score over the full cache's, of the same problems.
 
@@ -61,8 +61,8 @@ def share_of_full(
     value = float(statistic(np.asarray(full)))
     if not value:
         return None
-    share = float(statistic(np.asarray(outcomes))) / value
-    return share, *_bootstrap((outcomes, full), ratio)
+    share = float(statistic(np.asarray(values))) / value
+    return share, *_bootstrap((values, full), ratio)
 
 
 def _statistic(metric: str) -> Callable[..., Any]:

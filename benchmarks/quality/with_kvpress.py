@@ -3,7 +3,7 @@
 
 kvpress wants an older transformers than vLLM does, hence an environment of its own::
 
-    pip install kvpress==0.5.5 filelock gguf pandas scipy
+    pip install kvpress==0.5.5 filelock gguf pandas scipy tqdm
     python -m benchmarks.quality run --preset kvpress --out DIR
 
 Memory is bounded only once the prompt has been read, and the first token of an answer
