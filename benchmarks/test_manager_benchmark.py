@@ -14,9 +14,7 @@ import timeit
 from collections.abc import Callable
 from statistics import median
 
-import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -89,21 +87,6 @@ class StrideDue:
         self.manager.remove_skipped_blocks(
             "a", (BUDGET_BLOCKS + self._evicted) * BLOCK_SIZE
         )
-
-
-@pytest.mark.parametrize("num_blocks", ROWS)
-def test_nothing_due(benchmark: BenchmarkFixture, num_blocks: int) -> None:
-    benchmark.pedantic(
-        nothing_due(num_blocks), rounds=300, iterations=200, warmup_rounds=20
-    )
-
-
-@pytest.mark.parametrize("stride_blocks", STRIDES)
-def test_a_stride_due(benchmark: BenchmarkFixture, stride_blocks: int) -> None:
-    due = StrideDue(stride_blocks)
-    freed = due.manager.num_freed_blocks
-    benchmark.pedantic(due, setup=due.prepare, rounds=200)
-    assert due.manager.num_freed_blocks - freed == 200 * stride_blocks
 
 
 def test_nothing_due_costs_the_same_in_rows_of_any_length() -> None:

@@ -10,32 +10,28 @@ permuted block table and a cold L2 cache, in turns. Every shape is checked again
 float32 reference before it is timed.
 
 Writes `decode_attention.csv` (microseconds, medians; `_low` and `_high` are the 20 %
-and 80 % quantiles; `ratio` is flash_us / roco_us) and `decode_attention.json`, the
-versions.
+and 80 % quantiles; `ratio` is flash_us / roco_us), and versions into
+`provenance.json`.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import dataclasses
-import json
-import math
-import time
-from pathlib import Path
 
 import torch
 
-from benchmarks.kernels.measuring import copy_bandwidth, environment, interleaved
+from benchmarks import rows
+from benchmarks.kernels.measuring import command, copy_bandwidth, interleaved, within
 from benchmarks.kernels.sweep_decode import best_flash
 from benchmarks.kernels.workload import (
     DTYPE,
     SHAPES,
     Call,
-    Shape,
     Workload,
     allocate_pool,
 )
+from benchmarks.machine import environment
+from benchmarks.serving.tables import decode
 from vllm_roco.ops.decode.plan import plan_decode
 from vllm_roco.ops.device import Device
 
@@ -77,10 +73,8 @@ def measure(
     row: dict[str, object] = {"gpu": gpu, **dataclasses.asdict(shape)}
     row["block_size"] = BLOCK_SIZE
     for name in ("flash", "xformers", "roco", "roco_no_stats"):
-        timing = timings.get(name)
-        row[f"{name}_us"] = timing.median if timing else ""
-        row[f"{name}_low"] = timing.low if timing else ""
-        row[f"{name}_high"] = timing.high if timing else ""
+        absent = dict.fromkeys((f"{name}_us", f"{name}_low", f"{name}_high"))
+        row |= timings[name].columns(name) if name in timings else absent
     row["ratio"] = round(timings["flash"].median / roco, 3)
     row["copy_bandwidth_fraction"] = round(
         shape.kv_bytes / (roco * 1e-6) / bandwidth, 3
@@ -95,48 +89,25 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--time-limit", type=float, default=540, help="seconds")
+    """Run the command line."""
+    parser = command(__doc__, time_limit=540)
     parser.add_argument("--token-major", action="store_true")
     arguments = parser.parse_args()
-    start = time.monotonic()
-    versions = environment()
+    facts = environment()
     bandwidth = copy_bandwidth()
     pool = allocate_pool(SHAPES)
-    rows: list[dict[str, object]] = []
-    left_out: list[Shape] = []
-    for shape in SHAPES:
-        if time.monotonic() - start > arguments.time_limit:
-            left_out.append(shape)
-            continue
+    measured: list[dict[str, object]] = []
+    for shape in within(arguments.time_limit, SHAPES):
+        workload = Workload(shape, pool)
         row = measure(
-            Workload(shape, pool),
-            versions["gpu"],
-            bandwidth,
-            token_major=arguments.token_major,
+            workload, facts["gpu"], bandwidth, token_major=arguments.token_major
         )
-        rows.append(row)
+        measured.append(row)
         print(f"{shape}: {row}", flush=True)
-
-    ratios = [float(str(row["ratio"])) for row in rows]
-    summary = {
-        "environment": versions,
-        "dtype": str(DTYPE),
-        "copy_bytes_per_second": bandwidth,
-        "ratio_geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)),
-        "ratio_smallest": min(ratios),
-        "left_out_for_want_of_time": [str(shape) for shape in left_out],
-    }
-    print(json.dumps(summary, indent=1))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "decode_attention.json").write_text(
-        json.dumps(summary, indent=1) + "\n"
-    )
-    with (arguments.out / "decode_attention.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.write(arguments.out / "decode_attention.csv", measured)
+    details = {"dtype": str(DTYPE), "copy_bytes_per_second": bandwidth}
+    rows.note(arguments.out, "decode_attention", facts | details)
+    print(decode(rows.read(arguments.out / "decode_attention.csv")))
 
 
 if __name__ == "__main__":

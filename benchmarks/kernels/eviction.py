@@ -9,23 +9,29 @@ without its end and with it, nothing being due; then the end alone, with no row 
 row and all rows. `roco` chooses by statistics, `recent` by age.
 
 Writes `eviction.csv` (microseconds, medians; `_low` and `_high` are the 20 % and 80 %
-quantiles) and `eviction.json`, the versions.
+quantiles), and versions into `provenance.json`.
 """
 
 from __future__ import annotations
 
-import argparse
-import csv
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from benchmarks.kernels.measuring import Timing, captured, environment, interleaved
+from benchmarks.kernels.measuring import (
+    Timing,
+    captured,
+    command,
+    interleaved,
+    within,
+)
+from benchmarks.machine import environment
+from benchmarks.rows import note, write
 from vllm_roco import reference
 from vllm_roco.attention.cuda.eviction import (
     CudaEviction,
@@ -291,10 +297,10 @@ def time_close(step: Step, due: int) -> Timing:
     return Timing.of([1e3 * start.elapsed_time(end) for start, end in events])
 
 
-def measure(model: Model, rows: int, config: RocoConfig) -> dict[str, object]:
+def measure(model: Model, batch: int, config: RocoConfig) -> dict[str, object]:
     """Return one policy's row of the table."""
     device = torch.device("cuda")
-    step = Step(model, rows, config, device)
+    step = Step(model, batch, config, device)
     body = step.model_step(Device.of(device))
 
     def whole() -> None:
@@ -309,54 +315,46 @@ def measure(model: Model, rows: int, config: RocoConfig) -> dict[str, object]:
         **together,
         "close_nothing_due": alone["close"],
         "close_1_due": time_close(step, 1),
-        f"close_{rows}_due": time_close(step, rows),
+        f"close_{batch}_due": time_close(step, batch),
     }
     row: dict[str, object] = {
         "policy": config.policy,
         "layers": model.layers,
         "kv_heads": model.kv_heads,
         "head_size": model.head_size,
-        "rows": rows,
+        "rows": batch,
         "budget": config.budget,
         "stride": config.stride,
         "moved_blocks": step.num_moves,
     }
     for name, timing in timings.items():
-        row[f"{name}_us"] = timing.median
-        row[f"{name}_low"] = timing.low
-        row[f"{name}_high"] = timing.high
+        row |= timing.columns(name)
     ordinary = timings["step"].median
     row["nothing_due_share"] = round(timings["close_nothing_due"].median / ordinary, 5)
-    row["all_due_steps"] = round(timings[f"close_{rows}_due"].median / ordinary, 3)
+    row["all_due_steps"] = round(timings[f"close_{batch}_due"].median / ordinary, 3)
     return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
+    """Run the command line."""
+    parser = command(__doc__, time_limit=math.inf)
     parser.add_argument("--rows", type=int, default=64, help="sequences of the batch")
     parser.add_argument("--budget", type=int, default=RocoConfig.budget)
     parser.add_argument("--stride", type=int, default=RocoConfig().stride)
     arguments = parser.parse_args()
 
     facts = environment()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "eviction.json").write_text(json.dumps(facts, indent=1) + "\n")
-    rows = []
-    for policy in ("roco", "recent"):
+    note(arguments.out, "eviction", facts)
+    measured = []
+    for policy in within(arguments.time_limit, ("roco", "recent")):
         config = RocoConfig(
             policy=policy, budget=arguments.budget, stride=arguments.stride
         )
         machine = {key: facts[key] for key in ("gpu", "vllm", "commit")}
-        rows.append({**machine, **measure(LLAMA_8B, arguments.rows, config)})
-        print(json.dumps(rows[-1], indent=1), flush=True)
+        measured.append({**machine, **measure(LLAMA_8B, arguments.rows, config)})
+        print(json.dumps(measured[-1], indent=1), flush=True)
         torch.cuda.empty_cache()
-    with (arguments.out / "eviction.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        write(arguments.out / "eviction.csv", measured)
 
 
 if __name__ == "__main__":

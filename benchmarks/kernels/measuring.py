@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How kernels are timed here, and on what: shared by the benchmarks of this folder.
+"""How kernels are timed here: shared by the benchmarks of this folder.
 
 Every timed call is one of several inside a CUDA graph, each on memory of its own, as
 the layers of a model are, so that none finds its input in the L2 cache.
@@ -7,17 +7,18 @@ the layers of a model are, so that none finds its input in the L2 cache.
 
 from __future__ import annotations
 
-import importlib.metadata
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import argparse
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import triton
 import triton.testing
+
+T = TypeVar("T")
 
 COLD_BYTES = 256 * 2**20
 """What the calls of one graph read together, several times any L2 cache."""
@@ -36,6 +37,41 @@ class Timing:
         quantiles = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
         values = torch.tensor(samples, dtype=torch.float64).quantile(quantiles)
         return cls(*(round(float(value), 3) for value in values))
+
+    def columns(self, name: str) -> dict[str, float]:
+        """Return the columns of a table that tell it."""
+        names = (f"{name}_us", f"{name}_low", f"{name}_high")
+        return dict(zip(names, (self.median, self.low, self.high), strict=True))
+
+
+def command(about: str | None, time_limit: float) -> argparse.ArgumentParser:
+    """Return a benchmark's command line: where its files go, and how long it may take.
+
+    Args:
+        about: What it measures.
+        time_limit: Seconds, by default.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument(
+        "--time-limit", type=float, default=time_limit, metavar="SECONDS"
+    )
+    return parser
+
+
+def within(seconds: float, items: Iterable[T]) -> Iterator[T]:
+    """Yield items as long as one more like the slowest so far ends in time."""
+    end = time.monotonic() + seconds
+    slowest = 0.0
+    for item in items:
+        began = time.monotonic()
+        if began + slowest > end:
+            print(f"left out for want of time: {item}", flush=True)
+            continue
+        yield item
+        slowest = max(slowest, time.monotonic() - began)
 
 
 def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -90,34 +126,3 @@ def copy_bandwidth() -> float:
         {"copy": [lambda: target.copy_(source)]}, rounds=3, milliseconds=50
     )["copy"]
     return 2 * source.numel() / (timing.median * 1e-6)
-
-
-def environment() -> dict[str, str]:
-    """Return what the figures depend on beside the code."""
-
-    def output(*command: str) -> str:
-        if shutil.which(command[0]) is None:
-            return ""
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        return run.stdout.strip()
-
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "absent"
-
-    here = str(Path(__file__).parent)
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "driver": output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
-        ),
-        "cuda": torch.version.cuda or "",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "vllm": version("vllm"),
-        "xformers": version("xformers"),
-        "commit": output("git", "-C", here, "describe", "--always", "--dirty"),
-        "command": " ".join(sys.argv),
-    }

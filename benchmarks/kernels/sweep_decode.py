@@ -11,7 +11,6 @@ FlashAttention, every plan's time, and what single changes to the best plan cost
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -19,7 +18,7 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
@@ -27,11 +26,13 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.kernels.measuring import (
     Timing,
     captured,
+    command,
     copy_bandwidth,
-    environment,
     sample,
+    within,
 )
 from benchmarks.kernels.workload import HEADS, SHAPES, Shape, Workload, allocate_pool
+from benchmarks.machine import environment
 from vllm_roco.ops.decode.plan import DecodePlan
 
 FLASH_BLOCKS = (16, 32, 64, 128, 256)
@@ -137,7 +138,7 @@ def time_plan(workload: Workload, plan: DecodePlan, **options: bool | int) -> fl
     return Timing.of(sample(captured(calls), len(calls), 8)).median
 
 
-def sweep(workload: Workload, multiprocessors: int) -> dict[str, object]:
+def sweep(workload: Workload, multiprocessors: int) -> dict[str, Any]:
     """Time every plan of one shape, and changes to the best one."""
     shape = workload.shape
     flash = best_flash(workload)
@@ -175,9 +176,8 @@ def sweep(workload: Workload, multiprocessors: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--time-limit", type=float, default=480, help="seconds")
+    """Run the command line."""
+    parser = command(__doc__, time_limit=480)
     parser.add_argument("--shapes", type=int, nargs="*", help="indices into SHAPES")
     arguments = parser.parse_args()
     start = time.monotonic()
@@ -185,32 +185,20 @@ def main() -> None:
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
 
     compile_all(shapes, multiprocessors)
-    print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
-    result: dict[str, object] = {
-        "environment": environment(),
-        "copy_bytes_per_second": copy_bandwidth(),
-    }
-    rows: list[dict[str, object]] = []
+    compiled = time.monotonic() - start
+    print(f"compiled after {compiled:.0f} s", flush=True)
+    result = {"environment": environment(), "copy_bytes_per_second": copy_bandwidth()}
+    swept: list[dict[str, Any]] = []
     pool = allocate_pool(shapes)
-    slowest = 0.0
-    for shape in shapes:
-        began = time.monotonic()
-        if began - start + 1.5 * slowest > arguments.time_limit:
-            print(f"left out for want of time: {shape}", flush=True)
-            continue
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for shape in within(arguments.time_limit - compiled, shapes):
         row = sweep(Workload(shape, pool), multiprocessors)
-        rows.append(row)
-        slowest = max(slowest, time.monotonic() - began)
-        best = row["plans"][0]  # type: ignore[index]
-        print(
-            f"{shape}: ratio {row['ratio']} flash {row['flash']} roco {best} "
-            f"changes {row['changes']}",
-            flush=True,
-        )
+        swept.append(row)
+        told = {name: row[name] for name in ("ratio", "flash", "changes")}
+        print(f"{shape}: {told} roco {row['plans'][0]}", flush=True)
         # written after each shape, so that a run cut short leaves what it has
-        arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "decode_sweep.json").write_text(
-            json.dumps(result | {"shapes": rows}, indent=1)
+            json.dumps(result | {"shapes": swept}, indent=1)
         )
 
 

@@ -10,17 +10,15 @@ right on this machine is what `tests/ops/test_prefill_mass.py` tells.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
-import time
-from pathlib import Path
 
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.kernels.measuring import Timing, captured, environment, sample
+from benchmarks.kernels.measuring import Timing, captured, command, sample, within
 from benchmarks.kernels.workload import HEADS, Call, Shape, Workload, allocate_pool
+from benchmarks.machine import environment
 from vllm_roco.ops.prefill_mass import PrefillPlan
 
 # sequences, queries of each, tokens attended over
@@ -43,17 +41,11 @@ def timed(calls: list[Call]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--time-limit", type=float, default=240, help="seconds")
-    arguments = parser.parse_args()
-    start = time.monotonic()
+    """Run the command line."""
+    arguments = command(__doc__, time_limit=240).parse_args()
     pool = allocate_pool(SHAPES)
-    rows: list[dict[str, object]] = []
-    for shape in SHAPES:
-        if time.monotonic() - start > arguments.time_limit:
-            print(f"left out for want of time: {shape}", flush=True)
-            continue
+    swept: list[dict[str, object]] = []
+    for shape in within(arguments.time_limit, SHAPES):
         workload = Workload(shape, pool)
         flash = timed(workload.flash(block_size=16, token_major=False, max_splits=0))
         plans: list[dict[str, object]] = []
@@ -65,13 +57,13 @@ def main() -> None:
             else:
                 plans.append({**dataclasses.asdict(plan), "us": us})
         plans.sort(key=lambda entry: float(str(entry.get("us", "inf"))))
-        rows.append(
+        swept.append(
             {"shape": dataclasses.asdict(shape), "flash_us": flash, "plans": plans}
         )
         print(f"{shape}: flash {flash} masses {plans[:3]}", flush=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "prefill_mass_sweep.json").write_text(
-        json.dumps({"environment": environment(), "shapes": rows}, indent=1)
+        json.dumps({"environment": environment(), "shapes": swept}, indent=1)
     )
 
 

@@ -28,14 +28,15 @@ class Setup:
 
     Attributes:
         method: As tables and plots call it.
-        engine: `vllm`, or `oracle` for plain PyTorch.
-        policy: `full`, an option of the plugin, or a method of the oracle.
+        engine: `vllm`, `oracle` for plain PyTorch, or `kvpress`.
+        policy: `full`, an option of the plugin, or a method of the engine.
         shield: Statistic of RoCo's first stage; empty where there is none.
         shield_ratio: Share of the budget that it shields.
         budget: Tokens kept.
         stride: Tokens evicted at a time.
         chunk: Prompt tokens read per step; 0 where the engine decides.
         block_size: Tokens that are kept or go together.
+        options: Of the oracle: fields of `EvictionMethod` or `Rule`, name and value.
     """
 
     method: str
@@ -47,6 +48,7 @@ class Setup:
     stride: int = 0
     chunk: int = 0
     block_size: int = 16
+    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,10 @@ class Cell:
     def from_json(cls, fields: Mapping[str, Any]) -> Cell:
         """Read what `to_json` returned."""
         values = dict(fields)
-        setup = Setup(**{name: values.pop(name) for name in Setup.__annotations__})
-        return cls(**values, setup=setup)
+        names = values.keys() & Setup.__annotations__.keys()
+        setup = {name: values.pop(name) for name in names}
+        setup["options"] = tuple(map(tuple, setup.get("options", ())))
+        return cls(**values, setup=Setup(**setup))
 
 
 @dataclass(frozen=True)

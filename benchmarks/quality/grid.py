@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.quality.cells import (
     GENERATION,
@@ -14,7 +14,9 @@ from benchmarks.quality.cells import (
     Job,
     Setup,
 )
-from benchmarks.quality.tasks import RULER_TASKS
+from benchmarks.quality.policies import DEFAULT, POLICIES
+from benchmarks.quality.policies import setup as policy_setup
+from benchmarks.quality.tasks import FIRST_REPORT_SEED, RULER_TASKS
 from vllm_roco.config import SHIELDS, RocoConfig
 
 BASE = RocoConfig(chunk=512)
@@ -45,69 +47,104 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Preset:
-    """How much is measured.
+    """What one call measures.
 
     Attributes:
-        name: As the command line calls it.
-        sweeps: Accuracy and perplexity against the budget.
-        stride_budget: Budget at which the stride is varied.
-        strides: Tokens evicted at a time; empty for no such sweep.
-        stride_sweeps: Tasks of which the stride is varied; ratios are not used.
-        methods: The plugin's.
-        oracle_methods: The oracle's.
+        about: What it shows.
+        pairs: What is measured under which setups, the most telling ones first.
+        table: Name of the file that its rows go to.
+        reference: The method without which the others tell nothing.
+        seed: Of every task.
     """
 
-    name: str
-    sweeps: tuple[Sweep, ...]
-    stride_budget: int
-    strides: tuple[int, ...]
-    stride_sweeps: tuple[Sweep, ...]
-    methods: tuple[str, ...]
-    oracle_methods: tuple[str, ...]
+    about: str
+    pairs: Sequence[tuple[Sweep, Setup]]
+    table: str = "quality"
+    reference: str = FULL.method
+    seed: int = FIRST_REPORT_SEED
 
 
-_QUARTERS = (0.5, 0.25, 0.125)
+_HALVES = (0.5, 0.25)
+_QUARTERS = (*_HALVES, 0.125)
 _SIXTEENTHS = (*_QUARTERS, 0.0625)
-_SHIELDS = tuple(f"roco/{shield}" for shield in SHIELDS)
+METHODS = (*(f"roco/{shield}" for shield in SHIELDS), "recent")
+"""The plugin's."""
+SWEEPS = (
+    Sweep("passkey", 2048, _SIXTEENTHS, 100),
+    Sweep("passkey", 4096, _SIXTEENTHS, 100),
+    Sweep("needle", 1024, _QUARTERS, 100),
+    Sweep("needle", 2048, _QUARTERS, 100),
+    Sweep(PERPLEXITY, 2048, _QUARTERS, 100),
+    *(Sweep(task, 2048, _QUARTERS, 100) for task in RULER_TASKS),
+    Sweep(PERPLEXITY_GENERATION, 2048, _QUARTERS, 100),
+    Sweep(GENERATION, 1024, _QUARTERS, 32),
+)
+"""Accuracy and perplexity against the budget."""
+STRIDES = (16, 32, 64, 128, 256, 512)
+STRIDE_BUDGET = 256
+STRIDE_SWEEPS = (
+    Sweep("passkey", 2048, (), 100),
+    Sweep("passkey", 4096, (), 100),
+    Sweep("needle", 2048, (), 100),
+    Sweep(PERPLEXITY, 2048, (), 100),
+)
+"""The same against the stride, at one budget."""
 
-PRESETS = {
-    "full": Preset(
-        name="full",
-        sweeps=(
-            Sweep("passkey", 2048, _SIXTEENTHS, 100),
-            Sweep("passkey", 4096, _SIXTEENTHS, 100),
-            Sweep("needle", 1024, _QUARTERS, 100),
-            Sweep("needle", 2048, _QUARTERS, 100),
-            Sweep(PERPLEXITY, 2048, _QUARTERS, 100),
-            *(Sweep(task, 2048, _QUARTERS, 100) for task in RULER_TASKS),
-            Sweep(PERPLEXITY_GENERATION, 2048, _QUARTERS, 100),
-            Sweep(GENERATION, 1024, _QUARTERS, 32),
-        ),
-        stride_budget=256,
-        strides=(16, 32, 64, 128, 256, 512),
-        stride_sweeps=(
-            Sweep("passkey", 2048, (), 100),
-            Sweep("passkey", 4096, (), 100),
-            Sweep("needle", 2048, (), 100),
-            Sweep(PERPLEXITY, 2048, (), 100),
-        ),
-        methods=(*_SHIELDS, "recent"),
-        oracle_methods=ORACLE_METHODS,
-    ),
-    "quick": Preset(
-        name="quick",
-        sweeps=(
-            Sweep("passkey", 1024, _QUARTERS, 12),
-            Sweep("needle", 1024, _QUARTERS[:2], 6),
-            Sweep(PERPLEXITY, 1024, _QUARTERS[:2], 4),
-        ),
-        stride_budget=128,
-        strides=(),
-        stride_sweeps=(),
-        methods=("roco/peak", "recent"),
-        oracle_methods=("token-roco",),
-    ),
-}
+
+def _full() -> Iterator[tuple[Sweep, Setup]]:
+    yield from ((sweep, FULL) for sweep in SWEEPS)
+    # every plugin figure is worth more than the next baseline
+    yield from _against_budget(SWEEPS, METHODS)
+    for sweep in STRIDE_SWEEPS:
+        yield from ((sweep, setup) for setup in _at_strides("roco/peak"))
+    yield from _at_longer_chunks(SWEEPS, METHODS)
+    for methods, skipped in (
+        (ORACLE_METHODS[:2], (GENERATION,)),
+        (ORACLE_METHODS[2:], (GENERATION, PERPLEXITY_GENERATION, *RULER_TASKS)),
+    ):
+        sweeps = [sweep for sweep in SWEEPS if sweep.task not in skipped]
+        yield from _against_budget(sweeps, methods)
+        yield from _at_longer_chunks(sweeps, methods)
+    for setup in _at_strides(ORACLE_METHODS[0]):
+        yield STRIDE_SWEEPS[0], setup
+
+
+def _quick() -> Iterator[tuple[Sweep, Setup]]:
+    sweeps = (
+        Sweep("passkey", 1024, _QUARTERS, 12),
+        Sweep("needle", 1024, _HALVES, 6),
+        Sweep(PERPLEXITY, 1024, _HALVES, 4),
+    )
+    yield from ((sweep, FULL) for sweep in sweeps)
+    yield from _against_budget(sweeps, ("roco/peak", "recent"))
+    yield from _against_budget(sweeps, ("token-roco",))
+
+
+def _search(n: int, *further: Sweep) -> Iterator[tuple[Sweep, Setup]]:
+    sweeps = (
+        Sweep("passkey", 2048, (0.125,), n),
+        Sweep("needle", 1024, _HALVES, n),
+        Sweep("needle", 2048, _HALVES, n),
+        # the novel has no more text
+        Sweep(PERPLEXITY, 2048, _HALVES, 48),
+        *further,
+    )
+    for name in POLICIES:
+        for sweep in sweeps:
+            for ratio in sweep.ratios:
+                yield sweep, policy_setup(name, int(ratio * sweep.context))
+
+
+def _kvpress() -> Iterator[tuple[Sweep, Setup]]:
+    sweep = Sweep("needle", 1024, _HALVES, 16)
+    yield sweep, replace(FULL, engine="kvpress")
+    for ratio in sweep.ratios:
+        for press in ("ObservedAttention", "SnapKV"):
+            budget = int(ratio * sweep.context)
+            yield (
+                sweep,
+                Setup(method=press, engine="kvpress", policy=press, budget=budget),
+            )
 
 
 def setup_of(method: str, budget: int, stride: int, chunk: int) -> Setup:
@@ -132,54 +169,32 @@ def cells(preset: Preset, *, model: str, seed: int, n: int | None) -> list[Cell]
     """Return a preset's cells, each once.
 
     Args:
-        preset: How much is measured.
+        preset: What is measured.
         model: Name of the model's folder.
         seed: Of every task.
         n: Most problems a cell; None for the preset's.
     """
-
-    def cell(sweep: Sweep, setup: Setup) -> Cell:
-        count = sweep.n if n is None else min(n, sweep.n)
-        return Cell(
+    found = (
+        Cell(
             task=sweep.task,
             context=sweep.context,
-            n=count,
+            n=sweep.n if n is None else min(n, sweep.n),
             seed=seed,
             model=model,
             setup=setup,
         )
-
-    found = [cell(sweep, FULL) for sweep in preset.sweeps]
-    # every plugin figure is worth more than the next baseline
-    for methods, skipped in (
-        (preset.methods, ()),
-        (preset.oracle_methods[:2], (GENERATION,)),
-        (preset.oracle_methods[2:], (GENERATION, PERPLEXITY_GENERATION, *RULER_TASKS)),
-    ):
-        for sweep in preset.sweeps:
-            if sweep.task in skipped:
-                continue
-            found += [
-                cell(sweep, _at_budget(method, sweep, ratio))
-                for ratio in sweep.ratios
-                for method in methods
-            ]
-        if methods is preset.methods:
-            for sweep in preset.stride_sweeps:
-                found += [
-                    cell(sweep, setup) for setup in _at_strides("roco/peak", preset)
-                ]
-        for sweep in preset.sweeps:
-            if sweep.task not in (*skipped, PERPLEXITY_GENERATION):
-                found += [
-                    cell(sweep, setup_of(method, c.budget, c.stride, c.chunk))
-                    for c in _longer_chunks(sweep)
-                    for method in methods
-                ]
-    for sweep in preset.stride_sweeps[:1]:
-        for method in preset.oracle_methods[:1]:
-            found += [cell(sweep, setup) for setup in _at_strides(method, preset)]
+        for sweep, setup in preset.pairs
+    )
     return list(dict.fromkeys(found))
+
+
+def _against_budget(
+    sweeps: Iterable[Sweep], methods: Sequence[str]
+) -> Iterator[tuple[Sweep, Setup]]:
+    for sweep in sweeps:
+        for ratio in sweep.ratios:
+            for method in methods:
+                yield sweep, _at_budget(method, sweep, ratio)
 
 
 def _at_budget(method: str, sweep: Sweep, ratio: float) -> Setup:
@@ -190,37 +205,71 @@ def _at_budget(method: str, sweep: Sweep, ratio: float) -> Setup:
     return setup_of(method, budget, stride, chunk)
 
 
-def _longer_chunks(sweep: Sweep) -> Iterator[RocoConfig]:
+def _at_longer_chunks(
+    sweeps: Iterable[Sweep], methods: Sequence[str]
+) -> Iterator[tuple[Sweep, Setup]]:
     """Yield the plugin's own defaults where its chunk is longer than that of `BASE`."""
-    for ratio in sweep.ratios:
-        config = RocoConfig(budget=int(ratio * sweep.context))
-        if config.chunk > BASE.chunk:
-            yield config
+    for sweep in sweeps:
+        for ratio in sweep.ratios if sweep.task != PERPLEXITY_GENERATION else ():
+            own = RocoConfig(budget=int(ratio * sweep.context))
+            if own.chunk > BASE.chunk:
+                for method in methods:
+                    yield sweep, setup_of(method, own.budget, own.stride, own.chunk)
 
 
-def _at_strides(method: str, preset: Preset) -> Iterator[Setup]:
+def _at_strides(method: str) -> Iterator[Setup]:
     """Yield each stride with chunks as long as it, and with the same chunks for all."""
-    budget = preset.stride_budget
-    longest = max(preset.strides, default=0)
-    for stride in preset.strides:
-        yield setup_of(method, budget, stride, stride)
-    for stride in preset.strides:
-        yield setup_of(method, budget, stride, longest)
+    for stride in STRIDES:
+        yield setup_of(method, STRIDE_BUDGET, stride, stride)
+    for stride in STRIDES:
+        yield setup_of(method, STRIDE_BUDGET, stride, max(STRIDES))
+
+
+PRESETS = {
+    "full": Preset("every figure of docs/quality.md", tuple(_full())),
+    "quick": Preset("the same in small, in minutes on two cores", tuple(_quick())),
+    "screen": Preset(
+        "every policy of `policies` beside the default, in the oracle",
+        tuple(_search(64)),
+        table="search",
+        reference=DEFAULT,
+        seed=1_000,
+    ),
+    "confirm": Preset(
+        "the policies named by --methods, on problems that nothing was chosen by",
+        tuple(
+            _search(
+                400,
+                Sweep("passkey", 2048, (0.25,), 400),
+                Sweep("passkey", 4096, (0.125,), 400),
+            )
+        ),
+        table="search",
+        reference=DEFAULT,
+        seed=20_000,
+    ),
+    "kvpress": Preset(
+        "needles with kvpress, in an environment of its own: see `with_kvpress`",
+        tuple(_kvpress()),
+        table="kvpress",
+    ),
+}
+"""Seeds below `FIRST_REPORT_SEED` are for tuning: a report reads other problems."""
 
 
 def jobs(wanted: Iterable[Cell]) -> list[Job]:
     """Group cells into processes, in the order of their first cell.
 
     An engine of vLLM has one setup and takes long to start, so its cells share it. The
-    full cache has the most to do and everything waits for it: a context each. The
-    oracle takes any setup at any time: a method and context each.
+    full cache has the most to do and everything waits for it: a context each. Other
+    engines take any setup at any time: a context each, too.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in wanted:
         key: object = cell.setup
         if cell.setup == FULL:
             key = (cell.setup, cell.context, cell.task in RULER_TASKS)
-        elif cell.setup.engine == "oracle":
-            key = (cell.setup.method, cell.context)
+        elif cell.setup.engine != "vllm":
+            key = (cell.setup.engine, cell.context)
         groups.setdefault(key, []).append(cell)
     return [Job(tuple(group)) for group in groups.values()]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from benchmarks.quality.outcomes import Metrics
+from benchmarks.quality.results import Metrics
 
 _BATCH = 8
 

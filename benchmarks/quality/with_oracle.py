@@ -3,54 +3,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
-from transformers import AutoTokenizer
 
-from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION, Cell, Setup
-from benchmarks.quality.oracle import Keep, Oracle
-from benchmarks.quality.outcomes import Metrics
-from benchmarks.quality.tasks import build, prose
+from benchmarks.quality.cells import Cell, Setup
+from benchmarks.quality.oracle import EvictionMethod, Oracle
 
 
-def keep_of(setup: Setup) -> Keep:
+def method_of(setup: Setup) -> EvictionMethod:
     """Return a setup in the oracle's words."""
-    return Keep(
-        setup.policy, budget=setup.budget, stride=setup.stride, chunk=setup.chunk
+    changes = dict(setup.options)
+    if setup.shield:
+        changes |= {"shield": setup.shield, "shield_ratio": setup.shield_ratio}
+    own = {field.name for field in fields(EvictionMethod)}
+    return EvictionMethod(
+        setup.policy,
+        budget=setup.budget,
+        stride=setup.stride,
+        chunk=setup.chunk,
+        block_size=setup.block_size,
+        options=tuple(item for item in changes.items() if item[0] not in own),
+        **{name: value for name, value in changes.items() if name in own},
     )
 
 
-def measure(model: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Metrics]]:
-    """Yield what comes of cells, each with a setup of its own.
+class Engine:
+    """The oracle, for any cells."""
 
-    Args:
-        model: Hugging Face folder.
-        cells: In this order.
-    """
-    # kernels for bfloat16 are slow on CPUs
-    device, dtype = "cpu", torch.float32
-    if torch.cuda.is_available():
-        device, dtype = "cuda", torch.bfloat16
-    oracle = Oracle(model, device, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    for cell in cells:
-        keep = keep_of(cell.setup)
-        if cell.task in (PERPLEXITY, PERPLEXITY_GENERATION):
-            passages = prose(tokenizer, cell.context, cell.n, cell.seed)
-            losses = oracle.losses(passages, keep, cell.context // 2, "prompt")
-            means = [sum(passage) / len(passage) for passage in losses]
-            yield cell, {"perplexity": means}
-        else:
-            problems = build(cell.task, tokenizer, cell.context, cell.n, cell.seed)
-            answers = oracle.generate(
-                [problem.token_ids for problem in problems],
-                keep,
-                problems[0].max_tokens,
-            )
-            texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-            scores = [
-                problem.score(text)
-                for problem, text in zip(problems, texts, strict=True)
-            ]
-            yield cell, {"accuracy": scores}
+    def __init__(self, model: str, cells: Sequence[Cell]) -> None:
+        # kernels for bfloat16 are slow on CPUs
+        device, dtype = "cpu", torch.float32
+        if torch.cuda.is_available():
+            device, dtype = "cuda", torch.bfloat16
+        self._oracle = Oracle(model, device, dtype)
+
+    def answers(
+        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+    ) -> list[list[int]]:
+        """Return the greedy continuation of every prompt."""
+        return self._oracle.generate(prompts, method_of(cell.setup), max_tokens)
+
+    def losses(
+        self, cell: Cell, texts: Sequence[list[int]], first: int
+    ) -> list[list[float]]:
+        """Return the nats of every token from the `first` on."""
+        return self._oracle.losses(texts, method_of(cell.setup), first, "prompt")
+
+    def close(self) -> None:
+        """Do nothing: it ends with its process."""

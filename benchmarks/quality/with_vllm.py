@@ -3,25 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 
-from benchmarks.quality.cells import (
-    GENERATION,
-    PERPLEXITY,
-    PERPLEXITY_GENERATION,
-    PROMPT_OF_GENERATION,
-    Cell,
-    Setup,
-)
-from benchmarks.quality.judge import judge
-from benchmarks.quality.outcomes import Metrics
-from benchmarks.quality.tasks import build, prose
+from benchmarks.quality.cells import GENERATION, Cell, Setup
 
 MOST_ANSWER_TOKENS = 128
 MAX_NUM_SEQS = 128
@@ -66,76 +55,50 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
     }
 
 
-def measure(model: str, cells: Sequence[Cell]) -> Iterator[tuple[Cell, Metrics]]:
-    """Yield what comes of cells that share a setup.
+class Engine:
+    """An engine of vLLM for cells that share a setup."""
 
-    Args:
-        model: Hugging Face folder.
-        cells: In this order.
-    """
-    longest = max(cell.context for cell in cells)
-    llm = LLM(model, **engine_arguments(cells[0].setup, longest))
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    try:
-        for cell in cells:
-            if cell.task in (PERPLEXITY, PERPLEXITY_GENERATION):
-                yield cell, _perplexity(llm, tokenizer, cell)
-            elif cell.task == GENERATION:
-                yield cell, _generation(llm, tokenizer, cell, model)
-            else:
-                yield cell, _accuracy(llm, tokenizer, cell)
-    finally:
-        # an engine in this process may keep it from ending
-        llm.llm_engine.engine_core.shutdown()
+    def __init__(self, model: str, cells: Sequence[Cell]) -> None:
+        longest = max(cell.context for cell in cells)
+        self._llm = LLM(model, **engine_arguments(cells[0].setup, longest))
 
+    def answers(
+        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+    ) -> list[list[int]]:
+        """Return the greedy continuation of every prompt."""
+        # a long text is to become long, whatever the model thinks
+        ignore_eos = cell.task == GENERATION
+        outputs = self._complete(prompts, max_tokens=max_tokens, ignore_eos=ignore_eos)
+        return [list(output.outputs[0].token_ids) for output in outputs]
 
-def _accuracy(llm: LLM, tokenizer: Any, cell: Cell) -> Metrics:
-    problems = build(cell.task, tokenizer, cell.context, cell.n, cell.seed)
-    outputs = _complete(
-        llm,
-        [problem.token_ids for problem in problems],
-        max_tokens=problems[0].max_tokens,
-    )
-    return {
-        "accuracy": [
-            problem.score(output.outputs[0].text)
-            for problem, output in zip(problems, outputs, strict=True)
-        ]
-    }
+    def losses(
+        self, cell: Cell, texts: Sequence[list[int]], first: int
+    ) -> list[list[float]]:
+        """Return the nats of every token from the `first` on."""
+        outputs = self._complete(texts, max_tokens=1, prompt_logprobs=0)
+        losses = []
+        for text, output in zip(texts, outputs, strict=True):
+            # of a token and of none but it
+            entries = zip(text, output.prompt_logprobs or (), strict=True)
+            losses.append(
+                [
+                    -entry[token].logprob
+                    for token, entry in list(entries)[first:]
+                    if entry is not None
+                ]
+            )
+        return losses
 
+    def close(self) -> None:
+        """End the engine, which may keep its process from ending."""
+        self._llm.llm_engine.engine_core.shutdown()
 
-def _perplexity(llm: LLM, tokenizer: Any, cell: Cell) -> Metrics:
-    passages = prose(tokenizer, cell.context, cell.n, cell.seed)
-    outputs = _complete(llm, passages, max_tokens=1, prompt_logprobs=0)
-    first = cell.context // 2
-    losses = []
-    for passage, output in zip(passages, outputs, strict=True):
-        entries = output.prompt_logprobs or []
-        # of a token and of none but it
-        logprobs = [
-            entry[token].logprob
-            for token, entry in zip(passage[first:], entries[first:], strict=True)
-            if entry is not None
-        ]
-        losses.append(-sum(logprobs) / len(logprobs))
-    return {"perplexity": losses}
-
-
-def _generation(llm: LLM, tokenizer: Any, cell: Cell, model: str) -> Metrics:
-    prompts = prose(tokenizer, PROMPT_OF_GENERATION, cell.n, cell.seed)
-    outputs = _complete(
-        llm, prompts, max_tokens=cell.context - PROMPT_OF_GENERATION, ignore_eos=True
-    )
-    written = [list(output.outputs[0].token_ids) for output in outputs]
-    return judge(model, prompts, written)
-
-
-def _complete(
-    llm: LLM, prompts: Sequence[list[int]], **sampling: Any
-) -> list[RequestOutput]:
-    outputs: list[RequestOutput] = llm.generate(
-        [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-        SamplingParams(temperature=0, **sampling),
-        use_tqdm=False,
-    )
-    return outputs
+    def _complete(
+        self, prompts: Sequence[list[int]], **sampling: Any
+    ) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+            SamplingParams(temperature=0, **sampling),
+            use_tqdm=False,
+        )
+        return outputs

@@ -11,14 +11,72 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
-from benchmarks.quality.cells import Cell
-from benchmarks.quality.outcomes import Outcome, append
+from transformers import AutoTokenizer
+
+from benchmarks.machine import device_name
+from benchmarks.quality.cells import (
+    GENERATION,
+    PERPLEXITY,
+    PERPLEXITY_GENERATION,
+    PROMPT_OF_GENERATION,
+    Cell,
+)
+from benchmarks.quality.judge import judge
+from benchmarks.quality.results import Metrics, Result, append
+from benchmarks.quality.tasks import build, prose
+
+
+class Engine(Protocol):
+    """What runs a model, each in a module `with_NAME` of its own."""
+
+    def __init__(self, model: str, cells: Sequence[Cell]) -> None:
+        """Load a model, a Hugging Face folder, for cells of one job."""
+
+    def answers(
+        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+    ) -> list[list[int]]:
+        """Return the greedy continuation of every prompt."""
+
+    def losses(
+        self, cell: Cell, texts: Sequence[list[int]], first: int
+    ) -> list[list[float]]:
+        """Return the nats of every token from the `first` on."""
+
+    def close(self) -> None:
+        """End what would keep the process from ending."""
+
+
+def measure(engine: Engine, tokenizer: Any, model: str, cell: Cell) -> Metrics:
+    """Return what a cell comes to, one number a problem or text.
+
+    Args:
+        engine: Runs the model as the cell's setup says.
+        tokenizer: The model's.
+        model: Hugging Face folder, for the judge of what is generated.
+        cell: What is measured.
+    """
+    if cell.task in (PERPLEXITY, PERPLEXITY_GENERATION):
+        passages = prose(tokenizer, cell.context, cell.n, cell.seed)
+        losses = engine.losses(cell, passages, cell.context // 2)
+        return {"perplexity": [sum(passage) / len(passage) for passage in losses]}
+    if cell.task == GENERATION:
+        prompts = prose(tokenizer, PROMPT_OF_GENERATION, cell.n, cell.seed)
+        length = cell.context - PROMPT_OF_GENERATION
+        return judge(model, prompts, engine.answers(cell, prompts, length))
+    problems = build(cell.task, tokenizer, cell.context, cell.n, cell.seed)
+    prompts = [problem.token_ids for problem in problems]
+    answers = engine.answers(cell, prompts, problems[0].max_tokens)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    pairs = zip(problems, texts, strict=True)
+    return {"accuracy": [problem.score(text) for problem, text in pairs]}
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,19 +85,16 @@ def main() -> None:
 
     cells = [Cell.from_json(fields) for fields in job["cells"]]
     # vLLM and torch are imported by the one that is needed
-    runner = importlib.import_module(f"benchmarks.quality.with_{cells[0].setup.engine}")
-    for cell, metrics in runner.measure(job["model"], cells):
-        outcome = Outcome(cell, metrics, device_name(), job["commit"])
-        append(Path(job["outcomes"]), outcome)
-
-
-def device_name() -> str:
-    """Return what the figures were measured on."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()})"
+    name = f"benchmarks.quality.with_{cells[0].setup.engine}"
+    engine: Engine = importlib.import_module(name).Engine(job["model"], cells)
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    try:
+        for cell in cells:
+            metrics = measure(engine, tokenizer, job["model"], cell)
+            result = Result(cell, metrics, device_name(), job["commit"])
+            append(Path(job["results"]), result)
+    finally:
+        engine.close()
 
 
 if __name__ == "__main__":

@@ -22,10 +22,6 @@ from pathlib import Path
 from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
 from vllm_roco.config import POLICIES
 
-REPOSITORY = Path(__file__).parents[2]
-RESULTS = REPOSITORY / "benchmarks" / "results"
-PICTURES = REPOSITORY / "docs" / "pictures"
-
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line's parser."""
@@ -83,21 +79,6 @@ def parser() -> argparse.ArgumentParser:
     tasks.add_parser(
         "scheduler", help="the scheduler's Python; needs no GPU", parents=[engines]
     )
-    for name, about in {
-        "plot": "draw the pictures of docs/performance.md from the tables",
-        "report": "print the tables of docs/performance.md, or write them there",
-    }.items():
-        task = tasks.add_parser(name, help=about)
-        task.add_argument("--results", type=Path, default=RESULTS)
-        if name == "plot":
-            task.add_argument("--out", type=Path, default=PICTURES)
-        else:
-            task.add_argument(
-                "--write", type=Path, metavar="FILE", help="put them into this page"
-            )
-    adding = tasks.add_parser("keep", help="add another folder's tables to the kept")
-    adding.add_argument("source", type=Path)
-    adding.add_argument("--results", type=Path, default=RESULTS)
     return command
 
 
@@ -109,31 +90,8 @@ def main(command: list[str]) -> int:
         command, engine_arguments = command[:split], command[split + 1 :]
     arguments = parser().parse_args(command)
 
-    # each needs a package that machines with a GPU may lack
-    if arguments.task == "report":
-        from benchmarks.serving.report import drawn, fill, tables
-
-        found = tables(arguments.results)
-        if arguments.write is None:
-            print("\n".join(f"## {name}\n\n{table}" for name, table in found.items()))
-        else:
-            page: Path = arguments.write
-            page.write_text(fill(page.read_text(), found, drawn(page)))
-        return 0
-    if arguments.task == "keep":
-        from benchmarks.serving.keep import keep
-
-        for path in keep(arguments.source, arguments.results):
-            print(path)
-        return 0
-    if arguments.task == "plot":
-        from benchmarks.serving.plots import plot
-
-        for path in plot(arguments.results, arguments.out):
-            print(path)
-        return 0
-
     # they import vLLM, which takes its time
+    from benchmarks.machine import environment_elsewhere
     from benchmarks.serving import (
         prefill,
         profiling,
@@ -141,19 +99,21 @@ def main(command: list[str]) -> int:
         scheduling,
         serve_workloads,
     )
-    from benchmarks.serving.session import Session
-    from benchmarks.serving.table import machine
-    from benchmarks.serving.vllm_bench import Options
+    from benchmarks.serving.engines import Options
+    from benchmarks.serving.jobs import Session
     from tools.smollm2 import smollm2_path
 
+    facts = environment_elsewhere()
     session = Session(
         out=arguments.out,
-        facts={**machine(arguments.commit), "flags": shlex.join(engine_arguments)},
+        facts=facts
+        | {"commit": arguments.commit or facts["commit"]}
+        | {"flags": shlex.join(engine_arguments)},
         time_limit=arguments.time_limit,
         again=arguments.again,
     )
     if arguments.task == "scheduler":
-        return session.work_off(scheduling.plan())
+        return session.run(scheduling.TABLE, scheduling.jobs())
     options = Options(
         tokenizer=arguments.tokenizer or str(smollm2_path()),
         engine_arguments=engine_arguments,
@@ -170,11 +130,13 @@ def main(command: list[str]) -> int:
             return 0
         case "prefill":
             chunks = arguments.chunks or prefill.CHUNKS
-            plan = prefill.plan(chunks, arguments.policies, arguments.rounds, options)
+            jobs = prefill.jobs(chunks, arguments.policies, arguments.rounds, options)
+            return session.run(prefill.TABLE, jobs)
         case "memory":
-            plan = residency.plan(
+            jobs = residency.jobs(
                 arguments.model, arguments.baseline, options, arguments.out
             )
+            return session.run(residency.TABLE, jobs)
         case workload:
             selected = runs(
                 workload,
@@ -184,8 +146,8 @@ def main(command: list[str]) -> int:
                 model=arguments.model,
                 baseline=arguments.baseline,
             )
-            plan = serve_workloads.plan(selected, options)
-    return session.work_off(plan)
+            jobs = serve_workloads.jobs(selected, options)
+            return session.run(serve_workloads.TABLE, jobs)
 
 
 if __name__ == "__main__":

@@ -1,96 +1,74 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts rows of `serving.csv` beside their baselines: same GPU, code, flags, work."""
+"""Puts rows beside their baselines: same GPU, code, flags, work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import pandas as pd
 
-Row = dict[str, str]
-
-_WORK = (
+_WORK = [
     *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
     *("num_requests", "input_len", "output_len"),
-)
-_SAME = ("gpu", "vllm", "commit", "flags", *_WORK)
+]
+_SETTING = ["gpu", "vllm", "commit", "flags"]
+_ENGINE = ["backend", "kv_cache_dtype", "policy"]
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Engines that served the same requests with the same memory.
-
-    Attributes:
-        rows: By the engine's name, the baseline first.
-    """
-
-    rows: dict[str, Row]
-
-    @property
-    def baseline(self) -> Row:
-        """Stock vLLM's row."""
-        return next(iter(self.rows.values()))
-
-    def ratio(self, name: str, column: str = "output_tok_s") -> float:
-        """Return an engine's figure over the baseline's."""
-        return float(self.rows[name][column]) / float(self.baseline[column])
-
-
-def engine_name(row: Row) -> str:
-    """Return what a reader calls the engine of a row."""
-    if row["policy"] == "recent":
-        return "roco, policy: recent"
-    if row["policy"]:
-        return "roco"
-    if row["kv_cache_dtype"] == "auto":
-        return row["backend"]
-    return f"{row['backend']}, {row['kv_cache_dtype']} KV cache"
-
-
-def comparisons(rows: Iterable[Row]) -> list[Comparison]:
-    """Return the newest comparison of every work, in the order of the rows.
+def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the newest comparison of every work, stock vLLM's row first in each.
 
     Rows are newer the later they stand; the newest of equal rows counts. Rows without a
     baseline of the same GPU, vLLM, commit and flags count for nothing.
+
+    Args:
+        rows: Of `serving.csv`.
+
+    Returns:
+        The rows, by `work`, a number, with the name of each `engine` and the `ratio` of
+        its throughput to the baseline's.
     """
-    groups: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        group = groups.setdefault(tuple(row[column] for column in _SAME), {})
-        group[engine_name(row)] = row
-    newest: dict[tuple[str, ...], Comparison] = {}
-    for group in groups.values():
-        stock = [name for name, row in group.items() if _is_baseline(row)]
-        if not stock or len(group) == 1:
-            continue
-        ordered = {name: group[name] for name in sorted(group, key=_rank)}
-        work = tuple(next(iter(ordered.values()))[column] for column in _WORK)
-        newest[work] = Comparison(ordered)
-    return list(newest.values())
+    same = [*_SETTING, *_WORK]
+    engines = [_engine(*values) for values in rows[_ENGINE].itertuples(index=False)]
+    found = rows.assign(
+        engine=[name for name, _ in engines], rank=[rank for _, rank in engines]
+    )
+    found["group"] = _numbered(found, same)
+    found = found.drop_duplicates(["group", "engine"], keep="last")
+    ranks = found.groupby("group")["rank"]
+    found = found[(ranks.transform("min") == 0) & (ranks.transform("size") > 1)]
+    found = found.sort_values(["group", "rank"], kind="stable")
+    found["work"] = _numbered(found, _WORK)
+    newest = found.groupby("work")["group"].transform("max")
+    found = found[found["group"] == newest].sort_values(["work", "rank"], kind="stable")
+    baseline = found.groupby("work")["output_tok_s"].transform("first")
+    ranked: pd.DataFrame = found.assign(ratio=found["output_tok_s"] / baseline)
+    return ranked
 
 
-def newest_settings(rows: Iterable[Row]) -> list[list[Row]]:
+def _engine(backend: str, kv_cache_dtype: str, policy: str) -> tuple[str, int]:
+    """Return what a reader calls an engine, and its place behind the baseline."""
+    if policy:
+        return ("roco, policy: recent", 2) if policy == "recent" else ("roco", 3)
+    if kv_cache_dtype == "auto":
+        return backend, 0
+    return f"{backend}, {kv_cache_dtype} KV cache", 1
+
+
+def newest_settings(rows: pd.DataFrame) -> list[pd.DataFrame]:
     """Return for every GPU, vLLM and flags the rows of the newest whole commit.
 
     That is one with stock vLLM's rows too, if there is any.
     """
-    settings: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        settings.setdefault((row["gpu"], row["vllm"], row["flags"]), []).append(row)
-    return [_newest(group) for group in settings.values()]
+    settings = rows.groupby(["gpu", "vllm", "flags"], sort=False)
+    return [_newest(group) for _, group in settings]
 
 
-def _newest(rows: list[Row]) -> list[Row]:
-    commits = dict.fromkeys(row["commit"] for row in reversed(rows))
-    stock = {row["commit"] for row in rows if row["backend"] != "ROCO"}
-    newest = next((name for name in commits if name in stock), rows[-1]["commit"])
-    return [row for row in rows if row["commit"] == newest]
+def _newest(rows: pd.DataFrame) -> pd.DataFrame:
+    stock = rows.loc[rows["backend"] != "ROCO", "commit"]
+    whole = rows if stock.empty else rows[rows["commit"].isin(stock)]
+    newest: pd.DataFrame = rows[rows["commit"] == whole["commit"].iloc[-1]]
+    return newest
 
 
-def _is_baseline(row: Row) -> bool:
-    return not row["policy"] and row["kv_cache_dtype"] == "auto"
-
-
-def _rank(name: str) -> int:
-    """Stock vLLM first, then its other caches, then RoCo's bound and RoCo."""
-    if not name.startswith("roco"):
-        return 1 if "," in name else 0
-    return 2 if "," in name else 3
+def _numbered(rows: pd.DataFrame, columns: list[str]) -> pd.Series[int]:
+    """Return a number for each group of equal rows, in the order of appearance."""
+    return rows.groupby(columns, sort=False, dropna=False).ngroup()

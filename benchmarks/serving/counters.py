@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from types import TracebackType
 
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry
 
 INTERVAL = 0.02
 """Seconds between two looks; a look takes some 0.1 ms."""
@@ -30,10 +30,10 @@ NAMES = [
 ]
 
 
-def read() -> Mapping[str, float]:
+def read(registry: CollectorRegistry = REGISTRY) -> Mapping[str, float]:
     """Return the values of `NAMES` now, 0 where no engine has registered them."""
     values: dict[str, float] = defaultdict(float)
-    for metric in REGISTRY.restricted_registry(NAMES).collect():
+    for metric in registry.restricted_registry(NAMES).collect():
         for sample in metric.samples:
             values[sample.name] += sample.value
     return values
@@ -44,14 +44,18 @@ class Counters:
 
     Args:
         num_warmups: Requests that the block serves first and that do not count.
+        registry: Where the engine registers its metrics.
 
     Attributes:
         max_running: Most requests running at once, once the warm-up has finished.
     """
 
-    def __init__(self, num_warmups: int) -> None:
+    def __init__(
+        self, num_warmups: int, registry: CollectorRegistry = REGISTRY
+    ) -> None:
         self.max_running = 0
         self._num_warmups = num_warmups
+        self._registry = registry
         self._begin: Mapping[str, float] = {}
         self._warm: Mapping[str, float] = {}
         self._end: Mapping[str, float] = {}
@@ -59,7 +63,7 @@ class Counters:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Counters:
-        self._begin = self._warm = read()
+        self._begin = self._warm = read(self._registry)
         self._thread.start()
         return self
 
@@ -71,7 +75,7 @@ class Counters:
     ) -> None:
         self._is_over.set()
         self._thread.join()
-        self._end = read()
+        self._end = read(self._registry)
 
     @property
     def preemptions(self) -> int:
@@ -90,7 +94,7 @@ class Counters:
 
     def _watch(self) -> None:
         while not self._is_over.wait(INTERVAL):
-            now = read()
+            now = read(self._registry)
             # a call may have fewer requests than its warm-up
             if now[FINISHED] - self._begin[FINISHED] >= self._num_warmups:
                 self.max_running = max(self.max_running, round(now[RUNNING]))

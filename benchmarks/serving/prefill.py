@@ -11,86 +11,52 @@ from itertools import groupby
 from vllm.benchmarks import latency
 
 from benchmarks.kernels.measuring import Timing
-from benchmarks.serving.session import Plan
-from benchmarks.serving.vllm_bench import (
-    Options,
-    call,
-    engine_command,
-    latency_command,
-)
-from benchmarks.serving.workloads import Requests
-from vllm_roco.config import NAMESPACE, RocoConfig
+from benchmarks.rows import Table
+from benchmarks.serving.engines import Engine, Options, Requests
+from benchmarks.serving.jobs import Job
+from benchmarks.serving.vllm_bench import call, latency_command
+from vllm_roco.config import RocoConfig
 
 MODEL = "llama-3.1-8b"
 CHUNKS = (256, 512, 1024, 2048, 4096)
 ITERATIONS = 12
 SHORT, LONG = Requests(8, 2048, 1), Requests(1, 16384, 1)
-KEY = (
-    "model",
-    "batch",
-    "input_len",
-    "backend",
-    "policy",
-    "budget",
-    "stride",
-    "chunk",
-    "round",
+TABLE = Table(
+    "prefill",
+    key=(
+        *("model", "batch", "input_len", "backend"),
+        *("policy", "budget", "stride", "chunk", "round"),
+    ),
+    # median, and the 20 % and 80 % quantiles
+    results=("iterations", "ttft_ms", "ttft_low_ms", "ttft_high_ms"),
 )
-RESULTS = ("iterations", "ttft_ms", "ttft_low_ms", "ttft_high_ms")
-"""Median, and the 20 % and 80 % quantiles."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One engine and the batch whose first tokens it gives.
-
-    Attributes:
-        requests: The batch, one token to write.
-        policy: RoCo's policy, None for FLASH_ATTN.
-        budget: Tokens kept per sequence.
-        chunk: Prompt tokens per step of RoCo; None: its default.
-    """
+    """A batch whose first tokens an engine gives, one token to write each."""
 
     requests: Requests
-    policy: str | None = None
-    budget: int = RocoConfig.budget
-    chunk: int | None = None
-
-    @property
-    def backend(self) -> str:
-        """vLLM's name of the attention backend."""
-        return "FLASH_ATTN" if self.policy is None else "ROCO"
-
-    @property
-    def roco_options(self) -> dict[str, object]:
-        """The options of `additional_config["roco"]`, empty without RoCo."""
-        if self.policy is None:
-            return {}
-        options = {"policy": self.policy, "budget": self.budget, "chunk": self.chunk}
-        config = RocoConfig.from_additional_config({NAMESPACE: options})
-        return {key: getattr(config, key) for key in KEY[4:8]}
+    engine: Engine
 
     def columns(self, number: int) -> dict[str, object]:
         """Return the columns of `prefill.csv` that tell this case from others."""
-        options = self.roco_options
-        return {
-            "model": MODEL,
-            "batch": self.requests.count,
-            "input_len": self.requests.input_len,
-            "backend": self.backend,
-            **{key: options.get(key, "") for key in KEY[4:8]},
-            "round": number,
-        }
+        batch = {"batch": self.requests.count, "input_len": self.requests.input_len}
+        return {**self.engine.columns, **batch, "round": number}
 
 
 def cases(chunks: Sequence[int], policies: Sequence[str] = ("roco",)) -> list[Case]:
     """Return stock vLLM's, then prompts below the budget, then one far above it."""
+
+    def case(requests: Requests, roco: RocoConfig | None = None) -> Case:
+        return Case(requests, Engine(model=MODEL, batches=(SHORT, LONG), roco=roco))
+
     return [
-        Case(SHORT),
-        Case(LONG),
-        *(Case(SHORT, policy=policy, budget=4096) for policy in policies),
+        case(SHORT),
+        case(LONG),
+        *(case(SHORT, RocoConfig(policy=policy, budget=4096)) for policy in policies),
         *(
-            Case(LONG, policy=policy, chunk=chunk)
+            case(LONG, RocoConfig(policy=policy, chunk=chunk))
             for chunk in chunks
             for policy in policies
         ),
@@ -99,17 +65,8 @@ def cases(chunks: Sequence[int], policies: Sequence[str] = ("roco",)) -> list[Ca
 
 def measure(case: Case, options: Options) -> dict[str, object]:
     """Read the case's prompts some times."""
-    engine = engine_command(
-        model=MODEL,
-        batches=[SHORT, LONG],
-        backend=case.backend,
-        kv_cache_dtype="auto",
-        roco_options=case.roco_options,
-        gpu_memory_utilization=0.9,
-        kv_cache_bytes=None,
-        options=options,
-    )
-    result = call(latency, [*engine, *latency_command(case.requests, ITERATIONS)])
+    command = latency_command(case.requests, ITERATIONS)
+    result = call(latency, [*case.engine.command(options), *command])
     timing = Timing.of([1e3 * seconds for seconds in result["latencies"]])
     return {
         "iterations": ITERATIONS,
@@ -119,19 +76,13 @@ def measure(case: Case, options: Options) -> dict[str, object]:
     }
 
 
-def plan(
+def jobs(
     chunks: Sequence[int], policies: Sequence[str], rounds: int, options: Options
-) -> Plan:
+) -> list[Job]:
     """Return every case once a round: a drift of the clock meets all of them."""
-    return Plan(
-        name="prefill",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [(case.columns(number), partial(measure, case, options)) for case in group]
-            for number in range(1, rounds + 1)
-            for _, group in groupby(
-                cases(chunks, policies), key=lambda case: case.roco_options
-            )
-        ],
-    )
+    every = cases(chunks, policies)
+    return [
+        [(case.columns(number), partial(measure, case, options)) for case in group]
+        for number in range(1, rounds + 1)
+        for _, group in groupby(every, key=lambda case: case.engine)
+    ]

@@ -7,27 +7,30 @@ are kept, so that they can be read again without a GPU.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import importlib
 import json
 import pkgutil
-import statistics
 import time
-from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+from torch.profiler import record_function
 from vllm.benchmarks import latency
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-from benchmarks.serving.annotated_scheduler import scheduler_class
-from benchmarks.serving.session import MACHINE
+from benchmarks import rows
+from benchmarks.serving.engines import Engine, Options, Requests
+from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.shared_engine import await_engine_end
-from benchmarks.serving.trace_steps import Step, decode_steps
-from benchmarks.serving.vllm_bench import Options, engine_command, parsed
-from benchmarks.serving.workloads import VARIANTS, Requests
+from benchmarks.serving.trace_steps import SCHEDULER, Steps, decode_steps
+from benchmarks.serving.vllm_bench import parsed
+from benchmarks.serving.workloads import VARIANTS
 from vllm_roco import ops
 from vllm_roco.config import RocoConfig
+from vllm_roco.scheduler import RocoAsyncScheduler
 
 DEFAULTS = RocoConfig()
 MODEL = "llama-3.1-8b"
@@ -40,11 +43,34 @@ TOP = 12
 MOVE = "_move_blocks_kernel"
 MACHINE_FILE = "machine.json"
 TRACES = "*.pt.trace.json.gz"
-COLUMNS = (
-    *("model", "batch", "context", "variant", "step"),
-    *("step_us", "idle_us", "scheduler_us"),
-    *("kernel", "ours", "calls", "us", "share"),
-)
+
+
+class _Annotated:
+    """Put before a scheduler class."""
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        with record_function(f"{SCHEDULER}schedule"):
+            return super().schedule(*args, **kwargs)  # type: ignore[misc]
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        with record_function(f"{SCHEDULER}update_from_output"):
+            return super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+
+
+class AnnotatedScheduler(_Annotated, AsyncScheduler):
+    """vLLM's own."""
+
+
+class AnnotatedRocoScheduler(_Annotated, RocoAsyncScheduler):
+    """RoCo's."""
+
+
+SCHEDULERS = {False: AnnotatedScheduler, True: AnnotatedRocoScheduler}
+"""Schedulers whose work shows in traces, without RoCo and with it.
+
+vLLM annotates the model's steps, but of the scheduler only parts. The schedulers run in
+the thread that starts the profiler, as long as the engine has one GPU.
+"""
 
 
 def record(
@@ -71,20 +97,16 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
         "torch_profiler_dir": str(folder.resolve()),
         "torch_profiler_with_stack": False,
     }
-    engine = engine_command(
+    engine = Engine(
         model=MODEL,
-        batches=[REQUESTS],
-        backend="FLASH_ATTN" if policy is None else "ROCO",
+        batches=(REQUESTS,),
+        roco=None if policy is None else RocoConfig(policy=policy),
         kv_cache_dtype=VARIANTS[variant].kv_cache_dtype,
-        roco_options={} if policy is None else {"policy": policy},
-        gpu_memory_utilization=0.9,
-        kv_cache_bytes=None,
-        options=options,
     )
     return [
-        *engine,
+        *engine.command(options),
         f"--max-num-batched-tokens={MAX_NUM_BATCHED_TOKENS}",
-        f"--scheduler-cls={scheduler_class(roco=policy is not None)}",
+        f"--scheduler-cls={__name__}.{SCHEDULERS[policy is not None].__name__}",
         "--async-scheduling",
         f"--batch-size={REQUESTS.count}",
         f"--input-len={REQUESTS.input_len}",
@@ -95,67 +117,54 @@ def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
     ]
 
 
-def split(steps: list[Step]) -> dict[str, list[Step]]:
+def split(steps: Steps) -> dict[str, Steps]:
     """Return the ordinary steps and those in which pages are moved."""
-    moving = [sum(step.kernels.get(MOVE, [])) for step in steps]
-    usual = statistics.median(moving)
-    parts: dict[str, list[Step]] = {"decode": [], "evicting": []}
-    for step, moved in zip(steps, moving, strict=True):
-        parts["evicting" if moved > 5 * usual else "decode"].append(step)
-    if parts["evicting"]:
-        # prompts that were read later evict later: the fullest step counts
-        parts["evicting"] = [max(parts["evicting"], key=lambda s: sum(s.kernels[MOVE]))]
-    return parts
+    moves = steps.calls[steps.calls["kernel"] == MOVE]
+    moving = moves.groupby("step")["us"].sum().reindex(steps.times.index, fill_value=0)
+    evicting = moving > 5 * moving.median()
+    # prompts that were read later evict later: the fullest step counts
+    fullest = evicting & (moving == moving.max())
+    parts = {"decode": steps.where(~evicting), "evicting": steps.where(fullest)}
+    return {kind: part for kind, part in parts.items() if len(part.times)}
 
 
 def our_kernels() -> set[str]:
     """Return the names of the kernels in `vllm_roco.ops`."""
     modules = [
-        importlib.import_module(f"{ops.__name__}.{module.name}")
-        for module in pkgutil.iter_modules(ops.__path__)
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(ops.__path__, f"{ops.__name__}.")
     ]
     return {
         name for module in modules for name in vars(module) if name.endswith("_kernel")
     }
 
 
-def kernel_rows(steps: list[Step]) -> list[dict[str, object]]:
+def kernel_rows(steps: Steps) -> pd.DataFrame:
     """Return the kernels of an average step, the costliest first."""
     ours = our_kernels()
-    times: dict[str, float] = defaultdict(float)
-    calls: Counter[str] = Counter()
-    for step in steps:
-        for name, durations in step.kernels.items():
-            times[name] += sum(durations)
-            calls[name] += len(durations)
-    total = sum(times.values())
-    shown = sorted(times, key=times.__getitem__, reverse=True)[:TOP]
-    shown += sorted(ours & times.keys() - set(shown))
-    rest = times.keys() - set(shown)
-
-    def row(kernel: str, names: list[str]) -> dict[str, object]:
-        spent = sum(times[name] for name in names)
-        return {
-            "kernel": kernel,
-            "ours": "yes" if kernel in ours else "no",
-            "calls": round(sum(calls[name] for name in names) / len(steps), 1),
-            "us": round(spent / len(steps), 2),
-            "share": round(spent / total, 5),
+    calls = steps.calls.groupby("kernel")["us"].agg(["size", "sum"])
+    kernels = (calls / len(steps.times)).set_axis(["calls", "us"], axis=1)
+    kernels = kernels.sort_values("us", ascending=False).reset_index()
+    is_shown = (kernels.index < TOP) | kernels["kernel"].isin(ours)
+    rest = kernels[~is_shown]
+    found = kernels[is_shown]
+    if len(rest):
+        sums = rest[["calls", "us"]].sum()
+        found = pd.concat(
+            [found, sums.to_frame().T.assign(kernel=f"{len(rest)} others")]
+        )
+    return pd.DataFrame(
+        {
+            "kernel": found["kernel"].str[:80],
+            "ours": found["kernel"].isin(ours).map({True: "yes", False: "no"}),
+            "calls": found["calls"].round(1),
+            "us": found["us"].round(2),
+            "share": (found["us"] / found["us"].sum()).round(5),
         }
-
-    rows = [row(name[:80], [name]) for name in shown]
-    return [*rows, row(f"{len(rest)} others", sorted(rest))] if rest else rows
+    ).reset_index(drop=True)
 
 
-def whole_step(steps: list[Step]) -> dict[str, object]:
-    """Return an average step's time, the GPU's idle part and the scheduler's time."""
-    return {
-        column: round(statistics.mean(getattr(step, column) for step in steps), 1)
-        for column in ("step_us", "idle_us", "scheduler_us")
-    }
-
-
-def profile(variant: str, folder: Path) -> list[dict[str, object]]:
+def profile(variant: str, folder: Path) -> pd.DataFrame:
     """Return a variant's rows of `profile.csv` from its trace.
 
     Args:
@@ -172,12 +181,12 @@ def profile(variant: str, folder: Path) -> list[dict[str, object]]:
         "context": REQUESTS.input_len,
         "variant": variant,
     }
-    return [
-        {**columns, "step": kind, **whole_step(part), **row}
-        for kind, part in split(steps).items()
-        if part
-        for row in kernel_rows(part)
-    ]
+    parts = []
+    for kind, part in split(steps).items():
+        kernels = kernel_rows(part)
+        whole = {**columns, "step": kind, **part.times.mean().round(1)}
+        parts.append(kernels.assign(**whole)[[*whole, *kernels]])
+    return pd.concat(parts)
 
 
 def run(
@@ -197,8 +206,7 @@ def run(
         time_limit: Seconds after which no trace is begun.
     """
     end = time.monotonic() + time_limit
-    rows: list[dict[str, object]] = []
-    machines: dict[str, object] = {}
+    parts: list[pd.DataFrame] = []
     for variant in variants:
         folder = out / "traces" / variant
         if not list(folder.glob(TRACES)):
@@ -207,10 +215,7 @@ def run(
                 continue
             record(variant, folder, facts, options)
             await_engine_end()
-        rows += profile(variant, folder)
-        machines[variant] = json.loads((folder / MACHINE_FILE).read_text())
-        with (out / "profile.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*MACHINE, *COLUMNS])
-            writer.writeheader()
-            writer.writerows(rows)
-        (out / "profile.json").write_text(json.dumps(machines, indent=1) + "\n")
+        parts.append(profile(variant, folder))
+        rows.write(out / "profile.csv", pd.concat(parts))
+        facts_of_trace = json.loads((folder / MACHINE_FILE).read_text())
+        rows.note(out, "profile", {"variant": variant, **facts_of_trace})

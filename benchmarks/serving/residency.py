@@ -7,26 +7,21 @@ for both sides: what three full sequences need.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pandas as pd
 from vllm.benchmarks import throughput
 
+from benchmarks import rows
+from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.session import Plan
-from benchmarks.serving.vllm_bench import (
-    Options,
-    call,
-    engine_command,
-    throughput_command,
-)
-from benchmarks.serving.workloads import MODELS, Requests
+from benchmarks.serving.engines import MODELS, Engine, Options, Requests
+from benchmarks.serving.jobs import Job
+from benchmarks.serving.vllm_bench import call, throughput_command
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import statistics_bytes
@@ -39,28 +34,19 @@ STEPS_IN_FLIGHT = 2
 """Of asynchronous scheduling."""
 ITEM_BYTES = 2
 
-KEY = (
-    "model",
-    "kv_cache_bytes",
-    "backend",
-    *("policy", "budget", "stride", "chunk"),
-    *("num_requests", "input_len", "output_len"),
+TABLE = Table(
+    "memory",
+    key=(
+        *("model", "kv_cache_bytes", "backend"),
+        *("policy", "budget", "stride", "chunk"),
+        *("num_requests", "input_len", "output_len"),
+    ),
+    results=(
+        *("max_running", "preemptions"),
+        *("peak_sequence_tokens", "bound_tokens", "statistics_share"),
+    ),
 )
-RESULTS = (
-    "max_running",
-    "preemptions",
-    "peak_sequence_tokens",
-    "bound_tokens",
-    "statistics_share",
-)
-STEP_COLUMNS = (
-    "step",
-    "running",
-    "held_tokens",
-    "largest_tokens",
-    "first_computed_tokens",
-    "first_held_tokens",
-)
+STEPS = "memory_steps.csv"
 
 
 @dataclass(frozen=True)
@@ -88,38 +74,24 @@ class Page:
         return self.statistics / (self.content + self.statistics)
 
 
-def plan(model: str, baseline: str, options: Options, out: Path) -> Plan:
+def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
     """Return both sides; what RoCo held in every step goes to `memory_steps.csv`."""
-    steps = out / "memory_steps.csv"
-    return Plan(
-        name="memory",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [
-                (
-                    columns(model, roco=roco),
-                    partial(measure, model, baseline, options, steps, roco=roco),
-                )
-            ]
-            for roco in (False, True)
-        ],
+    stock = Engine(
+        model=model,
+        batches=(REQUESTS,),
+        stock=baseline,
+        gpu_memory_utilization=0.5,
+        kv_cache_bytes=kv_cache_bytes(model),
     )
-
-
-def columns(model: str, *, roco: bool) -> dict[str, object]:
-    """Return the columns of `memory.csv` that tell a side from the other."""
-    options = vars(CONFIG) if roco else {}
-    return {
-        "model": model,
-        "kv_cache_bytes": kv_cache_bytes(model),
-        "backend": "ROCO" if roco else "stock",
-        **{key: options.get(key, "") for key in ("policy", "budget", "stride")},
-        "chunk": options.get("chunk", ""),
-        "num_requests": REQUESTS.count,
-        "input_len": REQUESTS.input_len,
-        "output_len": REQUESTS.output_len,
-    }
+    return [
+        [
+            (
+                {**engine.columns, **REQUESTS.columns},
+                partial(measure, engine, options, out / STEPS),
+            )
+        ]
+        for engine in (stock, replace(stock, roco=CONFIG))
+    ]
 
 
 def kv_cache_bytes(model: str) -> int:
@@ -128,80 +100,56 @@ def kv_cache_bytes(model: str) -> int:
     return (FULL_SEQUENCES * tokens // BLOCK_SIZE + 1) * Page.of(model).content
 
 
-def measure(
-    model: str, baseline: str, options: Options, steps: Path, *, roco: bool
-) -> dict[str, object]:
+def measure(engine: Engine, options: Options, steps: Path) -> dict[str, object]:
     """Serve the requests; return the columns that this fills.
 
     Args:
-        model: Folder of `benchmarks/models`.
-        baseline: The attention backend of stock vLLM.
+        engine: Either side.
         options: What is the same for both engines.
         steps: File for what RoCo held in every step; replaced.
-        roco: Which side to measure.
     """
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
-        config = {key: getattr(CONFIG, key) for key in ("budget", "stride", "chunk")}
-        engine = engine_command(
-            model=model,
-            batches=[REQUESTS],
-            backend="ROCO" if roco else baseline,
-            kv_cache_dtype="auto",
-            roco_options={**config, "trace": str(trace)} if roco else {},
-            gpu_memory_utilization=0.5,
-            kv_cache_bytes=kv_cache_bytes(model),
-            options=options,
-        )
-        engine += ["--dtype=bfloat16", "--async-scheduling"]
+        if engine.roco is not None:
+            engine = replace(engine, roco=replace(engine.roco, trace=str(trace)))
+        command = [*engine.command(options), "--dtype=bfloat16", "--async-scheduling"]
         with Counters(num_warmups=0) as counters:
-            call(throughput, [*engine, *throughput_command(REQUESTS)])
+            call(throughput, [*command, *throughput_command(REQUESTS)])
         result: dict[str, object] = {
             "max_running": counters.max_running,
             "preemptions": counters.preemptions,
         }
-        if roco:
-            rows = by_step(trace)
-            with steps.open("w", newline="") as file:
-                writer = csv.DictWriter(file, STEP_COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-            result["peak_sequence_tokens"] = max(row["largest_tokens"] for row in rows)
+        if engine.roco is not None:
+            held = by_step(trace)
+            rows.write(steps, held)
             schedule = EvictionSchedule(
                 block_size=BLOCK_SIZE, budget=CONFIG.budget, stride=CONFIG.stride
             )
             in_flight = STEPS_IN_FLIGHT * CONFIG.chunk
-            result["bound_tokens"] = schedule.max_blocks(in_flight) * BLOCK_SIZE
-            result["statistics_share"] = round(Page.of(model).statistics_share, 5)
+            result |= {
+                "peak_sequence_tokens": int(held["largest_tokens"].max()),
+                "bound_tokens": schedule.max_blocks(in_flight) * BLOCK_SIZE,
+                "statistics_share": round(Page.of(engine.model).statistics_share, 5),
+            }
     return result
 
 
-def by_step(trace: Path) -> list[dict[str, int]]:
+def by_step(trace: Path) -> pd.DataFrame:
     """Return what was held in each step of a trace, in tokens.
 
     Args:
         trace: The file that the option `trace` names.
     """
-    steps: dict[int, list[Mapping[str, object]]] = defaultdict(list)
-    for line in trace.read_text().splitlines():
-        record = json.loads(line)
-        steps[record["step"]].append(record)
-    first = next(iter(steps.values()))[0]["request"]
-    rows = []
-    for step, records in steps.items():
-        held = {
-            str(record["request"]): BLOCK_SIZE * int(str(record["held_blocks"]))
-            for record in records
+    lines = pd.read_json(trace, lines=True, dtype={"request": str})
+    lines["held_tokens"] = BLOCK_SIZE * lines["held_blocks"]
+    steps = lines.groupby("step")["held_tokens"]
+    found = pd.DataFrame(
+        {
+            "running": steps.size(),
+            "held_tokens": steps.sum(),
+            "largest_tokens": steps.max(),
         }
-        computed = {str(r["request"]): int(str(r["computed_tokens"])) for r in records}
-        row = {
-            "step": step,
-            "running": len(records),
-            "held_tokens": sum(held.values()),
-            "largest_tokens": max(held.values()),
-        }
-        if first in held:
-            row["first_computed_tokens"] = computed[str(first)]
-            row["first_held_tokens"] = held[str(first)]
-        rows.append(row)
-    return rows
+    )
+    first = lines[lines["request"] == lines["request"].iloc[0]].set_index("step")
+    first = first[["computed_tokens", "held_tokens"]].add_prefix("first_")
+    return found.join(first.astype("Int64")).reset_index()

@@ -29,8 +29,10 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.kernels.measuring import Timing
-from benchmarks.serving.session import Plan
-from benchmarks.serving.workloads import MODELS, WORKLOADS
+from benchmarks.rows import Table
+from benchmarks.serving.engines import MODELS
+from benchmarks.serving.jobs import Job
+from benchmarks.serving.workloads import WORKLOADS
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.scheduler import RocoAsyncScheduler
 
@@ -41,24 +43,23 @@ DECODE_STEPS = 150
 """More than a stride."""
 ROUNDS = 5
 """Turns of each side, which a drift of the clock meets alike."""
-KEY = ("cpu", "side", "running", "budget", "stride")
-RESULTS = (
-    *("schedule_us", "schedule_low", "schedule_high", "schedule_mean"),
-    *("update_us", "update_low", "update_high", "update_mean"),
+TABLE = Table(
+    "scheduler",
+    key=("cpu", "side", "running", "budget", "stride"),
+    results=(
+        *("schedule_us", "schedule_low", "schedule_high", "schedule_mean"),
+        *("update_us", "update_low", "update_high", "update_mean"),
+    ),
 )
 
 
-def plan() -> Plan:
+def jobs() -> list[Job]:
     """Return both sides."""
-    return Plan(
-        name="scheduler",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [(columns(roco=roco), partial(measure, MODELS / WORKLOAD.model, roco=roco))]
-            for roco in (False, True)
-        ],
-    )
+    model = MODELS / WORKLOAD.model
+    return [
+        [(columns(roco=roco), partial(measure, model, roco=roco))]
+        for roco in (False, True)
+    ]
 
 
 def processor() -> str:
@@ -75,8 +76,8 @@ def columns(*, roco: bool) -> dict[str, object]:
         "cpu": processor(),
         "side": "roco" if roco else "stock",
         "running": WORKLOAD.batches[0].count,
-        "budget": WORKLOAD.budget if roco else "",
-        "stride": WORKLOAD.stride if roco else "",
+        "budget": WORKLOAD.budget if roco else None,
+        "stride": WORKLOAD.stride if roco else None,
     }
 
 
@@ -199,9 +200,6 @@ def measure(model: Path, *, roco: bool) -> dict[str, object]:
 def _row(times: dict[str, list[float]]) -> dict[str, object]:
     row: dict[str, object] = {}
     for name, samples in times.items():
-        timing = Timing.of(samples)
-        row[f"{name}_us"] = timing.median
-        row[f"{name}_low"] = timing.low
-        row[f"{name}_high"] = timing.high
+        row |= Timing.of(samples).columns(name)
         row[f"{name}_mean"] = round(sum(samples) / len(samples), 1)
     return row

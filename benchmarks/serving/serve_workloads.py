@@ -9,52 +9,38 @@ from itertools import groupby
 
 from vllm.benchmarks import latency, throughput
 
+from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.session import Plan
+from benchmarks.serving.engines import Options, Requests
+from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import (
     LATENCY_WARMUPS,
-    Options,
     call,
-    engine_command,
     latency_command,
     throughput_command,
 )
-from benchmarks.serving.workloads import Requests, Run
+from benchmarks.serving.workloads import WORKLOADS, Run
 
-KEY = (
-    "workload",
-    "model",
-    "gpu_memory_utilization",
-    "kv_cache_bytes",
-    "backend",
-    "kv_cache_dtype",
-    "policy",
-    "shield",
-    "budget",
-    "stride",
-    "chunk",
-    "num_requests",
-    "input_len",
-    "output_len",
+TABLE = Table(
+    "serving",
+    key=(
+        *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
+        *("backend", "kv_cache_dtype", "policy", "shield"),
+        *("budget", "stride", "chunk", "num_requests", "input_len", "output_len"),
+    ),
+    results=("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions"),
 )
 WARM_UP_REQUESTS = 4
 WARM_UP_OUTPUT = 32
 """Tokens of a warm-up's requests, whose prompts are those of the batch."""
 
-RESULTS = ("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions")
 
-
-def plan(runs: Sequence[Run], options: Options) -> Plan:
+def jobs(runs: Sequence[Run], options: Options) -> list[Job]:
     """Return the runs as measurements, those next to each other sharing an engine."""
-    return Plan(
-        name="serving",
-        key=KEY,
-        results=RESULTS,
-        engines=[
-            [(run.columns, partial(measure, run, options)) for run in group]
-            for _, group in groupby(runs, key=lambda run: run.engine)
-        ],
-    )
+    return [
+        [(run.columns, partial(measure, run, options)) for run in group]
+        for _, group in groupby(runs, key=lambda run: run.engine)
+    ]
 
 
 def warm_up(requests: Requests) -> Requests:
@@ -68,19 +54,8 @@ def warm_up(requests: Requests) -> Requests:
 
 def measure(run: Run, options: Options) -> dict[str, object]:
     """Serve a run's batch; return the columns of `serving.csv` that it fills."""
-    requests = run.requests
-    engine = engine_command(
-        model=run.workload.model,
-        # all of them, whichever are selected: a row means the same alone
-        batches=run.workload.batches,
-        backend=run.backend,
-        kv_cache_dtype=run.variant.kv_cache_dtype,
-        roco_options=run.roco_options,
-        gpu_memory_utilization=run.gpu_memory_utilization,
-        kv_cache_bytes=run.workload.kv_cache_bytes,
-        options=options,
-    )
-    if run.workload.one_at_a_time:
+    requests, engine = run.requests, run.engine.command(options)
+    if WORKLOADS[run.name].one_at_a_time:
         with Counters(LATENCY_WARMUPS * requests.count) as counters:
             result = call(latency, [*engine, *latency_command(requests)])
         seconds = result["percentiles"]["50"]

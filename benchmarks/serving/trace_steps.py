@@ -3,50 +3,40 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.serving.annotated_scheduler import PREFIX
+import numpy as np
+import pandas as pd
+
+SCHEDULER = "scheduler: "
+"""What annotations of the scheduler begin with."""
 
 _WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
-@dataclass
-class Step:
-    """From the first kernel of a step to the next one's, so that it ends with sampling.
+@dataclass(frozen=True)
+class Steps:
+    """Steps from their first kernel to the next one's, so that they end with sampling.
 
     Attributes:
-        start: Microseconds.
-        end: Microseconds.
-        kernels: Microseconds of each call of each kernel that begins in between.
-        busy_us: How long the GPU worked on anything.
-        scheduler_us: How long the scheduler took that ran meanwhile, for a later step;
-            NaN if the trace does not tell.
+        times: A row for each step, in microseconds: `step_us`, `idle_us` in which the
+            GPU did nothing, and `scheduler_us` of the scheduler that ran meanwhile, for
+            a later step; NaN if the trace does not tell.
+        calls: `step`, `kernel` and microseconds `us` of every call that begins in one.
     """
 
-    start: float
-    end: float
-    kernels: dict[str, list[float]] = field(default_factory=dict)
-    busy_us: float = 0.0
-    scheduler_us: float = 0.0
+    times: pd.DataFrame
+    calls: pd.DataFrame
 
-    @property
-    def step_us(self) -> float:
-        """From the start to the end."""
-        return self.end - self.start
-
-    @property
-    def idle_us(self) -> float:
-        """How long the GPU did nothing."""
-        return self.step_us - self.busy_us
+    def where(self, chosen: pd.Series[bool]) -> Steps:
+        """Return the steps that are chosen, with their calls."""
+        times = self.times[chosen]
+        return Steps(times, self.calls[self.calls["step"].isin(times.index)])
 
 
-def decode_steps(trace: Mapping[str, Any], batch: int) -> list[Step]:
+def decode_steps(trace: Mapping[str, Any], batch: int) -> Steps:
     """Return every step in which all rows decode.
 
     Args:
@@ -56,66 +46,53 @@ def decode_steps(trace: Mapping[str, Any], batch: int) -> list[Step]:
     Raises:
         ValueError: The trace has no such steps.
     """
-    events = [event for event in trace["traceEvents"] if "dur" in event]
-    work = [event for event in events if event.get("cat") in _WORK]
-    stream = Counter(e["tid"] for e in work if e["cat"] == "kernel").most_common(1)
-    marks = sorted(
-        (event["ts"], event["name"])
-        for event in events
-        if event.get("cat") == "gpu_user_annotation"
-        and event["name"].startswith("execute_")
-        and stream
-        and event["tid"] == stream[0][0]
-    )
+    events = pd.DataFrame([event for event in trace["traceEvents"] if "dur" in event])
+    work = events[events["cat"].isin(_WORK)]
+    stream = work.loc[work["cat"] == "kernel", "tid"].mode()[:1]
+    marks = events[
+        (events["cat"] == "gpu_user_annotation")
+        & events["name"].str.startswith("execute_")
+        & events["tid"].isin(stream)
+    ].sort_values("ts")
+    starts = marks["ts"].to_numpy()
     wanted = f"execute_context_0(0)_generation_{batch}({batch})"
-    starts = [start for start, _ in marks]
-    steps = {
-        # the last one has no end
-        index: Step(start, starts[index + 1])
-        for index, (start, name) in enumerate(marks[:-1])
-        if name == wanted
-    }
-    if not steps:
+    # the last one has no end
+    steps = np.flatnonzero(marks["name"].iloc[:-1] == wanted)
+    if not len(steps):
         raise ValueError(
-            f"the trace has no step {wanted!r}, but {Counter(n for _, n in marks)}; "
-            f"its categories are {Counter(event.get('cat') for event in events)}"
+            f"the trace has no step {wanted!r}, but "
+            f"{marks['name'].value_counts().to_dict()}; its categories are "
+            f"{events['cat'].value_counts().to_dict()}"
         )
 
-    def step_at(time: float) -> Step | None:
-        return steps.get(bisect.bisect_right(starts, time) - 1)
+    def in_steps(found: pd.DataFrame) -> pd.DataFrame:
+        found = found.assign(step=starts.searchsorted(found["ts"], "right") - 1)
+        return found[found["step"].isin(steps)]
 
-    for event in work:
-        if step := step_at(event["ts"]):
-            name = event["name"] if event["cat"] == "kernel" else event["cat"]
-            step.kernels.setdefault(name, []).append(event["dur"])
-    spans = _merged((event["ts"], event["ts"] + event["dur"]) for event in work)
-    for step in steps.values():
-        # from the span that the step may begin within
-        first = max(0, bisect.bisect_right(spans, (step.start, math.inf)) - 1)
-        for begin, end in itertools.islice(spans, first, None):
-            if begin >= step.end:
-                break
-            step.busy_us += max(0.0, min(end, step.end) - max(begin, step.start))
-    scheduler = [
-        event
-        for event in events
-        if event.get("cat") == "user_annotation" and event["name"].startswith(PREFIX)
-    ]
-    if not scheduler:
-        for step in steps.values():
-            step.scheduler_us = math.nan
-    for event in scheduler:
-        if step := step_at(event["ts"]):
-            step.scheduler_us += event["dur"]
-    return list(steps.values())
+    busy = np.interp(starts, *_busy_until(work))
+    is_scheduler = (events["cat"] == "user_annotation") & events["name"].str.startswith(
+        SCHEDULER
+    )
+    scheduler = in_steps(events[is_scheduler]).groupby("step")["dur"].sum()
+    times = pd.DataFrame({"step_us": np.diff(starts)[steps]}, index=steps)
+    times["idle_us"] = times["step_us"] - np.diff(busy)[steps]
+    times["scheduler_us"] = scheduler.reindex(
+        steps, fill_value=0 if is_scheduler.any() else np.nan
+    )
+    calls = in_steps(work)
+    kernel = calls["name"].where(calls["cat"] == "kernel", calls["cat"])
+    return Steps(
+        times, calls[["step"]].assign(kernel=kernel, us=calls["dur"]).reset_index()
+    )
 
 
-def _merged(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the times that any span covers, in their order."""
-    merged: list[tuple[float, float]] = []
-    for begin, end in sorted(spans):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((begin, end))
-    return merged
+def _busy_until(work: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return moments, and how long the GPU had worked on anything until each."""
+    work = work.sort_values("ts")
+    end = work["ts"] + work["dur"]
+    # work that begins while other work goes on belongs to the same span
+    span = (work["ts"] > end.cummax().shift()).cumsum()
+    begins, ends = work["ts"].groupby(span).min(), end.groupby(span).max()
+    moments = np.column_stack([begins, ends]).ravel()
+    lengths = np.column_stack([0 * begins, ends - begins]).ravel()
+    return moments, lengths.cumsum()

@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from benchmarks.serving.workloads import MODELS, Requests
+from benchmarks.serving.engines import Requests
 
 LATENCY_WARMUPS = 2
 """How often a batch is served before anything is timed."""
@@ -25,56 +24,11 @@ ITERATIONS = 5
 """How often a batch is served whose latency is asked for, after the warm-up."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is the same for every engine.
-
-    Attributes:
-        tokenizer: Folder of a tokenizer; random prompts are drawn from its words.
-        engine_arguments: Passed on to vLLM.
-    """
-
-    tokenizer: str
-    engine_arguments: Sequence[str] = ()
-
-
 def parsed(benchmark: ModuleType, command: Sequence[str]) -> Any:
     """Return the command as the benchmark's own parser reads it."""
     parser = FlexibleArgumentParser()
     benchmark.add_cli_args(parser)
     return parser.parse_args(list(command))
-
-
-def engine_command(
-    *,
-    model: str,
-    batches: Sequence[Requests],
-    backend: str,
-    kv_cache_dtype: str,
-    roco_options: dict[str, object],
-    gpu_memory_utilization: float,
-    kv_cache_bytes: int | None,
-    options: Options,
-) -> list[str]:
-    """Return what every benchmark is told about the engine that serves the batches."""
-    additional = {"roco": roco_options} if roco_options else {}
-    command = [
-        f"--model={MODELS / model}",
-        f"--tokenizer={options.tokenizer}",
-        # the cost of attention does not depend on the weights
-        "--load-format=dummy",
-        f"--max-model-len={max(batch.max_model_len for batch in batches)}",
-        f"--max-num-seqs={max(batch.count for batch in batches)}",
-        f"--gpu-memory-utilization={gpu_memory_utilization}",
-        "--no-enable-prefix-caching",
-        "--disable-detokenize",
-        f"--attention-backend={backend}",
-        f"--kv-cache-dtype={kv_cache_dtype}",
-        f"--additional-config={json.dumps(additional)}",
-    ]
-    if kv_cache_bytes is not None:
-        command.append(f"--kv-cache-memory-bytes={kv_cache_bytes}")
-    return command + list(options.engine_arguments)
 
 
 def throughput_command(requests: Requests) -> list[str]:

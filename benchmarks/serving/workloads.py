@@ -3,26 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
+from benchmarks.serving.engines import Engine, Requests
 from vllm_roco.config import RocoConfig
-
-MODELS = Path(__file__).parents[1] / "models"
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Equal requests that arrive at once; lengths in tokens."""
-
-    count: int
-    input_len: int
-    output_len: int
-
-    @property
-    def max_model_len(self) -> int:
-        """A length that holds a request; random text may be a few tokens longer."""
-        return -(-(self.input_len + self.output_len + 16) // 256) * 256
 
 
 @dataclass(frozen=True)
@@ -79,11 +63,10 @@ class Workload:
 
     def config(self, policy: str) -> RocoConfig:
         """Return the plugin's options under a policy."""
-        sizes = {key: getattr(self, key) for key in _SIZES}
-        return RocoConfig(policy=policy, **sizes)
+        sizes = {"budget": self.budget, "stride": self.stride, "chunk": self.chunk}
+        return RocoConfig(policy=policy, **sizes)  # type: ignore[arg-type]
 
 
-_SIZES = ("budget", "stride", "chunk")
 _QWEN_BYTES_PER_TOKEN = 28 * 4 * 2 * 128 * 2
 """Layers, kv heads, K and V, head size, bytes of a number."""
 
@@ -162,59 +145,18 @@ class Run:
 
     Attributes:
         name: Key of `WORKLOADS`.
-        workload: What it names.
         requests: The batch.
-        variant: The engine.
-        gpu_memory_utilization: vLLM's option.
-        baseline: The attention backend of stock vLLM.
+        engine: What serves it.
     """
 
     name: str
-    workload: Workload
     requests: Requests
-    variant: Variant
-    gpu_memory_utilization: float
-    baseline: str = "FLASH_ATTN"
-
-    @property
-    def engine(self) -> tuple[Workload, Variant, float, str]:
-        """What runs have in common that one engine can serve."""
-        memory = self.gpu_memory_utilization
-        return self.workload, self.variant, memory, self.baseline
-
-    @property
-    def backend(self) -> str:
-        """vLLM's name of the attention backend."""
-        return self.baseline if self.variant.policy is None else "ROCO"
-
-    @property
-    def roco_options(self) -> dict[str, object]:
-        """The options of `additional_config["roco"]`, empty without RoCo."""
-        if self.variant.policy is None:
-            return {}
-        config = self.workload.config(self.variant.policy)
-        return {key: getattr(config, key) for key in ("policy", *_SIZES)}
+    engine: Engine
 
     @property
     def columns(self) -> dict[str, object]:
         """The columns of `serving.csv` that tell this run from others."""
-        config = asdict(RocoConfig(**self.roco_options))  # type: ignore[arg-type]
-        if self.variant.policy is None:
-            config = {}
-        elif self.variant.policy == "recent":
-            config["shield"] = ""
-        return {
-            "workload": self.name,
-            "model": self.workload.model,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-            "kv_cache_bytes": self.workload.kv_cache_bytes or "",
-            "backend": self.backend,
-            "kv_cache_dtype": self.variant.kv_cache_dtype,
-            **{key: config.get(key, "") for key in ("policy", "shield", *_SIZES)},
-            "num_requests": self.requests.count,
-            "input_len": self.requests.input_len,
-            "output_len": self.requests.output_len,
-        }
+        return {"workload": self.name, **self.engine.columns, **self.requests.columns}
 
 
 def runs(
@@ -237,10 +179,22 @@ def runs(
         baseline: The attention backend of stock vLLM.
     """
     workload = WORKLOADS[name]
-    if model is not None:
-        workload = replace(workload, model=model)
+
+    def engine(memory: float, variant: Variant) -> Engine:
+        policy = variant.policy
+        return Engine(
+            model=model or workload.model,
+            # all of them, whichever are selected: a row means the same alone
+            batches=workload.batches,
+            roco=None if policy is None else workload.config(policy),
+            stock=baseline,
+            kv_cache_dtype=variant.kv_cache_dtype,
+            gpu_memory_utilization=memory,
+            kv_cache_bytes=workload.kv_cache_bytes,
+        )
+
     return [
-        Run(name, workload, requests, VARIANTS[variant], memory, baseline)
+        Run(name, requests, engine(memory, VARIANTS[variant]))
         for memory in gpu_memory_utilization or workload.gpu_memory_utilization
         for variant in variants or workload.variants
         for requests in workload.batches

@@ -3,37 +3,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from typing import TypeVar
 
 import pytest
-from prometheus_client import Counter, Gauge, Histogram
-from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from benchmarks.serving.counters import FIRST_TOKEN, INTERVAL, LATER_TOKENS, Counters
+from benchmarks.serving.counters import (
+    FIRST_TOKEN,
+    INTERVAL,
+    LATER_TOKENS,
+    RUNNING,
+    Counters,
+)
+
+M = TypeVar("M", Counter, Gauge, Histogram)
 
 # on busy cores a thread may sleep through several intervals
 LONG_ENOUGH = 15 * INTERVAL
 
 
-@pytest.fixture(autouse=True)
-def no_metrics_are_left() -> Iterator[None]:
-    yield
-    unregister_vllm_metrics()
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    """A registry of the test's own; an engine of another test may use the default.
+
+    Tests that used the default one failed with `DuplicateTimeseries` when an engine
+    that ran before in their process had left `vllm:num_requests_running` there. It is
+    there now in any case.
+    """
+    with contextlib.suppress(ValueError):
+        Gauge(RUNNING, "what an engine leaves")
+    return CollectorRegistry()
 
 
 class Metrics:
     """Does to the registry what an engine does."""
 
-    def __init__(self) -> None:
-        labels = ["model_name", "engine"]
+    def __init__(self, registry: CollectorRegistry) -> None:
         mine = {"model_name": "a model", "engine": "0"}
-        self.running = Gauge("vllm:num_requests_running", "", labels).labels(**mine)
-        self.preemptions = Counter("vllm:num_preemptions", "", labels).labels(**mine)
-        reasons = Counter("vllm:request_success", "", [*labels, "finished_reason"])
-        self.finished = reasons.labels(**mine, finished_reason="length")
-        self.first = Histogram(FIRST_TOKEN, "", labels).labels(**mine)
-        self.later = Histogram(LATER_TOKENS, "", labels).labels(**mine)
+
+        def made(kind: type[M], name: str, **more: str) -> M:
+            labels = mine | more
+            return kind(name, "", list(labels), registry=registry).labels(**labels)
+
+        self.running = made(Gauge, RUNNING)
+        self.preemptions = made(Counter, "vllm:num_preemptions")
+        self.finished = made(Counter, "vllm:request_success", finished_reason="length")
+        self.first = made(Histogram, FIRST_TOKEN)
+        self.later = made(Histogram, LATER_TOKENS)
 
     def serve(self, count: int, seconds: float) -> None:
         self.running.set(count)
@@ -47,10 +65,10 @@ class Metrics:
         time.sleep(LONG_ENOUGH)
 
 
-def test_warm_up_does_not_count() -> None:
-    with Counters(num_warmups=2) as counters:
+def test_warm_up_does_not_count(registry: CollectorRegistry) -> None:
+    with Counters(2, registry) as counters:
         # an engine registers its metrics at its start
-        metrics = Metrics()
+        metrics = Metrics(registry)
         metrics.serve(2, seconds=9)
         metrics.serve(4, seconds=0.5)
     assert counters.max_running == 4
@@ -60,10 +78,12 @@ def test_warm_up_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("num_warmups", [0, 4])
-def test_calls_before_do_not_count(num_warmups: int) -> None:
-    metrics = Metrics()
+def test_calls_before_do_not_count(
+    num_warmups: int, registry: CollectorRegistry
+) -> None:
+    metrics = Metrics(registry)
     metrics.serve(8, seconds=7)
-    with Counters(num_warmups) as counters:
+    with Counters(num_warmups, registry) as counters:
         if num_warmups:
             metrics.serve(num_warmups, seconds=9)
         metrics.serve(3, seconds=0.5)

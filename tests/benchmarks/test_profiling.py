@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from vllm.benchmarks import latency
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from benchmarks.serving import scheduling
-from benchmarks.serving.annotated_scheduler import scheduler_class
+from benchmarks.serving import profiling, scheduling
+from benchmarks.serving.engines import MODELS, Options
 from benchmarks.serving.profiling import (
     MAX_NUM_BATCHED_TOKENS,
     kernel_rows,
@@ -24,10 +23,9 @@ from benchmarks.serving.profiling import (
     profile_command,
     run,
     split,
-    whole_step,
 )
 from benchmarks.serving.trace_steps import decode_steps
-from benchmarks.serving.vllm_bench import Options, parsed
+from benchmarks.serving.vllm_bench import parsed
 
 PREFILL = "execute_context_2(700)_generation_0(0)"
 DECODE = "execute_context_0(0)_generation_2(2)"
@@ -61,30 +59,39 @@ def trace(moves: list[float]) -> Mapping[str, Any]:
 
 def test_steps_and_shares() -> None:
     parts = split(decode_steps(trace([2, 2, 80, 2, 2]), batch=2))
-    assert [len(part) for part in parts.values()] == [3, 1]
+    assert [len(part.times) for part in parts.values()] == [3, 1]
     ordinary, evicting = (kernel_rows(part) for part in parts.values())
-    assert [(row["kernel"], row["calls"], row["us"]) for row in ordinary] == [
-        ("gemm", 2, 60),
-        ("gpu_memset", 1, 5),
-        ("_move_blocks_kernel", 1, 2),
-        ("gpu_memcpy", 1, 2),
+    assert ordinary[["kernel", "ours", "calls", "us"]].to_numpy().tolist() == [
+        ["gemm", "no", 2, 60],
+        ["gpu_memset", "no", 1, 5],
+        ["_move_blocks_kernel", "yes", 1, 2],
+        ["gpu_memcpy", "no", 1, 2],
     ]
-    assert [row["ours"] for row in ordinary] == ["no", "no", "yes", "no"]
     # of five digits each
-    assert sum(float(str(row["share"])) for row in ordinary) == pytest.approx(
-        1, abs=2e-5
-    )
-    assert evicting[0]["kernel"] == "_move_blocks_kernel"
-    assert evicting[0]["share"] == pytest.approx(80 / 147, abs=1e-5)
+    assert ordinary["share"].sum() == pytest.approx(1, abs=2e-5)
+    assert evicting["kernel"][0] == "_move_blocks_kernel"
+    assert evicting["share"][0] == pytest.approx(80 / 147, abs=1e-5)
+
+
+def test_kernels_beyond_the_first_share_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "TOP", 1)
+    found = kernel_rows(decode_steps(trace([2, 2]), batch=2))
+    assert found[["kernel", "calls", "us"]].to_numpy().tolist() == [
+        ["gemm", 2, 60],
+        # ours have a row in any case
+        ["_move_blocks_kernel", 1, 2],
+        ["2 others", 2, 7],
+    ]
+    assert found["share"].sum() == pytest.approx(1, abs=2e-5)
 
 
 def test_idle_time_and_the_scheduler() -> None:
     parts = split(decode_steps(trace([2, 2, 80, 2, 2]), batch=2))
     # the long move ends in the next step, beside that one's first kernels
-    assert [whole_step(part) for part in parts.values()] == [
+    assert [part.times.mean().to_dict() for part in parts.values()] == [
         {
             "step_us": 100,
-            "idle_us": pytest.approx((36 + 36 + 34) / 3, abs=0.05),
+            "idle_us": pytest.approx((36 + 36 + 34) / 3),
             "scheduler_us": 7,
         },
         {"step_us": 100, "idle_us": 4, "scheduler_us": 7},
@@ -94,15 +101,15 @@ def test_idle_time_and_the_scheduler() -> None:
 def test_a_trace_without_the_scheduler_tells_no_time() -> None:
     events = trace([2, 2])["traceEvents"]
     others = [event for event in events if event.get("cat") != "user_annotation"]
-    (step,) = decode_steps({"traceEvents": others}, batch=2)
-    assert step.idle_us == 36
-    assert math.isnan(step.scheduler_us)
+    times = decode_steps({"traceEvents": others}, batch=2).times
+    assert times["idle_us"].tolist() == [36]
+    assert times["scheduler_us"].isna().all()
 
 
 @pytest.mark.parametrize("roco", [False, True])
 def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
-    kind = resolve_obj_by_qualname(scheduler_class(roco=roco))
-    model = scheduling.MODELS / scheduling.WORKLOAD.model
+    kind = profiling.SCHEDULERS[roco]
+    model = MODELS / scheduling.WORKLOAD.model
     core = scheduling.scheduler(model, roco=roco, kind=kind)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         output = core.schedule()
@@ -136,11 +143,12 @@ def test_our_kernels() -> None:
 
 @pytest.mark.parametrize("variant", ["stock", "roco"])
 def test_command(variant: str, tmp_path: Path) -> None:
-    models = str(Path(__file__).parents[2] / "benchmarks" / "models")
-    command = profile_command(variant, tmp_path, Options(tokenizer=models))
+    command = profile_command(variant, tmp_path, Options(tokenizer=str(MODELS)))
     arguments = parsed(latency, command)
     assert arguments.profile
     engine = EngineArgs.from_cli_args(arguments)
     assert engine.profiler_config.torch_profiler_dir == str(tmp_path)
     assert engine.async_scheduling
+    kind = resolve_obj_by_qualname(engine.scheduler_cls)
+    assert kind is profiling.SCHEDULERS[variant == "roco"]
     assert engine.max_num_batched_tokens == MAX_NUM_BATCHED_TOKENS

@@ -20,24 +20,15 @@ def test_by_step(tmp_path: Path) -> None:
     trace.write(2, "b", 64, 4)
     trace.write(3, "b", 65, 5)
     trace.close()
-    assert by_step(trace.path) == [
-        {
-            "step": 1,
-            "running": 1,
-            "held_tokens": 128,
-            "largest_tokens": 128,
-            "first_computed_tokens": 128,
-            "first_held_tokens": 128,
-        },
-        {
-            "step": 2,
-            "running": 2,
-            "held_tokens": 208,
-            "largest_tokens": 144,
-            "first_computed_tokens": 129,
-            "first_held_tokens": 144,
-        },
-        {"step": 3, "running": 1, "held_tokens": 80, "largest_tokens": 80},
+    found = by_step(trace.path)
+    assert found.columns.tolist() == [
+        *("step", "running", "held_tokens", "largest_tokens"),
+        *("first_computed_tokens", "first_held_tokens"),
+    ]
+    assert found.fillna(-1).to_numpy().tolist() == [
+        [1, 1, 128, 128, 128, 128],
+        [2, 2, 208, 144, 129, 144],
+        [3, 1, 80, 80, -1, -1],
     ]
 
 

@@ -11,69 +11,49 @@ from vllm.benchmarks import latency, throughput
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.serving import prefill
+from benchmarks.serving.engines import MODELS, Options
 from benchmarks.serving.vllm_bench import (
-    Options,
-    engine_command,
     latency_command,
     parsed,
     throughput_command,
 )
-from benchmarks.serving.workloads import VARIANTS, WORKLOADS, Requests, runs
+from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
 from vllm_roco.config import RocoConfig
 
 BLOCK_SIZE = 16
-MODELS = Path(__file__).parents[2] / "benchmarks" / "models"
 
 
-def engine(**changes: object) -> list[str]:
-    """Return the command of an engine that holds small requests."""
-    given: dict[str, object] = {
-        "model": "qwen2.5-7b",
-        "batches": [Requests(4, 100, 20)],
-        "backend": "ROCO",
-        "kv_cache_dtype": "auto",
-        "roco_options": {},
-        "gpu_memory_utilization": 0.5,
-        "kv_cache_bytes": None,
-        "options": Options(tokenizer=str(MODELS)),
-    }
-    return engine_command(**(given | changes))  # type: ignore[arg-type]
+OPTIONS = Options(tokenizer=str(MODELS))
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workload(name: str) -> None:
+    workload = WORKLOADS[name]
     for run in runs(name):
-        requests = run.requests
-        command = engine(
-            model=run.workload.model,
-            batches=run.workload.batches,
-            backend=run.backend,
-            kv_cache_dtype=run.variant.kv_cache_dtype,
-            roco_options=run.roco_options,
-            gpu_memory_utilization=run.gpu_memory_utilization,
-            kv_cache_bytes=run.workload.kv_cache_bytes,
-        )
-        if run.workload.one_at_a_time:
-            arguments = parsed(latency, [*command, *latency_command(requests)])
+        command = run.engine.command(OPTIONS)
+        if workload.one_at_a_time:
+            arguments = parsed(latency, [*command, *latency_command(run.requests)])
         else:
-            arguments = parsed(throughput, [*command, *throughput_command(requests)])
+            requests = throughput_command(run.requests)
+            arguments = parsed(throughput, [*command, *requests])
         engine_args = EngineArgs.from_cli_args(arguments)
         assert (Path(engine_args.model) / "config.json").exists()
-        assert engine_args.kv_cache_memory_bytes == run.workload.kv_cache_bytes
+        assert engine_args.kv_cache_memory_bytes == workload.kv_cache_bytes
         assert not engine_args.disable_log_stats
         assert not engine_args.enable_prefix_caching
         config = RocoConfig.from_additional_config(engine_args.additional_config)
         config.check_block_size(BLOCK_SIZE)
-        if run.variant.policy is None:
+        if run.engine.roco is None:
             assert engine_args.additional_config == {}
         else:
-            assert config.budget == run.workload.budget
+            assert config == run.engine.roco
+            assert config.budget == workload.budget
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_model_holds_the_requests(name: str) -> None:
     for run in runs(name):
-        config = json.loads((MODELS / run.workload.model / "config.json").read_text())
+        config = json.loads((MODELS / run.engine.model / "config.json").read_text())
         assert run.requests.max_model_len <= config["max_position_embeddings"]
 
 
@@ -88,13 +68,8 @@ def test_every_row_has_a_key_of_its_own() -> None:
 
 def test_prefill() -> None:
     for case in prefill.cases(list(prefill.CHUNKS)):
-        command = engine(
-            model=prefill.MODEL,
-            batches=[prefill.SHORT, prefill.LONG],
-            backend=case.backend,
-            roco_options=case.roco_options,
-        )
-        arguments = parsed(latency, [*command, *latency_command(case.requests)])
+        command = [*case.engine.command(OPTIONS), *latency_command(case.requests)]
+        arguments = parsed(latency, command)
         assert arguments.output_len == 1
         config = RocoConfig.from_additional_config(arguments.additional_config)
         config.check_block_size(BLOCK_SIZE)
@@ -102,5 +77,5 @@ def test_prefill() -> None:
 
 def test_engine_arguments_come_last() -> None:
     options = Options(tokenizer=str(MODELS), engine_arguments=["--max-num-seqs=7"])
-    arguments = parsed(throughput, engine(options=options))
-    assert arguments.max_num_seqs == 7
+    command = runs("smoke")[0].engine.command(options)
+    assert parsed(throughput, command).max_num_seqs == 7

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality import outcomes, running, schedule, table
+from benchmarks.quality import jobs, results, scoring
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION, Cell, Job
 from benchmarks.quality.grid import (
     BASE,
     FULL,
+    METHODS,
     ORACLE_METHODS,
     PRESETS,
     cells,
-    jobs,
 )
-from benchmarks.quality.outcomes import Outcome
+from benchmarks.quality.grid import jobs as jobs_of
+from benchmarks.quality.results import Result
+from benchmarks.quality.run import can_be_swept, estimated_seconds, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED
+from benchmarks.rows import read
 
 FULL_PRESET = PRESETS["full"]
 
@@ -51,7 +54,7 @@ def test_every_cell_is_there_once_and_can_be_written() -> None:
 def test_every_method_meets_the_same_budgets_on_a_hundred_problems(
     task: str, context: int, ratios: set[float]
 ) -> None:
-    for method in (*FULL_PRESET.methods, *ORACLE_METHODS):
+    for method in (*METHODS, *ORACLE_METHODS):
         found = {
             cell.budget_ratio
             for cell in grid()
@@ -88,7 +91,7 @@ def test_texts_read_as_if_generated_are_read_up_to_the_next_eviction() -> None:
 
 
 def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
-    every = jobs(grid())
+    every = jobs_of(grid())
 
     assert sum(len(job.cells) for job in every) == len(grid())
     assert every[0].cells[0].setup == FULL
@@ -98,27 +101,28 @@ def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
         assert len({cell.setup.engine for cell in job.cells}) == 1
 
 
-def outcome(cell: Cell, *scores: float) -> Outcome:
+def result(cell: Cell, *scores: float) -> Result:
     metric = "perplexity" if cell.task == PERPLEXITY else "accuracy"
-    return Outcome(cell, {metric: list(scores)}, "gpu", "abc")
+    return Result(cell, {metric: list(scores)}, "gpu", "abc")
 
 
 def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
     full = next(cell for cell in grid() if cell.task == "vt")
     swept = next(c for c in grid() if c.task == "vt" and c.setup != FULL)
 
-    assert not running.can_be_swept(swept, {})
+    assert not can_be_swept(swept, FULL_PRESET, {})
+    assert can_be_swept(swept, PRESETS["screen"], {})
     for score, expected in ((0.29, False), (0.31, True)):
-        done = {full: outcome(full, score)}
-        assert running.can_be_swept(swept, done) is expected
+        done = {full: result(full, score)}
+        assert can_be_swept(swept, FULL_PRESET, done) is expected
 
 
 def test_a_lone_job_takes_as_long_beside_an_idle_process() -> None:
     """One cell, with two processes allowed, was to take half the time that it did."""
-    lone = jobs(grid()[:1])
-    seconds = running.estimated_seconds(lone, 1, has_gpu=False)
-    assert running.estimated_seconds(lone, 2, has_gpu=False) == seconds
-    assert running.estimated_seconds(lone * 2, 2, has_gpu=False) == seconds
+    lone = jobs_of(grid()[:1])
+    seconds = estimated_seconds(lone, 1, has_gpu=False)
+    assert estimated_seconds(lone, 2, has_gpu=False) == seconds
+    assert estimated_seconds(lone * 2, 2, has_gpu=False) == seconds
 
 
 def arguments(out: Path) -> argparse.Namespace:
@@ -143,36 +147,34 @@ def test_a_run_goes_on_where_it_stopped(
     """The rows that are there stay as they are, and only the others are measured."""
     asked: list[Cell] = []
 
-    def measure(job: Job, workplace: schedule.Workplace, until: float) -> None:
+    def measure(job: Job, workplace: jobs.Workplace, until: float) -> None:
         for cell in job.cells:
             asked.append(cell)
-            outcomes.append(workplace.outcomes, outcome(cell, 1.0, 0.5))
+            results.append(workplace.results, result(cell, 1.0, 0.5))
             if len(asked) == 5:
-                raise schedule.Failed("the fifth cell is the last that is known")
+                raise jobs.Failed("the fifth cell is the last that is known")
 
     # an engine would take a minute; the real worker runs in the test below
-    monkeypatch.setattr(schedule, "_run_one", measure)
-    running.run(arguments(tmp_path))
-    first = table.read(tmp_path / running.TABLE)
+    monkeypatch.setattr(jobs, "_run_one", measure)
+    run(arguments(tmp_path))
+    first = read(tmp_path / "quality.csv")
     before = len(asked)
-    running.run(arguments(tmp_path))
-    second = table.read(tmp_path / running.TABLE)
+    run(arguments(tmp_path))
+    second = read(tmp_path / "quality.csv")
 
-    assert [row for row in second if row in first] == first
+    assert len(first.merge(second)) == len(first)
     assert len(second) == len(asked) == len(set(asked)) > before
     assert {cell.setup for cell in asked[:2]} == {FULL}
-    running.run(arguments(tmp_path))
+    run(arguments(tmp_path))
     assert len(asked) == len(second)
 
 
 def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:
     cell = replace(grid()[0], setup=replace(FULL, engine="abacus"))
-    workplace = schedule.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
+    workplace = jobs.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
     failures = [
         failure
-        for batch in schedule.run(
-            [Job((cell,))], workplace, parallel=1, until=float("inf")
-        )
+        for batch in jobs.run([Job((cell,))], workplace, parallel=1, until=float("inf"))
         for failure in batch
     ]
 
@@ -182,10 +184,10 @@ def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:
 
 
 def test_what_runs_at_the_time_limit_is_ended(tmp_path: Path) -> None:
-    workplace = schedule.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
+    workplace = jobs.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
 
     failures = list(
-        schedule.run(jobs(grid()), workplace, parallel=2, until=float("-inf"))
+        jobs.run(jobs_of(grid()), workplace, parallel=2, until=float("-inf"))
     )
 
     assert not any(failures)
@@ -200,24 +202,22 @@ def test_table_has_intervals_and_the_share_of_the_full_cache() -> None:
         for c in every
         if c.task == "passkey" and c.context == 2048 and c.budget_ratio == 0.25
     )
-    rows = table.rows(
+    rows = scoring.rows(
         {
-            full: outcome(full, *[1.0] * 90, *[0.0] * 10),
-            cell: outcome(cell, *[1.0] * 45, *[0.0] * 55),
+            full: result(full, *[1.0] * 90, *[0.0] * 10),
+            cell: result(cell, *[1.0] * 45, *[0.0] * 55),
         }
     )
 
-    assert tuple(rows[1]) == table.COLUMNS
+    row = rows.iloc[1]
     # Wilson's interval of 45 in 100
-    assert (rows[1]["score"], rows[1]["ci_low"], rows[1]["ci_high"]) == (
+    assert row["score":"ci_high"].tolist() == [
         0.45,
         pytest.approx(0.3561, abs=1e-4),
         pytest.approx(0.5476, abs=1e-4),
-    )
-    assert rows[1]["of_full"] == 0.5
-    low, high = rows[1]["of_full_low"], rows[1]["of_full_high"]
-    assert isinstance(low, float) and isinstance(high, float)
-    assert 0.35 < low < 0.45 < 0.55 < high < 0.65
+    ]
+    assert row["of_full"] == 0.5
+    assert 0.35 < row["of_full_low"] < 0.45 < 0.55 < row["of_full_high"] < 0.65
 
 
 def test_the_command_tells_what_it_would_do(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.quality.oracle import Keep, Oracle
+from benchmarks.quality.oracle import EvictionMethod, Oracle
 from tests.quality.naive import NaiveSequence
 from tests.quality.tiny_model import prompts
 
@@ -16,9 +16,9 @@ CHUNK, NEW_TOKENS = 20, 12
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def keep(method: str, **changes: int) -> Keep:
+def eviction(method: str, **changes: int) -> EvictionMethod:
     numbers = {"budget": 28, "stride": 8, "chunk": CHUNK, "sink": 3, "recent": 6}
-    return Keep(method, **(numbers | changes))
+    return EvictionMethod(method, **(numbers | changes))
 
 
 @pytest.mark.parametrize("method", ["token-roco", "h2o", "tova", "sink-recent"])
@@ -26,8 +26,8 @@ def test_equals_the_naive_method(
     method: str, tiny_model: PreTrainedModel, tiny_oracle: Oracle
 ) -> None:
     lengths = (70, 45, 37)
-    kept = tiny_oracle.kept(prompts(lengths), keep(method))
-    answers = tiny_oracle.generate(prompts(lengths), keep(method), NEW_TOKENS)
+    kept = tiny_oracle.kept(prompts(lengths), eviction(method))
+    answers = tiny_oracle.generate(prompts(lengths), eviction(method), NEW_TOKENS)
 
     for prompt, positions, answer in zip(prompts(lengths), kept, answers, strict=True):
         naive = NaiveSequence(tiny_model, method, budget=28, stride=8, sink=3)
@@ -47,7 +47,7 @@ def test_equals_the_naive_method(
 
 def test_methods_differ_in_who_shares_a_choice(tiny_oracle: Oracle) -> None:
     def distinct(method: str) -> int:
-        positions = tiny_oracle.kept(prompts((70,)), keep(method))[0]
+        positions = tiny_oracle.kept(prompts((70,)), eviction(method))[0]
         return len(positions.expand(3, 2, -1).flatten(0, 1).unique(dim=0))
 
     assert distinct("token-roco") == distinct("h2o") == distinct("random") == 6
@@ -56,7 +56,9 @@ def test_methods_differ_in_who_shares_a_choice(tiny_oracle: Oracle) -> None:
 
 
 def test_random_spares_head_and_tail(tiny_oracle: Oracle) -> None:
-    first, again = (tiny_oracle.kept(prompts((70,)), keep("random")) for _ in range(2))
+    first, again = (
+        tiny_oracle.kept(prompts((70,)), eviction("random")) for _ in range(2)
+    )
     assert torch.equal(first[0], again[0])
     spared = [*range(3), *range(70 - 6, 70)]
     for positions in first[0].flatten(0, 1).tolist():

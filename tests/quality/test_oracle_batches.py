@@ -10,17 +10,19 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from benchmarks.quality.oracle import Keep, Oracle, oracle
-from benchmarks.quality.oracle.keep import METHODS
+from benchmarks.quality.oracle import EvictionMethod, Oracle, oracle
+from benchmarks.quality.oracle.eviction_method import METHODS
 from tests.quality.tiny_model import prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FULL = Keep("full", chunk=20)
+FULL = EvictionMethod("full", chunk=20)
 
 
-def keep(method: str) -> Keep:
-    return Keep(method, budget=24, stride=8, chunk=20, block_size=4, sink=3, recent=6)
+def eviction(name: str, chunk: int = 20) -> EvictionMethod:
+    return EvictionMethod(
+        name, budget=24, stride=8, chunk=chunk, block_size=4, sink=3, recent=6
+    )
 
 
 def test_the_full_cache_answers_as_hugging_face_does(
@@ -50,24 +52,24 @@ def test_the_full_caches_losses_are_hugging_faces(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nobody_else_in_the_batch_matters(method: str, tiny_oracle: Oracle) -> None:
-    together = tiny_oracle.generate(prompts(), keep(method), 20)
-    alone = [tiny_oracle.generate([ids], keep(method), 20)[0] for ids in prompts()]
+    together = tiny_oracle.generate(prompts(), eviction(method), 20)
+    alone = [tiny_oracle.generate([ids], eviction(method), 20)[0] for ids in prompts()]
     assert together == alone
 
 
 def test_small_batches_come_back_in_order(
     tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny_oracle.generate(prompts(), keep("roco"), 5)
+    whole = tiny_oracle.generate(prompts(), eviction("roco"), 5)
     monkeypatch.setitem(oracle._BYTES, "cpu", 1)
-    assert tiny_oracle.generate(prompts(), keep("roco"), 5) == whole
+    assert tiny_oracle.generate(prompts(), eviction("roco"), 5) == whole
 
 
 @pytest.mark.parametrize("method", ["roco", "token-roco", "tova"])
 def test_chunks_of_one_read_a_prompt_as_generation_does(
     method: str, tiny_oracle: Oracle
 ) -> None:
-    one = Keep(method, budget=24, stride=8, chunk=1, block_size=4, sink=3, recent=6)
+    one = eviction(method, chunk=1)
     texts = [ids for ids in prompts() if len(ids) > 40]
     by_prompt, by_generation = (
         tiny_oracle.losses(texts, one, 10, mode) for mode in oracle.LOSS_MODES
@@ -82,8 +84,8 @@ def test_a_gpu_answers_as_the_cpu_does(
     method: str, tiny_folder: Path, tiny_oracle: Oracle
 ) -> None:
     gpu = Oracle(str(tiny_folder), "cuda", torch.float32)
-    expected = tiny_oracle.generate(prompts(), keep(method), 20)
-    assert gpu.generate(prompts(), keep(method), 20) == expected
+    expected = tiny_oracle.generate(prompts(), eviction(method), 20)
+    assert gpu.generate(prompts(), eviction(method), 20) == expected
 
 
 def test_generation_ends_with_the_models_end_token(
@@ -102,7 +104,7 @@ def test_generation_ends_with_the_models_end_token(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "snap"}, "method = 'snap'"),
+        ({"name": "snap"}, "name = 'snap'"),
         ({"budget": 20}, "budget = 20"),
         ({"stride": 0}, "stride = 0"),
         ({"chunk": 0}, "chunk = 0"),
@@ -111,10 +113,10 @@ def test_generation_ends_with_the_models_end_token(
         ({"recent": 60}, "sink . recent = 80"),
     ],
 )
-def test_a_bad_keep_is_told(changes: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"method": "roco", "budget": 64} | changes
+def test_a_bad_method_is_told(changes: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {"name": "roco", "budget": 64} | changes
     with pytest.raises(ValueError, match=message):
-        Keep(**arguments)  # type: ignore[arg-type]
+        EvictionMethod(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +127,9 @@ def test_a_bad_option_is_told(
     option: tuple[str, str | float], message: str, tiny_oracle: Oracle
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny_oracle.generate(prompts(), Keep("roco", 64, options=(option,)), 1)
+        tiny_oracle.generate(
+            prompts(), EvictionMethod("roco", 64, options=(option,)), 1
+        )
 
 
 def test_a_bad_call_is_told(tiny_folder: Path, tiny_oracle: Oracle) -> None:

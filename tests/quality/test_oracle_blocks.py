@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 import benchmarks.quality.oracle
-from benchmarks.quality.oracle import Keep, Oracle
+from benchmarks.quality.oracle import EvictionMethod, Oracle
 from benchmarks.quality.oracle.rule import rule_of
 from benchmarks.quality.oracle.selection import Due, choose_survivors
 from benchmarks.quality.oracle.statistics import Statistics
@@ -43,7 +43,7 @@ def test_equals_the_oracle_of_the_plugins_tests(
     tiny_model: PreTrainedModel,
     tiny_oracle: Oracle,
 ) -> None:
-    keep = Keep(
+    eviction = EvictionMethod(
         method, **NUMBERS, block_size=BLOCK_SIZE, shield=shield, shield_ratio=ratio
     )
     options = Options(
@@ -55,8 +55,8 @@ def test_equals_the_oracle_of_the_plugins_tests(
     )
     # evicts at the prompt's end, so that what lives then is what was kept
     lengths = (72, 64, 48)
-    kept = tiny_oracle.kept(prompts(lengths), keep)
-    answers = tiny_oracle.generate(prompts(lengths), keep, 30)
+    kept = tiny_oracle.kept(prompts(lengths), eviction)
+    answers = tiny_oracle.generate(prompts(lengths), eviction, 30)
     for prompt, positions, answer in zip(prompts(lengths), kept, answers, strict=True):
         expected = generate(tiny_model, prompt, options, 30)
         at_end = [
@@ -91,8 +91,10 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
     first = first * block_size
     computed = (first.amax(-1) + block_size).tolist()
 
-    keep = Keep("roco", budget, victims * block_size, shield=shield, shield_ratio=ratio)
-    rule = rule_of(keep)
+    eviction = EvictionMethod(
+        "roco", budget, victims * block_size, shield=shield, shield_ratio=ratio
+    )
+    rule = rule_of(eviction)
     statistics = Statistics(
         rule, (layers, sequences, heads, blocks), torch.device("cpu")
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.demo.errors import DemoError
+from tools.demo import DemoError
 from tools.demo.measured import find_sequence, read_trace
 
 

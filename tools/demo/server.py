@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,9 @@ from typing import Self
 
 import httpx
 
-from tools.demo.errors import DemoError
+from tools.demo import DemoError
+from tools.demo.options import HOST, Options
+from vllm_roco.config import NAMESPACE
 
 START_SECONDS = 900
 """Time for a large model from a slow disk; a server that died is noticed at once."""
@@ -121,22 +124,18 @@ class Server:
 
 
 def serve_command(
-    model: str,
-    *,
-    host: str,
-    port: int,
-    block_size: int,
-    additional_config: str,
-    eager: bool,
-    further: Sequence[str],
+    model: str, options: Options, *, trace: Path, eager: bool
 ) -> list[str]:
     """Return the command line of `vllm serve`."""
-    command = ["vllm", "serve", model, "--host", host, "--port", str(port)]
-    command += ["--dtype", "bfloat16", "--block-size", str(block_size)]
-    if eager:
-        command.append("--enforce-eager")
-    command += ["--attention-backend", "roco", "--additional-config", additional_config]
-    return [*command, *further]
+    roco = {key: getattr(options.roco, key) for key in ("budget", "stride", "chunk")}
+    additional = json.dumps({NAMESPACE: {**roco, "trace": str(trace)}})
+    return [
+        *("vllm", "serve", model, "--host", HOST, "--port", str(options.port)),
+        *("--dtype", "bfloat16", "--block-size", str(options.block_size)),
+        *(["--enforce-eager"] if eager else []),
+        *("--attention-backend", "roco", "--additional-config", additional),
+        *options.server_arguments,
+    ]
 
 
 def serve_environment(*, gpu: bool, local_model: bool) -> dict[str, str]:

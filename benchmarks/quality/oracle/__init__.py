@@ -5,7 +5,7 @@ Shares no code with the plugin, so that the two can be held against each other, 
 carries the methods that the plugin lacks, so that it can be judged by them.
 """
 
-from benchmarks.quality.oracle.keep import Keep
+from benchmarks.quality.oracle.eviction_method import EvictionMethod
 from benchmarks.quality.oracle.oracle import Oracle
 
-__all__ = ["Keep", "Oracle"]
+__all__ = ["EvictionMethod", "Oracle"]

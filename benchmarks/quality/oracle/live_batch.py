@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from benchmarks.quality.oracle.keep import Keep
+from benchmarks.quality.oracle.eviction_method import EvictionMethod
 from benchmarks.quality.oracle.rule import rule_of
 from benchmarks.quality.oracle.selection import Due, choose_survivors
 from benchmarks.quality.oracle.statistics import Statistics
@@ -32,7 +32,7 @@ class LiveBatch:
 
     def __init__(
         self,
-        keep: Keep,
+        method: EvictionMethod,
         config: PreTrainedConfig,
         prompts: Sequence[Sequence[int]],
         num_tokens: int,
@@ -42,15 +42,15 @@ class LiveBatch:
         """Start empty.
 
         Args:
-            keep: What lives on.
+            method: What lives on.
             config: Of the model.
             prompts: One for each sequence; of interest to the method `random` alone.
             num_tokens: Most tokens that a sequence will have.
             device: Where everything lives.
             dtype: Of keys and values.
         """
-        self._keep = keep
-        self._rule = None if keep.method == "full" else rule_of(keep)
+        self._method = method
+        self._rule = None if method.name == "full" else rule_of(method)
         self._unit = self._rule.unit if self._rule else 1
         self._device = device
         self._seeds = [zlib.crc32(bytes(str(list(ids)), "ascii")) for ids in prompts]
@@ -58,7 +58,7 @@ class LiveBatch:
         scope = self._rule.scope if self._rule else "all"
         num = len(prompts)
         # whole entries, and a last slot for the padding's keys
-        entries = -(-keep.most_live_tokens(num_tokens) // self._unit) + 1
+        entries = -(-method.most_live_tokens(num_tokens) // self._unit) + 1
         slots = entries * self._unit
         self._keys = torch.zeros(
             layers, num, heads, slots, head_size, dtype=dtype, device=device
@@ -83,7 +83,7 @@ class LiveBatch:
     @property
     def live(self) -> list[int]:
         """Live tokens of each sequence."""
-        return [n - self._keep.evicted_tokens(n) for n in self.computed]
+        return [n - self._method.evicted_tokens(n) for n in self.computed]
 
     def begin_step(self, counts: Sequence[int]) -> Step:
         """Make room for a step's tokens.
@@ -106,7 +106,7 @@ class LiveBatch:
             step.positions[:, None].expand(shape),
         )
         if self._statistics:
-            self._statistics.begin_step(step, self._keep.budget)
+            self._statistics.begin_step(step, self._method.budget)
         self._counts = list(counts)
         self._step = step
         return step
@@ -172,7 +172,7 @@ class LiveBatch:
             return
         stay = choose_survivors(
             rule,
-            Due(self.computed, grown, going, self._keep.budget),
+            Due(self.computed, grown, going, self._method.budget),
             self.positions[..., : step.columns : rule.unit],
             self._statistics,
             self._seeds,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quality.oracle.attention import load_model
-from benchmarks.quality.oracle.keep import Keep
+from benchmarks.quality.oracle.eviction_method import EvictionMethod
 from benchmarks.quality.oracle.live_batch import LiveBatch, cache_shape
 
 _BYTES = {"cpu": 2**30, "cuda": 12 * 2**30}
@@ -53,13 +53,13 @@ class Oracle:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[Sequence[int]], keep: Keep, max_tokens: int
+        self, prompts: Sequence[Sequence[int]], method: EvictionMethod, max_tokens: int
     ) -> list[list[int]]:
         """Return the greedy continuation of every prompt.
 
         Args:
             prompts: Token ids, at least one each.
-            keep: What is kept.
+            method: What is kept.
             max_tokens: Most tokens of a continuation. It ends earlier with the model's
                 end-of-sequence token, which is then its last.
 
@@ -72,19 +72,23 @@ class Oracle:
             )
         return self._in_batches(
             prompts,
-            functools.partial(self._generate_batch, keep, max_tokens),
-            functools.partial(self._sequence_bytes, keep, max_tokens, 1),
+            functools.partial(self._generate_batch, method, max_tokens),
+            functools.partial(self._sequence_bytes, method, max_tokens, 1),
         )
 
     @torch.inference_mode()
     def losses(
-        self, sequences: Sequence[Sequence[int]], keep: Keep, first: int, mode: str
+        self,
+        sequences: Sequence[Sequence[int]],
+        method: EvictionMethod,
+        first: int,
+        mode: str,
     ) -> list[list[float]]:
         """Return the negative log-likelihood of every token from the `first` on.
 
         Args:
             sequences: Token ids, more than `first` each.
-            keep: What is kept.
+            method: What is kept.
             first: Position of the first token that is judged, at least 1.
             mode: `prompt`: all is read in chunks. `generation`: the tokens before
                 `first` are, and the others one a step.
@@ -106,20 +110,22 @@ class Oracle:
                 f"first = {first} is not allowed. Use 1 or more, and fewer than the "
                 f"{shortest} tokens of the shortest sequence."
             )
-        logits = keep.chunk if mode == "prompt" else 1
+        logits = method.chunk if mode == "prompt" else 1
         return self._in_batches(
             sequences,
-            functools.partial(self._losses_batch, keep, first, mode),
-            functools.partial(self._sequence_bytes, keep, 0, logits),
+            functools.partial(self._losses_batch, method, first, mode),
+            functools.partial(self._sequence_bytes, method, 0, logits),
         )
 
     @torch.inference_mode()
-    def kept(self, prompts: Sequence[Sequence[int]], keep: Keep) -> list[torch.Tensor]:
+    def kept(
+        self, prompts: Sequence[Sequence[int]], method: EvictionMethod
+    ) -> list[torch.Tensor]:
         """Return the positions that live on once the prompt has been read.
 
         Args:
             prompts: Token ids, at least one each.
-            keep: What is kept.
+            method: What is kept.
 
         Returns:
             One `[layers or 1, kv heads or 1, tokens]` int64 for each prompt, ascending;
@@ -127,8 +133,8 @@ class Oracle:
         """
         return self._in_batches(
             prompts,
-            functools.partial(self._kept_batch, keep),
-            functools.partial(self._sequence_bytes, keep, 0, 1),
+            functools.partial(self._kept_batch, method),
+            functools.partial(self._sequence_bytes, method, 0, 1),
         )
 
     def _in_batches(
@@ -151,25 +157,27 @@ class Oracle:
         return [results[i] for i in range(len(sequences))]
 
     def _sequence_bytes(
-        self, keep: Keep, max_tokens: int, num_logits: int, length: int
+        self, method: EvictionMethod, max_tokens: int, num_logits: int, length: int
     ) -> int:
         """Return about what one sequence takes beside the weights."""
         config: Any = self._model.config.get_text_config()
         layers, kv_heads, head_size = cache_shape(config)
-        live = keep.most_live_tokens(length + max_tokens)
+        live = method.most_live_tokens(length + max_tokens)
         size = self._dtype.itemsize
         cache = 2 * layers * kv_heads * live * head_size * size
         # logits, probabilities, and what is made of them on the way
-        attention = 4 * 4 * config.num_attention_heads * keep.chunk * live
-        hidden = 4 * keep.chunk * (config.intermediate_size + config.hidden_size) * size
+        attention = 4 * 4 * config.num_attention_heads * method.chunk * live
+        hidden = (
+            4 * method.chunk * (config.intermediate_size + config.hidden_size) * size
+        )
         logits = num_logits * config.vocab_size * (size + 8)
         return int(cache + attention + hidden + logits)
 
     def _generate_batch(
-        self, keep: Keep, max_tokens: int, prompts: list[Sequence[int]]
+        self, method: EvictionMethod, max_tokens: int, prompts: list[Sequence[int]]
     ) -> list[list[int]]:
-        batch = self._start(keep, prompts, max_tokens)
-        newest = self._read_prompts(batch, prompts, keep.chunk)
+        batch = self._start(method, prompts, max_tokens)
+        newest = self._read_prompts(batch, prompts, method.chunk)
         answers = [[token] for token in newest.tolist()]
         ended = [answer[-1] in self._ends for answer in answers]
         for _ in range(max_tokens - 1):
@@ -184,10 +192,10 @@ class Oracle:
         return answers
 
     def _kept_batch(
-        self, keep: Keep, prompts: list[Sequence[int]]
+        self, method: EvictionMethod, prompts: list[Sequence[int]]
     ) -> list[torch.Tensor]:
-        batch = self._start(keep, prompts, 0)
-        self._read_prompts(batch, prompts, keep.chunk)
+        batch = self._start(method, prompts, 0)
+        self._read_prompts(batch, prompts, method.chunk)
         return [
             batch.positions[:, i, :, :live].cpu() for i, live in enumerate(batch.live)
         ]
@@ -207,9 +215,13 @@ class Oracle:
         return expected
 
     def _losses_batch(
-        self, keep: Keep, first: int, mode: str, sequences: list[Sequence[int]]
+        self,
+        method: EvictionMethod,
+        first: int,
+        mode: str,
+        sequences: list[Sequence[int]],
     ) -> list[list[float]]:
-        batch = self._start(keep, sequences, 0)
+        batch = self._start(method, sequences, 0)
         # the last token is judged and not read
         lengths = [len(ids) - 1 for ids in sequences]
         next_ids = [ids[1:] for ids in sequences]
@@ -217,7 +229,7 @@ class Oracle:
         losses: list[list[float]] = [[] for _ in sequences]
         while batch.computed != lengths:
             if mode == "prompt" or batch.computed[0] < first:
-                counts = chunk_counts(batch.computed, in_chunks, keep.chunk)
+                counts = chunk_counts(batch.computed, in_chunks, method.chunk)
             else:
                 counts = chunk_counts(batch.computed, lengths, 1)
             targets = self._rows(next_ids, batch, counts)
@@ -239,11 +251,11 @@ class Oracle:
         return losses
 
     def _start(
-        self, keep: Keep, sequences: list[Sequence[int]], max_tokens: int
+        self, method: EvictionMethod, sequences: list[Sequence[int]], max_tokens: int
     ) -> LiveBatch:
         longest = max(len(ids) for ids in sequences) + max_tokens
         config = self._model.config
-        return LiveBatch(keep, config, sequences, longest, self._device, self._dtype)
+        return LiveBatch(method, config, sequences, longest, self._device, self._dtype)
 
     def _rows(
         self, sequences: list[Sequence[int]], batch: LiveBatch, counts: list[int]

@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.quality.oracle.keep import BLOCK_METHODS, Keep
+from benchmarks.quality.oracle.eviction_method import BLOCK_METHODS, EvictionMethod
 
 MEASURED = ("mean", "deviation", "peak", "rms", "focus", "sum", "last")
 """Statistics of the attention that an entry receives."""
@@ -104,31 +104,31 @@ class Rule:
         return self.shield in MEASURED or self.second in MEASURED
 
 
-def rule_of(keep: Keep) -> Rule:
+def rule_of(method: EvictionMethod) -> Rule:
     """Return the rule of any method but `full`.
 
     Raises:
         ValueError: An option is unknown, or its value is not allowed.
     """
-    ends: dict[str, Any] = {"sink": keep.sink, "recent": keep.recent}
-    if keep.method in BLOCK_METHODS:
-        ends |= {"unit": keep.block_size, "scope": "all", "candidates": "home"}
+    ends: dict[str, Any] = {"sink": method.sink, "recent": method.recent}
+    if method.name in BLOCK_METHODS:
+        ends |= {"unit": method.block_size, "scope": "all", "candidates": "home"}
     rules = {
         "roco": lambda: Rule(
-            **ends, shield=keep.shield, shield_ratio=keep.shield_ratio
+            **ends, shield=method.shield, shield_ratio=method.shield_ratio
         ),
         "recent": lambda: Rule(**ends, second="age"),
         "token-roco": lambda: Rule(
             sink=4, recent=10, shield="deviation", shield_ratio=0.3, exposed="budget"
         ),
-        "h2o": lambda: Rule(recent=keep.budget // 2, second="sum"),
+        "h2o": lambda: Rule(recent=method.budget // 2, second="sum"),
         "tova": lambda: Rule(
             scope="layer", second="last", second_heads="mean", normalise="none"
         ),
         "sink-recent": lambda: Rule(**ends, scope="all", second="age"),
         "random": lambda: Rule(**ends, second="random"),
     }
-    return _with_options(rules[keep.method](), keep.options)
+    return _with_options(rules[method.name](), method.options)
 
 
 def _with_options(rule: Rule, options: tuple[tuple[str, str | float], ...]) -> Rule:

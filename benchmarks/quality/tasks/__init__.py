@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.quality.tasks.needle import build_needles
@@ -13,8 +15,12 @@ from benchmarks.quality.tasks.ruler import RULER_TASKS, build_ruler
 
 __all__ = ["FIRST_REPORT_SEED", "RULER_TASKS", "TASKS", "Problem", "build", "prose"]
 
-TASKS = ("passkey", "needle", *RULER_TASKS)
-"""The tasks that have problems."""
+TASKS: dict[str, Callable[[Any, int, int, int], list[Problem]]] = {
+    "passkey": build_passkeys,
+    "needle": build_needles,
+    **{task: partial(build_ruler, task) for task in RULER_TASKS},
+}
+"""What builds the problems of each task, see `build`."""
 
 
 def build(task: str, tokenizer: Any, context: int, n: int, seed: int) -> list[Problem]:
@@ -30,10 +36,6 @@ def build(task: str, tokenizer: Any, context: int, n: int, seed: int) -> list[Pr
     Raises:
         ValueError: There is no such task, or it cannot be built this way.
     """
-    if task == "passkey":
-        return build_passkeys(tokenizer, context, n, seed)
-    if task == "needle":
-        return build_needles(tokenizer, context, n, seed)
-    if task in RULER_TASKS:
-        return build_ruler(task, tokenizer, context, n, seed)
-    raise ValueError(f"task = {task!r} is not one of {', '.join(TASKS)}.")
+    if task not in TASKS:
+        raise ValueError(f"task = {task!r} is not one of {', '.join(TASKS)}.")
+    return TASKS[task](tokenizer, context, n, seed)

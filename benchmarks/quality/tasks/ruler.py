@@ -2,11 +2,16 @@
 """The tasks of RULER that need no text but their own, as lm-eval generates them.
 
 RULER (arXiv 2404.06654) is NVIDIA's, lm-eval EleutherAI's. `ruler.jsonl.xz` holds the
-problems, in lm-eval's prompts; `make_ruler.py` wrote it.
+problems, in lm-eval's prompts, so that a machine without lm-eval and without a network
+can be measured with the same ones. To write them anew::
+
+    pip install "lm-eval[ruler]==0.4.13"
+    python -m benchmarks.quality.tasks.ruler
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import lzma
 import random
@@ -14,7 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from benchmarks.quality.tasks.problem import Problem
+from tools.smollm2 import smollm2_path
 
 RULER_TASKS = (
     "niah_single_1",
@@ -24,6 +32,7 @@ RULER_TASKS = (
     "cwe",
     "fwe",
 )
+CONTEXTS = (2048,)
 PROBLEMS = Path(__file__).with_name("ruler.jsonl.xz")
 
 
@@ -39,7 +48,7 @@ def build_ruler(
     if n > len(stored):
         raise ValueError(
             f"{PROBLEMS.name} has {len(stored)} problems of task {task!r} at context "
-            f"{context}, not {n}. Ask for fewer, or write more with make_ruler.py."
+            f"{context}, not {n}. Ask for fewer, or write more: see ruler.py."
         )
     chosen = random.Random(seed).sample(stored, n)
     return [
@@ -60,3 +69,44 @@ def _stored() -> dict[tuple[str, int], list[dict[str, Any]]]:
             problem = json.loads(line)
             kinds.setdefault((problem["task"], problem["context"]), []).append(problem)
     return kinds
+
+
+def main() -> None:
+    """Write the problems with lm-eval's own generators."""
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--problems", type=int, default=100, help="of each kind")
+    parser.add_argument("--seed", type=int, default=50_000)
+    arguments = parser.parse_args()
+
+    tokenizer = str(smollm2_path())
+    with lzma.open(PROBLEMS, "wt", encoding="utf-8", preset=9) as file:
+        for name in RULER_TASKS:
+            for context in CONTEXTS:
+                # the generators draw from the global state
+                random.seed(arguments.seed)
+                numpy.random.seed(arguments.seed)
+                metadata = {"tokenizer": tokenizer, "max_seq_lengths": [context]}
+                manager = TaskManager(metadata=metadata)
+                theirs = f"ruler_{name}" if len(name) < 4 else name
+                (task,) = get_task_dict([theirs], manager).values()
+                for document in list(task.test_docs())[: arguments.problems]:
+                    problem = {
+                        "task": name,
+                        "context": context,
+                        "prompt": task.fewshot_context(
+                            document,
+                            num_fewshot=0,
+                            gen_prefix=task.doc_to_prefix(document),
+                        ),
+                        "answers": document["outputs"],
+                        "max_tokens": task.config.generation_kwargs["max_gen_toks"],
+                    }
+                    file.write(json.dumps(problem) + "\n")
+
+
+if __name__ == "__main__":
+    main()

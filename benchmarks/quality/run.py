@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a preset to its table: what is left to measure, in which order, how long."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from benchmarks import machine, rows
+from benchmarks.quality import jobs, results, scoring
+from benchmarks.quality.cells import Cell, Job
+from benchmarks.quality.grid import (
+    BASE,
+    FULL,
+    LEAST_FULL_ACCURACY,
+    PRESETS,
+    Preset,
+    cells,
+)
+from benchmarks.quality.grid import jobs as jobs_of
+from benchmarks.quality.results import Result
+from tools.smollm2 import smollm2_path
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+MODEL_VARIABLE = "VLLM_ROCO_SMOLLM2"
+"""Folder of the default model, for a host that cannot make it."""
+Results = Mapping[Cell, Result]
+ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
+    "quality": scoring.rows,
+    "search": scoring.search_rows,
+    "kvpress": scoring.rows,
+}
+"""What makes each table of the results beside it."""
+
+_SECONDS_A_START = 25
+_TOKENS_A_SECOND = {True: 50_000, False: 350}
+"""With a GPU and without, of one job among as many as run at once."""
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure what the full cache can do, or all of a preset without one."""
+    preset = PRESETS[arguments.preset]
+    model = arguments.model or os.environ.get(MODEL_VARIABLE) or str(smollm2_path())
+    name = Path(model).resolve().name if arguments.model else DEFAULT_MODEL
+    seed = preset.seed if arguments.seed is None else arguments.seed
+    grid = cells(preset, model=name, seed=seed, n=arguments.n)
+    wanted = [cell for cell in grid if _is_wanted(cell, preset, arguments)]
+    folder: Path = arguments.out
+    path = folder / f"{preset.table}_results.jsonl"
+    done = results.read(path)
+    todo = [cell for cell in wanted if cell not in done]
+    print(_outlook(todo, arguments.parallel), flush=True)
+    if arguments.dry_run:
+        return
+
+    facts = machine.environment_elsewhere()
+    commit = arguments.commit or facts["commit"]
+    workplace = jobs.Workplace(model, commit, path, folder / "quality_logs")
+    until = time.monotonic() + arguments.time_limit
+    rows.note(
+        folder,
+        preset.table,
+        {**facts, "commit": commit, "model": name, "seed": seed, "base": asdict(BASE)},
+    )
+    with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="cell") as bar:
+        # what the full cache cannot do is not worth sweeping
+        for is_first in (True, False):
+            done = results.read(path)
+            phase = [cell for cell in todo if (cell.setup == FULL) == is_first]
+            chosen = [cell for cell in phase if can_be_swept(cell, preset, done)]
+            bar.total -= len(phase) - len(chosen)
+            for failures in jobs.run(
+                jobs_of(chosen), workplace, parallel=arguments.parallel, until=until
+            ):
+                for failure in failures:
+                    bar.write(str(failure))
+                now = results.read(path)
+                if len(now) > len(done):
+                    done = now
+                    # in the order of the grid, those of another run last
+                    ordered = {cell: done[cell] for cell in grid if cell in done} | done
+                    frame = ROWS[preset.table](ordered)
+                    rows.write(folder / f"{preset.table}.csv", frame)
+                bar.n = sum(cell in done for cell in wanted)
+                bar.refresh()
+    missing = [c for c in todo if c not in done and can_be_swept(c, preset, done)]
+    if missing:
+        print(f"{len(missing)} cells are missing. The same command goes on with them.")
+
+
+def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
+    """Return whether the full cache solves enough of a cell's problems.
+
+    Presets that are compared with another method go without that.
+    """
+    if cell.setup == FULL or preset.reference != FULL.method:
+        return True
+    full = done.get(scoring.full_of(cell))
+    if full is None:
+        return False
+    scores = full.metrics.get("accuracy")
+    return scores is None or sum(scores) / len(scores) >= LEAST_FULL_ACCURACY
+
+
+def estimated_seconds(planned: list[Job], parallel: int, has_gpu: bool) -> float:
+    """Return how long jobs take, `parallel` at once where there are so many."""
+    tokens = sum(cell.n * cell.context for job in planned for cell in job.cells)
+    starts = sum(_SECONDS_A_START for _ in planned)
+    at_once = max(1, min(parallel, len(planned)))
+    return (starts + tokens / _TOKENS_A_SECOND[has_gpu]) / at_once
+
+
+def _is_wanted(cell: Cell, preset: Preset, arguments: argparse.Namespace) -> bool:
+    methods = {preset.reference, *(arguments.methods or [cell.setup.method])}
+    tasks = arguments.tasks or [cell.task]
+    return cell.setup.method in methods and cell.task in tasks
+
+
+def _outlook(todo: list[Cell], parallel: int) -> str:
+    planned = jobs_of(todo)
+    has_gpu = os.path.exists("/dev/nvidiactl")
+    minutes = estimated_seconds(planned, parallel, has_gpu) / 60
+    return (
+        f"{len(todo)} cells in {len(planned)} processes, {parallel} at once: about "
+        f"{math.ceil(minutes)} minutes with {'one H100' if has_gpu else 'CPUs alone'}, "
+        "less for every task that the full cache cannot do"
+    )

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of quality, as docs/quality.md and README.md show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from benchmarks import rows
+from benchmarks.markdown import UNMEASURED, grid, lines, table, texts
+from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION
+from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PRESETS
+from benchmarks.quality.policies import DEFAULT
+from benchmarks.quality.scores import Scores, named
+from benchmarks.rows import matching
+
+_SCORE = "{score:.2f} [{ci_low:.2f}, {ci_high:.2f}]"
+_OF_FULL = "{of_full:.2f} [{of_full_low:.2f}, {of_full_high:.2f}]"
+_LOSS = "{of_full:.3f} [{of_full_low:.3f}, {of_full_high:.3f}]"
+_SIGNIFICANT = 0.05
+_VERDICTS = (
+    (0.95, "safe on these tasks"),
+    (0.8, "measure your own task first"),
+    (0.5, "loses much: only for tasks of the newest text"),
+    (0.0, "broken: do not serve"),
+)
+"""Least share of the full cache's accuracy, on the worst task."""
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Return Markdown by name, also for what has no rows.
+
+    Args:
+        results: Folder of the CSV files.
+    """
+    found = {f"quality_{name}": UNMEASURED for name in (*_PARTS, *_OTHERS)}
+    if scores := Scores.read(results):
+        found |= {f"quality_{name}": part(scores) for name, part in _PARTS.items()}
+    for name, shown in _OTHERS.items():
+        if not (measured := rows.read(results / f"{name}.csv")).empty:
+            found[f"quality_{name}"] = shown(named(measured))
+    return found
+
+
+def _source(scores: Scores) -> str:
+    frame = scores.frame.sort_index()
+
+    def each(name: str) -> str:
+        return ", ".join(map(str, frame[name].unique()))
+
+    return (
+        f"Model {each('model')} on {each('gpu')}, commit {each('commit')}, seed "
+        f"{each('seed')}; {len(frame)} rows."
+    )
+
+
+def _headline(scores: Scores) -> str:
+    """Return a small table for a front page: every method at a quarter."""
+    found = scores.at_budgets("accuracy")
+    found = found[found["task"].isin(["passkey", "needle"])]
+    quarter = found[found["budget_ratio"] == 0.25]
+    full = matching(found, method="full")
+    shown = pd.concat([full[full["tasks"].isin(quarter["tasks"])], quarter])
+    return grid(shown, {"kept": "{label}"}, "{problems}", _SCORE)
+
+
+def _observations(scores: Scores) -> str:
+    """Return in words what a budget and a stride do to accuracy."""
+    swept = scores.at_budgets("accuracy")
+    swept = swept[swept["method"].isin(["full", scores.default])]
+    share = swept["share"].mask(swept["method"] == "full", "full")
+    preposition = share.map(lambda share: "in" if share == "full" else "at")
+    swept = swept.assign(title=swept["problems"], where=preposition + " " + share)
+    parts = _bullets(f"the budget**, {scores.default}", swept)
+    for same_chunk, chunk in ((False, "chunks as long as it"), (True, "equal chunks")):
+        swept = scores.at_strides(same_chunk=same_chunk)
+        swept = matching(swept, metric="accuracy", method=scores.default)
+        swept["title"] = swept["problems"] + " at " + swept["share"]
+        swept["where"] = "at " + swept["stride"].astype(str)
+        parts += _bullets(f"the stride**, {scores.default}, {chunk}", swept)
+    return "\n".join(parts)
+
+
+def _bullets(against: str, swept: pd.DataFrame) -> list[str]:
+    found = [
+        f"  * {title}: {', '.join(texts(line, '{score:.2f} {where}'))}"
+        for title, line in swept.groupby("title", sort=False)
+    ]
+    return [f"* **Accuracy against {against}:", *(found or [f"  * {UNMEASURED}"])]
+
+
+def _choice(scores: Scores) -> str:
+    """Return what the default comes to at every share of the context."""
+    found = matching(scores.at_budgets("accuracy"), method=scores.default)
+    choices = []
+    for _, group in found.dropna(subset="of_full").groupby(-found["budget_ratio"]):
+        worst = group.sort_values("of_full", kind="stable").head(1)
+        least = worst["of_full"].iloc[0]
+        choices.append(
+            {
+                "budget / context": group["share"].iloc[0],
+                "measured": ", ".join(group["problems"]),
+                "of the full cache, mean": f"{group['of_full'].mean():.2f}",
+                "worst task": texts(worst, f"{_OF_FULL} ({{problems}})")[0],
+                "verdict": next(text for most, text in _VERDICTS if least >= most),
+            }
+        )
+    return table(pd.DataFrame(choices))
+
+
+def _accuracy(scores: Scores) -> str:
+    title = f"**{{problems}}**, n = {{n}}, full cache {_SCORE}"
+    return _by_budget(scores.at_budgets("accuracy"), title, _SCORE)
+
+
+def _perplexity(scores: Scores) -> str:
+    names = {
+        PERPLEXITY: "Read as a prompt",
+        PERPLEXITY_GENERATION: "As if generated",
+    }
+    found = scores.at_budgets("perplexity")
+    found = found.assign(name=found["task"].map(names)).dropna(subset="name")
+    title = f"**{{name}}**, {{context:,}} tokens, n = {{n}}, full cache {_SCORE}"
+    return _by_budget(found, f"{title}; perplexity over the full cache's", _LOSS)
+
+
+def _by_budget(found: pd.DataFrame, title: str, cell: str) -> str:
+    """Return a table of methods and budgets for each task, below the full cache's."""
+    parts = []
+    for _, group in found.groupby("tasks"):
+        full, swept = group.iloc[:1], group.iloc[1:]
+        order = swept.sort_values("budget_ratio", ascending=False)["share"].unique()
+        (caption,) = texts(full, title)
+        keys = {"method": "{label}"}
+        parts.append(grid(swept, keys, "{share}", cell, caption, order))
+    return "\n\n".join(parts)
+
+
+def _unsolved(scores: Scores) -> str:
+    full = matching(scores.frame, method="full", metric="accuracy")
+    unsolved = full[full["score"] < LEAST_FULL_ACCURACY]
+    if unsolved.empty:
+        return f"None: the full cache reaches {LEAST_FULL_ACCURACY} everywhere."
+    return lines(unsolved, {"task": "{problems}", "full cache": _SCORE, "n": "{n}"})
+
+
+def _generation(scores: Scores) -> str:
+    titles = {
+        "agreement": "tokens the full cache would choose too",
+        "divergence": "tokens to the first other one",
+        "perplexity": "perplexity under the full cache",
+    }
+    found = matching(scores.frame.sort_index(), task=GENERATION)
+    found["title"] = found["metric"].map(titles)
+    found["kept"] = found["share"].mask(found["method"] == "full", " ")
+    whole = pd.Series(texts(found, _SCORE.replace(".2f", ".0f")), found.index)
+    cells = pd.Series(texts(found, _SCORE), found.index)
+    found["cell"] = cells.mask(found["metric"] == "divergence", whole)
+    keys = {"method": "{method}", "budget / text": "{kept}", "n": "{n}"}
+    return grid(found, keys, "{title}", "{cell}")
+
+
+def _strides(scores: Scores) -> str:
+    parts = []
+    for same_chunk in (False, True):
+        swept = scores.at_strides(same_chunk=same_chunk)
+        chunk = swept["chunk"].astype(str) if same_chunk else "as the stride"
+        parts.append(swept.assign(chunk=chunk))
+    found = pd.concat(parts)
+    keys = {
+        "task": "{problems} at {share}",
+        "method": "{method}",
+        "chunk": "{chunk}",
+        "n": "{n}",
+    }
+    order = map(str, sorted(found["stride"].unique()))
+    return grid(found, keys, "{stride}", _SCORE, order=order)
+
+
+def search(found: pd.DataFrame) -> str:
+    """Return a table for each phase, the policies that solve most first.
+
+    Policies that lack a cell are left out; their number is told.
+
+    Args:
+        found: Rows of `search.csv`.
+    """
+    return "\n\n".join(_phase(group) for _, group in found.groupby("seed", sort=False))
+
+
+def _phase(found: pd.DataFrame) -> str:
+    is_loss = found["task"] == PERPLEXITY
+    solved = found["score"].mask(is_loss, 0).groupby(found["method"])
+    differs = (found["p_value"] < _SIGNIFICANT) & (found["method"] != DEFAULT)
+    found = found.assign(
+        is_loss=is_loss,
+        solved=-solved.transform("sum").round(4),
+        mark=differs.fillna(False).map({True: "*", False: ""}),
+        label=[f"**{m}**" if m == DEFAULT else f"`{m}`" for m in found["method"]],
+    )
+    sizes = found.groupby("method")["task"].transform("size")
+    whole = found[sizes == sizes.max()].sort_values("solved", kind="stable")
+    # accuracies before perplexities, and larger budgets before smaller ones
+    cells = found.sort_values(
+        ["is_loss", "task", "context", "budget_ratio"],
+        ascending=[True, True, True, False],
+    )
+    seed = found["seed"].iloc[0]
+    name = next(name for name, preset in PRESETS.items() if preset.seed == seed)
+    problems = found.drop_duplicates(["n", "is_loss"]).sort_values("is_loss")
+    behind = problems["is_loss"].map({True: " for perplexity", False: ""})
+    numbers = ", ".join(problems["n"].astype(str) + behind)
+    title = f"**{name.capitalize()}**, problems a cell: {numbers}, seed {seed}"
+    if missing := found["method"].nunique() - whole["method"].nunique():
+        title += f"; {missing} more were not measured in every cell"
+    column = "{problems}, {share}"
+    order = dict.fromkeys(texts(cells, column))
+    keys = {"change": "{label}"}
+    return grid(whole, keys, column, "{score:.2f}{mark}", title, order)
+
+
+def kvpress(found: pd.DataFrame) -> str:
+    """Return the table of another library's methods.
+
+    Args:
+        found: Rows of `kvpress.csv`.
+    """
+    found = found.assign(press=found["method"].replace("full", "full cache"))
+    columns = {"task": "{problems}", "press": "{press}", "kept": "{share}"}
+    return lines(found, {**columns, "accuracy": _SCORE, "n": "{n}"})
+
+
+_PARTS: dict[str, Callable[[Scores], str]] = {
+    "source": _source,
+    "headline": _headline,
+    "observations": _observations,
+    "choice": _choice,
+    "budget": _accuracy,
+    "unsolved": _unsolved,
+    "perplexity": _perplexity,
+    "generation": _generation,
+    "stride": _strides,
+}
+"""What `quality.csv` shows."""
+_OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "search": search,
+    "kvpress": kvpress,
+}
+"""Tables of CSV files of their own, by their name."""

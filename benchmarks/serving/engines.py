@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM is told about an engine and its requests, and how a row names it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_roco.config import NAMESPACE, RocoConfig
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Equal requests that arrive at once; lengths in tokens."""
+
+    count: int
+    input_len: int
+    output_len: int
+
+    @property
+    def max_model_len(self) -> int:
+        """A length that holds a request; random text may be a few tokens longer."""
+        return -(-(self.input_len + self.output_len + 16) // 256) * 256
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """The columns of a row that tell them from others."""
+        return {
+            "num_requests": self.count,
+            "input_len": self.input_len,
+            "output_len": self.output_len,
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is the same for every engine.
+
+    Attributes:
+        tokenizer: Folder of a tokenizer; random prompts are drawn from its words.
+        engine_arguments: Passed on to vLLM.
+    """
+
+    tokenizer: str
+    engine_arguments: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine, whose batches it is made for.
+
+    Attributes:
+        model: Folder of `MODELS`.
+        batches: What it will serve, one after another.
+        roco: The plugin's options; None for stock vLLM.
+        stock: The attention backend of stock vLLM.
+        kv_cache_dtype: `auto` is the model's.
+        gpu_memory_utilization: vLLM's option.
+        kv_cache_bytes: KV memory; None: what the option above leaves.
+    """
+
+    model: str
+    batches: tuple[Requests, ...]
+    roco: RocoConfig | None = None
+    stock: str = "FLASH_ATTN"
+    kv_cache_dtype: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+
+    @property
+    def backend(self) -> str:
+        """vLLM's name of the attention backend."""
+        return self.stock if self.roco is None else "ROCO"
+
+    @property
+    def columns(self) -> dict[str, object]:
+        """The columns of a row that tell it from others; a table picks its own."""
+        roco = dict(vars(self.roco)) if self.roco else {}
+        if roco.get("policy") == "recent":
+            del roco["shield"]
+        names = ("policy", "shield", "budget", "stride", "chunk")
+        return {
+            "model": self.model,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+            "kv_cache_bytes": self.kv_cache_bytes,
+            "backend": self.backend,
+            "kv_cache_dtype": self.kv_cache_dtype,
+            **{name: roco.get(name) for name in names},
+        }
+
+    def command(self, options: Options) -> list[str]:
+        """Return what every benchmark of vLLM is told about it."""
+        additional: dict[str, object] = {}
+        if self.roco is not None:
+            names = ("policy", "budget", "stride", "chunk", "trace")
+            given = {name: getattr(self.roco, name) for name in names}
+            told = {name: value for name, value in given.items() if value is not None}
+            additional = {NAMESPACE: told}
+        command = [
+            f"--model={MODELS / self.model}",
+            f"--tokenizer={options.tokenizer}",
+            # the cost of attention does not depend on the weights
+            "--load-format=dummy",
+            f"--max-model-len={max(batch.max_model_len for batch in self.batches)}",
+            f"--max-num-seqs={max(batch.count for batch in self.batches)}",
+            f"--gpu-memory-utilization={self.gpu_memory_utilization}",
+            "--no-enable-prefix-caching",
+            "--disable-detokenize",
+            f"--attention-backend={self.backend}",
+            f"--kv-cache-dtype={self.kv_cache_dtype}",
+            f"--additional-config={json.dumps(additional)}",
+        ]
+        if self.kv_cache_bytes is not None:
+            command.append(f"--kv-cache-memory-bytes={self.kv_cache_bytes}")
+        return [*command, *options.engine_arguments]

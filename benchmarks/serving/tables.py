@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of serving and kernels, as docs/performance.md and README.md show them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from scipy.stats import gmean
+
+from benchmarks import rows
+from benchmarks.markdown import UNMEASURED, grid, lines, table, texts
+from benchmarks.rows import matching
+from benchmarks.serving.comparisons import comparisons, newest_settings
+from benchmarks.serving.workloads import WORKLOADS
+
+_SERVED = {
+    "memory": "{memory}",
+    "requests": "{num_requests} x ({input_len} + {output_len})",
+    "engine": "{engine}",
+    "tokens/s": "{output_tok_s:,.0f}",
+    "ratio": "{ratio:.3f}",
+    "TTFT ms": "{ttft_ms:,.0f}",
+    "TPOT ms": "{tpot_ms:,.2f}",
+    "running": "{max_running}",
+    "preempted": "{preemptions}",
+}
+
+
+def tables(results: Path) -> dict[str, str]:
+    """Return Markdown by name, also for what has no rows.
+
+    Args:
+        results: Folder of the CSV files.
+    """
+    found = dict.fromkeys((*WORKLOADS, "throughput", *_OTHERS), UNMEASURED)
+    if not (served := rows.read(results / "serving.csv")).empty:
+        found |= serving(served)
+    for name, shown in _OTHERS.items():
+        if not (measured := rows.read(results / f"{name}.csv")).empty:
+            found[name] = shown(measured)
+    return found
+
+
+def serving(served: pd.DataFrame) -> dict[str, str]:
+    """Return the table of each workload, and the one for a front page."""
+    found = comparisons(served)
+    sizes = (found["kv_cache_bytes"] / 2**30).map("{:.2f} GiB KV".format)
+    shares = found["gpu_memory_utilization"].astype(str)
+    found["memory"] = sizes.where(found["kv_cache_bytes"].notna(), shares)
+    found["share"] = 100 * found["gpu_memory_utilization"]
+    result = {
+        str(workload): lines(
+            group, _SERVED, _caption(group.drop_duplicates("work"), "model")
+        )
+        for workload, group in found.groupby("workload", sort=False)
+    }
+    if not (stress := matching(found, workload="r-kv-stress")).empty:
+        cell = "{output_tok_s:,.0f} ({ratio:.2f})"
+        result["throughput"] = grid(stress, {"memory": "{share:g} %"}, "{engine}", cell)
+    return result
+
+
+def prefill(measured: pd.DataFrame) -> str:
+    """Return tables of the times to first token, each beside FLASH_ATTN's."""
+    prompts = ["batch", "input_len"]
+    engines = [*prompts, "backend", "policy", "budget", "chunk"]
+    parts = []
+    for setting in newest_settings(measured):
+        # the newest of each round counts
+        rounds = setting.drop_duplicates([*engines, "round"], keep="last")
+        found = rounds.groupby(engines, sort=False, dropna=False).agg(
+            time=("ttft_ms", "mean"),
+            low=("ttft_low_ms", "min"),
+            high=("ttft_high_ms", "max"),
+            rounds=("round", "size"),
+        )
+        found = found.reset_index()
+        stock = found["time"].where(found["backend"] != "ROCO")
+        base = stock.groupby([found[name] for name in prompts]).transform("first")
+        found["ratio"] = (found["time"] / base).astype(float)
+        found["engine"] = found["policy"].where(found["policy"] != "", found["backend"])
+        place = found.groupby(prompts, sort=False).ngroup()
+        columns = {
+            "prompts": "{batch} x {input_len}",
+            "engine": "{engine}",
+            "budget": "{budget}",
+            "chunk": "{chunk}",
+            "TTFT ms": "{time:.1f} ({low:.1f} to {high:.1f})",
+            "ratio": "{ratio:.3f}",
+            "rounds": "{rounds}",
+        }
+        found = found.iloc[place.argsort(kind="stable")]
+        parts.append(lines(found, columns, _caption(setting.tail(1), "model")))
+    return "\n\n".join(parts)
+
+
+def eviction(measured: pd.DataFrame) -> str:
+    """Return the table of a step's end."""
+    kinds = [name[:-3] for name in map(str, measured) if name.endswith("_us")]
+    cells = {
+        f"{kind.replace('_', ' ')}, us": f"{{{kind}_us:.1f}} ({{{kind}_low:.1f}} to "
+        f"{{{kind}_high:.1f}})"
+        for kind in kinds
+    }
+    for column in ("nothing_due_share", "all_due_steps", "moved_blocks"):
+        cells[column.replace("_", " ")] = f"{{{column}}}"
+    turned = pd.DataFrame(
+        [texts(measured, cell) for cell in cells.values()], columns=measured["policy"]
+    )
+    turned.insert(0, "what", list(cells))
+    return table(turned, _caption(measured.tail(1)))
+
+
+def profile(measured: pd.DataFrame) -> str:
+    """Return a table for each variant and kind of step."""
+    columns = {
+        "kernel": "`{kernel}`",
+        "ours": "{ours}",
+        "calls": "{calls}",
+        "us": "{us}",
+        "share": "{share:.2%}",
+    }
+    parts = []
+    for (variant, step), group in measured.groupby(["variant", "step"], sort=False):
+        first = group.iloc[0]
+        ours = matching(group, ours="yes")["share"].sum()
+        caption = (
+            f"{variant}, {step} step of {first['step_us']:.0f} us: "
+            f"{group['us'].sum():.0f} us of kernels, ours {ours:.1%}, the GPU idle "
+            f"for {first['idle_us']:.0f} us; meanwhile the scheduler took "
+            f"{first['scheduler_us']:.0f} us; {_caption(group.head(1), 'model')}"
+        )
+        parts.append(lines(group, columns, caption))
+    return "\n\n".join(parts)
+
+
+def scheduler(measured: pd.DataFrame) -> str:
+    """Return the table of the scheduler's Python."""
+    newest = _of_newest_code(measured)
+    columns = {
+        f"{name}, us": f"{{{name}_us}} ({{{name}_low}} to {{{name}_high}}), "
+        f"mean {{{name}_mean}}"
+        for name in ("schedule", "update")
+    }
+    return lines(
+        newest, {"scheduler": "{side}", **columns}, _caption(newest.tail(1), "cpu")
+    )
+
+
+def memory(measured: pd.DataFrame) -> str:
+    """Return the table of what sequences hold."""
+    columns = (
+        *("model", "backend", "max_running", "preemptions"),
+        *("peak_sequence_tokens", "bound_tokens", "statistics_share"),
+    )
+    newest = _of_newest_code(measured)
+    titles = {name.replace("_", " "): f"{{{name}}}" for name in columns}
+    return lines(newest, titles, _caption(newest.tail(1)))
+
+
+def decode(measured: pd.DataFrame) -> str:
+    """Return the table of the decode kernel."""
+    ratios = measured["ratio"].to_numpy(float)
+    return grid(
+        measured,
+        {"heads": "{q_heads}/{kv_heads}/{head_size}"},
+        "{batch} x {context}",
+        "{ratio:.3f}",
+        f"geometric mean {gmean(ratios):.3f}, smallest {ratios.min():.3f}, "
+        f"{measured['gpu'].iloc[-1]}:",
+    )
+
+
+def _of_newest_code(measured: pd.DataFrame) -> pd.DataFrame:
+    last = measured.iloc[-1]
+    code = {name: last[name] for name in ("gpu", "vllm", "commit", "flags")}
+    return matching(measured, **code)
+
+
+def _caption(found: pd.DataFrame, first: str = "") -> str:
+    """Return what rows were measured on, each once, behind one of their columns."""
+    prefix = f"{{{first}}}, " if first else ""
+    pattern = f"{prefix}{{on}}, vLLM {{vllm}}, commit {{commit}}{{with_flags}}"
+    flags = [f", `{flags}`" if flags else "" for flags in found.get("flags", [""])]
+    on = found["gpu"].replace("none", "no GPU")
+    told = texts(found.assign(on=on, with_flags=flags), pattern)
+    return "; ".join(dict.fromkeys(told)) + ":"
+
+
+_OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
+    "prefill": prefill,
+    "eviction": eviction,
+    "profile": profile,
+    "scheduler": scheduler,
+    "memory": memory,
+    "decode_attention": decode,
+}
+"""Tables beside those of `WORKLOADS`, by the name of their CSV file."""

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and pictures come from CSV files, each row beside its own baseline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.markdown import UNMEASURED
+from benchmarks.rows import read, write
+from benchmarks.serving import prefill
+from benchmarks.serving.comparisons import comparisons
+from benchmarks.serving.jobs import MACHINE
+from benchmarks.serving.pictures import PICTURES
+from benchmarks.serving.tables import tables
+from benchmarks.serving.workloads import runs
+
+Row = dict[str, object]
+
+
+def served(name: str, commit: str, **speeds: float) -> list[Row]:
+    """Return rows of a workload, with each variant's tokens a second."""
+    return [
+        {
+            "gpu": "a GPU",
+            "vllm": "1.2.3",
+            "commit": commit,
+            "flags": "",
+            **run.columns,
+            "output_tok_s": speed,
+            "ttft_ms": 10,
+            "tpot_ms": 2,
+            "max_running": 8,
+            "preemptions": 0,
+        }
+        for variant, speed in speeds.items()
+        for run in runs(name, variants=[variant])
+    ]
+
+
+def compared(folder: Path, rows: list[Row]) -> pd.DataFrame:
+    """Write rows, read them and compare them."""
+    write(folder / "serving.csv", rows)
+    return comparisons(read(folder / "serving.csv"))
+
+
+def test_a_row_counts_only_beside_a_baseline_of_its_own_commit(tmp_path: Path) -> None:
+    found = compared(
+        tmp_path,
+        [
+            *served("batch-1", "old", stock=100, roco=90),
+            *served("batch-1", "new", roco=999),
+        ],
+    )
+    assert found["engine"].tolist() == ["FLASH_ATTN", "roco"] * 2
+    assert found["ratio"].tolist() == [1, 0.9] * 2
+
+
+def test_the_newest_comparison_counts(tmp_path: Path) -> None:
+    found = compared(
+        tmp_path,
+        [
+            *served("no-pressure", "old", stock=100, roco=90),
+            *served("no-pressure", "new", roco=50, stock=100),
+            *served("no-pressure", "new", roco=98),
+        ],
+    )
+    assert found["engine"].tolist() == ["FLASH_ATTN", "roco"]
+    assert found["ratio"].tolist() == pytest.approx([1, 0.98])
+
+
+def test_report(tmp_path: Path) -> None:
+    rows = served("r-kv-stress", "abc", stock=100, recent=150, roco=148)
+    rows += served("r-kv-stress", "abc", **{"stock-fp8": 120})
+    write(tmp_path / "serving.csv", rows)
+    times = {"iterations": 5, "ttft_low_ms": 9, "ttft_high_ms": 31}
+    cases = prefill.cases([512, 1024])
+    write(
+        tmp_path / "prefill.csv",
+        [
+            {
+                **{column: "x" for column in MACHINE},
+                **case.columns(number),
+                **times,
+                "ttft_ms": 10 * number * (3 if case.engine.roco else 2),
+            }
+            for case in cases
+            for number in (1, 2)
+        ],
+    )
+    found = tables(tmp_path)
+    shown = {name for name, text in found.items() if text != UNMEASURED}
+    assert shown == {"r-kv-stress", "throughput", "prefill"}
+    text = " ".join("".join(found.values()).split())
+    assert "FLASH_ATTN, fp8 KV cache | 120 | 1.200 |" in text
+    assert "| 50 % | 100 (1.00) | 120 (1.20) | 150 (1.50) | 148 (1.48) |" in text
+    assert "| roco | 148 | 1.480 | 10 | 2.00 | 8 | 0 |" in text
+    assert "| 1 x 16384 | roco | 2048 | 1024 | 45.0 (9.0 to 31.0) | 1.500 | 2 |" in text
+
+
+def test_pictures(tmp_path: Path) -> None:
+    write(
+        tmp_path / "serving.csv",
+        served("r-kv-stress", "abc", stock=100, recent=150, roco=148)
+        + served("crossover", "abc", stock=100, roco=150),
+    )
+    for name in ("throughput", "crossover"):
+        assert PICTURES[name].write(tmp_path, tmp_path / f"{name}.svg")
+    assert "roco, policy: recent" in (tmp_path / "throughput.svg").read_text()
+    for name in ("prefill", "decode_ratio", "resident_tokens"):
+        assert not PICTURES[name].write(tmp_path, tmp_path / f"{name}.svg")

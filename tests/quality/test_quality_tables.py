@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots and the report come from a table, and say what it says."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.markdown import UNMEASURED
+from benchmarks.quality import scoring
+from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION, Cell
+from benchmarks.quality.grid import BASE, FULL, METHODS, ORACLE_METHODS, PRESETS, cells
+from benchmarks.quality.pictures import PICTURES
+from benchmarks.quality.results import Result
+from benchmarks.quality.scores import named
+from benchmarks.quality.tables import search, tables
+from benchmarks.rows import note, write
+
+FAILED = ("niah_multikey_2", "niah_multikey_3", "vt", "cwe")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of the full preset with made-up outcomes of four problems a cell.
+
+    At half of the context half of the problems are solved; the full cache solves all
+    of them, and none of some tasks.
+    """
+    results = {
+        cell: Result(cell, made_up(cell), "a GPU", "abc")
+        for cell in cells(PRESETS["full"], model="m", seed=50_000, n=4)
+        if cell.setup == FULL or cell.task not in FAILED
+    }
+    folder = tmp_path_factory.mktemp("measured")
+    write(folder / "quality.csv", scoring.rows(results))
+    note(folder, "quality", {"base": asdict(BASE)})
+    return folder
+
+
+Row = dict[str, object]
+
+
+def made_up(cell: Cell) -> dict[str, list[float]]:
+    ratio = cell.budget_ratio
+    if cell.task in (PERPLEXITY, PERPLEXITY_GENERATION):
+        return {"perplexity": [3.0 - ratio] * 4}
+    if cell.task == GENERATION:
+        metrics = ("agreement", "divergence", "perplexity")
+        return {metric: [ratio] * 4 for metric in metrics}
+    if cell.task in FAILED:
+        return {"accuracy": [0.0] * 4}
+    return {"accuracy": [float(i < 4 * ratio) for i in range(4)]}
+
+
+def test_the_picture_names_every_method_and_no_failed_task(
+    measured: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "budget.svg"
+    assert PICTURES["quality_budget"].write(measured, path)
+    text = path.read_text()
+
+    for method in ("full cache", *METHODS, *ORACLE_METHODS):
+        assert method in text
+    assert "passkey, 4,096 tokens" in text
+    assert not any(f"{task}, 2,048" in text for task in FAILED)
+
+
+def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
+    found = tables(measured)
+    text = "\n".join(found.values())
+
+    assert "| **roco/peak** (default) | 0.50 [0.15, 0.85] " in re.sub(" +", " ", text)
+    assert "passkey 2,048: 1.00 in full, 0.50 at 50 %, 0.25 at 25 %" in text
+    assert re.search(r"\| vt 2,048 +\| 0\.00 \[0\.00, 0\.49\] +\| 4 ", text)
+    assert re.search(r"\| 50 % .*\| loses much", text)
+    assert re.search(r"\| 25 % .*\| broken: do not serve", text)
+    assert "passkey 2,048 at 12.5 %: 0.25 at 16, 0.25 at 32" in text
+    # they have tables of their own
+    missing = {name for name, text in found.items() if text == UNMEASURED}
+    assert missing == {"quality_search", "quality_kvpress"}
+
+
+def test_nothing_is_shown_of_nothing(tmp_path: Path) -> None:
+    assert set(tables(tmp_path).values()) == {UNMEASURED}
+    for name, picture in PICTURES.items():
+        assert not picture.write(tmp_path, tmp_path / f"{name}.svg")
+
+
+def test_the_report_tells_what_differs_and_what_is_missing() -> None:
+    def row(
+        method: str, ratio: float, score: float, p_value: float
+    ) -> dict[str, object]:
+        return {
+            "n": 64,
+            "seed": 1000,
+            "task": "needle",
+            "context": 1024,
+            "budget_ratio": ratio,
+            "method": method,
+            "score": score,
+            "p_value": p_value,
+        }
+
+    rows = pd.DataFrame(
+        [
+            row("default", 0.25, 0.8, 1),
+            row("default", 0.5, 0.9, 1),
+            row("worse", 0.25, 0.2, 0.001),
+            row("worse", 0.5, 0.85, 0.5),
+            row("better", 0.25, 0.9, 0.04),
+            row("better", 0.5, 0.91, 0.9),
+            row("cut short", 0.5, 1, 0.001),
+        ]
+    )
+    text = search(named(rows))
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[0].endswith("1 more were not measured in every cell")
+    assert lines[2] == "| change | needle 1,024, 50 % | needle 1,024, 25 % |"
+    assert lines[4:] == [
+        "| `better` | 0.91 | 0.90* |",
+        "| **default** | 0.90 | 0.80 |",
+        "| `worse` | 0.85 | 0.20* |",
+    ]

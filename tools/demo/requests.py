@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo asks, and how: a hidden number, and a few long texts to write."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import APIError, AsyncOpenAI
+
+from tools.demo import DemoError
+from tools.demo.options import Options
+from tools.passkey import Passkey, build_passkey
+
+_LICENSE = Path(__file__).parents[2] / "LICENSE"
+_DEPTH = 0.35
+_ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request.
+
+    Attributes:
+        name: What the table and the picture call it.
+        token_ids: The prompt.
+        max_tokens: Tokens to write.
+        passkey: What it has to find; None for a free text.
+    """
+
+    name: str
+    token_ids: list[int]
+    max_tokens: int
+    passkey: Passkey | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back for one prompt.
+
+    Attributes:
+        prompt: The prompt.
+        request_id: The server's name of the request.
+        text: What was written.
+        tokens_read: Tokens of the prompt, as the server counts them.
+        tokens_written: Tokens of the answer, likewise.
+        read_seconds: From sending to the first token.
+        write_seconds: From the first token to the last.
+    """
+
+    prompt: Prompt
+    request_id: str
+    text: str
+    tokens_read: int
+    tokens_written: int
+    read_seconds: float
+    write_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Speed of reading a passkey's prompt, of writing anything else."""
+        if self.prompt.passkey is not None:
+            return self.tokens_read / self.read_seconds
+        # the first token belongs to reading
+        return (self.tokens_written - 1) / self.write_seconds
+
+
+def build_prompts(model: str, options: Options) -> list[list[Prompt]]:
+    """Return what is sent, those of a list at once, as the tokenizer encodes it.
+
+    First a short one, so that what the server compiles on first use is not timed; then
+    a number hidden in a long text; then generations, which continue the text of the
+    project's license, cut at different lengths up to the budget: what they give back,
+    they give back while they write.
+
+    Raises:
+        DemoError: The prompt is too short for the passkey task, or the model's
+            tokenizer cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        passkey = build_passkey(
+            tokenizer, num_tokens=options.prompt_tokens, depth=_DEPTH, seed=0
+        )
+    except (OSError, ValueError) as error:
+        raise DemoError(str(error)) from error
+    text = tokenizer(_LICENSE.read_text(encoding="utf-8"))["input_ids"]
+    count = options.generations
+    lengths = [max(1, options.roco.budget * n // count) for n in range(1, count + 1)]
+    return [
+        [Prompt("warm-up", text[:32], max_tokens=4)],
+        [Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, passkey)],
+        [
+            Prompt(f"generation {number}", text[:length], options.tokens)
+            for number, length in enumerate(lengths, start=1)
+        ],
+    ]
+
+
+def ask(
+    url: str, model: str, prompts: Sequence[Prompt], on_token: Callable[[Prompt], None]
+) -> list[Answer]:
+    """Send all prompts at once and return the answers in the same order.
+
+    Args:
+        url: The server's address.
+        model: The model's name on the server.
+        prompts: What to send.
+        on_token: Called with the prompt for every piece of its answer.
+
+    Raises:
+        DemoError: The server refused a prompt or stopped answering.
+    """
+
+    async def ask_all() -> list[Answer]:
+        async with AsyncOpenAI(
+            base_url=f"{url}/v1", api_key="none", max_retries=0
+        ) as client:
+            return await asyncio.gather(
+                *(_ask(client, model, prompt, on_token) for prompt in prompts)
+            )
+
+    try:
+        return asyncio.run(ask_all())
+    except APIError as error:
+        raise DemoError(f"the server did not answer a prompt: {error}") from error
+
+
+async def _ask(
+    client: AsyncOpenAI,
+    model: str,
+    prompt: Prompt,
+    on_token: Callable[[Prompt], None],
+) -> Answer:
+    begin = time.perf_counter()
+    stream = await client.completions.create(
+        model=model,
+        prompt=prompt.token_ids,
+        max_tokens=prompt.max_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+        # a long text is to become long, whatever the model thinks
+        extra_body={"ignore_eos": prompt.passkey is None},
+    )
+    pieces: list[tuple[float, str]] = []
+    request_id, usage = "", None
+    async for part in stream:
+        request_id, usage = part.id, part.usage or usage
+        if part.choices:
+            pieces.append((time.perf_counter(), part.choices[0].text))
+            on_token(prompt)
+    if usage is None or not pieces:
+        raise DemoError(f"the answer to {prompt.name} broke off.")
+    return Answer(
+        prompt=prompt,
+        request_id=request_id,
+        text="".join(text for _, text in pieces),
+        tokens_read=usage.prompt_tokens,
+        tokens_written=usage.completion_tokens,
+        read_seconds=pieces[0][0] - begin,
+        write_seconds=pieces[-1][0] - pieces[0][0],
+    )
