@@ -11,7 +11,9 @@ import sys
 import pytest
 import torch
 
+from tests.engine.engines import engines_in_process
 from vllm_roco import verify
+from vllm_roco.scheduler import RocoSchedulerMixin
 
 
 def run_verify(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +36,20 @@ def test_a_sound_installation_passes() -> None:
     expected = {**dict.fromkeys(verify.CHECKS, "PASS"), **without_gpu}
     assert lines == [(verdict, name) for name, verdict in expected.items()]
     assert run.stdout.endswith("vllm_roco.verify: PASS\n")
+
+
+@pytest.mark.engine
+def test_step_ends_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the hook that ends chunks gone, the report said PASS."""
+    monkeypatch.setattr(
+        RocoSchedulerMixin,
+        "_reserve_prefill_lookahead",
+        lambda self, request, num_computed_tokens, num_new_tokens: num_new_tokens,
+    )
+    with engines_in_process():
+        result = verify.run("engine")
+    assert result.verdict == "FAIL"
+    assert re.search("ended at 1.., not between 64 and 64|would hold", result.details)
 
 
 def test_a_plugin_that_vllm_leaves_out_fails() -> None:

@@ -24,10 +24,16 @@ from typing import Any
 
 from typing_extensions import override
 
+from vllm_roco.chunking import next_step_ends
+from vllm_roco.eviction_schedule import EvictionSchedule
+
 BUDGET, STRIDE, CHUNK = 64, 32, 64
+BLOCK_SIZE = 16
 NUM_NEW = 100
 PROMPTS = (158, 157, 90, 40)
 """Prompt lengths of the engine check, in tokens; the first two end at an eviction."""
+
+_SCHEDULE = EvictionSchedule(block_size=BLOCK_SIZE, budget=BUDGET, stride=STRIDE)
 
 _MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -178,6 +184,7 @@ def check_engine() -> str:
         execution = {"enforce_eager": True}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(_MODEL))
+        trace = Path(folder, "trace.jsonl")
         llm = LLM(
             folder,
             attention_backend="ROCO",
@@ -188,11 +195,12 @@ def check_engine() -> str:
                     "chunk": CHUNK,
                     "sink": 16,
                     "recent": 16,
+                    "trace": str(trace),
                 }
             },
             load_format="dummy",
             skip_tokenizer_init=True,
-            block_size=16,
+            block_size=BLOCK_SIZE,
             max_model_len=512,
             max_num_seqs=4,
             max_num_batched_tokens=256,
@@ -211,6 +219,14 @@ def check_engine() -> str:
         )
         metrics = get_metrics(llm)
         vllm_config = llm.llm_engine.vllm_config
+        steps = [json.loads(line) for line in trace.read_text().splitlines()]
+    _check_step_ends(steps)
+    bound = _SCHEDULE.max_blocks(vllm_config.max_concurrent_batches * CHUNK)
+    if metrics.peak_sequence_kv_tokens > bound * BLOCK_SIZE:
+        raise Failed(
+            f"a sequence held {metrics.peak_sequence_kv_tokens} tokens of KV cache, "
+            f"more than the bound of {bound * BLOCK_SIZE} that vLLM plans with"
+        )
     mode = vllm_config.compilation_config.cudagraph_mode
     counts = [len(output.outputs[0].token_ids) for output in outputs]
     if counts != [NUM_NEW] * len(PROMPTS):
@@ -224,7 +240,8 @@ def check_engine() -> str:
     longest = max(PROMPTS) + NUM_NEW
     return (
         f"{sum(counts)} tokens; {metrics.freed_blocks} blocks freed, at most "
-        f"{metrics.peak_sequence_kv_tokens} of {longest} tokens held by a sequence; "
+        f"{metrics.peak_sequence_kv_tokens} of {longest} tokens held by a sequence "
+        f"(bound {bound * BLOCK_SIZE}); prompt steps end where they must; "
         f"CUDA graphs {getattr(mode, 'name', mode)}"
     )
 
@@ -290,6 +307,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(failed)
 
 
+def _check_step_ends(steps: Sequence[dict[str, Any]]) -> None:
+    """Raise unless every step of a prompt ended where RoCo asks vLLM to end it.
+
+    Args:
+        steps: Lines of the trace.
+    """
+    reached: dict[str, int] = {}
+    for step in steps:
+        request, end = step["request"], step["computed_tokens"]
+        reached.setdefault(request, 0)
+        # vLLM names requests in the order of their prompts
+        num_prompt = PROMPTS[[*reached].index(request)]
+        begin, reached[request] = reached[request], end
+        if begin < num_prompt:
+            least, most = next_step_ends(
+                begin, num_prompt, num_prompt, CHUNK, _SCHEDULE
+            )
+            if not least <= end <= most:
+                raise Failed(
+                    f"a step that read a prompt of {num_prompt} tokens from {begin} on "
+                    f"ended at {end}, not between {least} and {most}: vLLM does not "
+                    "ask RoCo's scheduler where steps may end"
+                )
+    if len(reached) != len(PROMPTS):
+        raise Failed(f"the trace tells of {len(reached)} of {len(PROMPTS)} requests")
+
+
 def _expected_freed_blocks(steps_in_flight: int) -> range:
     """Return how many blocks the engine check may free.
 
@@ -297,13 +341,10 @@ def _expected_freed_blocks(steps_in_flight: int) -> range:
         steps_in_flight: Most steps that run at a time, the one being scheduled
             included.
     """
-    from vllm_roco.eviction_schedule import EvictionSchedule
-
-    schedule = EvictionSchedule(block_size=16, budget=BUDGET, stride=STRIDE)
     # the last token is never computed, and blocks are freed when a step is scheduled:
     # all that steps before the last evicted, or less if those are still in flight
     most, least = (
-        sum(schedule.evicted_blocks(n + NUM_NEW - 1 - steps) for n in PROMPTS)
+        sum(_SCHEDULE.evicted_blocks(n + NUM_NEW - 1 - steps) for n in PROMPTS)
         for steps in (1, steps_in_flight)
     )
     return range(least, most + 1)

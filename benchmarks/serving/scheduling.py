@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a budget costs the scheduler, whose Python runs between any two steps.
 
-vLLM's own scheduler and block manager, without an engine: 256 requests decode, two
-steps in flight. No GPU takes part.
+vLLM's own scheduler and block manager, without an engine: requests decode, two steps in
+flight. In one case prompts wait for memory and for room in a step. No GPU takes part.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,29 @@ from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.scheduler import RocoAsyncScheduler
 
 WORKLOAD = WORKLOADS["r-kv-stress"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests that a step has to do with.
+
+    Attributes:
+        running: Requests that decode.
+        waiting: Prompts behind them, for which there is a place but, beside one that is
+            being read, not a chunk's room in a step.
+    """
+
+    running: int
+    waiting: int = 0
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Places, two of which prompts can take."""
+        return self.running + 2 * bool(self.waiting)
+
+
+CASES = (Case(running=256), Case(running=1024, waiting=4000))
+LONG_PROMPT = 1 << 17
 BLOCK_SIZE = 16
 STEPS_IN_FLIGHT = 2
 DECODE_STEPS = 150
@@ -45,7 +69,7 @@ ROUNDS = 5
 """Turns of each side, which a drift of the clock meets alike."""
 TABLE = Table(
     "scheduler",
-    key=("cpu", "side", "running", "budget", "stride"),
+    key=("cpu", "side", "running", "waiting", "budget", "stride"),
     results=(
         *("schedule_us", "schedule_low", "schedule_high", "schedule_mean"),
         *("update_us", "update_low", "update_high", "update_mean"),
@@ -54,10 +78,11 @@ TABLE = Table(
 
 
 def jobs() -> list[Job]:
-    """Return both sides."""
+    """Return both sides of every case."""
     model = MODELS / WORKLOAD.model
     return [
-        [(columns(roco=roco), partial(measure, model, roco=roco))]
+        [(columns(case, roco=roco), partial(measure, model, case, roco=roco))]
+        for case in CASES
         for roco in (False, True)
     ]
 
@@ -70,24 +95,30 @@ def processor() -> str:
     return "unknown"
 
 
-def columns(*, roco: bool) -> dict[str, object]:
+def columns(case: Case, *, roco: bool) -> dict[str, object]:
     """Return the columns of `scheduler.csv` that tell a side from the other."""
     return {
         "cpu": processor(),
         "side": "roco" if roco else "stock",
-        "running": WORKLOAD.batches[0].count,
+        "running": case.running,
+        "waiting": case.waiting,
         "budget": WORKLOAD.budget if roco else None,
         "stride": WORKLOAD.stride if roco else None,
     }
 
 
 def scheduler(
-    model: Path, *, roco: bool, kind: type[AsyncScheduler] | None = None
+    model: Path,
+    case: Case = CASES[0],
+    *,
+    roco: bool,
+    kind: type[AsyncScheduler] | None = None,
 ) -> AsyncScheduler:
-    """Return a scheduler with blocks for every request in full.
+    """Return a scheduler with blocks for every request that runs, in full.
 
     Args:
         model: Folder of a model's configuration.
+        case: How many requests there are.
         roco: Whether for RoCo's blocks, not vLLM's own.
         kind: Instead of the class that serves them.
     """
@@ -97,17 +128,23 @@ def scheduler(
     backend: dict[str, Any] = {}
     if roco:
         backend = {"attention_backend": "roco", "additional_config": {"roco": sizes}}
+    longest = LONG_PROMPT if case.waiting else requests.max_model_len
     vllm_config = EngineArgs(
         model=str(model),
+        hf_overrides={"max_position_embeddings": LONG_PROMPT},
         skip_tokenizer_init=True,
-        max_model_len=requests.max_model_len,
-        max_num_seqs=requests.count,
-        max_num_batched_tokens=16384,
+        max_model_len=longest,
+        max_num_seqs=case.max_num_seqs,
+        # beside the decodes and the prompt that is being read, half a chunk
+        max_num_batched_tokens=(
+            case.running + 3 * sizes["chunk"] // 2 if case.waiting else 16384
+        ),
         enable_prefix_caching=False,
         async_scheduling=True,
         **backend,
     ).create_engine_config()
-    blocks = 1 + requests.count * (requests.max_model_len // BLOCK_SIZE)
+    blocks = 1 + case.running * (requests.max_model_len // BLOCK_SIZE)
+    blocks += bool(case.waiting) * 2 * (LONG_PROMPT // BLOCK_SIZE)
     vllm_config.cache_config.block_size = BLOCK_SIZE
     vllm_config.cache_config.num_gpu_blocks = blocks
     full = FullAttentionSpec(
@@ -148,53 +185,74 @@ def answer(scheduler: AsyncScheduler, output: SchedulerOutput) -> ModelRunnerOut
     )
 
 
-def sample(model: Path, *, roco: bool) -> dict[str, list[float]]:
+def sample(model: Path, case: Case, *, roco: bool) -> dict[str, list[float]]:
     """Run until enough steps have decoded every request; return their microseconds."""
-    core = scheduler(model, roco=roco)
+    core = scheduler(model, case, roco=roco)
     requests = WORKLOAD.batches[0]
-    for index in range(requests.count):
-        core.add_request(
-            Request(
-                request_id=str(index),
-                prompt_token_ids=[1] * requests.input_len,
-                sampling_params=SamplingParams(max_tokens=requests.output_len),
-                pooling_params=None,
-            )
-        )
-    in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput, bool]] = deque()
+    for index in range(case.running):
+        core.add_request(_request(index, requests.input_len, requests.output_len))
+    steps = _Steps(core)
+    while not all(request.num_output_tokens for request in core.requests.values()):
+        steps.run()
+    for index in range(case.running, case.running + case.waiting):
+        core.add_request(_request(index, LONG_PROMPT - 1, 1))
+    # the first of the waiting is being read from here on
+    for _ in range(2):
+        steps.run()
     times: dict[str, list[float]] = {"schedule": [], "update": []}
-    while len(times["update"]) < DECODE_STEPS:
-        start = time.perf_counter()
-        output = core.schedule()
-        scheduled = time.perf_counter() - start
-        decodes = output.total_num_scheduled_tokens == requests.count
-        in_flight.append((output, answer(core, output), decodes))
-        if decodes:
-            times["schedule"].append(1e6 * scheduled)
-        if len(in_flight) == STEPS_IN_FLIGHT:
-            oldest, result, decoded = in_flight.popleft()
-            start = time.perf_counter()
-            core.update_from_output(oldest, result)
-            if decoded:
-                times["update"].append(1e6 * (time.perf_counter() - start))
+    for _ in range(DECODE_STEPS):
+        schedule, update = steps.run()
+        times["schedule"].append(schedule)
+        times["update"].append(update)
     core.shutdown()
     return times
 
 
+class _Steps:
+    """Keeps steps in flight."""
+
+    def __init__(self, core: AsyncScheduler) -> None:
+        self._core = core
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+
+    def run(self) -> tuple[float, float]:
+        """Schedule a step and process the oldest; return both times in microseconds."""
+        start = time.perf_counter()
+        output = self._core.schedule()
+        scheduled = time.perf_counter() - start
+        self._in_flight.append((output, answer(self._core, output)))
+        updated = 0.0
+        if len(self._in_flight) == STEPS_IN_FLIGHT:
+            oldest, result = self._in_flight.popleft()
+            start = time.perf_counter()
+            self._core.update_from_output(oldest, result)
+            updated = time.perf_counter() - start
+        return 1e6 * scheduled, 1e6 * updated
+
+
+def _request(index: int, input_len: int, output_len: int) -> Request:
+    return Request(
+        request_id=str(index),
+        prompt_token_ids=[1] * input_len,
+        sampling_params=SamplingParams(max_tokens=output_len),
+        pooling_params=None,
+    )
+
+
 @cache
-def both_sides(model: Path) -> dict[bool, dict[str, object]]:
+def both_sides(model: Path, case: Case) -> dict[bool, dict[str, object]]:
     """Return the rows without RoCo and with it, measured in turns."""
     times: dict[bool, dict[str, list[float]]] = {False: {}, True: {}}
     for _ in range(ROUNDS):
         for roco, side in times.items():
-            for name, samples in sample(model, roco=roco).items():
+            for name, samples in sample(model, case, roco=roco).items():
                 side.setdefault(name, []).extend(samples)
     return {roco: _row(side) for roco, side in times.items()}
 
 
-def measure(model: Path, *, roco: bool) -> dict[str, object]:
+def measure(model: Path, case: Case, *, roco: bool) -> dict[str, object]:
     """Return a side's columns of `scheduler.csv`; the first call measures both."""
-    return both_sides(model)[roco]
+    return both_sides(model, case)[roco]
 
 
 def _row(times: dict[str, list[float]]) -> dict[str, object]:
