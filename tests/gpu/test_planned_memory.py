@@ -70,6 +70,10 @@ def start(model: Path, *, reserves: bool) -> Start:
     from vllm_roco.attention.cuda import impl
     from vllm_roco.attention.cuda.metadata import RocoCudaMetadataBuilder
 
+    # of a process's first products, else counted for one engine and not for another
+    torch._C._cuda_clearCublasWorkspaces()
+    gc.collect()
+    torch.cuda.empty_cache()
     result = Start()
     determine = Worker.determine_available_memory
     make = RocoCudaMetadataBuilder.__init__
