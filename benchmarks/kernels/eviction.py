@@ -75,7 +75,7 @@ LLAMA_8B = Model(
 
 @dataclass(frozen=True)
 class Layers:
-    """What the end of a step asks of vLLM's layers."""
+    """What the end of a step asks of vLLM's layers; caches as vLLM binds them."""
 
     caches: list[torch.Tensor]
 
@@ -146,8 +146,9 @@ class Step:
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.buffers = StepBuffers.allocate(rows, live, device)
+        bound = [page.page_view(cache)[:, None, None] for cache in self.caches]
         self.eviction = CudaEviction(
-            cast("LayerGroup", Layers(self.caches)),
+            cast("LayerGroup", Layers(bound)),
             spec,
             config,
             max_rows=rows,

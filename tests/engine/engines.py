@@ -71,8 +71,11 @@ class Engine:
 
     @property
     def kv_caches(self) -> list[torch.Tensor]:
-        """The layers' caches, `[num_blocks, num_kv_heads, block_size, ...]`."""
-        return [layer.kv_cache for layer in self.layers.values()]
+        """K and V of RoCo's layers, `[num_blocks, num_kv_heads, block_size, ...]`."""
+        return [
+            layer.impl.page_shape.states_view(layer.kv_cache)
+            for layer in self.layers.values()
+        ]
 
     @property
     def num_lost_blocks(self) -> int:
