@@ -7,6 +7,7 @@ import copy
 import functools
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ class Setup:
         max_steps_in_flight: Steps that the driver keeps in flight.
         spare_blocks: Blocks of the pool above the bound of one sequence.
         trace: Option of RoCo.
+        caching: Whether requests may begin behind prefixes that others have read.
     """
 
     budget: int = 16
@@ -78,6 +80,7 @@ class Setup:
     max_steps_in_flight: int = 1
     spare_blocks: int = 1000
     trace: str | None = None
+    caching: bool = False
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -111,6 +114,7 @@ class Setup:
         config.cache_config = copy.copy(config.cache_config)
         config.cache_config.block_size = BLOCK_SIZE
         config.cache_config.num_gpu_blocks = num_blocks
+        config.cache_config.enable_prefix_caching = self.caching
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.async_scheduling = self.asynchronous
         config.scheduler_config.max_num_batched_tokens = (
@@ -160,11 +164,23 @@ class Driver:
         num_prompt_tokens: int,
         max_tokens: int = 1,
         *,
+        prompt: Sequence[int] | None = None,
         ignore_stop: bool = True,
         resumable: bool = False,
+        cache_salt: str | None = None,
         **sampling: Any,
     ) -> str:
-        """Add a request and return its id."""
+        """Add a request and return its id.
+
+        Args:
+            num_prompt_tokens: Length of the prompt.
+            max_tokens: Tokens to generate.
+            prompt: Its tokens; by default the same ones in every prompt.
+            ignore_stop: Whether the stop token is an ordinary one.
+            resumable: Whether more input may follow.
+            cache_salt: As in vLLM.
+            **sampling: Further sampling parameters.
+        """
         request_id = str(len(self.outputs))
         self.outputs[request_id] = []
         params = SamplingParams(
@@ -175,12 +191,12 @@ class Driver:
         self.scheduler.add_request(
             Request(
                 request_id=request_id,
-                # the same tokens in every prompt: prefixes could be shared
-                prompt_token_ids=[1] * num_prompt_tokens,
+                prompt_token_ids=list(prompt or [1] * num_prompt_tokens),
                 sampling_params=params,
                 pooling_params=None,
                 block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
                 resumable=resumable,
+                cache_salt=cache_salt,
             )
         )
         return request_id

@@ -34,6 +34,8 @@ _ARGUMENTS: dict[str, Any] = dict(
     enforce_eager=True,
     skip_tokenizer_init=True,
     disable_log_stats=True,
+    # most tests look at what happens to a prompt that is read
+    enable_prefix_caching=False,
     max_model_len=1024,
     max_num_seqs=8,
     max_num_batched_tokens=512,
