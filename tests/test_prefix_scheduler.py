@@ -7,14 +7,19 @@ age of its statistics; `Driver.check` looks for lost and shared blocks after eve
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.request import RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.kv_cache.specs import one_group
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.kv_cache.prefix_cache import PrefixCache
 from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
+from vllm_roco.scheduler import describe
 
 CHUNK = 8
 PROMPT = list(range(2, 80))
@@ -225,6 +230,33 @@ def test_nothing_is_shared_when_caching_is_off() -> None:
     assert driver.worker.num_hits == 0
 
 
+@modes
+def test_a_model_with_other_caches_beside_has_no_hits(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """A snapshot holds nothing of the other layers; the start-up line says so."""
+    setup = Setup(
+        caching=True, asynchronous=asynchronous, max_steps_in_flight=max_steps_in_flight
+    )
+    alone, spec = setup.scheduler(), setup.spec()
+    full = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=spec.dtype
+    )
+    full = replace(full, page_size_padded=spec.page_size_bytes)
+    plan = one_group(spec, 1000)
+    plan.kv_cache_groups.append(KVCacheGroupSpec(["another layer"], full))
+    config = alone.vllm_config
+    scheduler = type(alone)(
+        config, plan, StructuredOutputManager(config), block_size=BLOCK_SIZE
+    )
+    (manager,) = scheduler.roco_managers
+    assert scheduler.prefix_cache is manager.prefix_cache is None
+    assert "Switched off: prefix-cache hits" in describe(
+        scheduler.roco_config, manager, config
+    )
+    assert "prefix" not in describe(alone.roco_config, alone.roco_managers[0], config)
+
+
 def test_vllms_own_counters_know_of_hits() -> None:
     driver = driver_of()
     driver.scheduler.kv_cache_manager.log_stats = True
@@ -247,14 +279,26 @@ def test_a_pool_without_room_for_hit_and_copy_serves_all(spare_blocks: int) -> N
 
 
 def test_publishing_takes_what_is_left_and_preempts_nobody() -> None:
-    """Two sequences fill the pool to the last block: none is taken for a snapshot."""
-    setup = Setup(caching=True, spare_blocks=9)
-    driver = Driver(setup)
-    requests = [driver.add(0, 2, prompt=[number] * 60) for number in (5, 6)]
-    driver.drain(1000)
-    preemptions = [driver.scheduler.requests.get(request_id) for request_id in requests]
-    assert preemptions == [None, None]
-    assert len(driver.finished) == 2
+    """In a pool that is too small anyway, nobody is preempted who was not before."""
+    preemptions = {}
+    for caching in (False, True):
+        driver = Driver(
+            Setup(caching=caching, spare_blocks=9), scheduler_reserve_full_isl=False
+        )
+        counted = preemptions[caching] = []
+        preempt = driver.scheduler._preempt_request
+
+        def count(request: Any, *args: Any, **kwargs: Any) -> None:
+            counted.append(request.request_id)  # noqa: B023 -- called in the loop
+            preempt(request, *args, **kwargs)  # noqa: B023
+
+        driver.scheduler._preempt_request = count
+        for number in range(6):
+            driver.add(0, 40, prompt=[number + 2] * 60)
+        driver.drain(5000)
+        assert len(driver.finished) == 6
+    assert preemptions[False]
+    assert len(preemptions[True]) <= len(preemptions[False])
 
 
 @modes
@@ -301,4 +345,3 @@ def test_the_pool_is_whole_in_the_end() -> None:
             driver.check()
     driver.drain(5000)
     assert cache_of(driver).store.num_hits > 5
-    assert BLOCK_SIZE == 4

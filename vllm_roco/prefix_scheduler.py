@@ -59,9 +59,7 @@ class PrefixScheduler(RefusingScheduler):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, with a new count of who is left waiting."""
-        if self._num_left_waiting:
-            self._num_left_waiting = 0
-            self._manager.refuse(None)
+        self._num_left_waiting = 0
         return super().schedule(*args, **kwargs)
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:

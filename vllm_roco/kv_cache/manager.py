@@ -113,6 +113,7 @@ class RocoManager(FullAttentionManager):
         will hold, and for the copy the blocks of the hit as well.
         """
         if request_id == self._refused_id:
+            self._refused_id = None
             return self.block_pool.num_gpu_blocks + 1
         blocks = super().get_num_blocks_to_allocate(
             request_id,
@@ -136,8 +137,12 @@ class RocoManager(FullAttentionManager):
                 blocks += self.foreseen_blocks()
         return blocks + to_copy
 
-    def refuse(self, request_id: str | None) -> None:
-        """Let vLLM find no room for a waiting request, which ends its waiting loop."""
+    def refuse(self, request_id: str) -> None:
+        """Let vLLM find no room for a waiting request when it asks next.
+
+        It then leaves that request and all behind it where they are until the next
+        step, on every release.
+        """
         self._refused_id = request_id
 
     def has_room_for(self, num_tokens: int, row: Sequence[KVCacheBlock]) -> bool:

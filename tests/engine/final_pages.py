@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies in a request's live blocks when it ends, byte by byte."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from vllm import SamplingParams
+
+from tests.engine.engines import Engine, Prompt
+from vllm_roco.kv_cache.page import NUM_FIELDS, statistics_view
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a request ended.
+
+    Attributes:
+        tokens: What it wrote.
+        pages: K, V and statistics of every full live block of every layer.
+        num_cached_tokens: With how many tokens it began, as vLLM reports it.
+    """
+
+    tokens: tuple[int, ...]
+    pages: bytes
+    num_cached_tokens: int
+
+
+def run_to_the_end(
+    engine: Engine, prompts: Sequence[Prompt], max_tokens: int, n: int = 1
+) -> list[list[Ending]]:
+    """Generate for all prompts at once, `n` answers each; tokens as `Engine` does."""
+    with _recorded_pages(engine) as pages:
+        outputs = engine.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            SamplingParams(
+                temperature=0,
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                detokenize=False,
+                n=n,
+            ),
+            use_tqdm=False,
+        )
+    by_prompt = []
+    for output in outputs:
+        # vLLM adds to the names, and numbers the answers in front
+        held = [page for name, page in pages.items() if output.request_id in name]
+        assert len(held) >= n
+        by_prompt.append(
+            [
+                Ending(tuple(answer.token_ids), page, output.num_cached_tokens or 0)
+                for answer, page in zip(output.outputs, held, strict=False)
+            ]
+        )
+    return by_prompt
+
+
+def bytes_of(engine: Engine, blocks: Sequence[int]) -> bytes:
+    """Return K, V and statistics of pages in all layers, without padding."""
+    chosen = torch.tensor(blocks)
+    parts = []
+    for cache in engine.kv_caches:
+        parts.append(cache[chosen].numpy().tobytes())
+        statistics = statistics_view(cache)[chosen]
+        assert statistics.shape[-1] == NUM_FIELDS
+        parts.append(statistics.numpy().tobytes())
+    return b"".join(parts)
+
+
+@contextlib.contextmanager
+def _recorded_pages(engine: Engine) -> Iterator[dict[str, bytes]]:
+    manager, requests = engine.manager, engine.scheduler.requests
+    pop = manager.pop_blocks_for_free
+    pages: dict[str, bytes] = {}
+
+    def record_and_pop(request_id: str) -> object:
+        row, request = manager.req_to_blocks.get(request_id), requests.get(request_id)
+        if row and request is not None and request.is_finished():
+            # the last token was never computed
+            full = (request.num_tokens - 1) // manager.block_size
+            resident = manager.schedule.budget_blocks
+            live = [block.block_id for block in row[:full] if not block.is_null]
+            assert len(live) >= min(full, resident)
+            pages[request_id] = bytes_of(engine, live)
+        return pop(request_id)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager, "pop_blocks_for_free", record_and_pop)
+        yield pages
