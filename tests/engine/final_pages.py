@@ -12,7 +12,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.engines import Engine, Prompt
-from vllm_roco.kv_cache.page import NUM_FIELDS, statistics_view
+from vllm_roco.kv_cache.page import statistics_view
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,13 @@ def run_to_the_end(
 def bytes_of(engine: Engine, blocks: Sequence[int]) -> bytes:
     """Return K, V and statistics of pages in all layers, without padding."""
     chosen = torch.tensor(blocks)
+    with_statistics = engine.manager.kv_cache_spec.has_statistics
     parts = []
     for cache in engine.kv_caches:
-        parts.append(cache[chosen].numpy().tobytes())
-        statistics = statistics_view(cache)[chosen]
-        assert statistics.shape[-1] == NUM_FIELDS
-        parts.append(statistics.numpy().tobytes())
+        parts.append(cache[chosen].cpu().view(torch.uint8).numpy().tobytes())
+        if with_statistics:
+            statistics = statistics_view(cache)[chosen]
+            parts.append(statistics.cpu().numpy().tobytes())
     return b"".join(parts)
 
 
