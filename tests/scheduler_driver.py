@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -168,6 +169,7 @@ class Driver:
         ignore_stop: bool = True,
         resumable: bool = False,
         cache_salt: str | None = None,
+        lora_request: LoRARequest | None = None,
         **sampling: Any,
     ) -> str:
         """Add a request and return its id.
@@ -179,6 +181,7 @@ class Driver:
             ignore_stop: Whether the stop token is an ordinary one.
             resumable: Whether more input may follow.
             cache_salt: As in vLLM.
+            lora_request: Likewise.
             **sampling: Further sampling parameters.
         """
         request_id = str(len(self.outputs))
@@ -197,6 +200,7 @@ class Driver:
                 block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
                 resumable=resumable,
                 cache_salt=cache_salt,
+                lora_request=lora_request,
             )
         )
         return request_id

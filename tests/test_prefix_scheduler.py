@@ -11,8 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.kv_cache.specs import one_group
@@ -192,13 +197,40 @@ def test_generated_tokens_are_no_prefix() -> None:
     assert hit_of(driver, text) > LAST
 
 
-def test_salts_and_skips_are_obeyed() -> None:
+def test_salts_adapters_and_skips_are_obeyed() -> None:
     driver = driver_of()
     hit_of(driver, PROMPT)
     assert hit_of(driver, PROMPT, cache_salt="other") == 0
     assert hit_of(driver, PROMPT, cache_salt="other") == LAST
+    adapter = LoRARequest("adapter", 1, "/nowhere")
+    assert hit_of(driver, PROMPT, lora_request=adapter) == 0
+    assert hit_of(driver, PROMPT, lora_request=adapter) == LAST
     assert hit_of(driver, PROMPT, skip_reading_prefix_cache=True) == 0
     assert hit_of(driver, PROMPT) == LAST
+
+
+def test_a_prompt_with_an_image_shares_nothing() -> None:
+    """An input item may end its chunks early, so it keeps other blocks."""
+    driver = driver_of()
+    hit_of(driver, PROMPT)
+    image = MultiModalFeatureSpec(
+        data=None,
+        modality="image",
+        identifier="picture",
+        mm_position=PlaceholderRange(offset=74, length=3),
+    )
+    for features, hit in (([], LAST), ([image], 0)):
+        request = Request(
+            request_id="asks",
+            prompt_token_ids=PROMPT,
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            mm_features=features,
+            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+        )
+        # the image is behind the prefix, so the prefix is the same
+        assert driver.scheduler._get_local_prefix_cache_hit(request)[1] == hit
+        assert driver.scheduler._end_of_step(request, 64, 78) == (72 if hit else 78)
 
 
 def test_a_reset_forgets_all_snapshots() -> None:

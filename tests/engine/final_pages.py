@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,41 +24,43 @@ class Ending:
         tokens: What it wrote.
         pages: K, V and statistics of every full live block of every layer.
         num_cached_tokens: With how many tokens it began, as vLLM reports it.
+        was_preempted: Whether it has read its own output again.
     """
 
     tokens: tuple[int, ...]
     pages: bytes
     num_cached_tokens: int
+    was_preempted: bool
 
 
 def run_to_the_end(
-    engine: Engine, prompts: Sequence[Prompt], max_tokens: int, n: int = 1
-) -> list[list[Ending]]:
-    """Generate for all prompts at once, `n` answers each; tokens as `Engine` does."""
-    with _recorded_pages(engine) as pages:
+    engine: Engine, prompts: Sequence[Prompt], max_tokens: int
+) -> list[Ending]:
+    """Generate for all prompts at once, as `Engine.generate` does."""
+    with _recorded_pages(engine) as recorded:
         outputs = engine.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             SamplingParams(
-                temperature=0,
-                max_tokens=max_tokens,
-                ignore_eos=True,
-                detokenize=False,
-                n=n,
+                temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
             ),
             use_tqdm=False,
         )
-    by_prompt = []
+    endings = []
     for output in outputs:
-        # vLLM adds to the names, and numbers the answers in front
-        held = [page for name, page in pages.items() if output.request_id in name]
-        assert len(held) >= n
-        by_prompt.append(
-            [
-                Ending(tuple(answer.token_ids), page, output.num_cached_tokens or 0)
-                for answer, page in zip(output.outputs, held, strict=False)
-            ]
+        # vLLM adds something to each name
+        its = re.compile(rf"{output.request_id}(-\w+)?")
+        ((pages, was_preempted),) = [
+            found for name, found in recorded.items() if its.fullmatch(name)
+        ]
+        endings.append(
+            Ending(
+                tokens=tuple(output.outputs[0].token_ids),
+                pages=pages,
+                num_cached_tokens=output.num_cached_tokens or 0,
+                was_preempted=was_preempted,
+            )
         )
-    return by_prompt
+    return endings
 
 
 def bytes_of(engine: Engine, blocks: Sequence[int]) -> bytes:
@@ -74,10 +77,10 @@ def bytes_of(engine: Engine, blocks: Sequence[int]) -> bytes:
 
 
 @contextlib.contextmanager
-def _recorded_pages(engine: Engine) -> Iterator[dict[str, bytes]]:
+def _recorded_pages(engine: Engine) -> Iterator[dict[str, tuple[bytes, bool]]]:
     manager, requests = engine.manager, engine.scheduler.requests
     pop = manager.pop_blocks_for_free
-    pages: dict[str, bytes] = {}
+    recorded: dict[str, tuple[bytes, bool]] = {}
 
     def record_and_pop(request_id: str) -> object:
         row, request = manager.req_to_blocks.get(request_id), requests.get(request_id)
@@ -87,9 +90,10 @@ def _recorded_pages(engine: Engine) -> Iterator[dict[str, bytes]]:
             resident = manager.schedule.budget_blocks
             live = [block.block_id for block in row[:full] if not block.is_null]
             assert len(live) >= min(full, resident)
-            pages[request_id] = bytes_of(engine, live)
+            was_preempted = request.num_preemptions > 0
+            recorded[request_id] = bytes_of(engine, live), was_preempted
         return pop(request_id)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager, "pop_blocks_for_free", record_and_pop)
-        yield pages
+        yield recorded

@@ -56,7 +56,7 @@ def test_hits_change_no_byte(tiny_llama: Path, run: str, policy: str) -> None:
         check_integrity(engine)
     begun = [found[name].num_cached_tokens for name in PROMPTS]
     assert begun == [0, LAST, 0, JUNCTION, JUNCTION, LAST, 0]
-    for (ending,), name in zip(crowd, PROMPTS, strict=True):
+    for ending, name in zip(crowd, PROMPTS, strict=True):
         assert_same(found[name], expected[name])
         # another batch shape may round differently
         assert ending.tokens == expected[name].tokens
