@@ -21,9 +21,11 @@ KV_CACHE = (
         why="add the statistics to the page",
         members=(
             "block_size",
+            "num_heads",
             "num_kv_heads",
             "page_size_bytes",
             "page_size_padded",
+            "state_content_size_bytes",
             "unpadded_page_size_bytes",
         ),
     ),
@@ -32,6 +34,12 @@ KV_CACHE = (
         name="AttentionSpec.__post_init__",
         why="size the page on every copy of the spec",
         overrides="",
+    ),
+    Hook(
+        module=_SPEC,
+        name="KVCacheSpec.get_num_kernel_states",
+        why="show a page as one cell of bytes, so that copies take all of it",
+        overrides="kernel_block_size",
     ),
     Hook(
         module=_SPEC,
@@ -127,7 +135,7 @@ KV_CACHE = (
     Hook(
         module=_MANAGER,
         name="FullAttentionManager.find_longest_cache_hit",
-        why="take no prefix hits",
+        why="take no prefix hits by block",
         overrides=(
             "block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, "
             "drop_eagle_block, alignment_tokens, dcp_world_size=, pcp_world_size="
@@ -138,6 +146,49 @@ KV_CACHE = (
         name="FullAttentionManager.cache_blocks",
         why="hash no block, since its content may be overwritten",
         overrides="request, num_tokens, retention_interval=, *, replay_boundaries",
+    ),
+    Hook(
+        module=_MANAGER,
+        name="FullAttentionManager.add_local_computed_blocks",
+        why="hold the blocks of a snapshot until they are copied",
+        overrides=(
+            "request_id, new_computed_blocks, num_local_computed_tokens, "
+            "num_external_computed_tokens"
+        ),
+    ),
+    Hook(
+        module=_MANAGER,
+        name="FullAttentionManager._apply_cow",
+        why="begin with copies of a snapshot's blocks",
+        calls=("request_id", "block_idx", "source_block", "cow_block"),
+    ),
+    Hook(
+        module=_MANAGER,
+        name="FullAttentionManager.take_pending_cow_copies",
+        why="make snapshots when all requests of a step are chosen",
+        overrides="",
+    ),
+    Hook(
+        module=_MANAGER,
+        name="FullAttentionManager._get_num_evictable_blocks",
+        why="count the blocks of a snapshot that are in the free queue",
+        calls=("blocks",),
+    ),
+    Hook(
+        module="vllm.v1.core.kv_cache_utils",
+        name="BlockHash",
+        why="know a prefix by vLLM's own hash",
+    ),
+    Hook(
+        module="vllm.v1.core.kv_cache_utils",
+        name="BlockHashWithGroupId",
+        why="mark the blocks of a snapshot",
+    ),
+    Hook(
+        module="vllm.v1.core.kv_cache_utils",
+        name="make_block_hash_with_group_id",
+        why="mark the blocks of a snapshot",
+        calls=("block_hash", "group_id"),
     ),
     Hook(
         module="vllm.v1.core.kv_cache_utils",
@@ -153,7 +204,25 @@ KV_CACHE = (
     Hook(
         module="vllm.v1.core.kv_cache_utils",
         name="KVCacheBlock",
-        why="tell null blocks from held ones",
-        members=("block_id", "is_null"),
+        why="tell null blocks from held ones, and mark those of a snapshot",
+        members=("block_hash", "block_id", "is_null", "ref_cnt", "set_block_hash"),
+    ),
+    Hook(
+        module="vllm.v1.core.block_pool",
+        name="BlockPool",
+        why="keep snapshots in the free queue",
+        members=("get_num_free_blocks", "null_block", "num_gpu_blocks"),
+    ),
+    Hook(
+        module="vllm.v1.core.block_pool",
+        name="BlockPool.get_new_blocks",
+        why="take the blocks of a snapshot",
+        calls=("num_blocks",),
+    ),
+    Hook(
+        module="vllm.v1.core.block_pool",
+        name="BlockPool.touch",
+        why="hold blocks until they are copied",
+        calls=("blocks",),
     ),
 )

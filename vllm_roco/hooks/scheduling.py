@@ -13,7 +13,7 @@ SCHEDULING = (
         module=_SCHEDULER,
         name="Scheduler",
         why="reach the block managers and the running requests",
-        members=("current_step", "kv_cache_manager", "requests"),
+        members=("current_step", "kv_cache_manager", "requests", "running"),
     ),
     Hook(
         module=_SCHEDULER,
@@ -32,8 +32,19 @@ SCHEDULING = (
     ),
     Hook(
         module=_SCHEDULER,
+        name="Scheduler._get_local_prefix_cache_hit",
+        why="look prefixes up in snapshots",
+    ),
+    Hook(
+        module=_SCHEDULER,
+        name="Scheduler._handle_blocked_waiting_request",
+        why="let a request wait while another one reads its prefix",
+        overrides="request",
+    ),
+    Hook(
+        module=_SCHEDULER,
         name="Scheduler.add_request",
-        why="refuse requests whose length goes back",
+        why="refuse requests whose length goes back, and see which prefixes are shared",
         overrides="request",
     ),
     Hook(
@@ -70,8 +81,18 @@ SCHEDULING = (
     Hook(
         module="vllm.v1.core.kv_cache_manager",
         name="KVCacheManager",
-        why="reach the block managers",
-        members=("coordinator",),
+        why="reach the block managers, and hand out a hit",
+        members=(
+            "coordinator",
+            "create_kv_cache_blocks",
+            "empty_kv_cache_blocks",
+            "enable_caching",
+        ),
+    ),
+    Hook(
+        module="vllm.v1.core.kv_cache_manager",
+        name="KVCacheBlocks",
+        why="hand out a hit",
     ),
     Hook(
         module="vllm.v1.core.kv_cache_coordinator",
@@ -100,6 +121,7 @@ SCHEDULING = (
         name="Request",
         why="tell a decode from a prompt, and refuse what cannot be served",
         members=(
+            "block_hashes",
             "client_index",
             "get_finished_reason",
             "has_encoder_inputs",
@@ -110,6 +132,7 @@ SCHEDULING = (
             "request_id",
             "resumable",
             "sampling_params",
+            "skip_reading_prefix_cache",
         ),
     ),
     Hook(
