@@ -91,13 +91,19 @@ class PrefixScheduler(RefusingScheduler):
 
     @override
     def _get_local_prefix_cache_hit(
-        self, request: Request, *args: Any
+        self, request: Request, max_cache_hit_length: int | None = None
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Return the blocks of the longest prefix that there is a snapshot of."""
+        """Return the blocks of the longest prefix that there is a snapshot of.
+
+        Args:
+            request: A request that is about to be let in.
+            max_cache_hit_length: A bound of vLLM's own, which not all releases know.
+        """
         cache = self.prefix_cache
         if cache is None or not _can_share(request):
-            return super()._get_local_prefix_cache_hit(request, *args)
-        hit = cache.offer(request, *args)
+            bound = () if max_cache_hit_length is None else (max_cache_hit_length,)
+            return super()._get_local_prefix_cache_hit(request, *bound)
+        hit = cache.offer(request, max_cache_hit_length)
         manager = self.kv_cache_manager
         if (
             hit is not None
