@@ -10,7 +10,7 @@ attention.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -32,11 +32,15 @@ class Page:
         owner: The request and how often it had been preempted.
         logical: Index of the block in the sequence.
         num_tokens: Tokens written so far.
+        prefix: Stands for all tokens of the sequence up to the last one written.
+        length: Of the sequence when it was last attended to: its statistics' age.
     """
 
     owner: tuple[str, int]
     logical: int
     num_tokens: int
+    prefix: int
+    length: int
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Sequence:
 
     Attributes:
         num_prompt_tokens: Length of the prompt.
+        prefixes: What stands for the first tokens, by their number less one, of the
+            prompt and all that was sampled.
         num_known_tokens: Prompt and sampled tokens.
         row: Block ids by logical block; entries of freed blocks are stale.
         num_runs: How often it was started, less one.
@@ -52,10 +58,16 @@ class Sequence:
     """
 
     num_prompt_tokens: int
+    prefixes: list[int]
     num_known_tokens: int
     row: list[int]
     alone: LoneRun
     num_runs: int = 0
+
+    def append(self, token: int) -> None:
+        """Take another token."""
+        before = self.prefixes[-1] if self.prefixes else 0
+        self.prefixes.append(_hash(before, token))
 
 
 class LoneRun:
@@ -74,7 +86,7 @@ class LoneRun:
         self._after: dict[int, frozenset[int]] = {}
 
     def after(self, num_tokens: int) -> frozenset[int]:
-        """Return the full blocks kept once an eviction at this length is done."""
+        """Return the full blocks kept after the step that ends at this length."""
         while self._length < num_tokens:
             self._step(next(self._ends))
         return self._after[num_tokens]
@@ -91,8 +103,7 @@ class LoneRun:
         ]
         self._kept.difference_update(choose(candidates, after - before, end))
         self._length = end
-        if after > before:
-            self._after[end] = frozenset(self._kept)
+        self._after[end] = frozenset(self._kept)
 
 
 class PagedWorker:
@@ -109,6 +120,7 @@ class PagedWorker:
         self._pages: dict[int, Page] = {}
         self._sequences: dict[str, Sequence] = {}
         self.num_evictions = 0
+        self.num_hits = 0
         self.most_attended = 0
 
     def execute(self, output: SchedulerOutput) -> tuple[ModelRunnerOutput, Touched]:
@@ -116,6 +128,7 @@ class PagedWorker:
         for request_id in output.finished_req_ids:
             self._sequences.pop(request_id, None)
         self._take_rows(output)
+        self._copy_pages(output)
         sampled = []
         touched = Touched()
         for request_id, num_queries in output.num_scheduled_tokens.items():
@@ -132,18 +145,22 @@ class PagedWorker:
 
     def _take_rows(self, output: SchedulerOutput) -> None:
         self._starts: dict[str, int] = {}
+        self._new: set[str] = set()
         for new in output.scheduled_new_reqs:
             assert new.prompt_token_ids is not None
-            assert new.num_computed_tokens == 0, "a prefix of RoCo layers was reused"
             (blocks,) = new.block_ids
             length = len(new.prompt_token_ids)
-            self._sequences[new.req_id] = Sequence(
+            sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
+                prefixes=[],
                 num_known_tokens=length,
                 row=list(blocks),
                 alone=LoneRun(length, self._chunk, self._schedule),
             )
-            self._starts[new.req_id] = 0
+            for token in new.prompt_token_ids:
+                sequence.append(token)
+            self._starts[new.req_id] = new.num_computed_tokens
+            self._new.add(new.req_id)
         cached = output.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             sequence = self._sequences[request_id]
@@ -151,30 +168,70 @@ class PagedWorker:
             if request_id in cached.resumed_req_ids:
                 sequence.row = []
                 sequence.num_runs += 1
+                self._new.add(request_id)
                 sequence.num_known_tokens = (
                     sequence.num_prompt_tokens + cached.num_output_tokens[index]
                 )
             sequence.row += new_blocks[0] if new_blocks else []
             self._starts[request_id] = cached.num_computed_tokens[index]
 
+    def _copy_pages(self, output: SchedulerOutput) -> None:
+        """Copy before anything is computed: one gather, one scatter."""
+        copies = output.kv_cache_block_copies or ()
+        sources = [copy.src_block_id for copy in copies]
+        targets = [copy.dst_block_id for copy in copies]
+        assert len(set(targets)) == len(targets), "two copies into one block"
+        assert not set(sources) & set(targets), "a copy of what is being copied"
+        pages = [self._pages[block] for block in sources]
+        self._pages.update(zip(targets, pages, strict=True))
+
+    def _adopt(self, sequence: Sequence, owner: tuple[str, int], start: int) -> None:
+        """Take the copies of a snapshot over, which must be of this very prefix."""
+        size = self._schedule.block_size
+        assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
+        assert start % self._chunk == 0, "a hit within a chunk"
+        logical = set()
+        for place in self._places(start, start):
+            page = self._pages[sequence.row[place]]
+            assert page.owner != owner, "the copy was not made"
+            assert page.num_tokens == size
+            assert page.prefix == sequence.prefixes[(page.logical + 1) * size - 1], (
+                "a block of another prefix"
+            )
+            assert page.length == start, "the statistics are of another length"
+            self._pages[sequence.row[place]] = replace(page, owner=owner)
+            logical.add(page.logical)
+        assert logical == sequence.alone.after(start), "a hit keeps other blocks"
+        self.num_hits += 1
+
+    def _places(self, start: int, end: int) -> list[int]:
+        """Return where a row has live blocks in a step."""
+        resident = self._schedule.budget_blocks
+        num_blocks = -(-end // self._schedule.block_size)
+        return [
+            *range(min(resident, num_blocks)),
+            *range(resident + self._schedule.evicted_blocks(start), num_blocks),
+        ]
+
     def _run(self, request_id: str, start: int, end: int) -> dict[int, int]:
         sequence = self._sequences[request_id]
         owner = (request_id, sequence.num_runs)
-        size, resident = self._schedule.block_size, self._schedule.budget_blocks
+        size = self._schedule.block_size
+        if start and request_id in self._new:
+            self._adopt(sequence, owner, start)
         before = self._schedule.evicted_blocks(start)
         after = self._schedule.evicted_blocks(end)
         for position in range(start, end):
-            block = sequence.row[position // size]
+            block, logical = sequence.row[position // size], position // size
             if position % size:
-                written = Page(owner, position // size, position % size)
-                assert self._pages[block] == written, "a block was written over"
-            self._pages[block] = Page(owner, position // size, position % size + 1)
+                page = self._pages[block]
+                written = (page.owner, page.logical, page.num_tokens)
+                expected = (owner, logical, position % size)
+                assert written == expected, "a block was written over"
+            prefix = sequence.prefixes[position]
+            self._pages[block] = Page(owner, logical, position % size + 1, prefix, end)
 
-        num_blocks = -(-end // size)
-        places = [
-            *range(min(resident, num_blocks)),
-            *range(resident + before, num_blocks),
-        ]
+        places = self._places(start, end)
         live = [sequence.row[place] for place in places]
         assert len(set(live)) == len(live), "a block is in two places"
         attended = 0
@@ -182,6 +239,7 @@ class PagedWorker:
             page = self._pages[block]
             assert page.owner == owner, "a block of another sequence is read"
             assert page.num_tokens == min(size, end - page.logical * size)
+            self._pages[block] = replace(page, length=end)
             attended += page.num_tokens
         assert attended == self._schedule.live_tokens(end, start)
         self.most_attended = max(self.most_attended, attended - (end - start))
@@ -215,7 +273,10 @@ class PagedWorker:
         if end < sequence.num_known_tokens:
             return []
         sequence.num_known_tokens = end + 1
-        return [_hash(request_id, end) % _NUM_TOKENS]
+        token = _hash(request_id, end) % _NUM_TOKENS
+        if len(sequence.prefixes) == end:
+            sequence.append(token)
+        return [token]
 
 
 @dataclass

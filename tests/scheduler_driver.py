@@ -7,18 +7,21 @@ import copy
 import functools
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -68,6 +71,7 @@ class Setup:
         max_steps_in_flight: Steps that the driver keeps in flight.
         spare_blocks: Blocks of the pool above the bound of one sequence.
         trace: Option of RoCo.
+        caching: Whether requests may begin behind prefixes that others have read.
     """
 
     budget: int = 16
@@ -78,6 +82,7 @@ class Setup:
     max_steps_in_flight: int = 1
     spare_blocks: int = 1000
     trace: str | None = None
+    caching: bool = False
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -111,6 +116,7 @@ class Setup:
         config.cache_config = copy.copy(config.cache_config)
         config.cache_config.block_size = BLOCK_SIZE
         config.cache_config.num_gpu_blocks = num_blocks
+        config.cache_config.enable_prefix_caching = self.caching
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.async_scheduling = self.asynchronous
         config.scheduler_config.max_num_batched_tokens = (
@@ -139,6 +145,7 @@ class Driver:
         worker: Runs every scheduled step.
         outputs: Tokens of each request so far.
         num_steps: Calls of `schedule`.
+        stats: What vLLM's counters have said of each processed step.
     """
 
     def __init__(self, setup: Setup, **changes: Any) -> None:
@@ -151,6 +158,7 @@ class Driver:
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, EngineCoreOutput] = {}
         self.num_steps = 0
+        self.stats: list[SchedulerStats] = []
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput, Touched]] = (
             deque()
         )
@@ -161,11 +169,25 @@ class Driver:
         num_prompt_tokens: int,
         max_tokens: int = 1,
         *,
+        prompt: Sequence[int] | None = None,
         ignore_stop: bool = True,
         resumable: bool = False,
+        cache_salt: str | None = None,
+        lora_request: LoRARequest | None = None,
         **sampling: Any,
     ) -> str:
-        """Add a request and return its id."""
+        """Add a request and return its id.
+
+        Args:
+            num_prompt_tokens: Length of the prompt.
+            max_tokens: Tokens to generate.
+            prompt: Its tokens; by default the same ones in every prompt.
+            ignore_stop: Whether the stop token is an ordinary one.
+            resumable: Whether more input may follow.
+            cache_salt: As in vLLM.
+            lora_request: Likewise.
+            **sampling: Further sampling parameters.
+        """
         request_id = str(len(self.outputs))
         self.outputs[request_id] = []
         params = SamplingParams(
@@ -176,12 +198,13 @@ class Driver:
         self.scheduler.add_request(
             Request(
                 request_id=request_id,
-                # the same tokens in every prompt: prefixes could be shared
-                prompt_token_ids=[1] * num_prompt_tokens,
+                prompt_token_ids=list(prompt or [1] * num_prompt_tokens),
                 sampling_params=params,
                 pooling_params=None,
                 block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
                 resumable=resumable,
+                cache_salt=cache_salt,
+                lora_request=lora_request,
             )
         )
         return request_id
@@ -215,6 +238,8 @@ class Driver:
         output, result, _ = self._in_flight.popleft()
         self._preemptions.popleft()
         for answers in self.scheduler.update_from_output(output, result).values():
+            if answers.scheduler_stats is not None:
+                self.stats.append(answers.scheduler_stats)
             for answer in answers.outputs:
                 self.outputs[answer.request_id] += answer.new_token_ids
                 if answer.finish_reason is not None:

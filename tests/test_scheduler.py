@@ -256,7 +256,7 @@ def test_the_start_up_line_says_what_holds() -> None:
         "RoCo: policy roco (peak shield, ratio 0.7), budget 16 tokens per sequence, "
         "stride 8, chunk 8, block size 4. A sequence attends over at most 23 tokens "
         "after a step and holds at most 36 tokens of KV cache. Switched off: "
-        "prefix-cache hits, speculative decoding, KV connectors."
+        "speculative decoding, KV connectors."
     )
 
 

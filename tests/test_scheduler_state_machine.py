@@ -24,12 +24,20 @@ from tests.scheduler_driver import BLOCK_SIZE, MAX_NUM_SEQS, Driver, Setup
 MAX_PROMPT = 150
 MAX_OUTPUT = 60
 
+# prompts begin with a part of one of them; the second parts from the first midway
+STEMS = (
+    [2 + place % 50 for place in range(MAX_PROMPT)],
+    [2 + place % 50 if place < 70 else 60 for place in range(MAX_PROMPT)],
+    [1] * MAX_PROMPT,
+)
+
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Synchronous scheduling, one step at a time."""
 
     asynchronous = False
     max_steps_in_flight = 1
+    caching = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,20 +66,38 @@ class SchedulerMachine(RuleBasedStateMachine):
                 asynchronous=self.asynchronous,
                 max_steps_in_flight=self.max_steps_in_flight,
                 spare_blocks=spare_blocks,
+                caching=self.caching,
             )
         )
 
     @rule(
+        stem=st.sampled_from(STEMS),
+        num_stem_tokens=st.integers(0, MAX_PROMPT),
         num_prompt_tokens=st.integers(1, MAX_PROMPT),
         max_tokens=st.integers(1, MAX_OUTPUT),
         ignore_stop=st.booleans(),
+        how_often=st.sampled_from([1, 1, 1, 2, 3]),
     )
-    def add(self, num_prompt_tokens: int, max_tokens: int, ignore_stop: bool) -> None:
+    def add(
+        self,
+        stem: list[int],
+        num_stem_tokens: int,
+        num_prompt_tokens: int,
+        max_tokens: int,
+        ignore_stop: bool,
+        how_often: int,
+    ) -> None:
         assert self.driver is not None
-        request_id = self.driver.add(
-            num_prompt_tokens, max_tokens, ignore_stop=ignore_stop
-        )
-        self.lengths[request_id] = (num_prompt_tokens, max_tokens)
+        for _ in range(how_often):
+            shared = stem[: min(num_stem_tokens, num_prompt_tokens)]
+            own = [62 + len(self.lengths) % 60] * (num_prompt_tokens - len(shared))
+            request_id = self.driver.add(
+                num_prompt_tokens,
+                max_tokens,
+                prompt=shared + own,
+                ignore_stop=ignore_stop,
+            )
+            self.lengths[request_id] = (num_prompt_tokens, max_tokens)
 
     @rule(num_steps=st.integers(1, 40))
     def step(self, num_steps: int) -> None:
@@ -164,9 +190,35 @@ class PipelineMachine(SchedulerMachine):
     max_steps_in_flight = 2
 
 
+class PrefixMachine(SchedulerMachine):
+    """Requests begin behind prefixes of others."""
+
+    caching = True
+
+
+class AsyncPrefixMachine(AsyncMachine):
+    """Likewise, with asynchronous scheduling."""
+
+    caching = True
+
+
+class DeepAsyncPrefixMachine(DeepAsyncMachine):
+    """Likewise, over two pipeline stages."""
+
+    caching = True
+
+
 @pytest.mark.parametrize(
     "machine",
-    [SchedulerMachine, AsyncMachine, DeepAsyncMachine, PipelineMachine],
+    [
+        SchedulerMachine,
+        AsyncMachine,
+        DeepAsyncMachine,
+        PipelineMachine,
+        PrefixMachine,
+        AsyncPrefixMachine,
+        DeepAsyncPrefixMachine,
+    ],
     ids=lambda machine: machine.__name__,
 )
 def test_requests_in_any_order(machine: type[SchedulerMachine]) -> None:

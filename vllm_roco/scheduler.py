@@ -17,7 +17,7 @@ from vllm.v1.request import RequestStatus
 from vllm_roco.chunking import next_step_ends
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.observability.observer import Observer
-from vllm_roco.refusing_scheduler import RefusingScheduler
+from vllm_roco.prefix_scheduler import PrefixScheduler
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 
-class RocoSchedulerMixin(RefusingScheduler):
+class RocoSchedulerMixin(PrefixScheduler):
     """What RoCo adds to a vLLM scheduler; put it before the scheduler class.
 
     Attributes:
@@ -105,6 +105,7 @@ class RocoSchedulerMixin(RefusingScheduler):
             self.roco_config.chunk,
             self._eviction_schedule,
         )
+        most = self._end_of_step(request, num_computed_tokens, most)
         allowed = min(num_new_tokens, most - num_computed_tokens)
         if request.has_encoder_inputs:
             # an input item may end a chunk early for good; waiting would be for ever
@@ -172,7 +173,7 @@ def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) 
         policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
     most = manager.max_blocks_per_sequence * schedule.block_size
     switched_off = ["speculative decoding", "KV connectors"]
-    if vllm_config.cache_config.enable_prefix_caching:
+    if vllm_config.cache_config.enable_prefix_caching and manager.prefix_cache is None:
         switched_off.insert(0, "prefix-cache hits")
     return (
         f"RoCo: policy {policy}, budget {config.budget} tokens per sequence, stride "

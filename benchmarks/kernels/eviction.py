@@ -85,7 +85,7 @@ LLAMA_8B = Model(
 
 @dataclass(frozen=True)
 class Layers:
-    """What the end of a step asks of vLLM's layers."""
+    """What the end of a step asks of vLLM's layers; caches as vLLM binds them."""
 
     caches: list[torch.Tensor]
 
@@ -166,8 +166,9 @@ class Step:
         self.scratch = EvictionScratch.over(
             torch.empty(size.total, device=device), size
         )
+        bound = [page.page_view(cache)[:, None, None] for cache in self.caches]
         self.eviction = CudaEviction(
-            cast("LayerGroup", Layers(self.caches)), spec, config, self.scratch
+            cast("LayerGroup", Layers(bound)), spec, config, self.scratch
         )
         self.restore()
         self.set_due(0)

@@ -128,9 +128,10 @@ class Rig:
                 )
                 for name in group.layer_names
             ]
-        self.caches = bind_caches(plan, shape.layout)
-        for layer, cache in zip(self.layers, self.caches, strict=True):
+        bound = bind_caches(plan, shape.layout)
+        for layer, cache in zip(self.layers, bound, strict=True):
             layer.kv_cache = cache
+        self.caches = [spec.page_shape.states_view(cache) for cache in bound]
         self.builder = RocoCpuMetadataBuilder(
             spec, group.layer_names, vllm_config, torch.device("cpu")
         )
@@ -159,9 +160,8 @@ class Rig:
             queries: New tokens by sequence; the rest of the batch.
         """
         metadata, slots = self.metadata(queries)
-        for number, (layer, cache) in enumerate(
-            zip(self.layers, self.caches, strict=True)
-        ):
+        for number, layer in enumerate(self.layers):
+            cache = layer.kv_cache
             query = self._random_states(len(slots), self.shape.num_heads)
             key = self._random_states(len(slots), self.shape.num_kv_heads)
             value = self._random_states(len(slots), self.shape.num_kv_heads)

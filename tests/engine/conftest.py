@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 from tests.engine.tiny_models import load_for_oracle, save_tiny_model
+from vllm_roco.cpu_platform import RocoCpuPlatform
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +40,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the CPU platform have asynchronous scheduling."""
+    check = RocoCpuPlatform.check_and_update_config
+
+    def check_and_turn_on(vllm_config: Any) -> None:
+        check(vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(
+        RocoCpuPlatform, "check_and_update_config", staticmethod(check_and_turn_on)
+    )

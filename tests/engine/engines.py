@@ -35,6 +35,8 @@ _ARGUMENTS: dict[str, Any] = dict(
     enforce_eager=True,
     skip_tokenizer_init=True,
     disable_log_stats=True,
+    # most tests look at what happens to a prompt that is read
+    enable_prefix_caching=False,
     max_model_len=1024,
     max_num_seqs=8,
     max_num_batched_tokens=512,
@@ -72,8 +74,11 @@ class Engine:
 
     @property
     def kv_caches(self) -> list[torch.Tensor]:
-        """The layers' caches, `[num_blocks, num_kv_heads, block_size, ...]`."""
-        return [layer.kv_cache for layer in self.layers.values()]
+        """K and V of RoCo's layers, `[num_blocks, num_kv_heads, block_size, ...]`."""
+        return [
+            layer.impl.page_shape.states_view(layer.kv_cache)
+            for layer in self.layers.values()
+        ]
 
     @property
     def num_lost_blocks(self) -> int:

@@ -111,7 +111,7 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
 
 @contextlib.contextmanager
 def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
-    """Fill every block that no request owns with NaN before each step."""
+    """Fill every block that is nobody's and no snapshot's with NaN before each step."""
     pages = [page_view(cache) for cache in engine.kv_caches]
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
@@ -123,7 +123,8 @@ def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
 
     def poison() -> None:
         free = pool.free_block_queue.get_all_free_blocks()
-        blocks = torch.tensor([pool.null_block.block_id, *(x.block_id for x in free)])
+        unused = [x.block_id for x in free if x.block_hash is None]
+        blocks = torch.tensor([pool.null_block.block_id, *unused])
         for layer in pages:
             layer[blocks] = math.nan
 

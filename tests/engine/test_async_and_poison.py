@@ -9,14 +9,12 @@ the scheduler allocates and frees a step before it sees what the last one gave.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.engine.engines import Engine, running_engine
 from tests.engine.steps import audited_manager, most_held_blocks, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
-from vllm_roco.cpu_platform import RocoCpuPlatform
 from vllm_roco.scheduler import RocoAsyncScheduler
 
 pytestmark = pytest.mark.engine
@@ -34,20 +32,6 @@ def expected(tiny_llama: Path) -> list[tuple[int, ...]]:
     """What synchronous scheduling says while freed blocks keep what they held."""
     with running_engine(tiny_llama, SMALL_BUDGET) as engine:
         return engine.generate(PROMPTS, NUM_NEW)
-
-
-@pytest.fixture
-def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the CPU platform have asynchronous scheduling."""
-    check = RocoCpuPlatform.check_and_update_config
-
-    def check_and_turn_on(vllm_config: Any) -> None:
-        check(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = True
-
-    monkeypatch.setattr(
-        RocoCpuPlatform, "check_and_update_config", staticmethod(check_and_turn_on)
-    )
 
 
 @pytest.mark.parametrize("pool", [{}, SMALL_POOL], ids=["large-pool", "small-pool"])

@@ -96,7 +96,8 @@ def measured_layers() -> Iterator[Counter[str]]:
         if call["attn_metadata"] is not None:
             num_calls[layer.layer_name] += 1
             for batch in call["attn_metadata"].batches:
-                check_statistics(call["kv_cache"], batch)
+                states = impl.page_shape.states_view(call["kv_cache"])
+                check_statistics(states, batch)
         return result
 
     with pytest.MonkeyPatch.context() as patch:

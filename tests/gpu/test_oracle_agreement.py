@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
-from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.engine.agreement import assert_agreement
 from tests.engine.steps import poisoned_free_blocks
@@ -23,7 +22,6 @@ from tests.engine.tiny_models import TINY_BUDGET, random_prompt
 from tests.gpu.engines import EAGER, FULL_GRAPHS, PIECEWISE_GRAPHS, gpu_engine
 from tests.gpu.kept_blocks import recorded_kept_blocks
 from tests.oracle import OracleResult, generate
-from vllm_roco.attention.backend import RocoBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,24 +60,6 @@ def test_graphs_and_scheduling(
             poisoned = engine.generate(PROMPTS, NUM_NEW)
         assert_agreement(PROMPTS, poisoned, kept, expected)
         assert engine.num_lost_blocks == 0
-
-
-def test_token_major_pages(
-    tiny_llama: Path,
-    expected: list[OracleResult],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """vLLM's other layout, which a model whose other layers want it gets."""
-    # not by the environment: vLLM remembers what it read for the process's first engine
-    monkeypatch.setattr(
-        RocoBackend, "supported_kv_cache_layouts", lambda: (KVCacheLayout.LBNHC,)
-    )
-    with gpu_engine(tiny_llama, TINY_BUDGET) as engine:
-        cache = engine.kv_caches[0]
-        assert cache.stride(1) < cache.stride(2), "the layout was not honoured"
-        with recorded_kept_blocks(engine) as kept:
-            together = engine.generate(PROMPTS, NUM_NEW)
-        assert_agreement(PROMPTS, together, kept, expected)
 
 
 def test_no_step_waits_for_the_device(

@@ -277,8 +277,9 @@ class Watch:
     ) -> torch.Tensor:
         rows = rows_of(attn_metadata, query)
         # before it: the last layer moves pages when it is done
-        theirs = self.opinion(rows, kv_cache, impl.scale)
-        true = [exact(row, kv_cache, impl.scale) for row in rows]
+        states = impl.page_shape.states_view(kv_cache)
+        theirs = self.opinion(rows, states, impl.scale)
+        true = [exact(row, states, impl.scale) for row in rows]
         result = self.forward(
             impl,
             layer,

@@ -86,7 +86,7 @@ def bind_caches(plan: KVCacheConfig, layout: KVCacheLayout) -> list[torch.Tensor
         layout: Order of the dimensions in memory.
 
     Returns:
-        One `[num_blocks, num_kv_heads, block_size, 2 * head_size]` view per layer.
+        One `[num_blocks, 1, 1, page_bytes / itemsize]` view per layer.
     """
     (group,) = plan.kv_cache_groups
     (tensor,) = plan.kv_cache_tensors
@@ -95,3 +95,14 @@ def bind_caches(plan: KVCacheConfig, layout: KVCacheLayout) -> list[torch.Tensor
     return create_kv_cache_views(
         memory, group.kv_cache_spec, plan.num_blocks, layout, tensor
     )
+
+
+def bind_states(plan: KVCacheConfig, layout: KVCacheLayout) -> list[torch.Tensor]:
+    """Return what `bind_caches` does, as K and V.
+
+    Returns:
+        One `[num_blocks, num_kv_heads, block_size, 2 * head_size]` view per layer.
+    """
+    (group,) = plan.kv_cache_groups
+    shape = group.kv_cache_spec.page_shape
+    return [shape.states_view(cache) for cache in bind_caches(plan, layout)]

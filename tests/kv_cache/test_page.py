@@ -7,11 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from vllm.utils import torch_utils
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
-from tests.kv_cache.specs import bind_caches, one_group, roco_spec
+from tests.kv_cache.specs import bind_caches, bind_states, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.page import (
+    FIRST_POSITION,
     NUM_FIELDS,
     PAGE_ALIGNMENT,
     page_view,
@@ -65,7 +69,7 @@ def test_the_tail_is_padded_to_the_alignment(num_kv_heads: int, expected: int) -
 def test_the_tail_lies_in_the_page_behind_keys_and_values(
     layout: KVCacheLayout, spec: RocoSpec
 ) -> None:
-    caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
+    caches = bind_states(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
     memory = caches[0].untyped_storage().data_ptr()
     for layer, cache in enumerate(caches):
         statistics = statistics_view(cache)
@@ -75,7 +79,7 @@ def test_the_tail_lies_in_the_page_behind_keys_and_values(
             page = memory + (layer * NUM_BLOCKS + block) * spec.page_size_bytes
             tail = statistics[block].data_ptr() - page
             assert cache[block].data_ptr() == page
-            assert tail == spec.unpadded_page_size_bytes
+            assert tail == cache[block].numel() * cache.element_size()
             assert tail + statistics_bytes(spec.num_kv_heads) == spec.page_size_bytes
             assert statistics[block].is_contiguous()
 
@@ -84,7 +88,7 @@ def test_the_tail_lies_in_the_page_behind_keys_and_values(
 @specs
 def test_every_byte_has_one_owner(layout: KVCacheLayout, spec: RocoSpec) -> None:
     """Tails do not overlap keys and values, nor another layer or block."""
-    caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
+    caches = bind_states(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
     for number, cache in enumerate(caches):
         for block in range(NUM_BLOCKS):
             cache[block] = number * NUM_BLOCKS + block
@@ -102,7 +106,7 @@ def test_a_moved_page_carries_keys_values_and_tail(
     layout: KVCacheLayout, spec: RocoSpec
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    caches = bind_caches(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
+    caches = bind_states(one_group(spec, NUM_BLOCKS, NUM_LAYERS), layout)
     for cache in caches:
         cache.copy_(torch.randn(cache.shape, generator=generator))
         statistics = statistics_view(cache)
@@ -123,7 +127,7 @@ def test_a_moved_page_carries_keys_values_and_tail(
 @layouts
 def test_a_page_without_statistics_has_no_tail(layout: KVCacheLayout) -> None:
     spec = roco_spec(policy="recent")
-    (cache,) = bind_caches(one_group(spec, NUM_BLOCKS), layout)
+    (cache,) = bind_states(one_group(spec, NUM_BLOCKS), layout)
     assert page_view(cache).shape[1] == cache[0].numel()
 
 
@@ -132,7 +136,7 @@ def test_pages_that_vllm_padded_further_keep_their_tail(layout: KVCacheLayout) -
     """vLLM pads pages that share memory with larger ones of other layers."""
     spec = roco_spec()
     spec = replace(spec, page_size_padded=spec.page_size_bytes + 512)
-    (cache,) = bind_caches(one_group(spec, NUM_BLOCKS), layout)
+    (cache,) = bind_states(one_group(spec, NUM_BLOCKS), layout)
     statistics = statistics_view(cache)
     cache.fill_(1)
     statistics.fill_(2)
@@ -140,3 +144,39 @@ def test_pages_that_vllm_padded_further_keep_their_tail(layout: KVCacheLayout) -
     page = page_view(cache)
     assert page.shape[1] * 4 == spec.page_size_bytes
     assert int((page == 2).sum()) == statistics.numel()
+
+
+@layouts
+@pytest.mark.parametrize("policy", ["roco", "recent"])
+@pytest.mark.parametrize("padding", [0, 384])
+def test_what_vllm_sees_of_a_page_is_all_of_it(
+    policy: str,
+    layout: KVCacheLayout,
+    padding: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It copies blocks by its view, and once left the statistics of the tail behind."""
+    # decided by the platform, which Python files without a build do not have
+    monkeypatch.setattr(torch_utils, "PIN_MEMORY", False)
+    spec = roco_spec(policy=policy)
+    content = spec.page_size_bytes
+    if padding:
+        spec = replace(spec, page_size_padded=content + padding)
+    assert (spec.num_heads, spec.num_states) == (1, 1)
+    assert spec.state_content_size_bytes == spec.unpadded_page_size_bytes == content
+    caches = bind_caches(one_group(spec, 5, 2), layout)
+    for cache in caches:
+        assert cache.shape == (5, 1, 1, content // 4)
+        pages = page_view(cache)
+        assert pages.shape[1] * 4 == content + padding
+        pages.copy_(torch.arange(5)[:, None])
+        if spec.has_statistics:
+            statistics = statistics_view(spec.page_shape.states_view(cache))
+            statistics.add_(100)
+    copy_kv_cache_blocks_inplace(caches, 5, [KVCacheBlockCopy(3, 1)])
+    for cache in caches:
+        states = spec.page_shape.states_view(cache)
+        assert states[:, 0, 0, 0].tolist() == [0, 3, 2, 3, 4]
+        if spec.has_statistics:
+            tail = statistics_view(states)[:, 1, FIRST_POSITION]
+            assert tail.tolist() == [100, 103, 102, 103, 104]

@@ -77,7 +77,6 @@ def sliding_spec(spec: RocoSpec) -> SlidingWindowSpec:
 def test_the_page_pays_for_its_statistics(num_kv_heads: int, block_size: int) -> None:
     spec = roco_spec(num_kv_heads=num_kv_heads, block_size=block_size)
     states = num_kv_heads * block_size * 2 * spec.head_size * 4
-    assert spec.unpadded_page_size_bytes == states
     assert spec.page_size_bytes == states + statistics_bytes(num_kv_heads)
 
 
@@ -88,11 +87,11 @@ def test_a_page_without_statistics_is_of_the_ordinary_size() -> None:
 
 def test_everything_else_is_as_vllm_planned_the_layer() -> None:
     spec = roco_spec(dtype=torch.bfloat16, head_size=80)
-    full = replace(full_spec(spec), head_size_v=64, max_tp_shards=2)
-    roco = RocoSpec.from_attention_spec(full, RocoConfig(), 1)
-    assert (roco.head_size, roco.head_size_v, roco.max_tp_shards) == (80, 64, 2)
+    full = replace(full_spec(spec), max_tp_shards=2)
+    roco = RocoSpec.from_attention_spec(full, RocoConfig(policy="recent"), 1)
+    assert (roco.num_kv_heads, roco.head_size, roco.max_tp_shards) == (2, 80, 2)
     assert roco.dtype == torch.bfloat16
-    assert roco.unpadded_page_size_bytes == full.page_size_bytes
+    assert roco.page_size_bytes == full.page_size_bytes
 
 
 @pytest.mark.parametrize("block_size", [32, 64])
@@ -126,7 +125,7 @@ def test_padding_that_vllm_asked_for_is_kept() -> None:
 
 def test_padding_that_leaves_no_room_for_statistics_is_raised() -> None:
     spec = roco_spec()
-    padded = replace(spec, page_size_padded=spec.unpadded_page_size_bytes)
+    padded = replace(spec, page_size_padded=full_spec(spec).page_size_bytes)
     assert padded.page_size_bytes == spec.page_size_bytes
 
 

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from vllm_roco.kv_cache.page import statistics_view
+from vllm_roco.kv_cache.page import PageShape, statistics_view
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class WhileBound(Generic[T]):
         """Return what belongs to these caches, the same object while they are bound.
 
         Args:
-            caches: `[num_blocks, num_kv_heads, block_size, 2 * head_size]` each.
+            caches: As vLLM binds them, see `PageShape.states_view`.
         """
         made = self._made
         if made is None or not self._are_bound(caches):
@@ -61,24 +61,27 @@ class CacheViews:
     """Views of one layer's cache; making them takes its time.
 
     Attributes:
+        states: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
         keys: `[num_blocks, block_size, num_kv_heads, head_size]`.
         values: Likewise.
         statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, None where nothing
             is measured.
     """
 
+    states: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     statistics: torch.Tensor | None
 
     @classmethod
-    def of(cls, kv_cache: torch.Tensor, *, measures: bool) -> CacheViews:
+    def of(cls, kv_cache: torch.Tensor, *, shape: PageShape) -> CacheViews:
         """Return the views of a layer's cache.
 
         Args:
-            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
-            measures: Whether pages have a tail of statistics.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
+            shape: What its pages hold.
         """
-        # a view of the tensor itself would keep it alive
-        keys, values = kv_cache.data.transpose(1, 2).chunk(2, dim=-1)
-        return cls(keys, values, statistics_view(kv_cache) if measures else None)
+        states = shape.states_view(kv_cache)
+        keys, values = states.transpose(1, 2).chunk(2, dim=-1)
+        statistics = statistics_view(states) if shape.has_statistics else None
+        return cls(states, keys, values, statistics)

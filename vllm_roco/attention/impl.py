@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
+from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.current_config import remember_vllm_config
 from vllm_roco.attention.layers import refuse_layer
+from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.validation import validated_config
 
 T = TypeVar("T", bound=AttentionMetadata)
@@ -21,6 +24,8 @@ class RocoImpl(AttentionImpl[T]):
         vllm_config: The configuration that the layer is built under.
         config: The options.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        page_shape: What a page of the layer holds.
+        views: Views of the cache that vLLM has bound to the layer.
 
     Raises:
         NotImplementedError: The layer cannot have its cache bounded.
@@ -51,3 +56,5 @@ class RocoImpl(AttentionImpl[T]):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.vllm_config = remember_vllm_config()
         self.config = validated_config(self.vllm_config)
+        self.page_shape = PageShape(self.num_kv_heads, head_size, self.config.measures)
+        self.views = WhileBound(partial(CacheViews.of, shape=self.page_shape))

@@ -18,7 +18,7 @@ from vllm_roco.kv_cache.admission_forecast import AdmissionForecast
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_schedule import EvictionSchedule
+    from vllm_roco.kv_cache.prefix_cache import PrefixCache
 
 
 class BudgetedSpec(Protocol):
@@ -34,6 +35,10 @@ class BudgetedSpec(Protocol):
     @property
     def schedule(self) -> EvictionSchedule:
         """The eviction arithmetic."""
+
+    @property
+    def chunk(self) -> int:
+        """Most prompt tokens of one sequence in one step, once it evicts."""
 
     @property
     def max_blocks_per_sequence(self) -> int:
@@ -58,21 +63,24 @@ class RocoManager(FullAttentionManager):
 
     Attributes:
         schedule: The eviction arithmetic.
+        chunk: Most prompt tokens of one sequence in one step, once it evicts.
         max_blocks_per_sequence: The most blocks ever held for one sequence.
         held: Blocks held per request, kept up to date by allocation and freeing.
         scheduler_ends_chunks: Whether the scheduler has said that it ends steps where
             RoCo needs it; nothing is allocated before.
+        prefix_cache: Prefixes that requests may begin with, None for no hits.
         num_freed_blocks: Blocks given back by eviction since the start.
     """
 
     supports_fine_grained_hash_lookup = False
 
     def __init__(self, kv_cache_spec: BudgetedSpec, **kwargs: Any) -> None:
-        # a resident block may be overwritten after it was hashed, so none is cached
+        # a resident block may be overwritten after it was hashed, so vLLM caches none
         kwargs["enable_caching"] = False
         # a protocol cannot say that the spec is one of vLLM's as well
         super().__init__(cast("KVCacheSpec", kv_cache_spec), **kwargs)
         self.schedule = kv_cache_spec.schedule
+        self.chunk = kv_cache_spec.chunk
         self.max_blocks_per_sequence = kv_cache_spec.max_blocks_per_sequence
         # vLLM hands the cap only to its own recycling specs
         self.max_admission_blocks_per_request = self.max_blocks_per_sequence
@@ -80,10 +88,13 @@ class RocoManager(FullAttentionManager):
         self.scheduler_ends_chunks = False
         self._forecast = AdmissionForecast(self.schedule)
         self._max_steps_in_flight = kv_cache_spec.max_steps_in_flight
-        # whom vLLM would let in next, and the tokens that it has to read
+        # whom vLLM would let in next, and its known tokens
         self._asked = ("", 0)
         # of requests that are being read
         self._tokens_to_read: dict[str, int] = {}
+        self.prefix_cache: PrefixCache | None = None
+        # requests let in with a hit whose blocks are not yet replaced by copies
+        self._adopted: set[str] = set()
         self._refused_id: str | None = None
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
@@ -112,7 +123,8 @@ class RocoManager(FullAttentionManager):
         """Return the blocks that a request needs, and on admission what others need.
 
         vLLM asks with `apply_admission_cap` only whether all of a waiting request fits
-        (`scheduler_reserve_full_isl`).
+        (`scheduler_reserve_full_isl`). A request that begins with a hit needs what it
+        will hold, and for the copy the blocks of the hit as well.
         """
         if request_id == self._refused_id:
             self._refused_id = None
@@ -120,19 +132,37 @@ class RocoManager(FullAttentionManager):
         blocks = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
-            new_computed_blocks,
-            total_computed_tokens,
-            num_local_computed_tokens,
+            (),
+            0,
+            0,
             num_tokens_main_model,
             apply_admission_cap=apply_admission_cap,
             prefill_end=prefill_end,
         )
+        to_copy = 0
+        if new_computed_blocks:
+            to_copy = self._get_num_evictable_blocks(new_computed_blocks)
+            if not apply_admission_cap:
+                blocks -= self.schedule.evicted_blocks(num_local_computed_tokens)
         if apply_admission_cap:
             self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
-            if blocks <= self.block_pool.get_num_free_blocks():
+            if blocks + to_copy <= self.block_pool.get_num_free_blocks():
                 blocks += self.foreseen_blocks()
-        return blocks
+        return blocks + to_copy
+
+    def has_room_for(self, num_tokens: int, row: Sequence[KVCacheBlock]) -> bool:
+        """Return whether a request fits into free memory together with its hit.
+
+        Args:
+            num_tokens: All known tokens of the request.
+            row: The blocks of the hit.
+        """
+        blocks = min(
+            blocks_of(num_tokens, self.block_size), self.max_blocks_per_sequence
+        )
+        blocks += self._get_num_evictable_blocks(row)
+        return bool(blocks <= self.block_pool.get_num_free_blocks())
 
     def refuse(self, request_id: str) -> None:
         """Let vLLM find no room for a waiting request when it asks next.
@@ -148,10 +178,30 @@ class RocoManager(FullAttentionManager):
         return self._forecast.blocks()
 
     @override
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """Hold the blocks of a hit until they are copied, see `allocate_new_blocks`."""
+        row = self.req_to_blocks[request_id]
+        assert not row and not num_external_computed_tokens
+        # vLLM drops this reference when the copy has run
+        self.block_pool.touch(_without_null(new_computed_blocks))
+        row.extend(new_computed_blocks)
+        self.num_cached_block[request_id] = len(row)
+        if row:
+            self._adopted.add(request_id)
+
+    @override
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate as the base class does, and count.
+
+        The blocks of a hit are frozen: the request gets copies in their places.
 
         Raises:
             RuntimeError: The scheduler does not end steps where RoCo needs it, so that
@@ -163,17 +213,25 @@ class RocoManager(FullAttentionManager):
                 "hold more than its bound. Leave --scheduler-cls out, or derive your "
                 "class from vllm_roco.scheduler.RocoSchedulerMixin."
             )
-        blocks = super().allocate_new_blocks(
+        blocks: list[KVCacheBlock] = []
+        if request_id in self._adopted:
+            self._adopted.remove(request_id)
+            blocks = self._replace_by_copies(request_id)
+        blocks += super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
         )
         if blocks:
-            asked_id, num_known_tokens = self._asked
-            if asked_id == request_id and not self.held.of(request_id):
-                self._admit(request_id, num_known_tokens)
+            if not self.held.of(request_id):
+                self._admit(request_id)
             self._count(request_id, len(blocks))
         return blocks
 
-    def _admit(self, request_id: str, num_tokens: int) -> None:
+    def _admit(self, request_id: str) -> None:
+        if self.prefix_cache is not None:
+            self.prefix_cache.admit(request_id)
+        asked_id, num_tokens = self._asked
+        if asked_id != request_id:
+            return
         # decodes that are scheduled before the last step of reading is processed
         ahead = self._max_steps_in_flight - 1
         most = min(
@@ -194,6 +252,26 @@ class RocoManager(FullAttentionManager):
         self._forecast.update(
             request_id, held, evicts=request_id in self._next_evictions
         )
+
+    def _replace_by_copies(self, request_id: str) -> list[KVCacheBlock]:
+        row = self.req_to_blocks[request_id]
+        places = [place for place, block in enumerate(row) if not block.is_null]
+        copies = self.block_pool.get_new_blocks(len(places))
+        for place, copy in zip(places, copies, strict=True):
+            self._apply_cow(request_id, place, row[place], copy)
+        return copies
+
+    @override
+    def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Return the copies to be made before the step, those of snapshots last.
+
+        vLLM asks once in a step, when all requests are chosen: snapshots take what is
+        left, and nothing that is read in this step is written in it.
+        """
+        copies = super().take_pending_cow_copies()
+        if self.prefix_cache is not None:
+            copies += self.prefix_cache.publish(self.req_to_blocks)
+        return copies
 
     @override
     def remove_skipped_blocks(
@@ -250,6 +328,8 @@ class RocoManager(FullAttentionManager):
         self.held.drop(request_id)
         self._forecast.drop(request_id)
         self._tokens_to_read.pop(request_id, None)
+        if self.prefix_cache is not None:
+            self.prefix_cache.drop(request_id)
         self._next_evictions.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
@@ -267,7 +347,10 @@ class RocoManager(FullAttentionManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Never hit: a prefix that lost blocks cannot be shared."""
+        """Never hit by block: a prefix that lost blocks cannot be shared.
+
+        What hits is a snapshot, see `prefix_cache`.
+        """
         return tuple([] for _ in kv_cache_group_ids), 0
 
     @override
@@ -279,7 +362,7 @@ class RocoManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int] = (),
     ) -> None:
-        """Never hash a block, see `find_longest_cache_hit`."""
+        """Never hash a block that a sequence holds, see `find_longest_cache_hit`."""
 
     def held_blocks(self, request_id: str) -> int:
         """Return the blocks a request holds, counted in its row.
@@ -330,3 +413,12 @@ class RocoManager(FullAttentionManager):
                         f"block {block.block_id} of request {request_id} has "
                         f"{block.ref_cnt} references, but blocks are never shared"
                     )
+                if block.block_hash is not None:
+                    raise RuntimeError(
+                        f"block {block.block_id} of request {request_id} bears the "
+                        "hash of a snapshot, but snapshots are never written to"
+                    )
+
+
+def _without_null(blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:
+    return [block for block in blocks if not block.is_null]

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where K, V and the statistics of a block lie in memory.
 
-A page is one block of one layer. The statistics follow K and V in the page's tail, so
-they move with it and are part of the page size that vLLM plans with::
+A page is one block of one layer. The statistics follow K and V in the page's tail::
 
-    | K and V of `block_size` tokens           | statistics          | padding |
+    | K and V of `block_size` tokens            | statistics          | padding |
     | [num_kv_heads, block_size, 2 * head_size] | [num_kv_heads, 4]   | to 128  |
-      in the cache's dtype and layout             float32
+      in the cache's dtype                        float32
 
-The tail needs a cache whose pages are contiguous, that is one of vLLM's layouts with
-the layer and the block as the two outer dimensions.
+To vLLM a page is one cell of bytes: it binds `[num_blocks, 1, 1, page]`, plans with all
+of it, and where it copies a block, the statistics go with K and V. What lies where in
+the cell is this file's affair. It needs contiguous pages, that is one of vLLM's layouts
+with the layer and the block as the two outer dimensions.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -38,12 +41,57 @@ def statistics_bytes(num_kv_heads: int) -> int:
     return -(-raw // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
 
 
+@dataclass(frozen=True)
+class PageShape:
+    """What a layer's pages hold, whatever the block size and the dtype.
+
+    Attributes:
+        num_kv_heads: KV heads.
+        head_size: Numbers per head, of keys and values alike.
+        has_statistics: Whether there is a tail of statistics.
+    """
+
+    num_kv_heads: int
+    head_size: int
+    has_statistics: bool
+
+    def page_bytes(self, block_size: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a page, its tail included."""
+        content = self.num_kv_heads * block_size * 2 * self.head_size * dtype.itemsize
+        return content + self._tail_bytes
+
+    def states_view(self, bound_cache: torch.Tensor) -> torch.Tensor:
+        """Return K and V of every page of a layer, as a view.
+
+        Args:
+            bound_cache: `[num_blocks, 1, 1, page_bytes / itemsize]`, the layer's cache
+                as vLLM binds it. The view does not keep it alive.
+
+        Returns:
+            `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, over the same
+            storage.
+        """
+        num_blocks, _, _, page = bound_cache.shape
+        content = 2 * self.head_size
+        states = page - self._tail_bytes // bound_cache.element_size()
+        block_size = states // (self.num_kv_heads * content)
+        # a view of the tensor itself would hold on to it
+        return bound_cache.data.as_strided(
+            (num_blocks, self.num_kv_heads, block_size, content),
+            (bound_cache.stride(0), block_size * content, content, 1),
+        )
+
+    @property
+    def _tail_bytes(self) -> int:
+        return statistics_bytes(self.num_kv_heads) if self.has_statistics else 0
+
+
 def statistics_view(kv_cache: torch.Tensor) -> torch.Tensor:
     """Return the statistics of every page of a layer, as a view.
 
     Args:
-        kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, the layer's
-            cache as vLLM binds it, with pages that have a tail.
+        kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K and V of
+            pages that have a tail, see `PageShape.states_view`.
 
     Returns:
         `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, over the same storage.
@@ -65,7 +113,7 @@ def page_view(kv_cache: torch.Tensor) -> torch.Tensor:
     """Return whole pages of a layer, for moving them.
 
     Args:
-        kv_cache: The layer's cache, see `statistics_view`.
+        kv_cache: The layer's cache, as bound or as `PageShape.states_view` shows it.
 
     Returns:
         `[num_blocks, page_bytes / itemsize]` of the cache's dtype, K, V and tail alike.

@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_spec_registry import (
 from vllm_roco.config import RocoConfig, blocks_of, check_whole_blocks
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
-from vllm_roco.kv_cache.page import statistics_bytes
+from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.scheduler_choice import use_roco_scheduler
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class RocoSpec(AttentionSpec):
     Not a `FullAttentionSpec`, so that vLLM never puts RoCo and ordinary layers into one
     group. vLLM may change `block_size` of a model with several kinds of layers, so
     everything is kept in tokens and the page is sized anew on every copy.
+
+    To vLLM a page is one head with one state, whatever lies in it: see `page`.
 
     Raises:
         ValueError: Budget, stride or chunk is no multiple of the block size, as when
@@ -64,11 +66,31 @@ class RocoSpec(AttentionSpec):
             self.block_size, budget=self.budget, stride=self.stride, chunk=self.chunk
         )
         page = self.unpadded_page_size_bytes
-        if self.has_statistics:
-            page += statistics_bytes(self.num_kv_heads)
-        # a larger padding was set by vLLM to share pages with other kinds of layers
-        if self.page_size_padded is None or self.page_size_padded < page:
+        # vLLM pads a page to share it with other kinds of layers, for one block size
+        if self.page_size_padded is not None and self.page_size_padded < page:
             object.__setattr__(self, "page_size_padded", page)
+
+    @property
+    @override
+    def num_heads(self) -> int:
+        """The heads of a page, as vLLM sees it."""
+        return 1
+
+    @override
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """Return the states of a page, as vLLM sees it."""
+        return 1
+
+    @property
+    @override
+    def state_content_size_bytes(self) -> int:
+        """The bytes of a page: K and V, and the statistics behind them."""
+        return self.page_shape.page_bytes(self.block_size, self.dtype)
+
+    @property
+    def page_shape(self) -> PageShape:
+        """What really lies in a page."""
+        return PageShape(self.num_kv_heads, self.head_size, self.has_statistics)
 
     @classmethod
     def from_attention_spec(

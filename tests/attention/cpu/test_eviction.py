@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.kv_cache.specs import bind_caches, one_group, roco_spec
+from tests.kv_cache.specs import bind_states, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import sequences_of
@@ -38,7 +38,7 @@ def caches_of(
         **options: Options of RoCo.
     """
     spec = roco_spec(budget=4 * SIZE, stride=SIZE, **options)
-    caches = bind_caches(one_group(spec, 10, len(mean)), layout)
+    caches = bind_states(one_group(spec, 10, len(mean)), layout)
     for cache, means in zip(caches, mean, strict=True):
         for logical, mass in enumerate(means):
             page = ROW[logical]

@@ -166,7 +166,7 @@ def test_the_last_layer_must_come_last() -> None:
     last = rig.layers[-1]
     with pytest.raises(RuntimeError, match="after 0 of 2 other layers"):
         last.impl.forward(
-            last, states, states, states, rig.caches[-1], metadata, states.clone()
+            last, states, states, states, last.kv_cache, metadata, states.clone()
         )
 
 

@@ -13,11 +13,11 @@ import torch
 from typing_extensions import override
 
 from vllm_roco import policy
+from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import Batch, RocoCpuMetadata
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import name_of
-from vllm_roco.kv_cache.page import statistics_view
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -43,14 +43,15 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
             layer: The vLLM layer.
             key: `[num_tokens, num_kv_heads, head_size]`.
             value: Likewise.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
             slot_mapping: `[num_tokens]` int64, -1 for padding.
         """
-        block_size = kv_cache.shape[2]
+        states = self.views.of(kv_cache).states
+        block_size = states.shape[2]
         used = (slot_mapping >= 0).nonzero().flatten()
         slots = slot_mapping[used]
-        states = torch.cat((key[used], value[used]), -1)
-        kv_cache[slots // block_size, :, slots % block_size] = states
+        new = torch.cat((key[used], value[used]), -1)
+        states[slots // block_size, :, slots % block_size] = new
 
     @override
     def forward(
@@ -72,7 +73,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
             query: `[num_tokens, num_heads, head_size]`.
             key: Already in the cache, see `do_kv_cache_update`.
             value: Likewise.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
             attn_metadata: The step, or None in profiling runs.
             output: `[num_tokens, num_heads, head_size]`, written in place.
             output_scale: Must be None: quantised outputs are not announced.
@@ -80,8 +81,9 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         """
         if attn_metadata is None:
             return output.fill_(0)
+        views = self.views.of(kv_cache)
         for batch in attn_metadata.batches:
-            self._attend(query, kv_cache, batch, output)
+            self._attend(query, views, batch, output)
         attn_metadata.num_layers_done += 1
         if name_of(layer) == attn_metadata.layers.last:
             self._evict(attn_metadata)
@@ -90,15 +92,14 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
     def _attend(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
+        views: CacheViews,
         batch: Batch,
         output: torch.Tensor,
     ) -> None:
-        block_size = kv_cache.shape[2]
-        keys, values = gather(kv_cache, batch.table, batch.live_tokens)
-        statistics = None
-        if self.config.measures:
-            pages = statistics_view(kv_cache)
+        block_size = views.states.shape[2]
+        keys, values = gather(views.states, batch.table, batch.live_tokens)
+        pages, statistics = views.statistics, None
+        if pages is not None:
             statistics = pages[batch.table]
             started = statistics[batch.is_new]
             policy.start(started, batch.first_positions[batch.is_new])
@@ -124,7 +125,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
             if statistics is not None:
                 mass = policy.block_mass(probabilities, block_size)
                 policy.accumulate(statistics[:, :blocks], mass)
-        if statistics is not None:
+        if pages is not None and statistics is not None:
             pages[batch.table[batch.is_live]] = statistics[batch.is_live]
 
     def _evict(self, step: RocoCpuMetadata) -> None:
@@ -134,7 +135,10 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
                 f"{len(step.layers) - 1} other layers; eviction needs all of them"
             )
         if step.evicting:
-            caches = step.layers.kv_caches()
+            caches = [
+                self.page_shape.states_view(kv_cache)
+                for kv_cache in step.layers.kv_caches()
+            ]
             moved = sum(
                 evict(sequence, caches, step.schedule, self.config)
                 for sequence in step.evicting

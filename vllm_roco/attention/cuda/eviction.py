@@ -16,7 +16,7 @@ import torch
 
 from vllm_roco.attention.bound_caches import WhileBound
 from vllm_roco.config import RocoConfig, blocks_of
-from vllm_roco.kv_cache.page import statistics_view
+from vllm_roco.kv_cache.page import PageShape, statistics_view
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.scratch import carve, total
 from vllm_roco.ops.select_victims import (
@@ -50,18 +50,19 @@ class CacheAddresses:
     page_bytes: int
 
     @classmethod
-    def of(cls, *kv_caches: torch.Tensor, measures: bool) -> CacheAddresses:
+    def of(cls, *kv_caches: torch.Tensor, shape: PageShape) -> CacheAddresses:
         """Find the caches; in a warm-up run, never while a graph is captured.
 
         Args:
-            kv_caches: The layers' caches, in the order of the model.
-            measures: Whether pages have a tail of statistics.
+            kv_caches: The layers' caches as vLLM binds them, in the order of the model.
+            shape: What their pages hold.
         """
+        states = [shape.states_view(kv_cache) for kv_cache in kv_caches]
         statistics = None
-        if measures:
-            statistics = first_statistics([statistics_view(x) for x in kv_caches])
+        if shape.has_statistics:
+            statistics = first_statistics([statistics_view(x) for x in states])
         return cls(
-            first_page=first_pages(kv_caches),
+            first_page=first_pages(states),
             first_statistics=statistics,
             page_bytes=kv_caches[0].stride(0) * kv_caches[0].element_size(),
         )
@@ -174,9 +175,7 @@ class CudaEviction:
         self._sink_blocks = blocks_of(config.sink, spec.block_size)
         self._scratch = scratch
         self._moved = torch.zeros(1, dtype=torch.int64, device=scratch.moves.device)
-        self._addresses = WhileBound(
-            partial(CacheAddresses.of, measures=config.measures)
-        )
+        self._addresses = WhileBound(partial(CacheAddresses.of, shape=spec.page_shape))
 
     @property
     def moved(self) -> torch.Tensor:

@@ -8,7 +8,6 @@ what the blocks received. The last layer of a group evicts.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from vllm.v1.attention.backends.fa_utils import (
     reshape_and_cache_flash,
 )
 
-from vllm_roco.attention.bound_caches import CacheViews, WhileBound
+from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
@@ -52,7 +51,6 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             self.flash_version = get_flash_attn_version(head_size=self.head_size)
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
-        self.views = WhileBound(partial(CacheViews.of, measures=self.config.measures))
 
     def do_kv_cache_update(
         self,
@@ -68,7 +66,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             layer: The vLLM layer.
             key: `[num_tokens, num_kv_heads, head_size]`, perhaps padded.
             value: Likewise.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
             slot_mapping: `[num_tokens]` int64, -1 for padding.
         """
         views = self.views.of(kv_cache)
@@ -103,7 +101,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             query: `[num_tokens, num_heads, head_size]`.
             key: Already in the cache, see `do_kv_cache_update`.
             value: Likewise.
-            kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
             attn_metadata: The step, or None in profiling runs, in which nothing is
                 attended but the memory of steps is taken.
             output: `[num_tokens, num_heads, head_size]`, written in place.
@@ -114,14 +112,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             if self.memory is None:
                 reserve(self.vllm_config, output.device, self.hardware)
             return output.fill_(0)
-        statistics = self.views.of(kv_cache).statistics
+        views = self.views.of(kv_cache)
         decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
         if decodes is not None:
-            self._decode(
-                query, kv_cache, statistics, output, decodes, attn_metadata.scratch
-            )
+            self._decode(query, views, output, decodes, attn_metadata.scratch)
         if prefills is not None:
-            self._prefill(query, kv_cache, statistics, output, prefills)
+            self._prefill(query, views, output, prefills)
         if name_of(layer) == attn_metadata.eviction.last_layer:
             attn_metadata.eviction.evict(attn_metadata.step, attn_metadata.seq_lens)
         return output
@@ -129,8 +125,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
     def _decode(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        statistics: torch.Tensor | None,
+        views: CacheViews,
         output: torch.Tensor,
         decodes: Decodes,
         scratch: DecodeScratch,
@@ -138,11 +133,11 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         step = decodes.step
         decode_attention(
             query=query[: decodes.num_rows],
-            kv_cache=kv_cache,
+            kv_cache=views.states,
             live_table=step.live_table,
             live_lens=step.live_lens,
             evicted_before=step.evicted_before,
-            statistics=statistics,
+            statistics=views.statistics,
             output=output[: decodes.num_rows],
             scratch=scratch,
             plan=decodes.plan,
@@ -153,8 +148,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
     def _prefill(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        statistics: torch.Tensor | None,
+        views: CacheViews,
         output: torch.Tensor,
         prefills: Prefills,
     ) -> None:
@@ -162,12 +156,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         query, output = query[tokens], output[tokens]
         step = prefills.step
         if self.flash_version is not None:
-            lse = self._flash(query, kv_cache, output, prefills, self.flash_version)
+            lse = self._flash(query, views, output, prefills, self.flash_version)
         else:
             lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
             prefill_attention(
                 query=query,
-                kv_cache=kv_cache,
+                kv_cache=views.states,
                 query_start_loc=prefills.query_start_loc,
                 live_table=step.live_table,
                 live_lens=step.live_lens,
@@ -177,16 +171,16 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 scale=self.scale,
                 soft_cap=self.soft_cap,
             )
-        if statistics is not None:
+        if views.statistics is not None:
             measure_prefill(
                 query=query,
-                kv_cache=kv_cache,
+                kv_cache=views.states,
                 lse=lse,
                 query_start_loc=prefills.query_start_loc,
                 live_table=step.live_table,
                 live_lens=step.live_lens,
                 evicted_before=step.evicted_before,
-                statistics=statistics,
+                statistics=views.statistics,
                 max_live_tokens=prefills.max_live_tokens,
                 plan=prefills.plan,
                 scale=self.scale,
@@ -196,12 +190,11 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
     def _flash(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
+        views: CacheViews,
         output: torch.Tensor,
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
-        views = self.views.of(kv_cache)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,

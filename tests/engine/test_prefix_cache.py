@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request that begins behind another's prefix ends as if it had read all of it.
+
+In float32 the tokens and every byte of its live pages are the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.engines import Engine, running_engine
+from tests.engine.final_pages import Ending, run_to_the_end
+from tests.engine.steps import audited_manager, poisoned_free_blocks
+from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
+from vllm_roco.scheduler import RocoAsyncScheduler
+
+pytestmark = pytest.mark.engine
+
+SHARED = random_prompt(330, seed=1)
+DONOR = SHARED + random_prompt(70, seed=2)
+PROMPTS = {
+    "donor": DONOR,
+    "same": DONOR,
+    "sibling": SHARED + random_prompt(40, seed=3),
+    "second sibling": SHARED + random_prompt(75, seed=4),
+    "extension": SHARED + random_prompt(197, seed=5),
+    "next turn": DONOR + random_prompt(150, seed=6),
+    "another": random_prompt(330, seed=7),
+}
+NUM_NEW = 100
+LAST = 384
+"""The last place of the donor's prompt where it can be cut, in chunks of 64."""
+JUNCTION = 320
+"""The last such place before the siblings part from it."""
+
+
+def alone(engine: Engine) -> dict[str, Ending]:
+    """Return how each prompt ends, each sent alone, in order."""
+    return {
+        name: run_to_the_end(engine, [prompt], NUM_NEW)[0]
+        for name, prompt in PROMPTS.items()
+    }
+
+
+@pytest.fixture(scope="module", params=["roco", "recent"])
+def policy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_llama: Path, policy: str) -> dict[str, Ending]:
+    """How each prompt ends without any hit."""
+    options = replace(SMALL_BUDGET, policy=policy)
+    with running_engine(tiny_llama, options) as engine:
+        endings = alone(engine)
+    assert {ending.num_cached_tokens for ending in endings.values()} == {0}
+    return endings
+
+
+def assert_same(found: Ending, expected: Ending) -> None:
+    assert found.tokens == expected.tokens
+    # who reads its own output again does so in chunks, which round differently
+    assert found.was_preempted or found.pages == expected.pages
+
+
+class TestHits:
+    def test_one_by_one(
+        self, tiny_llama: Path, policy: str, expected: dict[str, Ending]
+    ) -> None:
+        options = replace(SMALL_BUDGET, policy=policy)
+        with (
+            running_engine(tiny_llama, options, enable_prefix_caching=True) as engine,
+            audited_manager(engine),
+            poisoned_free_blocks(engine),
+        ):
+            found = alone(engine)
+            check_integrity(engine)
+            begun = {name: found[name].num_cached_tokens for name in PROMPTS}
+            assert engine.llm.reset_prefix_cache()
+            again = run_to_the_end(engine, [DONOR], NUM_NEW)[0]
+        for name in PROMPTS:
+            assert_same(found[name], expected[name])
+        assert begun == {
+            "donor": 0,
+            "same": LAST,
+            # the first that parts from the donor makes the place known
+            "sibling": 0,
+            "second sibling": JUNCTION,
+            "extension": JUNCTION,
+            "next turn": LAST,
+            "another": 0,
+        }
+        assert again.num_cached_tokens == 0
+        assert_same(again, expected["donor"])
+
+    @pytest.mark.parametrize("pool", [512, 46], ids=["large-pool", "small-pool"])
+    def test_all_at_once(
+        self, tiny_llama: Path, policy: str, expected: dict[str, Ending], pool: int
+    ) -> None:
+        check_crowd(tiny_llama, policy, expected, pool)
+
+    @pytest.mark.parametrize("pool", [512, 46], ids=["large-pool", "small-pool"])
+    def test_all_at_once_asynchronously(
+        self,
+        tiny_llama: Path,
+        policy: str,
+        expected: dict[str, Ending],
+        pool: int,
+        asynchronous: None,
+    ) -> None:
+        check_crowd(tiny_llama, policy, expected, pool, RocoAsyncScheduler)
+
+
+def check_crowd(
+    model: Path,
+    policy: str,
+    expected: dict[str, Ending],
+    pool: int,
+    scheduler: type | None = None,
+) -> None:
+    """Twice, so that the second crowd begins while snapshots of the first live."""
+    options = replace(SMALL_BUDGET, policy=policy)
+    small: dict[str, Any] = dict(
+        num_gpu_blocks_override=pool, scheduler_reserve_full_isl=pool > 100
+    )
+    with (
+        running_engine(model, options, enable_prefix_caching=True, **small) as engine,
+        audited_manager(engine) as steps,
+        poisoned_free_blocks(engine),
+    ):
+        assert scheduler is None or isinstance(engine.scheduler, scheduler)
+        for _ in range(2):
+            crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
+            for ending, name in zip(crowd, PROMPTS, strict=True):
+                assert_same(ending, expected[name])
+        check_integrity(engine)
+        cache = engine.manager.prefix_cache
+        assert cache is not None
+        assert cache.store.num_hits >= 3
+        assert bool(steps.preemptions) == (pool < 100), "the pool has the wrong size"
+
+
+def check_integrity(engine: Engine) -> None:
+    engine.manager.check_integrity()
+    assert engine.num_lost_blocks == 0
+
+
+def test_several_answers_read_their_prompt_once(tiny_llama: Path) -> None:
+    with running_engine(tiny_llama, SMALL_BUDGET, enable_prefix_caching=True) as engine:
+        (output,) = engine.llm.generate(
+            [{"prompt_token_ids": list(DONOR)}],
+            SamplingParams(n=4, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False),
+            use_tqdm=False,
+        )
+        assert len(output.outputs) == 4
+        cache = engine.manager.prefix_cache
+        assert cache is not None
+        assert cache.store.num_saved_tokens == 3 * LAST
+        check_integrity(engine)
+
+
+def test_a_hit_before_the_first_eviction_gives_the_same_tokens(
+    tiny_llama: Path,
+) -> None:
+    """Up to there, longer steps come to the same but for rounding."""
+    short, longer = SHARED[:75], SHARED[:64] + random_prompt(50, seed=8)
+    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
+        expected = engine.generate_one_by_one([short, longer], NUM_NEW)
+    with running_engine(tiny_llama, SMALL_BUDGET, enable_prefix_caching=True) as engine:
+        assert engine.generate_one_by_one([short, longer], NUM_NEW) == expected
+        cache = engine.manager.prefix_cache
+        assert cache is not None
+        assert cache.store.num_saved_tokens == 64
+
+
+def test_statistics_of_a_copy_are_of_the_prefix_alone(tiny_llama: Path) -> None:
+    """The donor goes on; what it measures later is not in the snapshot."""
+    with running_engine(tiny_llama, SMALL_BUDGET, enable_prefix_caching=True) as engine:
+        (after_more,) = run_to_the_end(engine, [DONOR], NUM_NEW)
+        (after_one,) = run_to_the_end(engine, [SHARED[:320] + (1,) * 65], 1)
+        (again,) = run_to_the_end(engine, [DONOR], 1)
+    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
+        (fresh,) = run_to_the_end(engine, [DONOR], 1)
+    assert after_more.num_cached_tokens == after_one.num_cached_tokens == 0
+    assert again.num_cached_tokens == LAST
+    assert_same(again, fresh)

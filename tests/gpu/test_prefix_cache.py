@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request that begins behind another's prefix ends as if it had read all of it.
+
+As `tests/engine/test_prefix_cache.py`, with graphs and vLLM's runner for GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.final_pages import run_to_the_end
+from tests.engine.steps import audited_manager, poisoned_free_blocks
+from tests.engine.test_prefix_cache import (
+    JUNCTION,
+    LAST,
+    NUM_NEW,
+    PROMPTS,
+    alone,
+    assert_same,
+    check_integrity,
+)
+from tests.engine.tiny_models import SMALL_BUDGET
+from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.usefixtures("engine_lock"),
+]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "eager": dict(EAGER, async_scheduling=False),
+    "full-graphs": dict(FULL_GRAPHS, async_scheduling=False),
+    "full-graphs-async": dict(FULL_GRAPHS, async_scheduling=True),
+}
+
+
+@pytest.mark.parametrize("policy", ["roco", "recent"])
+@pytest.mark.parametrize("run", RUNS)
+def test_hits_change_no_byte(tiny_llama: Path, run: str, policy: str) -> None:
+    options = replace(SMALL_BUDGET, policy=policy)
+    with gpu_engine(tiny_llama, options, **RUNS[run]) as engine:
+        expected = alone(engine)
+    caching = {**RUNS[run], "enable_prefix_caching": True}
+    with (
+        gpu_engine(tiny_llama, options, **caching) as engine,
+        audited_manager(engine),
+        poisoned_free_blocks(engine),
+    ):
+        found = alone(engine)
+        crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
+        check_integrity(engine)
+    begun = [found[name].num_cached_tokens for name in PROMPTS]
+    assert begun == [0, LAST, 0, JUNCTION, JUNCTION, LAST, 0]
+    for ending, name in zip(crowd, PROMPTS, strict=True):
+        assert_same(found[name], expected[name])
+        # another batch shape may round differently
+        assert ending.tokens == expected[name].tokens
+        assert ending.num_cached_tokens > 0

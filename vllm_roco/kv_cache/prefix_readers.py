@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that are reading their prompts, so that others need not read the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash
+    from vllm.v1.request import Request
+
+
+@dataclass
+class Reader:
+    """A running request with places of its prompt ahead.
+
+    Attributes:
+        request: The request.
+        places: Lengths at which a snapshot could be made, in order.
+        prefixes: Hashes of the prompt up to there.
+        next_place: Index of the first place that it has not gone past.
+    """
+
+    request: Request
+    places: Sequence[int]
+    prefixes: Sequence[BlockHash]
+    next_place: int = 0
+
+
+class PrefixReaders:
+    """Who reads which prefix, and which of them are waited for."""
+
+    def __init__(self) -> None:
+        self._readers: dict[str, Reader] = {}
+        self._reader_of: dict[BlockHash, Reader] = {}
+        self._wanted: set[BlockHash] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
+    def begin(
+        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
+    ) -> None:
+        """Note that a request is let in, with places of its prompt before it.
+
+        Args:
+            request: The request.
+            places: Lengths at which a snapshot could be made, in order.
+            prefixes: Hashes of the prompt up to there.
+        """
+        reader = Reader(request, places, prefixes)
+        self._readers[request.request_id] = reader
+        for prefix in prefixes:
+            self._reader_of.setdefault(prefix, reader)
+
+    def reader_of(self, prefix: BlockHash) -> Request | None:
+        """Return the request that is on its way to the end of a prefix."""
+        reader = self._reader_of.get(prefix)
+        return None if reader is None else reader.request
+
+    def want(self, prefix: BlockHash) -> None:
+        """Ask for a snapshot of a prefix that is being read."""
+        self._wanted.add(prefix)
+
+    def is_wanted(self, prefix: BlockHash) -> bool:
+        """Return whether another request waits for a prefix."""
+        return prefix in self._wanted
+
+    def arrivals(self) -> Iterator[tuple[Request, int, BlockHash]]:
+        """Move all readers on, and yield who stands at a place now.
+
+        To be asked when a step's requests are chosen and their lengths not yet moved
+        on: who is chosen starts the step there.
+
+        Yields:
+            Request, length and hash of the prefix.
+        """
+        for reader in list(self._readers.values()):
+            length = reader.request.num_computed_tokens
+            places, index = reader.places, reader.next_place
+            while index < len(places) and places[index] <= length:
+                prefix = reader.prefixes[index]
+                if places[index] == length:
+                    yield reader.request, length, prefix
+                self._release(reader, prefix)
+                index += 1
+            reader.next_place = index
+            if index == len(places):
+                del self._readers[reader.request.request_id]
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request that reads no more."""
+        reader = self._readers.pop(request_id, None)
+        if reader is not None:
+            for prefix in reader.prefixes[reader.next_place :]:
+                self._release(reader, prefix)
+
+    def _release(self, reader: Reader, prefix: BlockHash) -> None:
+        if self._reader_of.get(prefix) is reader:
+            del self._reader_of[prefix]
+            self._wanted.discard(prefix)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen copies of what sequences hold at a place in their prompts.
+
+Owned by nobody: a snapshot's blocks lie in vLLM's free queue, where they count as free
+memory, are kept in the order of their last use and are taken when memory is short.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+
+
+class Snapshot(NamedTuple):
+    """The live blocks of a sequence that has read a prefix and no more.
+
+    Attributes:
+        name: What each block bears as its hash while its content is the snapshot's.
+        blocks: Resident blocks, then incoming ones, all full.
+    """
+
+    name: BlockHashWithGroupId
+    blocks: list[KVCacheBlock]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether vLLM has handed out none of the blocks, and not reset its cache."""
+        name = self.name
+        return all(block.block_hash == name for block in self.blocks)
+
+
+class SnapshotStore:
+    """Snapshots by the hash of the prefix that they stand for.
+
+    vLLM's pool wipes the hash of a block that it hands out, and all of them when the
+    prefix cache is reset. So the block tells by its hash whether it is still part of a
+    snapshot, and nothing has to be told to the store.
+
+    Attributes:
+        num_published: Snapshots made since the start.
+        num_hits: Requests that began with one.
+        num_saved_tokens: Tokens that these did not have to read.
+        num_dead: Snapshots that a look-up found, but not whole.
+    """
+
+    def __init__(self, block_pool: BlockPool) -> None:
+        self._pool = block_pool
+        # the least recently used first, as in vLLM's free queue
+        self._snapshots: OrderedDict[BlockHash, Snapshot] = OrderedDict()
+        self.num_published = 0
+        self.num_hits = 0
+        self.num_saved_tokens = 0
+        self.num_dead = 0
+
+    @property
+    def num_alive(self) -> int:
+        """Snapshots that can be hit."""
+        self._forget_overwritten()
+        return len(self._snapshots)
+
+    def find(self, prefix: BlockHash) -> Snapshot | None:
+        """Return the snapshot of a prefix, None if there is none or no longer."""
+        snapshot = self._snapshots.get(prefix)
+        if snapshot is None:
+            return None
+        if not snapshot.is_whole:
+            del self._snapshots[prefix]
+            self.num_dead += 1
+            return None
+        return snapshot
+
+    def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
+        """Note that a request begins behind a prefix of so many tokens."""
+        self._snapshots.move_to_end(prefix)
+        self.num_hits += 1
+        self.num_saved_tokens += num_tokens
+
+    def publish(
+        self, prefix: BlockHash, live_blocks: Sequence[KVCacheBlock]
+    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Make a snapshot of the prefix if there is none and so many blocks are free.
+
+        Args:
+            prefix: Its hash.
+            live_blocks: What a sequence holds that has read it and no more.
+
+        Returns:
+            Blocks to copy from and to, each with a reference for the copy.
+        """
+        if len(live_blocks) > self._pool.get_num_free_blocks() or self.find(prefix):
+            return []
+        copies = self._pool.get_new_blocks(len(live_blocks))
+        self._pool.touch(live_blocks)
+        self.num_published += 1
+        # no hash of a prefix is so short
+        name = make_block_hash_with_group_id(
+            BlockHash(self.num_published.to_bytes(8, "big")), 0
+        )
+        for block in copies:
+            block.set_block_hash(name)
+        self._forget_overwritten()
+        self._snapshots[prefix] = Snapshot(name, copies)
+        return list(zip(live_blocks, copies, strict=True))
+
+    def _forget_overwritten(self) -> None:
+        """Drop the oldest snapshots as far as vLLM has begun to hand them out."""
+        snapshots = self._snapshots
+        while snapshots:
+            prefix = next(iter(snapshots))
+            name, blocks = snapshots[prefix]
+            # the first block is the first of the snapshot in vLLM's free queue
+            if blocks[0].block_hash == name:
+                return
+            del snapshots[prefix]

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM scheduler whose requests begin behind prefixes that others have read."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.kv_cache.prefix_cache import PrefixCache
+from vllm_roco.refusing_scheduler import RefusingScheduler
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+MAX_WAITS_PER_STEP = 64
+"""Requests that a step leaves waiting for a prefix before it lets nobody else in.
+
+vLLM takes each out of its queue and puts it back.
+"""
+
+
+class PrefixScheduler(RefusingScheduler):
+    """Looks prefixes up in snapshots; arguments as in the base class.
+
+    Attributes:
+        prefix_cache: The prefixes, None where nothing can be hit: the user switched
+            prefix caching off, or the model has layers with other caches, of which a
+            snapshot holds nothing.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        self.prefix_cache: PrefixCache | None = None
+        self._num_left_waiting = 0
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        if self.kv_cache_manager.enable_caching and len(managers) == 1:
+            (manager,) = managers
+            if isinstance(manager, RocoManager):
+                self._manager = manager
+                self.prefix_cache = manager.prefix_cache = PrefixCache(
+                    manager.block_pool, manager.schedule, manager.chunk
+                )
+
+    @override
+    def add_request(self, request: Request) -> None:
+        """Take a request, and note where its prompt parts from others'."""
+        super().add_request(request)
+        if self.prefix_cache is not None and _can_share(request):
+            self.prefix_cache.enter(request)
+
+    @override
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule as vLLM does, with a new count of who is left waiting."""
+        self._num_left_waiting = 0
+        return super().schedule(*args, **kwargs)
+
+    @override
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Return whether a request may be let in: not while its prompt is being read.
+
+        One request reads a prefix, and those that share it begin behind it. So many
+        are skipped in a step, then one that vLLM finds no room for ends its loop.
+        """
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        cache = self.prefix_cache
+        if (
+            cache is None
+            or request.num_computed_tokens
+            or not _can_share(request)
+            or not cache.must_wait(request)
+        ):
+            return True
+        self._num_left_waiting += 1
+        if self._num_left_waiting <= MAX_WAITS_PER_STEP:
+            return False
+        self._manager.refuse(request.request_id)
+        return True
+
+    @override
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
+        """Return the blocks of the longest prefix that there is a snapshot of.
+
+        Args:
+            request: A request that is about to be let in.
+            max_cache_hit_length: A bound of vLLM's own, which not all releases know.
+        """
+        cache = self.prefix_cache
+        if cache is None or not _can_share(request):
+            bound = () if max_cache_hit_length is None else (max_cache_hit_length,)
+            return super()._get_local_prefix_cache_hit(request, *bound)
+        hit = cache.offer(request, max_cache_hit_length)
+        manager = self.kv_cache_manager
+        if (
+            hit is not None
+            # nothing runs that would ever make room for hit and copy together
+            and not self.running
+            and not self._manager.has_room_for(request.num_tokens, hit.row)
+        ):
+            cache.withdraw(request)
+            hit = None
+        if hit is None:
+            return manager.empty_kv_cache_blocks, 0, 0, False
+        return manager.create_kv_cache_blocks((hit.row,)), hit.num_tokens, 0, False
+
+    def _end_of_step(self, request: Request, start: int, end: int) -> int:
+        """Return where a prompt step must end for a snapshot, at most `end`."""
+        if self.prefix_cache is None or not _can_share(request):
+            return end
+        return self.prefix_cache.first_stop(request, start, end)
+
+
+def _can_share(request: Request) -> bool:
+    """Return whether what a request keeps depends on its tokens alone.
+
+    An input item may end a chunk early.
+    """
+    return not request.has_encoder_inputs
