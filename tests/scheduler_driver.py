@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import tempfile
+import uuid
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -113,6 +114,8 @@ class Setup:
         spec = self.spec()
         num_blocks = spec.max_blocks_per_sequence + 1 + self.spare_blocks
         config = copy.copy(_base_config())
+        # numbers of schedulers that are left over are another instance's
+        config.instance_id = uuid.uuid4().hex
         config.cache_config = copy.copy(config.cache_config)
         config.cache_config.block_size = BLOCK_SIZE
         config.cache_config.num_gpu_blocks = num_blocks

@@ -265,10 +265,7 @@ def metrics_of(driver: Driver) -> Any:
     return engine
 
 
-def test_metrics_are_what_the_manager_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_metrics_are_what_the_manager_counts() -> None:
     driver = Driver(SYNCHRONOUS)
     first, second = driver.add(60, 30), driver.add(10, 3)
     peak = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,17 +15,18 @@ from vllm_roco.observability.warning import logger
 
 
 @pytest.fixture(autouse=True)
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give the test, and the processes it starts, a temporary directory and a cache.
 
-    Returns:
+    Yields:
         Where the files are to be, unless that is taken.
     """
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    return tmp_path / "tmp" / f"vllm_roco-{os.geteuid()}"
+    # not pytest's own, in which the names of vLLM's sockets would be too long
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        monkeypatch.setenv("TMPDIR", temporary)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+        yield Path(temporary, f"vllm_roco-{os.geteuid()}")
 
 
 class Warnings(logging.Handler):
