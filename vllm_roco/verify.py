@@ -209,8 +209,9 @@ def check_engine() -> str:
         )
         outputs = llm.generate(
             [
-                TokensPrompt(prompt_token_ids=[i % 256 for i in range(length)])
-                for length in PROMPTS
+                # no prefix in common, so that each is read from its first token on
+                TokensPrompt(prompt_token_ids=[(i + n) % 256 for n in range(length)])
+                for i, length in enumerate(PROMPTS)
             ],
             SamplingParams(
                 temperature=0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False
