@@ -22,6 +22,8 @@ from vllm_roco.policy import plan_moves
 
 STOP_TOKEN = 0
 _NUM_TOKENS = 64
+_SHARED = ("several requests", 0)
+"""The owner of a page from when on others than its writer hold it as well."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,13 @@ class PagedWorker:
         self._chunk = chunk
         self._pages: dict[int, Page] = {}
         self._sequences: dict[str, Sequence] = {}
+        # blocks that the step being run has copied to, or computed
+        self._copied: set[int] = set()
+        self._computed: set[int] = set()
         self.num_evictions = 0
         self.num_hits = 0
+        self.num_shared = 0
+        self.num_copies = 0
         self.most_attended = 0
 
     def execute(self, output: SchedulerOutput) -> tuple[ModelRunnerOutput, Touched]:
@@ -184,24 +191,38 @@ class PagedWorker:
         assert not set(sources) & set(targets), "a copy of what is being copied"
         pages = [self._pages[block] for block in sources]
         self._pages.update(zip(targets, pages, strict=True))
+        self._copied = set(targets)
+        self.num_copies += len(targets)
+        self._computed = set()
 
     def _adopt(self, sequence: Sequence, owner: tuple[str, int], start: int) -> None:
-        """Take the copies of a snapshot over, which must be of this very prefix."""
+        """Take over what a request begins with, which must be of this very prefix."""
         size = self._schedule.block_size
-        assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
-        assert start % self._chunk == 0, "a hit within a chunk"
+        # who has read all it knows before it evicts begins with any blocks
+        by_block = sequence.num_known_tokens <= self._schedule.max_live_tokens()
+        if not by_block:
+            assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
+            assert start % self._chunk == 0, "a hit within a chunk"
         logical = set()
         for place in self._places(start, start):
-            page = self._pages[sequence.row[place]]
-            assert page.owner != owner, "the copy was not made"
+            block = sequence.row[place]
+            page = self._pages[block]
+            assert block not in self._computed, "a block of this step"
             assert page.num_tokens == size
             assert page.prefix == sequence.prefixes[(page.logical + 1) * size - 1], (
                 "a block of another prefix"
             )
-            assert page.length == start, "the statistics are of another length"
-            self._pages[sequence.row[place]] = replace(page, owner=owner)
+            assert by_block or page.length == start, "statistics of another length"
+            assert by_block or block in self._copied, "the copy was not made"
+            # whoever wrote a shared block must never evict: see `_run`
+            is_copy = block in self._copied
+            self._pages[block] = replace(page, owner=owner if is_copy else _SHARED)
+            self.num_shared += not is_copy
             logical.add(page.logical)
-        assert logical == sequence.alone.after(start), "a hit keeps other blocks"
+        if by_block:
+            assert logical == set(range(start // size)), "a hit with a hole"
+        else:
+            assert logical == sequence.alone.after(start), "a hit keeps other blocks"
         self.num_hits += 1
 
     def _places(self, start: int, end: int) -> list[int]:
@@ -229,6 +250,7 @@ class PagedWorker:
                 expected = (owner, logical, position % size)
                 assert written == expected, "a block was written over"
             prefix = sequence.prefixes[position]
+            self._computed.add(block)
             self._pages[block] = Page(owner, logical, position % size + 1, prefix, end)
 
         places = self._places(start, end)
@@ -237,7 +259,9 @@ class PagedWorker:
         attended = 0
         for block in live:
             page = self._pages[block]
-            assert page.owner == owner, "a block of another sequence is read"
+            assert page.owner == owner or (page.owner == _SHARED and not after), (
+                "a block of another sequence is read"
+            )
             assert page.num_tokens == min(size, end - page.logical * size)
             self._pages[block] = replace(page, length=end)
             attended += page.num_tokens

@@ -289,16 +289,16 @@ class Driver:
         manager, schedule = self.manager, self.manager.schedule
         manager.check_integrity()
         bound = self.setup.spec().max_blocks_per_sequence
-        total = 0
+        held: set[int] = set()
         for request_id, row in manager.req_to_blocks.items():
             request = self.scheduler.requests[request_id]
             processed = request.num_computed_tokens - request.num_in_flight_tokens
             gap = sum(block.is_null for block in row)
             assert gap <= schedule.evicted_blocks(max(0, processed))
             assert len(row) - gap <= bound
-            total += len(row) - gap
+            held.update(block.block_id for block in row if not block.is_null)
         pool = self.scheduler.kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() + total == pool.num_gpu_blocks - 1
+        assert pool.get_num_free_blocks() + len(held) == pool.num_gpu_blocks - 1
         assert self.worker.most_attended <= schedule.max_live_tokens()
         self._check_in_flight()
 

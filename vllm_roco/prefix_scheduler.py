@@ -49,9 +49,13 @@ class PrefixScheduler(RefusingScheduler):
             (manager,) = managers
             if isinstance(manager, RocoManager):
                 self._manager = manager
-                self.prefix_cache = manager.prefix_cache = PrefixCache(
-                    manager.block_pool, manager.schedule, manager.chunk
+                self.prefix_cache = PrefixCache(
+                    manager.block_pool,
+                    manager.kv_cache_group_id,
+                    manager.schedule,
+                    manager.chunk,
                 )
+                manager.share_prefixes(self.prefix_cache)
 
     @override
     def add_request(self, request: Request) -> None:
@@ -93,7 +97,7 @@ class PrefixScheduler(RefusingScheduler):
     def _get_local_prefix_cache_hit(
         self, request: Request, max_cache_hit_length: int | None = None
     ) -> tuple[KVCacheBlocks, int, int, bool]:
-        """Return the blocks of the longest prefix that there is a snapshot of.
+        """Return the blocks of the longest prefix that a request may begin with.
 
         Args:
             request: A request that is about to be let in.
@@ -109,7 +113,7 @@ class PrefixScheduler(RefusingScheduler):
             hit is not None
             # nothing runs that would ever make room for hit and copy together
             and not self.running
-            and not self._manager.has_room_for(request.num_tokens, hit.row)
+            and not self._manager.has_room_for(request.num_tokens, hit)
         ):
             cache.withdraw(request)
             hit = None

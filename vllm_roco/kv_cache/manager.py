@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_schedule import EvictionSchedule
-    from vllm_roco.kv_cache.prefix_cache import PrefixCache
+    from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
 
 
 class BudgetedSpec(Protocol):
@@ -68,14 +68,15 @@ class RocoManager(FullAttentionManager):
         held: Blocks held per request, kept up to date by allocation and freeing.
         scheduler_ends_chunks: Whether the scheduler has said that it ends steps where
             RoCo needs it; nothing is allocated before.
-        prefix_cache: Prefixes that requests may begin with, None for no hits.
+        prefix_cache: Prefixes that requests may begin with, None for no hits; see
+            `share_prefixes`.
         num_freed_blocks: Blocks given back by eviction since the start.
     """
 
     supports_fine_grained_hash_lookup = False
 
     def __init__(self, kv_cache_spec: BudgetedSpec, **kwargs: Any) -> None:
-        # a resident block may be overwritten after it was hashed, so vLLM caches none
+        # nothing is hashed before somebody looks after what is
         kwargs["enable_caching"] = False
         # a protocol cannot say that the spec is one of vLLM's as well
         super().__init__(cast("KVCacheSpec", kv_cache_spec), **kwargs)
@@ -93,14 +94,20 @@ class RocoManager(FullAttentionManager):
         # of requests that are being read
         self._tokens_to_read: dict[str, int] = {}
         self.prefix_cache: PrefixCache | None = None
-        # requests let in with a hit whose blocks are not yet replaced by copies
-        self._adopted: set[str] = set()
+        # requests let in with a hit whose blocks are not yet replaced by copies, and
+        # how many they may hold themselves
+        self._adopted: dict[str, int] = {}
         self._refused_id: str | None = None
         self.num_freed_blocks = 0
         self._budget_blocks = self.schedule.budget_blocks
         self._first_eviction = self.schedule.next_eviction(0)
         # processed lengths at which requests that lost blocks lose the next ones
         self._next_evictions: dict[str, int] = {}
+
+    def share_prefixes(self, prefix_cache: PrefixCache) -> None:
+        """Let requests begin behind prefixes, and vLLM ask for blocks to be hashed."""
+        self.prefix_cache = prefix_cache
+        self.enable_caching = True
 
     @property
     @override
@@ -124,7 +131,7 @@ class RocoManager(FullAttentionManager):
 
         vLLM asks with `apply_admission_cap` only whether all of a waiting request fits
         (`scheduler_reserve_full_isl`). A request that begins with a hit needs what it
-        will hold, and for the copy the blocks of the hit as well.
+        will hold but does not share, and for the copies the blocks of the hit as well.
         """
         if request_id == self._refused_id:
             self._refused_id = None
@@ -139,30 +146,38 @@ class RocoManager(FullAttentionManager):
             apply_admission_cap=apply_admission_cap,
             prefill_end=prefill_end,
         )
-        to_copy = 0
+        of_hit = 0
         if new_computed_blocks:
-            to_copy = self._get_num_evictable_blocks(new_computed_blocks)
+            of_hit = self._get_num_evictable_blocks(new_computed_blocks)
+            of_hit -= self._num_shared(request_id)
             if not apply_admission_cap:
                 blocks -= self.schedule.evicted_blocks(num_local_computed_tokens)
         if apply_admission_cap:
             self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
-            if blocks + to_copy <= self.block_pool.get_num_free_blocks():
+            if blocks + of_hit <= self.block_pool.get_num_free_blocks():
                 blocks += self.foreseen_blocks()
-        return blocks + to_copy
+        return blocks + of_hit
 
-    def has_room_for(self, num_tokens: int, row: Sequence[KVCacheBlock]) -> bool:
+    def has_room_for(self, num_tokens: int, hit: Hit) -> bool:
         """Return whether a request fits into free memory together with its hit.
 
         Args:
             num_tokens: All known tokens of the request.
-            row: The blocks of the hit.
+            hit: What it would begin with.
         """
         blocks = min(
             blocks_of(num_tokens, self.block_size), self.max_blocks_per_sequence
         )
-        blocks += self._get_num_evictable_blocks(row)
+        blocks += self._get_num_evictable_blocks(hit.row) - hit.num_shared
         return bool(blocks <= self.block_pool.get_num_free_blocks())
+
+    def _num_shared(self, request_id: str) -> int:
+        """Return how many blocks of its hit a request may hold itself."""
+        assert self.prefix_cache is not None
+        hit = self.prefix_cache.offered_to(request_id)
+        assert hit is not None
+        return hit.num_shared
 
     def refuse(self, request_id: str) -> None:
         """Let vLLM find no room for a waiting request when it asks next.
@@ -188,12 +203,14 @@ class RocoManager(FullAttentionManager):
         """Hold the blocks of a hit until they are copied, see `allocate_new_blocks`."""
         row = self.req_to_blocks[request_id]
         assert not row and not num_external_computed_tokens
-        # vLLM drops this reference when the copy has run
+        # of a block that is copied, vLLM drops this reference when the copy has run
         self.block_pool.touch(_without_null(new_computed_blocks))
         row.extend(new_computed_blocks)
-        self.num_cached_block[request_id] = len(row)
+        num_shared = self._num_shared(request_id) if row else 0
         if row:
-            self._adopted.add(request_id)
+            self._adopted[request_id] = num_shared
+        # the others have no hash yet
+        self.num_cached_block[request_id] = num_shared
 
     @override
     def allocate_new_blocks(
@@ -201,7 +218,8 @@ class RocoManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Allocate as the base class does, and count.
 
-        The blocks of a hit are frozen: the request gets copies in their places.
+        Blocks of a hit that are not shared are another's: the request gets copies in
+        their places.
 
         Raises:
             RuntimeError: The scheduler does not end steps where RoCo needs it, so that
@@ -214,16 +232,22 @@ class RocoManager(FullAttentionManager):
                 "class from vllm_roco.scheduler.RocoSchedulerMixin."
             )
         blocks: list[KVCacheBlock] = []
-        if request_id in self._adopted:
-            self._adopted.remove(request_id)
-            blocks = self._replace_by_copies(request_id)
+        num_shared = self._adopted.pop(request_id, None)
+        if num_shared is not None:
+            blocks = self._replace_by_copies(request_id, num_shared)
         blocks += super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
         )
         if blocks:
             if not self.held.of(request_id):
                 self._admit(request_id)
-            self._count(request_id, len(blocks))
+            self._count(request_id, len(blocks) + (num_shared or 0))
+        if (
+            num_tokens >= self._first_eviction
+            and self.prefix_cache is not None
+            and self.prefix_cache.blocks.is_owner(request_id)
+        ):
+            self.prefix_cache.blocks.withdraw(request_id)
         return blocks
 
     def _admit(self, request_id: str) -> None:
@@ -253,9 +277,15 @@ class RocoManager(FullAttentionManager):
             request_id, held, evicts=request_id in self._next_evictions
         )
 
-    def _replace_by_copies(self, request_id: str) -> list[KVCacheBlock]:
+    def _replace_by_copies(
+        self, request_id: str, num_shared: int
+    ) -> list[KVCacheBlock]:
         row = self.req_to_blocks[request_id]
-        places = [place for place, block in enumerate(row) if not block.is_null]
+        places = [
+            place
+            for place in range(num_shared, len(row))
+            if not row[place].is_null
+        ]
         copies = self.block_pool.get_new_blocks(len(places))
         for place, copy in zip(places, copies, strict=True):
             self._apply_cow(request_id, place, row[place], copy)
@@ -328,10 +358,11 @@ class RocoManager(FullAttentionManager):
         self.held.drop(request_id)
         self._forecast.drop(request_id)
         self._tokens_to_read.pop(request_id, None)
-        if self.prefix_cache is not None:
-            self.prefix_cache.drop(request_id)
         self._next_evictions.pop(request_id, None)
-        return super().pop_blocks_for_free(request_id)
+        row = super().pop_blocks_for_free(request_id)
+        if self.prefix_cache is not None:
+            self.prefix_cache.drop(request_id, row)
+        return row
 
     @classmethod
     @override
@@ -347,10 +378,7 @@ class RocoManager(FullAttentionManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """Never hit by block: a prefix that lost blocks cannot be shared.
-
-        What hits is a snapshot, see `prefix_cache`.
-        """
+        """Find nothing: what hits is up to `prefix_cache`, which knows who asks."""
         return tuple([] for _ in kv_cache_group_ids), 0
 
     @override
@@ -362,7 +390,21 @@ class RocoManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int] = (),
     ) -> None:
-        """Never hash a block that a sequence holds, see `find_longest_cache_hit`."""
+        """Hash the full blocks of a request that has evicted nothing."""
+        cache, request_id = self.prefix_cache, request.request_id
+        if cache is None or not cache.blocks.is_owner(request_id):
+            return
+        num_hashed = self.num_cached_block.get(request_id, 0)
+        if num_tokens // self.block_size <= num_hashed:
+            return
+        super().cache_blocks(
+            request,
+            num_tokens,
+            retention_interval,
+            replay_boundaries=replay_boundaries,
+        )
+        row, end = self.req_to_blocks[request_id], self.num_cached_block[request_id]
+        cache.blocks.add(request_id, row[num_hashed:end])
 
     def held_blocks(self, request_id: str) -> int:
         """Return the blocks a request holds, counted in its row.
@@ -384,7 +426,7 @@ class RocoManager(FullAttentionManager):
                 f"request {request_id} has no row, but {self.held.of(request_id)} "
                 "blocks are on the books"
             )
-        seen: dict[int, str] = {}
+        holders: dict[int, list[str]] = {}
         for request_id, row in self.req_to_blocks.items():
             held = self.held_blocks(request_id)
             if held != self.held.of(request_id):
@@ -399,25 +441,32 @@ class RocoManager(FullAttentionManager):
                     f"request {request_id} has null blocks at {nulls}, but eviction "
                     f"leaves a gap at {gap}"
                 )
-            for block in row:
-                if block.is_null:
-                    continue
-                if block.block_id in seen:
-                    raise RuntimeError(
-                        f"block {block.block_id} is held by request {request_id} and "
-                        f"by request {seen[block.block_id]}"
-                    )
-                seen[block.block_id] = request_id
-                if block.ref_cnt != 1:
-                    raise RuntimeError(
-                        f"block {block.block_id} of request {request_id} has "
-                        f"{block.ref_cnt} references, but blocks are never shared"
-                    )
-                if block.block_hash is not None:
-                    raise RuntimeError(
-                        f"block {block.block_id} of request {request_id} bears the "
-                        "hash of a snapshot, but snapshots are never written to"
-                    )
+            for block in _without_null(row):
+                holders.setdefault(block.block_id, []).append(request_id)
+        for block_id, request_ids in holders.items():
+            self._check_block(self.block_pool.blocks[block_id], request_ids)
+
+    def _check_block(self, block: KVCacheBlock, request_ids: list[str]) -> None:
+        name = f"block {block.block_id} of request {request_ids[0]}"
+        if block.ref_cnt != len(request_ids):
+            raise RuntimeError(
+                f"{name} has {block.ref_cnt} references, but is held by requests "
+                f"{request_ids}"
+            )
+        cache = None if self.prefix_cache is None else self.prefix_cache.blocks
+        if block.block_hash is not None and not (
+            cache and all(map(cache.is_owner, request_ids))
+        ):
+            raise RuntimeError(
+                f"{name} bears a hash, but who evicts writes over its blocks"
+            )
+        if len(request_ids) > 1 and not (
+            cache and all(map(cache.is_sharer, request_ids))
+        ):
+            raise RuntimeError(
+                f"{name} is held by requests {request_ids}, but who may evict shares "
+                "no blocks"
+            )
 
 
 def _without_null(blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets requests begin behind a prefix that others have read.
 
-At the ends of its chunks, what a sequence keeps is a function of its tokens alone.
-There, and nowhere else, a snapshot of its live blocks stands for the prefix.
+A prompt that evicts while it is read begins with a snapshot: at the ends of its chunks,
+and nowhere else, what a sequence keeps is a function of its tokens alone. One that does
+not may also begin with blocks, see `block_cache`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_roco.kv_cache.block_cache import BlockCache
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
 from vllm_roco.kv_cache.snapshots import SnapshotStore
@@ -28,13 +30,16 @@ class Hit(NamedTuple):
 
     Attributes:
         num_tokens: Length of the prefix.
-        prefix: Its hash.
-        row: Blocks of the snapshot where a row would have them, null in the gap.
+        row: Blocks where a row would have them, null in the gap.
+        num_shared: First blocks of the row that the request may hold itself; of the
+            others it needs copies.
+        snapshot: Hash of the prefix if the blocks are a snapshot's.
     """
 
     num_tokens: int
-    prefix: BlockHash
     row: list[KVCacheBlock]
+    num_shared: int = 0
+    snapshot: BlockHash | None = None
 
 
 class PrefixCache:
@@ -42,18 +47,25 @@ class PrefixCache:
 
     Args:
         block_pool: vLLM's blocks.
+        group_id: vLLM's number of the manager's KV cache group.
         schedule: The eviction arithmetic.
         chunk: Tokens between two places at which there can be a snapshot.
 
     Attributes:
         store: The snapshots, with their counters.
+        blocks: The blocks of sequences that have evicted nothing, with theirs.
         num_waits: Requests that have waited for a prefix that another one was reading.
     """
 
     def __init__(
-        self, block_pool: BlockPool, schedule: EvictionSchedule, chunk: int
+        self,
+        block_pool: BlockPool,
+        group_id: int,
+        schedule: EvictionSchedule,
+        chunk: int,
     ) -> None:
         self.store = SnapshotStore(block_pool)
+        self.blocks = BlockCache(block_pool, group_id, schedule)
         self.num_waits = 0
         self._null_block = block_pool.null_block
         self._schedule = schedule
@@ -62,8 +74,8 @@ class PrefixCache:
         self._readers = PrefixReaders()
         # whom vLLM is about to let in, and what it was offered
         self._offered: tuple[Request, Hit | None] | None = None
-        # for what waiting requests wait
-        self._waits: dict[str, BlockHash] = {}
+        # for what waiting requests wait; None for blocks of the step being chosen
+        self._waits: dict[str, BlockHash | None] = {}
 
     def enter(self, request: Request) -> None:
         """Take note of a new request's prompt."""
@@ -80,9 +92,20 @@ class PrefixCache:
         """
         hit = None
         if not request.skip_reading_prefix_cache:
-            hit = self._find(request, max_tokens)
+            hit = self._find_snapshot(request, max_tokens)
+            if self.blocks.reads_without_eviction(request):
+                blocks, num_shared = self.blocks.find(request, max_tokens)
+                num_tokens = len(blocks) * self._schedule.block_size
+                if num_tokens > (hit.num_tokens if hit else 0):
+                    hit = Hit(num_tokens, blocks, num_shared)
         self._offered = request, hit
         return hit
+
+    def offered_to(self, request_id: str) -> Hit | None:
+        """Return what a request was offered that vLLM is about to let in."""
+        if self._offered is None or self._offered[0].request_id != request_id:
+            return None
+        return self._offered[1]
 
     def withdraw(self, request: Request) -> None:
         """Offer nothing after all."""
@@ -98,48 +121,69 @@ class PrefixCache:
         start = 0
         if hit is not None:
             start = hit.num_tokens
-            self.store.count_hit(hit.prefix, start)
+            if hit.snapshot is None:
+                self.blocks.count_hit(start)
+            else:
+                self.store.count_hit(hit.snapshot, start)
+        if self.blocks.reads_without_eviction(request):
+            self.blocks.begin(request)
+            return
         places = self._places(request, start)
         if places:
             self._readers.begin(request, places, self._prefixes(request, places))
 
-    def drop(self, request_id: str) -> None:
-        """Forget a request that is preempted or done."""
+    def drop(self, request_id: str, row: Sequence[KVCacheBlock]) -> None:
+        """Forget a request that is preempted or done, and lets go of its row."""
         self._readers.drop(request_id)
         self._waits.pop(request_id, None)
+        self.blocks.drop(request_id, row)
 
     def must_wait(self, request: Request) -> bool:
         """Return whether another request is reading more of this one's prompt.
 
         Constant time for one that waits already.
         """
-        if not self._readers:
-            return False
-        awaited = self._waits.get(request.request_id)
-        if awaited is not None:
-            if self._readers.reader_of(awaited) is not None:
-                return True
-            del self._waits[request.request_id]
         if request.skip_reading_prefix_cache:
             return False
+        awaited = self._waits.get(request.request_id)
+        if awaited is not None and self._readers.reader_of(awaited) is not None:
+            return True
+        start = 0
+        if self.blocks.reads_without_eviction(request) and (
+            self.blocks.writes or self._readers
+        ):
+            found, _ = self.blocks.find(request)
+            if self.blocks.are_extended_now(request, len(found)):
+                return self._wait(request, None)
+            start = len(found) * self._schedule.block_size
+        awaited = self._awaited(request, start)
+        if awaited is None:
+            return False
+        self._readers.want(awaited)
+        return self._wait(request, awaited)
+
+    def _wait(self, request: Request, awaited: BlockHash | None) -> bool:
+        self.num_waits += request.request_id not in self._waits
+        self._waits[request.request_id] = awaited
+        return True
+
+    def _awaited(self, request: Request, start: int) -> BlockHash | None:
+        """Return the prefix longer than `start` that another request is reading."""
+        if not self._readers:
+            return None
         store, readers = self.store, self._readers
         awaited = None
         others_length = 0
         for length in reversed(self._hit_places(request)):
-            if awaited is not None and length <= others_length:
+            if length <= max(start, others_length):
                 break
             prefix = self._prefix(request, length)
             # a request that can begin here is no further from the end than the other
             if store.find(prefix) is not None:
-                return False
+                return None
             if awaited is None and (other := readers.reader_of(prefix)) is not None:
                 awaited, others_length = prefix, other.num_computed_tokens
-        if awaited is None:
-            return False
-        readers.want(awaited)
-        self._waits[request.request_id] = awaited
-        self.num_waits += 1
-        return True
+        return awaited
 
     def first_stop(self, request: Request, start: int, end: int) -> int:
         """Return where a step must end so that a snapshot can be made, at most `end`.
@@ -149,6 +193,8 @@ class PrefixCache:
             start: Its length before the step.
             end: Its length after the step, as far as everything else is concerned.
         """
+        if self.blocks.reads_without_eviction(request):
+            return end
         chunk = self._chunk
         most = min(end - 1, request.num_prompt_tokens, self._num_hashed(request))
         for length in range((start // chunk + 1) * chunk, most + 1, chunk):
@@ -159,22 +205,22 @@ class PrefixCache:
     def publish(
         self, rows: Mapping[str, Sequence[KVCacheBlock]]
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Make snapshots of what is due, when all requests of a step are chosen.
+        """Keep what is due, when all requests of a step are chosen.
 
         Args:
             rows: The block table of each request.
 
         Returns:
-            Blocks to copy from and to before the step, see `SnapshotStore.publish`.
+            Blocks to copy from and to before the step, each with a reference for that.
         """
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
                 live = self._live(rows[request.request_id], length)
                 copies += self.store.publish(prefix, live)
-        return copies
+        return copies + self.blocks.end_step(rows)
 
-    def _find(self, request: Request, max_tokens: int | None) -> Hit | None:
+    def _find_snapshot(self, request: Request, max_tokens: int | None) -> Hit | None:
         for length in reversed(self._hit_places(request, max_tokens)):
             prefix = self._prefix(request, length)
             snapshot = self.store.find(prefix)
@@ -183,7 +229,7 @@ class PrefixCache:
                 gap = [self._null_block] * self._schedule.evicted_blocks(length)
                 blocks = snapshot.blocks
                 row = [*blocks[:resident], *gap, *blocks[resident:]]
-                return Hit(length, prefix, row)
+                return Hit(length, row, snapshot=prefix)
         return None
 
     def _is_due(self, request: Request, length: int, prefix: BlockHash) -> bool:

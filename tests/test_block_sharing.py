@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts that are read without eviction begin with blocks of others, as in stock vLLM.
+
+`PagedWorker` holds each hit to the prefix and to blocks of earlier steps, and lets no
+sequence evict that holds a block of others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.scheduler_driver import BLOCK_SIZE, Driver
+from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, modes
+
+HEADER = PROMPT[:10]
+"""Two blocks and a half, within the second chunk; the first eviction is at 24."""
+OPEN = 100
+"""A `max_tokens` with which any request may evict."""
+
+
+def begins_with(driver: Driver, prompt: list[int], max_tokens: int, **more: Any) -> int:
+    """Run a request until it writes, and return with how many tokens it began."""
+    saved = cache_of(driver).blocks.num_saved_tokens
+    request_id = driver.add(0, max_tokens, prompt=prompt, **more)
+    step_until(driver, lambda: bool(driver.outputs[request_id]))
+    return cache_of(driver).blocks.num_saved_tokens - saved
+
+
+def step_until(driver: Driver, is_done: Callable[[], bool]) -> None:
+    last = driver.num_steps + 200
+    while not is_done():
+        assert driver.num_steps < last
+        driver.step()
+
+
+def row_of(driver: Driver, request_id: str) -> list[int]:
+    return [block.block_id for block in driver.manager.req_to_blocks[request_id]]
+
+
+@modes
+@pytest.mark.parametrize("first", [4, OPEN])
+@pytest.mark.parametrize("second", [4, OPEN])
+@pytest.mark.parametrize("is_writing", [True, False])
+def test_the_second_request_begins_behind_the_header(
+    asynchronous: bool,
+    max_steps_in_flight: int,
+    first: int,
+    second: int,
+    is_writing: bool,
+) -> None:
+    driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
+    assert begins_with(driver, [*HEADER, 90], first) == 0
+    if not is_writing:
+        driver.drain(200)
+    assert begins_with(driver, [*HEADER, 91, 92, 93], second) == 8
+    # both blocks of the header, and that of the tokens that follow both of them
+    assert begins_with(driver, [*HEADER, 91, 92, 94], 4) == 12
+    driver.drain(500)
+    assert driver.worker.num_hits == 2
+
+
+def test_who_cannot_evict_holds_the_same_blocks() -> None:
+    driver = driver_of()
+    for own in range(3):
+        begins_with(driver, [*HEADER, 90 + own], 10)
+    rows = [row_of(driver, str(number)) for number in range(3)]
+    assert rows[0][:2] == rows[1][:2] == rows[2][:2]
+    assert len({row[2] for row in rows}) == 3
+    assert driver.worker.num_shared == 4
+
+
+def test_who_may_evict_holds_blocks_of_its_own() -> None:
+    driver = driver_of()
+    for own in range(3):
+        begins_with(driver, [*HEADER, 90 + own], OPEN)
+    rows = [row_of(driver, str(number)) for number in range(3)]
+    assert len({block for row in rows for block in row}) == 9
+    driver.drain(500)
+    assert driver.worker.num_shared == 0
+    assert driver.worker.num_evictions > 3
+
+
+@modes
+@pytest.mark.parametrize("has_room", [True, False])
+def test_who_evicts_leaves_copies_of_its_prompt_where_there_is_room(
+    asynchronous: bool, max_steps_in_flight: int, has_room: bool
+) -> None:
+    driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
+    begins_with(driver, [*HEADER, 90], OPEN)
+    pool = driver.manager.block_pool
+    taken = []
+    if not has_room:
+        # the answer takes five blocks to its first eviction
+        taken = pool.get_new_blocks(pool.get_num_free_blocks() - 5)
+        driver.check = lambda: None
+    step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
+    pool.free_blocks(taken)
+    assert begins_with(driver, [*HEADER, 91], 4) == (8 if has_room else 0)
+    driver.drain(500)
+    # the last one has left its blocks as they were
+    assert begins_with(driver, [*HEADER, 92], OPEN) == 8
+
+
+def test_a_copy_serves_others_when_its_origin_evicts() -> None:
+    """So the origin leaves no other one."""
+    driver = driver_of()
+    origin = driver.add(0, OPEN, prompt=HEADER[:8])
+    for _ in range(10):
+        driver.step()
+    begins_with(driver, [*HEADER, 91], OPEN)
+    driver.worker.num_copies = 0
+    step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
+    assert driver.worker.num_copies == 0
+    assert begins_with(driver, [*HEADER, 92], 4) == 8
+    driver.abort(origin)
+    driver.drain(500)
+
+
+@pytest.mark.parametrize("max_tokens", [4, OPEN])
+def test_siblings_wait_one_step_for_the_first_of_them(max_tokens: int) -> None:
+    driver = driver_of()
+    for _ in range(4):
+        driver.add(0, max_tokens, prompt=PROMPT[:15])
+    assert driver.step() == {"0": 15}
+    assert {name: driver.step()[name] for name in "123"} == {"1": 3, "2": 3, "3": 3}
+    assert cache_of(driver).num_waits == 3
+    driver.drain(500)
+    assert cache_of(driver).blocks.num_hits == 3
+
+
+def test_answers_are_begun_with_by_the_next_turn() -> None:
+    driver = driver_of()
+    begins_with(driver, HEADER, 4)
+    driver.drain(20)
+    text = HEADER + driver.outputs["0"]
+    # the last token was sampled, and not read
+    assert begins_with(driver, [*text, 1], 4) == 12
+    assert begins_with(driver, [*text, 2], OPEN) == 12
+
+
+def test_what_is_longer_begins_at_ends_of_chunks_alone() -> None:
+    driver = driver_of()
+    begins_with(driver, PROMPT[:20], 4)
+    driver.drain(20)
+    assert begins_with(driver, PROMPT, 4) == 0
+    assert cache_of(driver).store.num_hits == 0
+    driver.drain(20)
+    # and leaves its snapshots to shorter ones too
+    begins_with(driver, PROMPT[:18] + [90] * 20, 4)
+    driver.drain(20)
+    driver.scheduler.kv_cache_manager.block_pool.evict_blocks(
+        {
+            block.block_id
+            for block in driver.manager.block_pool.blocks
+            if block.block_hash and len(block.block_hash) > 12
+        }
+    )
+    assert begins_with(driver, PROMPT[:18], 4) == 0
+    assert cache_of(driver).store.num_saved_tokens == 16
+
+
+@modes
+@pytest.mark.parametrize(("max_tokens", "expected"), [(8, 12), (OPEN, 0)])
+def test_a_preempted_request_goes_on_as_if_it_had_not_been(
+    asynchronous: bool, max_steps_in_flight: int, max_tokens: int, expected: int
+) -> None:
+    """What it evicts later must not depend on who was there before."""
+    driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
+    request_id = driver.add(0, max_tokens, prompt=HEADER)
+    step_until(driver, lambda: len(driver.outputs[request_id]) >= 5)
+    while driver.num_in_flight:
+        driver.complete()
+    request = driver.scheduler.requests[request_id]
+    driver.scheduler.running.remove(request)
+    driver.scheduler._preempt_request(request, 0.0)
+    driver.drain(500)
+    assert cache_of(driver).blocks.num_saved_tokens == expected
+
+
+def test_blocks_that_no_step_will_fill_are_not_found() -> None:
+    """A request is preempted in the step for which it has been chosen."""
+    driver = driver_of()
+    scheduler, manager = driver.scheduler, driver.manager
+    driver.add(0, 4, prompt=[*HEADER, 90])
+    take = manager.take_pending_cow_copies
+
+    def preempt_first() -> list[Any]:
+        if scheduler.num_steps_seen == 0:
+            manager.block_pool.free_blocks(reversed(manager.pop_blocks_for_free("0")))
+        scheduler.num_steps_seen += 1
+        return take()
+
+    scheduler.num_steps_seen = 0
+    manager.take_pending_cow_copies = preempt_first
+    scheduler.schedule()
+    request = driver.scheduler.requests["0"]
+    blocks, _ = cache_of(driver).blocks.find(request)
+    assert blocks == []
+
+
+def test_more_input_may_make_a_request_evict() -> None:
+    driver = driver_of()
+    begins_with(driver, [*HEADER, 90], 4, resumable=True)
+    begins_with(driver, [*HEADER, 91], 4)
+    rows = row_of(driver, "0"), row_of(driver, "1")
+    assert not set(rows[0]) & set(rows[1])
+
+
+def test_salts_and_skips_are_obeyed() -> None:
+    driver = driver_of()
+    assert begins_with(driver, [*HEADER, 90], 4) == 0
+    assert begins_with(driver, [*HEADER, 91], 4, cache_salt="other") == 0
+    assert begins_with(driver, [*HEADER, 91], 4, skip_reading_prefix_cache=True) == 0
+    assert begins_with(driver, [*HEADER, 92], 4) == 8
+
+
+def test_a_reset_forgets_all_blocks() -> None:
+    driver = driver_of()
+    begins_with(driver, [*HEADER, 90], 4)
+    driver.drain(20)
+    assert driver.scheduler.reset_prefix_cache()
+    assert begins_with(driver, [*HEADER, 91], 4) == 0
+
+
+@pytest.mark.parametrize("max_tokens", [8, OPEN])
+@pytest.mark.parametrize("spare_blocks", [0, 1, 2, 3])
+def test_a_pool_without_room_for_block_and_copy_serves_all(
+    spare_blocks: int, max_tokens: int
+) -> None:
+    driver = driver_of(spare_blocks=spare_blocks)
+    for own in range(6):
+        driver.add(0, max_tokens, prompt=[*HEADER, 90 + own])
+    driver.drain(2000)
+    assert len(driver.finished) == 6
+
+
+def test_shared_blocks_leave_room_for_more_requests() -> None:
+    """Four of them would not fit without sharing."""
+    driver = driver_of(spare_blocks=3)
+    pool = driver.manager.block_pool
+    prompt = PROMPT[:16]
+    begins_with(driver, [*prompt, 90], 7)
+    free = pool.get_num_free_blocks()
+    for own in range(3):
+        assert begins_with(driver, [*prompt, 91 + own], 2) == 16
+    assert pool.get_num_free_blocks() >= free - 3
+    assert driver.scheduler.vllm_config.cache_config.block_size == BLOCK_SIZE
+    driver.drain(100)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds blocks of sequences that have evicted nothing, by vLLM's own hashes.
+
+Until its first eviction a sequence's blocks are what they are in any vLLM: K and V of
+the tokens at their places. So a prompt that is read without eviction begins with them
+at any block, not only where there is a snapshot. Whose they are decides how:
+
+* A request that can never evict (prompt and `max_tokens` fit) *shares*: it holds the
+  same blocks as others, by reference, as in stock vLLM.
+* A request that may evict later will write over its blocks. They are *private*: others
+  copy them while it runs, and it copies what it begins with itself. Before it evicts,
+  those of its prompt are copied into free blocks, where they are kept as long as any.
+
+The statistics in such blocks are those of all queries that have been asked over them,
+whoever asked; a later eviction goes by the mean over these.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_roco.eviction_schedule import EvictionSchedule
+
+
+class BlockCache:
+    """The hashed blocks of one block manager.
+
+    Args:
+        block_pool: vLLM's blocks, with the map from hashes to them.
+        group_id: vLLM's number of the manager's KV cache group.
+        schedule: The eviction arithmetic.
+
+    Attributes:
+        num_hits: Requests that began with blocks found here.
+        num_saved_tokens: Tokens that these did not have to read.
+    """
+
+    def __init__(
+        self, block_pool: BlockPool, group_id: int, schedule: EvictionSchedule
+    ) -> None:
+        self.num_hits = 0
+        self.num_saved_tokens = 0
+        self._pool = block_pool
+        self._group_ids = [group_id]
+        self._block_size = schedule.block_size
+        self._max_tokens = schedule.max_live_tokens()
+        # requests whose blocks are hashed, and whether these are private
+        self._owners: dict[str, tuple[Request, bool]] = {}
+        # those of them that evict in the step being scheduled
+        self._evicting: list[str] = []
+        self._private_blocks: set[int] = set()
+        # blocks that are written in the step being scheduled
+        self._fresh_blocks: set[int] = set()
+
+    def reads_without_eviction(self, request: Request) -> bool:
+        """Return whether a request has evicted nothing when all of it is read."""
+        return request.num_tokens <= self._max_tokens
+
+    def begin(self, request: Request) -> None:
+        """Note that a request is let in, whose blocks are to be found by others."""
+        self._owners[request.request_id] = request, self._may_evict(request)
+
+    def is_owner(self, request_id: str) -> bool:
+        """Return whether the blocks of a request are to be found by others."""
+        return request_id in self._owners
+
+    def is_sharer(self, request_id: str) -> bool:
+        """Return whether a request may hold the same blocks as others."""
+        owner = self._owners.get(request_id)
+        return owner is not None and not owner[1]
+
+    def find(
+        self, request: Request, max_tokens: int | None = None
+    ) -> tuple[list[KVCacheBlock], int]:
+        """Return the blocks that a request may begin with.
+
+        Args:
+            request: One that reads without eviction.
+            max_tokens: A bound on their tokens, of vLLM's own.
+
+        Returns:
+            The blocks from the first one on, and how many of them may be shared; the
+            others are to be copied.
+        """
+        may_evict = self._may_evict(request)
+        if may_evict and request.num_tokens > request.num_prompt_tokens:
+            # what it has generated must come out as if it had never been preempted
+            return [], 0
+        # the last token must be read to go on from
+        most = request.num_tokens - 1
+        if max_tokens is not None:
+            most = min(most, max_tokens)
+        blocks: list[KVCacheBlock] = []
+        num_shared: int | None = 0 if may_evict else None
+        for block_hash in request.block_hashes[: most // self._block_size]:
+            cached = self._pool.get_cached_block(block_hash, self._group_ids)
+            if cached is None or cached[0].block_id in self._fresh_blocks:
+                break
+            if num_shared is None and cached[0].block_id in self._private_blocks:
+                num_shared = len(blocks)
+            blocks += cached
+        return blocks, len(blocks) if num_shared is None else num_shared
+
+    @property
+    def writes(self) -> bool:
+        """Whether the step being scheduled writes blocks that others may want."""
+        return bool(self._fresh_blocks)
+
+    def are_extended_now(self, request: Request, num_blocks: int) -> bool:
+        """Return whether the step being scheduled writes the next block of a prefix.
+
+        It can be begun with in the next step: copies are made before a step, and who
+        shares a block adds to statistics that must have been started.
+
+        Args:
+            request: One that could begin with so many blocks now.
+            num_blocks: See `find`.
+        """
+        if num_blocks >= len(request.block_hashes):
+            return False
+        cached = self._pool.get_cached_block(
+            request.block_hashes[num_blocks], self._group_ids
+        )
+        return cached is not None and cached[0].block_id in self._fresh_blocks
+
+    def add(self, request_id: str, blocks: Iterable[KVCacheBlock]) -> None:
+        """Note blocks of a request that vLLM has hashed, and that a step will fill."""
+        ids = [block.block_id for block in blocks]
+        self._fresh_blocks.update(ids)
+        if self._owners[request_id][1]:
+            self._private_blocks.update(ids)
+
+    def withdraw(self, request_id: str) -> None:
+        """Note that a request evicts in the step being scheduled.
+
+        Raises:
+            RuntimeError: It shares blocks.
+        """
+        if self.is_sharer(request_id):
+            raise RuntimeError(
+                f"roco: request {request_id} shares its blocks, and would evict: it "
+                "has become longer than its prompt and max_tokens together. This "
+                "release of vLLM is not supported; switch prefix caching off with "
+                "--no-enable-prefix-caching."
+            )
+        self._evicting.append(request_id)
+
+    def drop(self, request_id: str, row: Iterable[KVCacheBlock]) -> None:
+        """Forget a request that lets go of its blocks; they can be found until reused.
+
+        Those that a step should have filled that it no longer takes part in cannot.
+        """
+        if self._owners.pop(request_id, None) is None:
+            return
+        ids = {block.block_id for block in row}
+        self._private_blocks -= ids
+        unwritten = self._fresh_blocks & ids
+        if unwritten:
+            self._pool.evict_blocks(unwritten)
+
+    def end_step(
+        self, rows: Mapping[str, Sequence[KVCacheBlock]]
+    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Note that all requests of a step are chosen.
+
+        What the step writes can be found from now on, what it evicts from cannot.
+
+        Args:
+            rows: The block table of each request.
+
+        Returns:
+            Blocks to copy from and to before the step, each with a reference for that.
+        """
+        self._fresh_blocks.clear()
+        copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
+        for request_id in self._evicting:
+            if request_id in self._owners:
+                request, _ = self._owners[request_id]
+                row = rows[request_id]
+                self._pool.evict_blocks({block.block_id for block in row})
+                self.drop(request_id, row)
+                copies += self._keep_prompt(request, row)
+        self._evicting.clear()
+        return copies
+
+    def _keep_prompt(
+        self, request: Request, row: Sequence[KVCacheBlock]
+    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """Hash copies of a prompt's blocks that nobody else has, if there is room."""
+        num_blocks = request.num_prompt_tokens // self._block_size
+        gone = [
+            self._pool.get_cached_block(block_hash, self._group_ids) is None
+            for block_hash in request.block_hashes[:num_blocks]
+        ]
+        sources = [block for block, is_gone in zip(row, gone, strict=False) if is_gone]
+        if not 0 < len(sources) <= self._pool.get_num_free_blocks():
+            return []
+        targets = self._pool.get_new_blocks(len(sources))
+        self._pool.touch(sources)
+        unused = iter(targets)
+        self._pool.cache_full_blocks(
+            request=request,
+            blocks=[
+                next(unused) if is_gone else block
+                for block, is_gone in zip(row, gone, strict=False)
+            ],
+            num_cached_blocks=0,
+            num_full_blocks=len(gone),
+            block_size=self._block_size,
+            kv_cache_group_id=self._group_ids[0],
+            block_mask=gone,
+        )
+        return list(zip(sources, targets, strict=True))
+
+    def count_hit(self, num_tokens: int) -> None:
+        """Note that a request begins with blocks of so many tokens."""
+        self.num_hits += 1
+        self.num_saved_tokens += num_tokens
+
+    def _may_evict(self, request: Request) -> bool:
+        return (
+            request.num_prompt_tokens + request.max_tokens > self._max_tokens
+            # more input may follow
+            or request.resumable
+        )
