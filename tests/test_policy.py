@@ -14,14 +14,17 @@ from vllm_roco import policy
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import (
-    FIRST_POSITION,
     MASS_PEAK,
     MASS_SQUARES,
     MASS_SUM,
     NUM_FIELDS,
+    NUM_QUERIES,
 )
 
 BLOCK_SIZE = 2
+
+Blocks = tuple[torch.Tensor, torch.Tensor]
+"""Statistics `[layers, heads, blocks, fields]`, first positions `[blocks]`."""
 
 
 def config_of(budget_blocks: int, **options: Any) -> RocoConfig:
@@ -31,18 +34,18 @@ def config_of(budget_blocks: int, **options: Any) -> RocoConfig:
     )
 
 
-def statistics_of(
+def full_blocks(
     num_computed_tokens: int,
     mean: list[Any],
     *,
     deviation: list[Any] | None = None,
     peak: list[Any] | None = None,
     first: list[int] | None = None,
-) -> torch.Tensor:
-    """Return `[layers, heads, blocks, fields]` whose moments are the given ones.
+) -> Blocks:
+    """Return full blocks whose moments are the given ones.
 
     Args:
-        num_computed_tokens: Length after the step.
+        num_computed_tokens: Length after the step, whose queries alone saw the blocks.
         mean: By block, by head and block, or by layer, head and block.
         deviation: Likewise; zero if left out.
         peak: Likewise; zero if left out.
@@ -56,23 +59,24 @@ def statistics_of(
 
     positions = first or [BLOCK_SIZE * block for block in range(means.shape[-1])]
     statistics = torch.empty(*means.shape, NUM_FIELDS)
-    statistics[..., FIRST_POSITION] = torch.tensor(positions, dtype=torch.float32)
-    count = num_computed_tokens - statistics[..., FIRST_POSITION]
+    first_positions = torch.tensor(positions, dtype=torch.float32)
+    count = num_computed_tokens - first_positions
+    statistics[..., NUM_QUERIES] = count
     statistics[..., MASS_SUM] = means * count
     squares = like_means(deviation).square() + means.square()
     statistics[..., MASS_SQUARES] = squares * count
     statistics[..., MASS_PEAK] = like_means(peak)
-    return statistics
+    return statistics, first_positions
 
 
 def victims_of(
-    statistics: torch.Tensor,
+    blocks: Blocks,
     num_computed_tokens: int,
     num_victims: int,
     config: RocoConfig,
 ) -> list[int]:
     victims = policy.select_victims(
-        statistics, num_computed_tokens, num_victims, BLOCK_SIZE, config
+        *blocks, num_computed_tokens, num_victims, BLOCK_SIZE, config
     )
     assert victims.dtype == torch.int64
     return victims.tolist()
@@ -89,7 +93,8 @@ def test_the_group_is_averaged_before_anything_is_squared() -> None:
     # one head looks at the first block only, its partner never
     probabilities = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]], [[0.0, 0.0, 0.0, 1.0]]]])
     statistics = torch.zeros(2, 1, NUM_FIELDS)
-    policy.accumulate(statistics, policy.block_mass(probabilities, BLOCK_SIZE))
+    mass = policy.block_mass(probabilities, BLOCK_SIZE)
+    policy.accumulate(statistics, mass, torch.tensor([1, 1]))
     assert statistics[:, 0, MASS_SQUARES].tolist() == [0.25, 0.25]
     assert statistics[:, 0, MASS_PEAK].tolist() == [0.5, 0.5]
 
@@ -98,18 +103,21 @@ def test_accumulate_adds_a_step() -> None:
     statistics = torch.zeros(2, 1, NUM_FIELDS)
     statistics[0, 0] = torch.tensor([1.0, 0.5, 0.75, 4.0])
     # [kv heads 1, queries 2, blocks 2]
-    policy.accumulate(statistics, torch.tensor([[[0.5, 0.5], [0.25, 0.75]]]))
-    expected = torch.tensor([[[1.75, 0.8125, 0.75, 4.0]], [[1.25, 0.8125, 0.75, 0.0]]])
+    mass = torch.tensor([[[0.5, 0.5], [0.25, 0.75]]])
+    policy.accumulate(statistics, mass, torch.tensor([2, 1]))
+    expected = torch.tensor([[[1.75, 0.8125, 0.75, 6.0]], [[1.25, 0.8125, 0.75, 1.0]]])
     torch.testing.assert_close(statistics, expected, rtol=0, atol=0)
 
 
 def test_accumulate_in_two_steps_equals_one() -> None:
     mass = torch.rand(3, 7, 5, generator=torch.Generator().manual_seed(0))
     at_once = torch.zeros(5, 3, NUM_FIELDS)
-    policy.accumulate(at_once, mass)
+    first_tokens = 2 * torch.arange(5)
+    policy.accumulate(at_once, mass, policy.queries_that_see(first_tokens, 10, 7))
     in_steps = torch.zeros(5, 3, NUM_FIELDS)
-    policy.accumulate(in_steps, mass[:, :4])
-    policy.accumulate(in_steps, mass[:, 4:])
+    for end, step in (7, mass[:, :4]), (10, mass[:, 4:]):
+        count = policy.queries_that_see(first_tokens, end, step.shape[1])
+        policy.accumulate(in_steps, step, count)
     torch.testing.assert_close(in_steps, at_once)
 
 
@@ -117,33 +125,62 @@ def test_the_mass_of_a_query_sums_to_one() -> None:
     scores = torch.randn(2, 3, 4, 11, 6, generator=torch.Generator().manual_seed(1))
     probabilities = scores.softmax(-1)
     statistics = torch.zeros(2, 3, 3, NUM_FIELDS)
-    policy.accumulate(statistics, policy.block_mass(probabilities, BLOCK_SIZE))
+    mass = policy.block_mass(probabilities, BLOCK_SIZE)
+    policy.accumulate(statistics, mass, torch.full((2, 3), 11))
     total = statistics[..., MASS_SUM].sum(1)
     torch.testing.assert_close(total, torch.full((2, 3), 11.0))
 
 
-def test_start_forgets_what_a_page_held() -> None:
-    statistics = torch.full((2, 3, NUM_FIELDS), torch.nan)
-    policy.start(statistics, torch.tensor([32, 4096]))
-    assert (statistics[..., :FIRST_POSITION] == 0).all()
-    assert statistics[0, :, FIRST_POSITION].tolist() == [32.0] * 3
-    assert statistics[1, :, FIRST_POSITION].tolist() == [4096.0] * 3
+def test_a_block_is_seen_from_its_first_token_on() -> None:
+    # of 5 queries at places 6 to 10
+    first_tokens = torch.tensor([0, 6, 7, 10, 12])
+    seen = policy.queries_that_see(first_tokens, 11, 5)
+    assert seen.tolist() == [5, 5, 4, 1, 0]
+    # a batch's rows have lengths of their own
+    rows = policy.queries_that_see(first_tokens, torch.tensor([[11], [7]]), 1)
+    assert rows.tolist() == [[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
 
 
-def test_moments_count_from_the_blocks_first_token() -> None:
+def test_moments_are_over_the_queries_that_saw_the_block() -> None:
     statistics = torch.zeros(NUM_FIELDS)
-    # masses 0.5, 0.25, 0.25, 1.0 of the queries at positions 6 to 9
+    # masses 0.5, 0.25, 0.25 and 1.0
     statistics[MASS_SUM] = 2.0
     statistics[MASS_SQUARES] = 1.375
-    statistics[FIRST_POSITION] = 6
-    assert policy.mean_of(statistics, 10).item() == 0.5
-    deviation = policy.deviation_of(statistics, 10).item()
+    statistics[NUM_QUERIES] = 4
+    assert policy.mean_of(statistics).item() == 0.5
+    deviation = policy.deviation_of(statistics).item()
     assert deviation == pytest.approx(0.09375**0.5)
 
 
+def test_a_block_that_sequences_share_has_the_mean_over_all_of_them() -> None:
+    """Not over the queries of the one that evicts."""
+    mass = torch.rand(3, 12, 1, generator=torch.Generator().manual_seed(0))
+    statistics = torch.zeros(1, 3, NUM_FIELDS)
+    # a prompt whose third token begins the block, then two others by turns
+    mass[:, :2] = 0
+    steps = [(5, 0, 5), (4, 5, 9), (1, 9, 10), (2, 10, 12)]
+    lengths = [5, 20, 6, 22]
+    for (num_queries, begin, end), length in zip(steps, lengths, strict=True):
+        count = policy.queries_that_see(torch.tensor([2]), length, num_queries)
+        policy.accumulate(statistics, mass[:, begin:end], count)
+    seen = mass[:, 2:, 0]
+    torch.testing.assert_close(policy.mean_of(statistics)[0], seen.mean(1))
+    torch.testing.assert_close(
+        policy.deviation_of(statistics)[0], seen.std(1, correction=0)
+    )
+
+
+def test_a_block_that_many_looked_at_may_be_the_one_to_go() -> None:
+    """Its sum is the largest, its mean the smallest."""
+    statistics, first_positions = full_blocks(8, [0.2, 0.3, 0.4, 0.5])
+    statistics[:, :, 2, MASS_SUM] = 50 * 0.1
+    statistics[:, :, 2, NUM_QUERIES] = 50
+    assert victims_of((statistics, first_positions), 8, 1, config_of(3)) == [2]
+
+
 def test_a_deviation_of_rounding_errors_is_zero() -> None:
-    statistics = torch.tensor([0.3, 0.3 * 0.1 - 1e-6, 0.1, 0.0])
-    assert policy.deviation_of(statistics, 3).item() == 0.0
+    statistics = torch.tensor([0.3, 0.3 * 0.1 - 1e-6, 0.1, 3.0])
+    assert policy.deviation_of(statistics).item() == 0.0
 
 
 def test_any_head_takes_the_largest_share() -> None:
@@ -175,16 +212,16 @@ DEVIATIONS = [0.5, 0.4, 0.1, 0.1, 0.1]
 def test_two_stages(
     options: dict[str, Any], num_victims: int, expected: list[int]
 ) -> None:
-    statistics = statistics_of(10, MEANS, deviation=DEVIATIONS, peak=PEAKS)
+    blocks = full_blocks(10, MEANS, deviation=DEVIATIONS, peak=PEAKS)
     config = config_of(4, **options)
-    assert victims_of(statistics, 10, num_victims, config) == expected
+    assert victims_of(blocks, 10, num_victims, config) == expected
 
 
 def test_the_shield_is_cut_so_that_victims_remain() -> None:
     # one sink, three candidates, two victims: only the highest peak can be shielded
-    statistics = statistics_of(8, [0.1, 0.2, 0.3, 0.4], peak=[0.9, 0.8, 0.2, 0.3])
+    blocks = full_blocks(8, [0.1, 0.2, 0.3, 0.4], peak=[0.9, 0.8, 0.2, 0.3])
     config = config_of(2, sink=1, shield_ratio=1)
-    assert victims_of(statistics, 8, 2, config) == [2, 3]
+    assert victims_of(blocks, 8, 2, config) == [2, 3]
 
 
 def test_one_head_in_one_layer_saves_a_block() -> None:
@@ -193,26 +230,26 @@ def test_one_head_in_one_layer_saves_a_block() -> None:
         [[0.01, 0.3, 0.3], [0.01, 0.3, 0.3]],
         [[0.01, 0.3, 0.3], [0.80, 0.1, 0.2]],
     ]
-    statistics = statistics_of(6, mean)
-    assert victims_of(statistics, 6, 1, config_of(2)) == [1]
+    blocks = full_blocks(6, mean)
+    assert victims_of(blocks, 6, 1, config_of(2)) == [1]
 
 
 def test_heads_are_compared_by_shares_not_by_size() -> None:
     # the second head's numbers are small, but block 0 is all that it looks at
-    statistics = statistics_of(6, [[0.3, 0.35, 0.35], [0.04, 0.003, 0.004]])
-    assert victims_of(statistics, 6, 1, config_of(2)) == [1]
+    blocks = full_blocks(6, [[0.3, 0.35, 0.35], [0.04, 0.003, 0.004]])
+    assert victims_of(blocks, 6, 1, config_of(2)) == [1]
 
 
 def test_shares_are_of_all_full_blocks_not_of_the_candidates() -> None:
     # the incoming block takes most of the second head: among all blocks its share of
     # block 0 is small, among the candidates alone it would be the largest
-    statistics = statistics_of(6, [[0.4, 0.6, 0.0], [0.3, 0.1, 0.6]])
-    assert victims_of(statistics, 6, 1, config_of(1)) == [0]
+    blocks = full_blocks(6, [[0.4, 0.6, 0.0], [0.3, 0.1, 0.6]])
+    assert victims_of(blocks, 6, 1, config_of(1)) == [0]
 
 
 def test_blocks_behind_the_dying_range_are_no_candidates() -> None:
-    statistics = statistics_of(10, [0.5, 0.4, 0.3, 0.1, 0.1])
-    assert victims_of(statistics, 10, 1, config_of(2)) == [2]
+    blocks = full_blocks(10, [0.5, 0.4, 0.3, 0.1, 0.1])
+    assert victims_of(blocks, 10, 1, config_of(2)) == [2]
 
 
 @pytest.mark.parametrize("shield", ["peak", "deviation"])
@@ -229,23 +266,21 @@ def test_ties_go_to_the_older(
     shield: str, ratio: float, first: list[int], expected: list[int]
 ) -> None:
     # masses that are zero have no rounding: every statistic is the same
-    statistics = statistics_of(14, [0.0] * 6, first=first)
+    blocks = full_blocks(14, [0.0] * 6, first=first)
     config = config_of(4, shield=shield, shield_ratio=ratio)
-    assert victims_of(statistics, 14, 2, config) == expected
+    assert victims_of(blocks, 14, 2, config) == expected
 
 
 def test_a_tie_in_the_shield_leaves_the_younger_shielded() -> None:
     # equal peaks: the two youngest of four are shielded, whatever their mean
-    statistics = statistics_of(
-        8, [0.3, 0.4, 0.1, 0.2], peak=[0.5] * 4, first=[6, 0, 4, 2]
-    )
-    assert victims_of(statistics, 8, 1, config_of(3, shield_ratio=0.67)) == [3]
+    blocks = full_blocks(8, [0.3, 0.4, 0.1, 0.2], peak=[0.5] * 4, first=[6, 0, 4, 2])
+    assert victims_of(blocks, 8, 1, config_of(3, shield_ratio=0.67)) == [3]
 
 
 def test_a_tie_in_the_mean_goes_to_the_older_whatever_its_shield() -> None:
     # blocks 0 to 2 are exposed with equal means; the oldest has the largest peak
-    statistics = statistics_of(8, [0.0] * 4, peak=[0.3, 0.1, 0.2, 0.9])
-    assert victims_of(statistics, 8, 1, config_of(3, shield_ratio=0.4)) == [0]
+    blocks = full_blocks(8, [0.0] * 4, peak=[0.3, 0.1, 0.2, 0.9])
+    assert victims_of(blocks, 8, 1, config_of(3, shield_ratio=0.4)) == [0]
 
 
 @pytest.mark.parametrize(
@@ -261,9 +296,9 @@ def test_a_tie_in_the_mean_goes_to_the_older_whatever_its_shield() -> None:
 def test_sinks_are_protected(
     sink: int, recent: int, num_tokens: int, expected: list[int]
 ) -> None:
-    statistics = statistics_of(num_tokens, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+    blocks = full_blocks(num_tokens, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
     config = config_of(5, sink=sink, recent=recent)
-    assert victims_of(statistics, num_tokens, 1, config) == expected
+    assert victims_of(blocks, num_tokens, 1, config) == expected
 
 
 @pytest.mark.parametrize(
@@ -281,25 +316,25 @@ def test_sinks_are_protected(
 def test_the_newest_tokens_are_protected(
     recent: int, num_tokens: int, expected: list[int]
 ) -> None:
-    statistics = statistics_of(num_tokens, [0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    blocks = full_blocks(num_tokens, [0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     config = config_of(5, recent=recent)
-    assert victims_of(statistics, num_tokens, 1, config) == expected
+    assert victims_of(blocks, num_tokens, 1, config) == expected
 
 
 def test_protection_follows_the_token_not_the_place() -> None:
     # the first token's block lies last, the newest first
-    statistics = statistics_of(8, [0.1, 0.4, 0.3, 0.1], first=[6, 2, 4, 0])
-    assert victims_of(statistics, 8, 1, config_of(3, sink=1, recent=1)) == [2]
+    blocks = full_blocks(8, [0.1, 0.4, 0.3, 0.1], first=[6, 2, 4, 0])
+    assert victims_of(blocks, 8, 1, config_of(3, sink=1, recent=1)) == [2]
 
 
 def test_everything_but_the_victims_may_be_protected() -> None:
-    statistics = statistics_of(8, [0.1, 0.9, 0.8, 0.2])
+    blocks = full_blocks(8, [0.1, 0.9, 0.8, 0.2])
     config = config_of(2, sink=2, recent=2, shield_ratio=1)
-    assert victims_of(statistics, 8, 2, config) == [1, 2]
+    assert victims_of(blocks, 8, 2, config) == [1, 2]
 
 
 @st.composite
-def selections(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, RocoConfig]:
+def selections(draw: st.DrawFn) -> tuple[Blocks, int, int, RocoConfig]:
     budget = draw(st.integers(1, 6))
     num_victims = draw(st.integers(1, 8))
     num_full = budget + num_victims + draw(st.integers(0, 2))
@@ -319,23 +354,23 @@ def selections(draw: st.DrawFn) -> tuple[torch.Tensor, int, int, RocoConfig]:
     mass = st.lists(
         st.sampled_from([0.0, 0.25, 0.5]), min_size=num_full, max_size=num_full
     )
-    statistics = statistics_of(
+    blocks = full_blocks(
         num_tokens,
         [draw(mass), draw(mass)],
         deviation=[draw(mass), draw(mass)],
         peak=[draw(mass), draw(mass)],
         first=[BLOCK_SIZE * age for age in ages],
     )
-    return statistics, num_tokens, num_victims, config
+    return blocks, num_tokens, num_victims, config
 
 
 @given(selections())
 def test_victims_are_distinct_candidates_that_nothing_protects(
-    selection: tuple[torch.Tensor, int, int, RocoConfig],
+    selection: tuple[Blocks, int, int, RocoConfig],
 ) -> None:
-    statistics, num_tokens, num_victims, config = selection
-    victims = victims_of(statistics, num_tokens, num_victims, config)
-    first = statistics[0, 0, :, FIRST_POSITION]
+    blocks, num_tokens, num_victims, config = selection
+    victims = victims_of(blocks, num_tokens, num_victims, config)
+    _, first = blocks
     assert victims == sorted(set(victims))
     assert len(victims) == num_victims
     assert victims[-1] < config.budget // BLOCK_SIZE + num_victims
@@ -346,17 +381,21 @@ def test_victims_are_distinct_candidates_that_nothing_protects(
 
 @given(selections())
 def test_selection_does_not_depend_on_where_candidates_lie(
-    selection: tuple[torch.Tensor, int, int, RocoConfig],
+    selection: tuple[Blocks, int, int, RocoConfig],
 ) -> None:
-    statistics, num_tokens, num_victims, config = selection
-    victims = victims_of(statistics, num_tokens, num_victims, config)
+    blocks, num_tokens, num_victims, config = selection
+    victims = victims_of(blocks, num_tokens, num_victims, config)
     num_candidates = config.budget // BLOCK_SIZE + num_victims
     reversed_places = [
         *range(num_candidates - 1, -1, -1),
-        *range(num_candidates, statistics.shape[2]),
+        *range(num_candidates, len(blocks[1])),
     ]
+    statistics, first_positions = blocks
     mirrored = victims_of(
-        statistics[:, :, reversed_places], num_tokens, num_victims, config
+        (statistics[:, :, reversed_places], first_positions[reversed_places]),
+        num_tokens,
+        num_victims,
+        config,
     )
     assert sorted(num_candidates - 1 - place for place in mirrored) == victims
 

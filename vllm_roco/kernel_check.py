@@ -71,9 +71,9 @@ def check_decode(device: torch.device, dtype: torch.dtype) -> None:
     for splits in (1, 3):
         cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
         query = _randn((1, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
-        length = WIDTH * BLOCK_SIZE - 5
-        statistics = page.statistics_view(cache).zero_()
-        expected = statistics.clone()
+        # the newest token begins a block
+        length = (WIDTH - 1) * BLOCK_SIZE + 1
+        statistics = page.statistics_view(cache)
         output = torch.empty_like(query)
         plan = DecodePlan(
             32, splits, num_warps=4, num_stages=2, dependent_launch=hopper
@@ -100,7 +100,7 @@ def check_decode(device: torch.device, dtype: torch.dtype) -> None:
             plan=plan,
             scale=SCALE,
         )
-        _assert_step(query, cache, table[0], length, output, statistics, expected)
+        _assert_step(query, cache, table[0], length, output)
 
 
 def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
@@ -108,8 +108,7 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
     cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
     query_len, length = 40, WIDTH * BLOCK_SIZE - 5
     query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
-    statistics = page.statistics_view(cache).zero_()
-    expected = statistics.clone()
+    statistics = page.statistics_view(cache)
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[1], query_len, device=device)
     prefill_attention(
@@ -141,7 +140,7 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         ),
         scale=SCALE,
     )
-    _assert_step(query, cache, table[0], length, output, statistics, expected)
+    _assert_step(query, cache, table[0], length, output)
 
 
 def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
@@ -153,13 +152,15 @@ def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
     blocks = table[0].long()
     caches = [_cache(device, dtype, WIDTH) for _ in range(3)]
     views = [page.statistics_view(cache) for cache in caches]
-    for view in views:
+    first = torch.arange(WIDTH, device=device, dtype=torch.float32) * BLOCK_SIZE
+    for cache, view in zip(caches, views, strict=True):
         view.copy_(_randn(tuple(view.shape), device, torch.float32).abs())
-        first = torch.arange(WIDTH, device=device, dtype=torch.float32) * BLOCK_SIZE
-        view[blocks, :, page.FIRST_POSITION] = first[:, None]
+        view[blocks, :, page.NUM_QUERIES] = (num_tokens - first)[:, None]
+        page.first_positions_view(cache)[blocks] = first
     moves = policy.plan_moves(
         policy.select_victims(
             torch.stack([view[blocks] for view in views]).transpose(1, 2),
+            first,
             num_tokens,
             num_victims,
             BLOCK_SIZE,
@@ -220,10 +221,8 @@ def _assert_step(
     blocks: torch.Tensor,
     length: int,
     output: torch.Tensor,
-    statistics: torch.Tensor,
-    before: torch.Tensor,
 ) -> None:
-    """Compare one sequence's step with float32, by the error of the cache's dtype."""
+    """Compare one sequence's first step with float32, by the error of the dtype."""
     exact, low = (
         reference.attend(
             query=query,
@@ -238,15 +237,19 @@ def _assert_step(
     error = float((output.float() - exact.output).abs().max())
     allowed = 2 * float((low.output.float() - exact.output).abs().max()) + 1e-5
     assert error <= allowed, f"the output errs by {error:.1e}, allowed {allowed:.1e}"
+    found = page.statistics_view(kv_cache), page.first_positions_view(kv_cache)
+    statistics, first_positions = map(torch.zeros_like, found)
     reference.update_statistics(
-        statistics=before,
+        statistics=statistics,
+        first_positions=first_positions,
         blocks=blocks,
         mass=exact.mass,
         live_len=length,
         evicted=0,
         block_size=BLOCK_SIZE,
     )
-    torch.testing.assert_close(statistics, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[0], statistics, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], first_positions, rtol=0, atol=0)
 
 
 def _cache(device: torch.device, dtype: torch.dtype, num_blocks: int) -> torch.Tensor:
@@ -258,6 +261,7 @@ def _cache(device: torch.device, dtype: torch.dtype, num_blocks: int) -> torch.T
         dtype=dtype,
         device=device,
     )
+    page.page_view(cache).zero_()
     cache.copy_(_randn(tuple(cache.shape), device, dtype))
     return cache
 

@@ -20,10 +20,10 @@ import torch
 
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.page import (
-    FIRST_POSITION,
     MASS_PEAK,
     MASS_SQUARES,
     MASS_SUM,
+    NUM_QUERIES,
 )
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -47,49 +47,59 @@ def block_mass(probabilities: torch.Tensor, block_size: int) -> torch.Tensor:
     return mass
 
 
-def accumulate(statistics: torch.Tensor, mass: torch.Tensor) -> None:
+def queries_that_see(
+    first_tokens: torch.Tensor, num_tokens: torch.Tensor | int, num_queries: int
+) -> torch.Tensor:
+    """Return how many of a step's queries see each block.
+
+    A block is seen by the query that writes its first token and by every later one.
+
+    Args:
+        first_tokens: `[..., num_blocks]`, places of the blocks' first tokens among the
+            live ones.
+        num_tokens: `[..., 1]`, live tokens, the queries' own included.
+        num_queries: Queries of the step, the newest tokens.
+
+    Returns:
+        `[..., num_blocks]`, of the arguments' integer type.
+    """
+    return (num_tokens - first_tokens).clamp(0, num_queries)
+
+
+def accumulate(
+    statistics: torch.Tensor, mass: torch.Tensor, num_queries: torch.Tensor
+) -> None:
     """Add one step's attention mass to the statistics, in place.
+
+    Those of a block whose first token is this step's are zero before.
 
     Args:
         statistics: `[..., num_blocks, num_kv_heads, NUM_FIELDS]` float32.
         mass: `[..., num_kv_heads, num_queries, num_blocks]` float32.
+        num_queries: `[..., num_blocks]`, the queries that see each block.
     """
     by_block = mass.movedim(-1, -3)
     statistics[..., MASS_SUM] += by_block.sum(-1)
     statistics[..., MASS_SQUARES] += by_block.square().sum(-1)
     peak = statistics[..., MASS_PEAK]
     torch.maximum(peak, by_block.amax(-1), out=peak)
+    statistics[..., NUM_QUERIES] += num_queries[..., None]
 
 
-def start(statistics: torch.Tensor, first_positions: torch.Tensor) -> None:
-    """Begin the statistics of blocks whose first token is being written, in place.
-
-    Args:
-        statistics: `[..., num_kv_heads, NUM_FIELDS]` float32.
-        first_positions: `[...]`, position of each block's first token.
-    """
-    statistics.zero_()
-    statistics[..., FIRST_POSITION] = first_positions.to(statistics.dtype)[..., None]
-
-
-def mean_of(statistics: torch.Tensor, num_computed_tokens: int) -> torch.Tensor:
-    """Return the mean mass over the queries that saw the block.
-
-    A block is seen by the query that writes its first token and by every later one.
+def mean_of(statistics: torch.Tensor) -> torch.Tensor:
+    """Return the mean mass over the queries that saw the block, of any sequence.
 
     Args:
         statistics: `[..., NUM_FIELDS]` float32.
-        num_computed_tokens: Length of the sequence after the step.
     """
-    count = num_computed_tokens - statistics[..., FIRST_POSITION]
-    return statistics[..., MASS_SUM] / count
+    return statistics[..., MASS_SUM] / statistics[..., NUM_QUERIES]
 
 
-def deviation_of(statistics: torch.Tensor, num_computed_tokens: int) -> torch.Tensor:
-    """Return the standard deviation of the mass, arguments as in `mean_of`."""
-    count = num_computed_tokens - statistics[..., FIRST_POSITION]
-    mean = statistics[..., MASS_SUM] / count
-    variance = statistics[..., MASS_SQUARES] / count - mean.square()
+def deviation_of(statistics: torch.Tensor) -> torch.Tensor:
+    """Return the standard deviation of the mass, argument as in `mean_of`."""
+    mean = mean_of(statistics)
+    square = statistics[..., MASS_SQUARES] / statistics[..., NUM_QUERIES]
+    variance = square - mean.square()
     return variance.clamp_min(0).sqrt()
 
 
@@ -108,6 +118,7 @@ def any_head(values: torch.Tensor) -> torch.Tensor:
 
 def select_victims(
     statistics: torch.Tensor,
+    first_positions: torch.Tensor,
     num_computed_tokens: int,
     num_victims: int,
     block_size: int,
@@ -118,6 +129,7 @@ def select_victims(
     Args:
         statistics: `[num_layers, num_kv_heads, num_full_blocks, NUM_FIELDS]` float32 of
             the sequence's full live blocks, in live order.
+        first_positions: `[num_full_blocks]` float32, where they begin.
         num_computed_tokens: Length of the sequence after the step.
         num_victims: `m`. The candidates are the first `budget / block_size + m` blocks.
         block_size: Tokens per block.
@@ -127,7 +139,7 @@ def select_victims(
         `[num_victims]` int64, places in live order, ascending.
     """
     budget_blocks = config.budget // block_size
-    first = statistics[0, 0, : budget_blocks + num_victims, FIRST_POSITION]
+    first = first_positions[: budget_blocks + num_victims]
     newest = num_computed_tokens - config.recent
     protected = (first < config.sink) | (first + block_size > newest)
     # oldest first, so that every stable sort below breaks ties against the older block
@@ -137,7 +149,7 @@ def select_victims(
     if config.shield == "peak":
         shield = any_head(statistics[..., MASS_PEAK])
     else:
-        shield = any_head(deviation_of(statistics, num_computed_tokens))
+        shield = any_head(deviation_of(statistics))
     shielded = min(
         int(config.shield_ratio * budget_blocks), len(eligible) - num_victims
     )
@@ -145,7 +157,7 @@ def select_victims(
 
     # back to oldest first
     exposed = exposed[first[exposed].argsort(stable=True)]
-    mean = any_head(mean_of(statistics, num_computed_tokens))
+    mean = any_head(mean_of(statistics))
     return _smallest(exposed, mean, num_victims).sort().values
 
 

@@ -145,6 +145,7 @@ def attend(
 def update_statistics(
     *,
     statistics: torch.Tensor,
+    first_positions: torch.Tensor,
     blocks: torch.Tensor,
     mass: torch.Tensor,
     live_len: int,
@@ -155,6 +156,7 @@ def update_statistics(
 
     Args:
         statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32.
+        first_positions: `[num_blocks]` float32, updated with the new blocks.
         blocks: Live blocks in order.
         mass: `[query_len, num_kv_heads, blocks]`, see `Attended`.
         live_len: Tokens in the blocks, the step's own included.
@@ -164,10 +166,11 @@ def update_statistics(
     query_len = mass.shape[0]
     first_token = torch.arange(len(blocks), device=blocks.device) * block_size
     is_new = first_token >= live_len - query_len
+    positions = first_token[is_new] + evicted * block_size
+    first_positions[blocks[is_new].long()] = positions.float()
     # [blocks, num_kv_heads, NUM_FIELDS]
     entries = statistics[blocks.long()]
-    fresh = entries[is_new]
-    policy.start(fresh, first_token[is_new] + evicted * block_size)
-    entries[is_new] = fresh
-    policy.accumulate(entries, mass.transpose(0, 1))
+    entries[is_new] = 0
+    observers = policy.queries_that_see(first_token, live_len, query_len)
+    policy.accumulate(entries, mass.transpose(0, 1), observers)
     statistics[blocks.long()] = entries

@@ -150,9 +150,12 @@ class Step:
         self.statistics = torch.rand(
             1 + rows * live, model.kv_heads, page.NUM_FIELDS, device=device
         )
-        self.statistics[blocks, :, page.FIRST_POSITION] = (
-            (BLOCK_SIZE * position).float()[None, :, None].expand(rows, -1, 1)
-        )
+        # page 0 is nobody's
+        first = torch.zeros(1 + rows * live, device=device)
+        first[blocks] = (BLOCK_SIZE * position).float().expand(rows, -1)
+        self.first_positions = first
+        end = BLOCK_SIZE * (live + self.evicted)
+        self.statistics[..., page.NUM_QUERIES] = (end - first)[:, None]
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.buffers = StepBuffers.allocate(rows, live, device)
@@ -177,6 +180,7 @@ class Step:
         """Give every page the statistics that it had before it was moved over."""
         for cache in self.caches:
             page.statistics_view(cache).copy_(self.statistics)
+            page.first_positions_view(cache).copy_(self.first_positions)
 
     def set_due(self, rows: int) -> None:
         """Let the step end a stride in the first rows, and amid one in the others."""

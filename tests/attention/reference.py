@@ -25,7 +25,7 @@ class DenseSequence:
         keys: By layer, `[length, num_kv_heads, head_size]` float64.
         values: Likewise.
         masses: By (layer, kv head, logical block), the mass from each query that saw
-            the block, in order.
+            the block, in order, of whatever sequence that shares it.
     """
 
     def __init__(
@@ -43,6 +43,22 @@ class DenseSequence:
         self._schedule = schedule
         self._config = config
         self._soft_cap = soft_cap
+
+    def begin_behind(self, other: DenseSequence, num_blocks: int) -> None:
+        """Begin with another sequence's first blocks, which both then look at.
+
+        Args:
+            other: Its first blocks are full and none is evicted.
+            num_blocks: How many are shared.
+        """
+        self.length = num_blocks * self._schedule.block_size
+        self.kept = set(range(num_blocks))
+        self.keys = [keys[: self.length] for keys in other.keys]
+        self.values = [values[: self.length] for values in other.values]
+        for place, masses in other.masses.items():
+            if place[2] < num_blocks:
+                # the same list: it grows with the queries of both
+                self.masses[place] = masses
 
     def attend(
         self,

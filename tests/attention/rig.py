@@ -7,6 +7,7 @@ import copy
 import functools
 import random
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.cpu.metadata import RocoCpuMetadata, RocoCpuMetadataBuilder
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.page import (
-    FIRST_POSITION,
     MASS_PEAK,
     MASS_SQUARES,
     MASS_SUM,
+    NUM_QUERIES,
+    first_positions_view,
     page_view,
     statistics_view,
 )
@@ -137,6 +139,7 @@ class Rig:
         )
         self.sequences: list[DenseSequence] = []
         self.rows: list[list[int]] = []
+        self._num_shared: defaultdict[int, int] = defaultdict(int)
         # block 0 is vLLM's null block
         self._free = list(range(1, num_blocks))
         self._random = random.Random(seed)
@@ -152,6 +155,22 @@ class Rig:
         )
         self.rows.append([])
         return len(self.sequences) - 1
+
+    def add_behind(self, donor: int, num_blocks: int) -> int:
+        """Add a sequence that shares another one's first blocks, and return its index.
+
+        While both take steps, neither may evict.
+
+        Args:
+            donor: The other sequence; nothing of it was evicted.
+            num_blocks: Its full blocks that both attend over.
+        """
+        index, other = self.add(), self.sequences[donor]
+        self.rows[index] = self.rows[donor][:num_blocks]
+        self.sequences[index].begin_behind(other, num_blocks)
+        for sequence in (donor, index):
+            self._num_shared[sequence] = num_blocks
+        return index
 
     def step(self, queries: dict[int, int]) -> None:
         """Run the given numbers of new tokens, and compare everything.
@@ -273,11 +292,17 @@ class Rig:
         sequence, size = self.sequences[index], self.shape.block_size
         live = self.live_blocks(index)
         assert len(live) == len(sequence.kept)
+        num_shared = self._num_shared[index]
         for layer, cache in enumerate(self.caches):
             found = set()
             for block in live:
                 logical = self._logical_of(sequence, layer, cache[block])
                 found.add(logical)
+                if logical >= num_shared:
+                    num_queries = sequence.length - logical * size
+                    for kv_head in range(self.shape.num_kv_heads):
+                        masses = sequence.masses[layer, kv_head, logical]
+                        assert len(masses) == num_queries
                 if self.config.measures:
                     self._compare_statistics(sequence, layer, logical, cache, block)
                 tokens = slice(logical * size, (logical + 1) * size)
@@ -309,16 +334,16 @@ class Rig:
     ) -> None:
         statistics = statistics_view(cache)[block].double()
         first = logical * self.shape.block_size
+        assert first_positions_view(cache)[block] == first
         for kv_head in range(self.shape.num_kv_heads):
             masses = torch.tensor(
                 sequence.masses[layer, kv_head, logical], dtype=torch.float64
             )
-            assert len(masses) == sequence.length - first
             expected = torch.zeros(4, dtype=torch.float64)
             expected[MASS_SUM] = masses.sum()
             expected[MASS_SQUARES] = masses.square().sum()
             expected[MASS_PEAK] = masses.max()
-            expected[FIRST_POSITION] = first
+            expected[NUM_QUERIES] = len(masses)
             torch.testing.assert_close(
                 statistics[kv_head], expected, rtol=1e-4, atol=1e-6
             )

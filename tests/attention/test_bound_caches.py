@@ -37,6 +37,9 @@ def test_views_show_the_cache_that_is_bound(inference: bool) -> None:
             assert views.statistics is not None
             tail = page.statistics_view(views.states)
             assert views.statistics.data_ptr() == tail.data_ptr()
+            assert views.first_positions is not None
+            positions = page.first_positions_view(views.states)
+            assert views.first_positions.data_ptr() == positions.data_ptr()
             assert cache[3, 0, 0].eq(7).sum() == 32
 
 

@@ -13,7 +13,7 @@ import torch
 from vllm import SamplingParams
 
 from tests.engine.engines import Engine, Prompt
-from vllm_roco.kv_cache.page import statistics_view
+from vllm_roco.kv_cache.page import first_positions_view, statistics_view
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def bytes_of(engine: Engine, blocks: Sequence[int]) -> bytes:
     for cache in engine.kv_caches:
         parts.append(cache[chosen].cpu().view(torch.uint8).numpy().tobytes())
         if with_statistics:
-            statistics = statistics_view(cache)[chosen]
-            parts.append(statistics.cpu().numpy().tobytes())
+            for numbers in (statistics_view(cache), first_positions_view(cache)):
+                parts.append(numbers[chosen].cpu().numpy().tobytes())
     return b"".join(parts)
 
 

@@ -17,7 +17,7 @@ from vllm_roco.attention.cpu import impl
 from vllm_roco.attention.cpu.metadata import Sequence
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
-from vllm_roco.kv_cache.page import FIRST_POSITION, page_view, statistics_view
+from vllm_roco.kv_cache.page import first_positions_view, page_view
 
 KeptBlocks = dict[tuple[int, ...], dict[int, tuple[int, ...]]]
 """Prompt, then computed tokens at an eviction, to the blocks that live on after it.
@@ -94,9 +94,9 @@ class _Recorder:
         assert len(set(kept)) == len(kept), "a block lies in two places"
         if config.measures:
             for cache in kv_caches:
-                first = statistics_view(cache)[live, :, FIRST_POSITION]
-                expected = torch.tensor(kept)[:, None] * schedule.block_size
-                assert torch.equal(first, expected.expand_as(first).float())
+                first = first_positions_view(cache)[live]
+                expected = torch.tensor(kept) * schedule.block_size
+                assert torch.equal(first, expected.float())
 
         self._resident[request_id] = list(kept[:num_resident])
         prompt = tuple(self._engine.scheduler.requests[request_id].prompt_token_ids)

@@ -21,7 +21,7 @@ from vllm_roco.attention.cuda.metadata import (
     RocoCudaMetadata,
     RocoCudaMetadataBuilder,
 )
-from vllm_roco.kv_cache.page import FIRST_POSITION, statistics_view
+from vllm_roco.kv_cache.page import first_positions_view
 
 
 @contextlib.contextmanager
@@ -67,12 +67,12 @@ def _record(engine: Engine, metadata: RocoCudaMetadata, kept: KeptBlocks) -> Non
     for resident, before, after, num_tokens in rows:
         if before == after:
             continue
+        # [layers, blocks]
         first = torch.stack(
-            [statistics_view(x)[resident, :, FIRST_POSITION] for x in engine.kv_caches]
+            [first_positions_view(x)[resident] for x in engine.kv_caches]
         )
-        # [layers, blocks, kv heads]
-        assert torch.equal(first, first[:1, :, :1].expand_as(first)), "layers disagree"
-        indices = (first[0, :, 0] / schedule.block_size).int().tolist()
+        assert torch.equal(first, first[:1].expand_as(first)), "layers disagree"
+        indices = (first[0] / schedule.block_size).int().tolist()
         assert len(set(indices)) == len(indices), "a block lies in two places"
         incoming = range(
             schedule.budget_blocks + after, num_tokens // schedule.block_size

@@ -15,9 +15,10 @@ from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 from tests.kv_cache.specs import bind_caches, bind_states, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.page import (
-    FIRST_POSITION,
     NUM_FIELDS,
+    NUM_QUERIES,
     PAGE_ALIGNMENT,
+    first_positions_view,
     page_view,
     statistics_bytes,
     statistics_view,
@@ -56,12 +57,12 @@ specs = pytest.mark.parametrize(
 
 @pytest.mark.parametrize(
     ("num_kv_heads", "expected"),
-    [(1, 128), (2, 128), (8, 128), (9, 256), (16, 256), (17, 384)],
+    [(1, 128), (2, 128), (7, 128), (8, 256), (15, 256), (16, 384)],
 )
 def test_the_tail_is_padded_to_the_alignment(num_kv_heads: int, expected: int) -> None:
     assert statistics_bytes(num_kv_heads) == expected
     assert expected % PAGE_ALIGNMENT == 0
-    assert expected >= num_kv_heads * NUM_FIELDS * 4
+    assert expected >= (num_kv_heads + 1) * NUM_FIELDS * 4
 
 
 @layouts
@@ -73,6 +74,9 @@ def test_the_tail_lies_in_the_page_behind_keys_and_values(
     memory = caches[0].untyped_storage().data_ptr()
     for layer, cache in enumerate(caches):
         statistics = statistics_view(cache)
+        first_positions = first_positions_view(cache)
+        assert first_positions.shape == (NUM_BLOCKS,)
+        assert first_positions.dtype == torch.float32
         assert statistics.shape == (NUM_BLOCKS, spec.num_kv_heads, NUM_FIELDS)
         assert statistics.dtype == torch.float32
         for block in range(NUM_BLOCKS):
@@ -82,6 +86,9 @@ def test_the_tail_lies_in_the_page_behind_keys_and_values(
             assert tail == cache[block].numel() * cache.element_size()
             assert tail + statistics_bytes(spec.num_kv_heads) == spec.page_size_bytes
             assert statistics[block].is_contiguous()
+            # the block's own entry is behind those of its heads
+            behind = statistics[block].data_ptr() + statistics[block].numel() * 4
+            assert first_positions[block].data_ptr() == behind
 
 
 @layouts
@@ -93,11 +100,13 @@ def test_every_byte_has_one_owner(layout: KVCacheLayout, spec: RocoSpec) -> None
         for block in range(NUM_BLOCKS):
             cache[block] = number * NUM_BLOCKS + block
             statistics_view(cache)[block] = -(number * NUM_BLOCKS + block)
+            first_positions_view(cache)[block] = number * NUM_BLOCKS + block + 0.5
     for number, cache in enumerate(caches):
         for block in range(NUM_BLOCKS):
             value = number * NUM_BLOCKS + block
             assert (cache[block] == value).all()
             assert (statistics_view(cache)[block] == -value).all()
+            assert first_positions_view(cache)[block] == value + 0.5
 
 
 @layouts
@@ -111,7 +120,14 @@ def test_a_moved_page_carries_keys_values_and_tail(
         cache.copy_(torch.randn(cache.shape, generator=generator))
         statistics = statistics_view(cache)
         statistics.copy_(torch.rand(statistics.shape, generator=generator))
-    before = [(cache.clone(), statistics_view(cache).clone()) for cache in caches]
+        statistics[..., NUM_QUERIES] = torch.arange(NUM_BLOCKS)[:, None] + 1
+        first_positions_view(cache).copy_(torch.arange(NUM_BLOCKS) * spec.block_size)
+
+    def contents(cache: torch.Tensor) -> list[torch.Tensor]:
+        views = cache, statistics_view(cache), first_positions_view(cache)
+        return [view.clone() for view in views]
+
+    before = [contents(cache) for cache in caches]
 
     # the last block of the second layer goes over its first one
     pages = page_view(caches[1])
@@ -119,9 +135,9 @@ def test_a_moved_page_carries_keys_values_and_tail(
     pages[torch.tensor([0])] = pages[torch.tensor([NUM_BLOCKS - 1])]
 
     source = [0, 1, 2, 3, 4], [4, 1, 2, 3, 4], [0, 1, 2, 3, 4]
-    for cache, (states, statistics), places in zip(caches, before, source, strict=True):
-        assert torch.equal(cache, states[places])
-        assert torch.equal(statistics_view(cache), statistics[places])
+    for cache, old, places in zip(caches, before, source, strict=True):
+        for found, expected in zip(contents(cache), old, strict=True):
+            assert torch.equal(found, expected[places])
 
 
 @layouts
@@ -140,10 +156,12 @@ def test_pages_that_vllm_padded_further_keep_their_tail(layout: KVCacheLayout) -
     statistics = statistics_view(cache)
     cache.fill_(1)
     statistics.fill_(2)
+    first_positions_view(cache).fill_(3)
     assert (cache == 1).all()
     page = page_view(cache)
     assert page.shape[1] * 4 == spec.page_size_bytes
     assert int((page == 2).sum()) == statistics.numel()
+    assert int((page == 3).sum()) == NUM_BLOCKS
 
 
 @layouts
@@ -178,5 +196,6 @@ def test_what_vllm_sees_of_a_page_is_all_of_it(
         states = spec.page_shape.states_view(cache)
         assert states[:, 0, 0, 0].tolist() == [0, 3, 2, 3, 4]
         if spec.has_statistics:
-            tail = statistics_view(states)[:, 1, FIRST_POSITION]
+            tail = statistics_view(states)[:, 1, NUM_QUERIES]
             assert tail.tolist() == [100, 103, 102, 103, 104]
+            assert first_positions_view(states).tolist() == [0, 3, 2, 3, 4]

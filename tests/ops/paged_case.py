@@ -92,6 +92,7 @@ class PagedCase:
             token_major=token_major,
         )
         statistics = page.statistics_view(cache)
+        first_positions = page.first_positions_view(cache)
         table = torch.randperm(num_blocks, generator=generator).view(-1, width)
         for row, (query_len, length) in enumerate(rows):
             for index in range(-(-length // block_size)):
@@ -102,9 +103,12 @@ class PagedCase:
                 )
                 cache[block, :, :count] = content.to(device, dtype)
                 if index * block_size < length - query_len:
-                    statistics[block] = torch.rand(
+                    drawn = torch.rand(
                         heads.kv_heads, page.NUM_FIELDS, generator=generator
-                    ).to(device)
+                    )
+                    drawn[:, page.NUM_QUERIES] = 1000 + index
+                    statistics[block] = drawn.to(device)
+                    first_positions[block] = 10_000 + index
         starts = torch.tensor([0, *(query_len for query_len, _ in rows)]).cumsum(0)
         query = torch.randn(
             int(starts[-1]), heads.q_heads, heads.head_size, generator=generator
@@ -130,6 +134,10 @@ class PagedCase:
         return page.statistics_view(self.kv_cache)
 
     @property
+    def first_positions(self) -> torch.Tensor:
+        return page.first_positions_view(self.kv_cache)
+
+    @property
     def max_live_tokens(self) -> int:
         return self.live_table.shape[1] * self.block_size
 
@@ -145,6 +153,7 @@ class PagedCase:
         output = torch.zeros_like(self.query, dtype=torch.float32)
         lse = torch.zeros(self.query.shape[1], len(self.query), device=output.device)
         statistics = self.statistics.clone()
+        first_positions = self.first_positions.clone()
         starts = self.query_start_loc.tolist()
         for row, length in enumerate(self.live_lens.tolist()):
             queries = slice(starts[row], starts[row + 1])
@@ -164,13 +173,23 @@ class PagedCase:
             lse[:, queries] = attended.lse
             reference.update_statistics(
                 statistics=statistics,
+                first_positions=first_positions,
                 blocks=blocks,
                 mass=attended.mass,
                 live_len=length,
                 evicted=int(self.evicted_before[row]),
                 block_size=self.block_size,
             )
-        return Expected(output=output, lse=lse, statistics=statistics)
+        return Expected(output, lse, statistics, first_positions)
+
+    def check_tails(self, exact: Expected) -> None:
+        """Assert that every number of the pages' tails is as exact as float32 sums."""
+        for field in range(page.NUM_FIELDS):
+            found, expected = self.statistics[..., field], exact.statistics[..., field]
+            assert_as_good_as(found, expected, expected)
+        torch.testing.assert_close(
+            self.first_positions, exact.first_positions, rtol=0, atol=0, equal_nan=True
+        )
 
 
 @dataclass(frozen=True)
@@ -181,11 +200,13 @@ class Expected:
         output: `[num_queries, q_heads, head_size]`.
         lse: `[q_heads, num_queries]`, natural logarithm.
         statistics: `[num_blocks, kv_heads, NUM_FIELDS]`, NaN where nothing is written.
+        first_positions: `[num_blocks]`, likewise.
     """
 
     output: torch.Tensor
     lse: torch.Tensor
     statistics: torch.Tensor
+    first_positions: torch.Tensor
 
 
 def assert_as_good_as(
@@ -204,12 +225,6 @@ def assert_as_good_as(
     error = (got.float() - exact).nan_to_num().abs().max()
     allowed = 2 * (low.float() - exact).nan_to_num().abs().max()
     assert error <= allowed + floor * (1 + exact.nan_to_num().abs().max())
-
-
-def assert_statistics(got: torch.Tensor, exact: torch.Tensor) -> None:
-    """Assert that every field is as exact as float32 sums are."""
-    for field in range(page.NUM_FIELDS):
-        assert_as_good_as(got[..., field], exact[..., field], exact[..., field])
 
 
 def boundary_lengths(block_size: int) -> list[int]:

@@ -49,7 +49,8 @@ class Group:
     ) -> Group:
         """Draw statistics at random, of `distinct` different values if given.
 
-        First positions are those of blocks moved about: distinct, in no order.
+        Some blocks were seen by queries of other sequences too. First positions are
+        those of blocks moved about: distinct, in no order.
         """
         generator = torch.Generator().manual_seed(len(steps))
         num_full = [after // BLOCK_SIZE for _, after in steps]
@@ -74,8 +75,12 @@ class Group:
                 drawn = torch.rand(live, kv_heads, page.NUM_FIELDS, generator=generator)
                 if distinct:
                     drawn = (drawn * distinct).ceil()
-                drawn[..., page.FIRST_POSITION] = logical[:, None] * BLOCK_SIZE
-                page.statistics_view(cache)[table[row, :live]] = drawn.to(device)
+                first = logical * BLOCK_SIZE
+                others = torch.where(logical < 8, 100 * logical, 0)
+                drawn[..., page.NUM_QUERIES] = (after - first + others)[:, None]
+                blocks = table[row, :live]
+                page.statistics_view(cache)[blocks] = drawn.to(device)
+                page.first_positions_view(cache)[blocks] = first.to(device).float()
         return cls(caches, table.to(device, torch.int32), steps, schedule)
 
     def evicted(self, which: int) -> torch.Tensor:
@@ -103,6 +108,7 @@ class Group:
                 places = policy.plan_moves(
                     policy.select_victims(
                         torch.stack(statistics).transpose(1, 2),
+                        page.first_positions_view(self.caches[0])[full],
                         after,
                         victims - evicted,
                         BLOCK_SIZE,
@@ -221,7 +227,7 @@ def test_ties_go_against_the_older_block(
 def test_heads_without_any_mass(device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
     for cache in group.caches:
-        page.statistics_view(cache)[..., : page.FIRST_POSITION] = 0
+        page.statistics_view(cache)[..., : page.NUM_QUERIES] = 0
     config = options(SMALL)
     assert group.run(config) == group.expected(config)
 

@@ -121,10 +121,15 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
         shield_ratio=ratio,
     )
     for i in range(sequences):
-        first_position = first[i].expand(layers, heads, -1)
-        fields = (total[:, i], squares[:, i], peak[:, i], first_position)
+        queries = count[0, i].expand(layers, heads, -1)
+        fields = (total[:, i], squares[:, i], peak[:, i], queries)
         expected = select_victims(
-            torch.stack(fields, -1).float(), computed[i], victims, block_size, config
+            torch.stack(fields, -1).float(),
+            first[i].float(),
+            computed[i],
+            victims,
+            block_size,
+            config,
         )
         assert (~stay[0, i, 0]).nonzero()[:, 0].tolist() == expected.tolist()
 

@@ -15,7 +15,11 @@ from typing import Generic, TypeVar
 
 import torch
 
-from vllm_roco.kv_cache.page import PageShape, statistics_view
+from vllm_roco.kv_cache.page import (
+    PageShape,
+    first_positions_view,
+    statistics_view,
+)
 
 T = TypeVar("T")
 
@@ -66,12 +70,14 @@ class CacheViews:
         values: Likewise.
         statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, None where nothing
             is measured.
+        first_positions: `[num_blocks]` float32, None likewise.
     """
 
     states: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     statistics: torch.Tensor | None
+    first_positions: torch.Tensor | None
 
     @classmethod
     def of(cls, kv_cache: torch.Tensor, *, shape: PageShape) -> CacheViews:
@@ -83,5 +89,8 @@ class CacheViews:
         """
         states = shape.states_view(kv_cache)
         keys, values = states.transpose(1, 2).chunk(2, dim=-1)
-        statistics = statistics_view(states) if shape.has_statistics else None
-        return cls(states, keys, values, statistics)
+        statistics = first_positions = None
+        if shape.has_statistics:
+            statistics = statistics_view(states)
+            first_positions = first_positions_view(states)
+        return cls(states, keys, values, statistics, first_positions)

@@ -3,9 +3,11 @@
 
 A page is one block of one layer. The statistics follow K and V in the page's tail::
 
-    | K and V of `block_size` tokens            | statistics          | padding |
-    | [num_kv_heads, block_size, 2 * head_size] | [num_kv_heads, 4]   | to 128  |
+    | K and V of `block_size` tokens            | statistics            | padding |
+    | [num_kv_heads, block_size, 2 * head_size] | [num_kv_heads + 1, 4] | to 128  |
       in the cache's dtype                        float32
+
+The statistics are an entry for each kv head and, behind them, one of the block itself.
 
 To vLLM a page is one cell of bytes: it binds `[num_blocks, 1, 1, page]`, plans with all
 of it, and where it copies a block, the statistics go with K and V. What lies where in
@@ -23,21 +25,26 @@ PAGE_ALIGNMENT = 128
 """Bytes. Keeps every row of K and V aligned for vector loads and TMA."""
 
 NUM_FIELDS = 4
-"""Float32 numbers that each kv head of a page holds; their places follow."""
+"""Float32 numbers of an entry."""
 
+# places in a kv head's entry
 MASS_SUM = 0
 """Sum of the attention mass that the block received, over the queries that saw it."""
 MASS_SQUARES = 1
 """Sum of the squares of that mass."""
 MASS_PEAK = 2
 """The largest mass that a single query gave to the block."""
-FIRST_POSITION = 3
+NUM_QUERIES = 3
+"""Queries that saw the block, of whatever sequence (exact in float32 up to 2^24)."""
+
+# place in the block's own entry; the others are unused
+FIRST_POSITION = 0
 """Position of the block's first token (exact in float32 up to 2^24)."""
 
 
 def statistics_bytes(num_kv_heads: int) -> int:
     """Return the bytes of a page's tail, padding included."""
-    raw = num_kv_heads * NUM_FIELDS * torch.float32.itemsize
+    raw = (num_kv_heads + 1) * NUM_FIELDS * torch.float32.itemsize
     return -(-raw // PAGE_ALIGNMENT) * PAGE_ALIGNMENT
 
 
@@ -87,7 +94,7 @@ class PageShape:
 
 
 def statistics_view(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Return the statistics of every page of a layer, as a view.
+    """Return the kv heads' statistics in every page of a layer, as a view.
 
     Args:
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K and V of
@@ -96,6 +103,23 @@ def statistics_view(kv_cache: torch.Tensor) -> torch.Tensor:
     Returns:
         `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, over the same storage.
     """
+    return _entries_view(kv_cache)[:, :-1]
+
+
+def first_positions_view(kv_cache: torch.Tensor) -> torch.Tensor:
+    """Return the position of the first token of every page of a layer, as a view.
+
+    Args:
+        kv_cache: As for `statistics_view`.
+
+    Returns:
+        `[num_blocks]` float32, over the same storage.
+    """
+    return _entries_view(kv_cache)[:, -1, FIRST_POSITION]
+
+
+def _entries_view(kv_cache: torch.Tensor) -> torch.Tensor:
+    """Return `[num_blocks, num_kv_heads + 1, NUM_FIELDS]` float32, whole tails."""
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     itemsize = kv_cache.element_size()
     page_bytes = kv_cache.stride(0) * itemsize
@@ -104,7 +128,7 @@ def statistics_view(kv_cache: torch.Tensor) -> torch.Tensor:
     return torch.empty(0, dtype=torch.float32, device=kv_cache.device).set_(
         kv_cache.untyped_storage(),
         offset // torch.float32.itemsize,
-        (num_blocks, num_kv_heads, NUM_FIELDS),
+        (num_blocks, num_kv_heads + 1, NUM_FIELDS),
         (page_bytes // torch.float32.itemsize, NUM_FIELDS, 1),
     )
 

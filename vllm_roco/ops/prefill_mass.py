@@ -19,11 +19,7 @@ import triton.language as tl
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
-from vllm_roco.ops.statistics import (
-    NUM_FIELDS,
-    read_statistics,
-    write_statistics,
-)
+from vllm_roco.ops.statistics import read_statistics, write_statistics
 
 # of a tensor core's product a thread holds rows r and r + 8 of every 16, and four
 # threads share a row's columns, two adjacent ones each
@@ -108,7 +104,7 @@ def _prefill_mass_kernel(
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
-    statistics_ptr,  # [num_blocks, num_kv_heads, NUM_FIELDS] float32
+    statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
     stride_query_token,
@@ -212,10 +208,10 @@ def _prefill_mass_kernel(
                 shares = tl.zeros([ROWS, BLOCKS, LANES], tl.float32)
 
     index = first_index + tl.arange(0, BLOCKS)
-    statistics_ptr += kv_head * NUM_FIELDS
     block, before = read_statistics(
         statistics_ptr,
         stride_statistics_block,
+        kv_head,
         table_ptr,
         index,
         length,
@@ -224,6 +220,8 @@ def _prefill_mass_kernel(
     write_statistics(
         statistics_ptr,
         stride_statistics_block,
+        kv_head,
+        tl.num_programs(0),
         block,
         before,
         index,
@@ -323,7 +321,9 @@ def measure_prefill(
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[num_rows]` int32, the step's tokens included.
         evicted_before: `[num_rows]` int32, `E` at the start of the step.
-        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, updated in place.
+        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, the pages' as
+            `kv_cache.page.statistics_view` shows them, updated in place; so are the
+            first positions behind them.
         max_live_tokens: Bound of `live_lens`, known on the host.
         plan: The launch's tiles, see `plan_prefill`.
         scale: Softmax scale.

@@ -26,6 +26,7 @@ from vllm_roco.ops.statistics import (
     MASS_SQUARES,
     MASS_SUM,
     NUM_FIELDS,
+    NUM_QUERIES,
 )
 
 # smallest normal float32: keeps a head that nobody listened to from dividing by zero
@@ -77,8 +78,7 @@ def _score_kernel(
         )
         for head in tl.range(NUM_KV_HEADS):
             entry = statistics + block * stride_statistics_block + head * NUM_FIELDS
-            first = tl.load(entry + FIRST_POSITION, mask=full, other=0.0)
-            count = tl.where(full, num_tokens - first, 1.0)
+            count = tl.load(entry + NUM_QUERIES, mask=full, other=1.0)
             mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
             if SHIELD_BY_PEAK:
                 shield = tl.load(entry + MASS_PEAK, mask=full, other=0.0)
@@ -156,6 +156,7 @@ def _select_kernel(
     shield_blocks,
     sink,
     recent,
+    NUM_KV_HEADS: tl.constexpr,
     BUDGET_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -172,12 +173,11 @@ def _select_kernel(
     index = tl.arange(0, BLOCKS)
     candidate = index < BUDGET_BLOCKS + num_victims
     block = tl.load(table_ptr + index, mask=candidate, other=0).to(tl.int64)
-    # every head of every layer holds the same first position
+    # every layer holds the same first position, behind its heads' statistics
     statistics = tl.load(first_statistics_ptr).to(tl.pointer_type(tl.float32))
+    first_positions = statistics + NUM_KV_HEADS * NUM_FIELDS + FIRST_POSITION
     first = tl.load(
-        statistics + block * stride_statistics_block + FIRST_POSITION,
-        mask=candidate,
-        other=0.0,
+        first_positions + block * stride_statistics_block, mask=candidate, other=0.0
     ).to(tl.int32)
     mean = tl.zeros([BLOCKS], tl.float32)
     shield = tl.zeros([BLOCKS], tl.float32)
@@ -250,7 +250,8 @@ def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
 
     Args:
         statistics: The layers' `[num_blocks, num_kv_heads, NUM_FIELDS]` float32 views,
-            of one group; the addresses are valid while the caches are bound.
+            of one group, as `kv_cache.page.statistics_view` returns them; the addresses
+            are valid while the caches are bound.
 
     Returns:
         `[num_layers]` int64 on the views' device.
@@ -344,6 +345,7 @@ def select_victims(
         shield_blocks=shield_blocks,
         sink=sink,
         recent=recent,
+        NUM_KV_HEADS=num_kv_heads,
         BUDGET_BLOCKS=budget_blocks,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,

@@ -14,9 +14,10 @@ from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import sequences_of
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.page import (
-    FIRST_POSITION,
     MASS_PEAK,
     MASS_SUM,
+    NUM_QUERIES,
+    first_positions_view,
     page_view,
     statistics_view,
 )
@@ -47,8 +48,10 @@ def caches_of(
                 continue
             statistics = statistics_view(cache)[page]
             statistics.zero_()
-            statistics[:, FIRST_POSITION] = logical * SIZE
-            statistics[:, MASS_SUM] = mass * (num_tokens - logical * SIZE)
+            first_positions_view(cache)[page] = logical * SIZE
+            num_queries = num_tokens - logical * SIZE
+            statistics[:, NUM_QUERIES] = num_queries
+            statistics[:, MASS_SUM] = mass * num_queries
             statistics[:, MASS_PEAK] = mass
     defaults = {"budget": 4 * SIZE, "stride": SIZE, "sink": 0, "recent": 0}
     return caches, RocoConfig(**{**defaults, "shield_ratio": 0, **options})
@@ -86,7 +89,8 @@ def test_a_survivor_of_the_dying_range_goes_over_the_victim(layout: Any) -> None
     for cache in caches:
         statistics = statistics_view(cache)
         assert torch.equal(statistics[2], statistics[1])
-        assert (statistics[2, :, FIRST_POSITION] == 64).all()
+        assert (statistics[2, :, NUM_QUERIES] == 80 - 64).all()
+        assert first_positions_view(cache)[2] == 64
 
 
 @layouts
@@ -123,6 +127,7 @@ def test_a_block_in_part_filled_is_no_candidate(layout: Any) -> None:
     caches, config = caches_of(mean, 85, layout)
     caches[0][ROW[5]] = 8.0
     statistics_view(caches[0])[ROW[5]] = torch.nan
+    first_positions_view(caches[0])[ROW[5]] = torch.nan
     assert close(caches, config, num_queries=10, num_tokens=85) == [[7, 1, 9, 4, 1, 8]]
 
 

@@ -17,7 +17,12 @@ import torch
 from tests.attention.rig import Rig, Shape
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cpu import impl, metadata
-from vllm_roco.kv_cache.page import MASS_SUM, statistics_view
+from vllm_roco.kv_cache.page import (
+    MASS_SUM,
+    NUM_QUERIES,
+    first_positions_view,
+    statistics_view,
+)
 
 # B 3 and S 2 blocks of 16: the first eviction is at 80 tokens
 EDGES = [1, 15, 16, 17, 47, 48, 49, 79, 80, 81, 112, 150]
@@ -133,6 +138,37 @@ def test_decodes_go_batch_by_batch(
 ) -> None:
     monkeypatch.setattr(metadata, "MAX_BATCH_TOKENS", max_tokens)
     run_ragged(Rig(Shape(num_layers=1)), EDGES, 2)
+
+
+@pytest.mark.parametrize("shield", ["peak", "deviation"])
+@pytest.mark.parametrize("max_scores", [200, impl.MAX_SCORES])
+def test_blocks_that_two_sequences_share_count_the_queries_of_both(
+    shield: str, max_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts worked out of one sequence's length made the means of such blocks large.
+
+    The one that evicts goes by means over all queries, also the other's.
+    """
+    monkeypatch.setattr(impl, "MAX_SCORES", max_scores)
+    rig = Rig(Shape(options={"shield": shield, "shield_ratio": 0.4}))
+    donor = rig.add()
+    rig.step({donor: 37})
+    other = rig.add_behind(donor, 2)
+    # prompts and decodes by turns
+    for _ in range(3):
+        rig.step({other: 9})
+        rig.step({donor: 11})
+        rig.step({other: 1})
+        rig.step({donor: 1})
+    for layer, cache in enumerate(rig.caches):
+        header = rig.rows[other][:2]
+        assert header == rig.rows[donor][:2]
+        found = statistics_view(cache)[header, 1, NUM_QUERIES].tolist()
+        masses = [rig.sequences[other].masses[layer, 1, block] for block in (0, 1)]
+        assert found == [len(seen) for seen in masses] == [103, 87]
+        assert first_positions_view(cache)[header].tolist() == [0, 16]
+    rig.step({other: 80 - rig.sequences[other].length})
+    assert rig.schedule.evicted_blocks(rig.sequences[other].length) == 2
 
 
 def test_the_masses_of_all_queries_sum_to_one_each() -> None:

@@ -9,7 +9,11 @@ import torch
 
 from vllm_roco import policy
 from vllm_roco.config import RocoConfig, blocks_of
-from vllm_roco.kv_cache.page import page_view, statistics_view
+from vllm_roco.kv_cache.page import (
+    first_positions_view,
+    page_view,
+    statistics_view,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
@@ -62,6 +66,7 @@ def _moves(
     statistics = torch.stack([statistics_view(cache)[full] for cache in kv_caches])
     victims = policy.select_victims(
         statistics.transpose(1, 2),
+        first_positions_view(kv_caches[0])[full],
         sequence.num_tokens,
         after - before,
         schedule.block_size,

@@ -99,11 +99,12 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         block_size = views.states.shape[2]
         keys, values = gather(views.states, batch.table, batch.live_tokens)
         pages, statistics = views.statistics, None
-        if pages is not None:
+        if pages is not None and views.first_positions is not None:
             statistics = pages[batch.table]
-            started = statistics[batch.is_new]
-            policy.start(started, batch.first_positions[batch.is_new])
-            statistics[batch.is_new] = started
+            # what their last owners left
+            statistics[batch.is_new] = 0
+            first_positions = batch.first_positions[batch.is_new].float()
+            views.first_positions[batch.table[batch.is_new]] = first_positions
 
         num_rows, num_queries = batch.tokens.shape
         per_query = num_rows * self.num_heads * keys.shape[2]
@@ -124,7 +125,11 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
             output[tokens] = result.to(output.dtype)
             if statistics is not None:
                 mass = policy.block_mass(probabilities, block_size)
-                policy.accumulate(statistics[:, :blocks], mass)
+                first_tokens = torch.arange(blocks) * block_size
+                observers = policy.queries_that_see(
+                    first_tokens, seen[:, None], end - begin
+                )
+                policy.accumulate(statistics[:, :blocks], mass, observers)
         if pages is not None and statistics is not None:
             pages[batch.table[batch.is_live]] = statistics[batch.is_live]
 

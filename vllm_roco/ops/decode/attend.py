@@ -16,7 +16,7 @@ from vllm_roco.ops.decode.partial_sums import (
     update_statistics,
 )
 from vllm_roco.ops.logits import cap_logits
-from vllm_roco.ops.statistics import NUM_FIELDS, read_statistics
+from vllm_roco.ops.statistics import read_statistics
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def attend_kernel(
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
-    statistics_ptr,  # [num_blocks, num_kv_heads, NUM_FIELDS] float32
+    statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     output_ptr,  # [num_rows, num_q_heads, head_size]
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
@@ -130,11 +130,11 @@ def attend_kernel(
     if MEASURE and not SPLIT:
         # whoever sees every key updates the statistics itself: what it will add to is
         # on its way while it attends
-        statistics_ptr += kv_head * NUM_FIELDS
         index = tl.arange(0, UPDATED_BLOCKS)
         live_block, before = read_statistics(
             statistics_ptr,
             stride_statistics_block,
+            kv_head,
             table_ptr,
             index,
             length,
@@ -251,6 +251,8 @@ def attend_kernel(
                 lse,
                 statistics_ptr,
                 stride_statistics_block,
+                kv_head,
+                num_kv_heads,
                 live_block,
                 before,
                 index,
@@ -266,6 +268,7 @@ def attend_kernel(
             live_block, before = read_statistics(
                 statistics_ptr,
                 stride_statistics_block,
+                kv_head,
                 table_ptr,
                 index,
                 length,

@@ -67,8 +67,9 @@ def decode_attention(
         live_table: `[>= num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[>= num_rows]` int32, this step's token included.
         evicted_before: `[>= num_rows]` int32, `E` at the start of the step.
-        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, updated in place;
-            None to measure nothing.
+        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, the pages' as
+            `kv_cache.page.statistics_view` shows them, updated in place; so are the
+            first positions behind them. None to measure nothing.
         output: `[num_rows, num_q_heads, head_size]`; last dimension contiguous.
         scratch: Memory for the partial results.
         plan: The launch's layout, see `plan_decode`.

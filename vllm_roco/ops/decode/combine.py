@@ -15,7 +15,7 @@ from vllm_roco.ops.decode.partial_sums import (
     split_range,
     update_statistics,
 )
-from vllm_roco.ops.statistics import NUM_FIELDS, read_statistics
+from vllm_roco.ops.statistics import read_statistics
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def combine_kernel(
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
-    statistics_ptr,  # [num_blocks, num_kv_heads, NUM_FIELDS] float32
+    statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     output_ptr,  # [num_rows, num_q_heads, head_size]
     stride_table_row,
     stride_statistics_block,
@@ -87,7 +87,8 @@ def combine_kernel(
     kv_head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     row = tl.program_id(2).to(tl.int64)
-    row_kv_head = row * tl.num_programs(0) + kv_head
+    num_kv_heads = tl.num_programs(0)
+    row_kv_head = row * num_kv_heads + kv_head
     length = tl.load(live_lens_ptr + row)
     if part < GROUP:
         if PDL:
@@ -112,10 +113,10 @@ def combine_kernel(
             # the first kernel leaves the statistics alone, so they may be read early
             index = first_index + tl.arange(0, COMBINE_BLOCKS)
             evicted = tl.load(evicted_before_ptr + row)
-            statistics_ptr += kv_head * NUM_FIELDS
             live_block, before = read_statistics(
                 statistics_ptr,
                 stride_statistics_block,
+                kv_head,
                 live_table_ptr + row * stride_table_row,
                 index,
                 length,
@@ -139,6 +140,8 @@ def combine_kernel(
                 lse,
                 statistics_ptr,
                 stride_statistics_block,
+                kv_head,
+                num_kv_heads,
                 live_block,
                 before,
                 index,

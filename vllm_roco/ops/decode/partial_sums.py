@@ -53,8 +53,10 @@ def update_statistics(
     partial_sums_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
     max_pieces,
     lse,  # [GROUP_PADDED] float32, base 2
-    statistics_ptr,  # [num_blocks, NUM_FIELDS] float32, of one kv head
+    statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     stride_statistics_block,
+    kv_head,
+    num_kv_heads,
     live_block,  # [N] int64, as `read_statistics` returned them
     before,  # [N, NUM_FIELDS] float32, likewise
     index,  # [N], places in the live table
@@ -88,6 +90,8 @@ def update_statistics(
     write_statistics(
         statistics_ptr,
         stride_statistics_block,
+        kv_head,
+        num_kv_heads,
         live_block,
         before,
         index,
