@@ -31,6 +31,7 @@ from tests.configs import engine_config
 from tests.kv_cache.specs import one_group
 from tests.paged_worker import STOP_TOKEN, PagedWorker, Touched
 from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.scheduler import (
@@ -287,7 +288,7 @@ class Driver:
     def check(self) -> None:
         """Assert what must hold at any time."""
         manager, schedule = self.manager, self.manager.schedule
-        manager.check_integrity()
+        check_integrity(manager)
         bound = self.setup.spec().max_blocks_per_sequence
         held: set[int] = set()
         for request_id, row in manager.req_to_blocks.items():

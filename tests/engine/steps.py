@@ -14,6 +14,7 @@ import torch
 
 from tests.engine.engines import Engine
 from tests.oracle import Options
+from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.kv_cache.page import page_view
 
 
@@ -89,7 +90,7 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
         schedule = scheduler.schedule
 
         def look() -> None:
-            manager.check_integrity()
+            check_integrity(manager)
             held = [manager.held_blocks(name) for name in manager.req_to_blocks]
             assert max(held, default=0) == manager.held.largest
             steps.peak_held_blocks = max(steps.peak_held_blocks, *held, 0)

@@ -17,6 +17,7 @@ from tests.engine.engines import Engine, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
 from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
+from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.scheduler import RocoAsyncScheduler
 
 pytestmark = pytest.mark.engine
@@ -79,7 +80,7 @@ class TestHits:
             poisoned_free_blocks(engine),
         ):
             found = alone(engine)
-            check_integrity(engine)
+            assert_whole(engine)
             begun = {name: found[name].num_cached_tokens for name in PROMPTS}
             assert engine.llm.reset_prefix_cache()
             again = run_to_the_end(engine, [DONOR], NUM_NEW)[0]
@@ -138,15 +139,15 @@ def check_crowd(
             crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
             for ending, name in zip(crowd, PROMPTS, strict=True):
                 assert_same(ending, expected[name])
-        check_integrity(engine)
+        assert_whole(engine)
         cache = engine.manager.prefix_cache
         assert cache is not None
         assert cache.store.num_hits >= 3
         assert bool(steps.preemptions) == (pool < 100), "the pool has the wrong size"
 
 
-def check_integrity(engine: Engine) -> None:
-    engine.manager.check_integrity()
+def assert_whole(engine: Engine) -> None:
+    check_integrity(engine.manager)
     assert engine.num_lost_blocks == 0
 
 
@@ -161,7 +162,7 @@ def test_several_answers_read_their_prompt_once(tiny_llama: Path) -> None:
         cache = engine.manager.prefix_cache
         assert cache is not None
         assert cache.store.num_saved_tokens == 3 * LAST
-        check_integrity(engine)
+        assert_whole(engine)
 
 
 def test_a_hit_before_the_first_eviction_gives_the_same_tokens(

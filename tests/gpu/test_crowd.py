@@ -13,6 +13,7 @@ from vllm import SamplingParams
 from tests.engine.steps import recorded_steps
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.gpu.engines import gpu_engine
+from vllm_roco.kv_cache.integrity import check_integrity
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,7 +56,7 @@ def test_no_block_is_lost_and_no_number_is_nan(tiny_llama: Path) -> None:
             use_tqdm=False,
         )
         assert engine.num_lost_blocks == 0
-        engine.manager.check_integrity()
+        check_integrity(engine.manager)
         assert engine.manager.num_freed_blocks > NUM_REQUESTS
     assert len(steps.preemptions) > 10
     for output, wanted in zip(outputs, sampling, strict=True):

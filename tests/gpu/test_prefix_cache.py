@@ -21,7 +21,7 @@ from tests.engine.test_prefix_cache import (
     PROMPTS,
     alone,
     assert_same,
-    check_integrity,
+    assert_whole,
 )
 from tests.engine.tiny_models import SMALL_BUDGET
 from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
@@ -53,7 +53,7 @@ def test_hits_change_no_byte(tiny_llama: Path, run: str, policy: str) -> None:
     ):
         found = alone(engine)
         crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
-        check_integrity(engine)
+        assert_whole(engine)
     begun = [found[name].num_cached_tokens for name in PROMPTS]
     assert begun == [0, LAST, 0, JUNCTION, JUNCTION, LAST, 0]
     for ending, name in zip(crowd, PROMPTS, strict=True):

@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from tests.kv_cache.specs import one_group, roco_spec
+from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.kv_cache.manager import RocoManager
 
 BLOCK = 16
@@ -95,7 +96,7 @@ def test_a_new_manager_holds_nothing() -> None:
     assert manager.held.largest == 0
     assert manager.num_freed_blocks == 0
     assert manager.held_blocks("a") == 0
-    manager.check_integrity()
+    check_integrity(manager)
 
 
 @pytest.mark.parametrize("step", [1, 7, 16, 40, 64])
@@ -117,7 +118,7 @@ def test_the_gap_is_where_the_schedule_says(step: int) -> None:
         assert manager.num_freed_blocks == evicted
         free = cache.block_pool.get_num_free_blocks()
         assert free == NUM_BLOCKS - 1 - (blocks - evicted)
-        manager.check_integrity()
+        check_integrity(manager)
     assert manager.num_freed_blocks > 3 * STRIDE_BLOCKS
 
 
@@ -152,7 +153,7 @@ def test_freeing_twice_at_one_length_frees_once() -> None:
     for _ in range(3):
         manager.remove_skipped_blocks("a", 96)
     assert manager.num_freed_blocks == 2
-    manager.check_integrity()
+    check_integrity(manager)
 
 
 def test_a_request_that_holds_nothing_is_ignored() -> None:
@@ -172,7 +173,7 @@ def test_freed_blocks_serve_others() -> None:
     assert not run(cache, second, 4 * BLOCK)
     assert run(cache, first, 1)
     assert run(cache, second, 4 * BLOCK)
-    manager.check_integrity()
+    check_integrity(manager)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 40, 96, 97, 400])
@@ -189,7 +190,7 @@ def test_everything_comes_back(num_tokens: int) -> None:
     assert cache.block_pool.null_block.is_null
     assert manager.held.largest == 0
     assert not manager.req_to_blocks
-    manager.check_integrity()
+    check_integrity(manager)
 
 
 def test_a_request_that_starts_again_evicts_again() -> None:
@@ -208,7 +209,7 @@ def test_a_request_that_was_never_allocated_can_be_freed() -> None:
     cache = cache_manager()
     cache.free(request())
     assert cache.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
-    roco_manager(cache).check_integrity()
+    check_integrity(roco_manager(cache))
 
 
 @pytest.mark.parametrize("steps_in_flight", [1, 2])
@@ -379,7 +380,7 @@ def test_books_agree_with_the_pool(steps: list[tuple[str, int]]) -> None:
             run(cache, sequence, num_tokens)
         elif request_id in running:
             cache.free(running.pop(request_id))
-        manager.check_integrity()
+        check_integrity(manager)
         held = [manager.held_blocks(name) for name in running]
         assert manager.held.largest == max(held, default=0)
         free = cache.block_pool.get_num_free_blocks()
@@ -473,7 +474,7 @@ def cache() -> KVCacheManager:
     run(cache, first, 96)
     run(cache, first, 1)
     run(cache, second, 40)
-    roco_manager(cache).check_integrity()
+    check_integrity(roco_manager(cache))
     return cache
 
 
@@ -483,7 +484,7 @@ def test_integrity_notices_a_block_that_two_requests_hold(
     manager = roco_manager(cache)
     manager.req_to_blocks["b"][0] = manager.req_to_blocks["a"][0]
     with pytest.raises(RuntimeError, match="is held by request b and by request a"):
-        manager.check_integrity()
+        check_integrity(manager)
 
 
 def test_integrity_notices_a_block_that_a_request_holds_twice(
@@ -492,7 +493,7 @@ def test_integrity_notices_a_block_that_a_request_holds_twice(
     manager = roco_manager(cache)
     manager.req_to_blocks["b"][0] = manager.req_to_blocks["b"][1]
     with pytest.raises(RuntimeError, match="is held by request b and by request b"):
-        manager.check_integrity()
+        check_integrity(manager)
 
 
 @pytest.mark.parametrize("place", [0, 3, 6])
@@ -503,14 +504,14 @@ def test_integrity_notices_a_gap_in_the_wrong_place(
     row = manager.req_to_blocks["a"]
     row[4], row[place] = row[place], row[4]
     with pytest.raises(RuntimeError, match=r"null blocks at .* a gap at \[4, 5\]"):
-        manager.check_integrity()
+        check_integrity(manager)
 
 
 def test_integrity_notices_wrong_counts(cache: KVCacheManager) -> None:
     manager = roco_manager(cache)
     manager.held.add("b", 1)
     with pytest.raises(RuntimeError, match="holds 3 blocks, but 4 are on the books"):
-        manager.check_integrity()
+        check_integrity(manager)
 
 
 def test_integrity_notices_a_count_of_a_request_that_is_gone(
@@ -519,11 +520,11 @@ def test_integrity_notices_a_count_of_a_request_that_is_gone(
     manager = roco_manager(cache)
     del manager.req_to_blocks["b"]
     with pytest.raises(RuntimeError, match="b has no row, but 3 blocks are on the"):
-        manager.check_integrity()
+        check_integrity(manager)
 
 
 def test_integrity_notices_a_block_that_is_free(cache: KVCacheManager) -> None:
     manager = roco_manager(cache)
     cache.block_pool.free_blocks([manager.req_to_blocks["b"][2]])
     with pytest.raises(RuntimeError, match="of request b has 0 references"):
-        manager.check_integrity()
+        check_integrity(manager)

@@ -225,8 +225,4 @@ class BlockCache:
         self.num_saved_tokens += num_tokens
 
     def _may_evict(self, request: Request) -> bool:
-        return (
-            request.num_prompt_tokens + request.max_tokens > self._max_tokens
-            # more input may follow
-            or request.resumable
-        )
+        return request.num_prompt_tokens + request.max_tokens > self._max_tokens

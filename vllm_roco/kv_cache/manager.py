@@ -282,9 +282,7 @@ class RocoManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         row = self.req_to_blocks[request_id]
         places = [
-            place
-            for place in range(num_shared, len(row))
-            if not row[place].is_null
+            place for place in range(num_shared, len(row)) if not row[place].is_null
         ]
         copies = self.block_pool.get_new_blocks(len(places))
         for place, copy in zip(places, copies, strict=True):
@@ -413,60 +411,6 @@ class RocoManager(FullAttentionManager):
         """
         row = self.req_to_blocks.get(request_id, ())
         return sum(not block.is_null for block in row)
-
-    def check_integrity(self) -> None:
-        """Raise if the books do not agree with the block tables.
-
-        Raises:
-            RuntimeError: A block stands in two places or is free, a gap is not where it
-                must be, or the running counts differ from the rows.
-        """
-        for request_id in self.held.requests - self.req_to_blocks.keys():
-            raise RuntimeError(
-                f"request {request_id} has no row, but {self.held.of(request_id)} "
-                "blocks are on the books"
-            )
-        holders: dict[int, list[str]] = {}
-        for request_id, row in self.req_to_blocks.items():
-            held = self.held_blocks(request_id)
-            if held != self.held.of(request_id):
-                raise RuntimeError(
-                    f"request {request_id} holds {held} blocks, but "
-                    f"{self.held.of(request_id)} are on the books"
-                )
-            nulls = [index for index, block in enumerate(row) if block.is_null]
-            gap = list(range(self._budget_blocks, self._budget_blocks + len(nulls)))
-            if nulls != gap:
-                raise RuntimeError(
-                    f"request {request_id} has null blocks at {nulls}, but eviction "
-                    f"leaves a gap at {gap}"
-                )
-            for block in _without_null(row):
-                holders.setdefault(block.block_id, []).append(request_id)
-        for block_id, request_ids in holders.items():
-            self._check_block(self.block_pool.blocks[block_id], request_ids)
-
-    def _check_block(self, block: KVCacheBlock, request_ids: list[str]) -> None:
-        name = f"block {block.block_id} of request {request_ids[0]}"
-        if block.ref_cnt != len(request_ids):
-            raise RuntimeError(
-                f"{name} has {block.ref_cnt} references, but is held by requests "
-                f"{request_ids}"
-            )
-        cache = None if self.prefix_cache is None else self.prefix_cache.blocks
-        if block.block_hash is not None and not (
-            cache and all(map(cache.is_owner, request_ids))
-        ):
-            raise RuntimeError(
-                f"{name} bears a hash, but who evicts writes over its blocks"
-            )
-        if len(request_ids) > 1 and not (
-            cache and all(map(cache.is_sharer, request_ids))
-        ):
-            raise RuntimeError(
-                f"{name} is held by requests {request_ids}, but who may evict shares "
-                "no blocks"
-            )
 
 
 def _without_null(blocks: Iterable[KVCacheBlock]) -> list[KVCacheBlock]:
