@@ -247,16 +247,13 @@ def test_the_start_up_check_knows_the_schedulers(
 
 
 def test_the_start_up_line_says_what_holds() -> None:
-    scheduler = SYNCHRONOUS.scheduler()
-    line = describe(
-        scheduler.roco_config, scheduler.roco_managers[0], scheduler.vllm_config
-    )
     # B 4, S 2, a chunk of 2 blocks and 1
-    assert line == (
+    assert describe(SYNCHRONOUS.scheduler()) == (
         "RoCo: policy roco (peak shield, ratio 0.7), budget 16 tokens per sequence, "
         "stride 8, chunk 8, block size 4. A sequence attends over at most 23 tokens "
-        "after a step and holds at most 36 tokens of KV cache. Switched off: "
-        "speculative decoding, KV connectors."
+        "after a step and holds at most 36 tokens of KV cache. Prefix caching: off "
+        "(enable_prefix_caching = False). Switched off: speculative decoding, "
+        "KV connectors."
     )
 
 
@@ -312,3 +309,7 @@ def test_the_trace_is_read_from_the_rows(setup: Setup, tmp_path: Path) -> None:
         (line["step"], line["request"], line["computed_tokens"], line["held_blocks"])
         for line in written
     ] == expected
+    first = {line["request"]: line for line in reversed(written)}
+    begun = [line for line in written if "hit_tokens" in line]
+    assert begun == sorted(first.values(), key=written.index)
+    assert [line["hit_tokens"] for line in begun] == [0, 0]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -10,10 +11,16 @@ import sys
 
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.engine.engines import engines_in_process
 from vllm_roco import verify
+from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.scheduler import RocoSchedulerMixin
+from vllm_roco.verify import engine
+
+take_pending_cow_copies = RocoManager.take_pending_cow_copies
 
 
 def run_verify(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +42,7 @@ def test_a_sound_installation_passes() -> None:
     without_gpu = {} if torch.cuda.is_available() else {"kernels": "SKIP"}
     expected = {**dict.fromkeys(verify.CHECKS, "PASS"), **without_gpu}
     assert lines == [(verdict, name) for name, verdict in expected.items()]
+    assert "snapshot hits 2, saved tokens 384" in run.stdout
     assert run.stdout.endswith("vllm_roco.verify: PASS\n")
 
 
@@ -46,10 +54,63 @@ def test_step_ends_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         "_reserve_prefill_lookahead",
         lambda self, request, num_computed_tokens, num_new_tokens: num_new_tokens,
     )
-    with engines_in_process():
+    with engines_in_process(), contextlib.closing(verify._ENGINE):
         result = verify.run("engine")
     assert result.verdict == "FAIL"
     assert re.search("ended at 1.., not between 64 and 64|would hold", result.details)
+
+
+@pytest.mark.engine
+def test_hits_are_looked_at() -> None:
+    """One engine serves all: checks in another order, and hits that go wrong."""
+    with engines_in_process(), contextlib.closing(verify._ENGINE):
+        hits, steps = verify.run("prefixes"), verify.run("engine")
+        assert hits.verdict == steps.verdict == "PASS", f"{hits}\n{steps}"
+        assert re.search("published snapshots [12], dead snapshots 0", hits.details)
+        assert "snapshot hits 2, saved tokens 384, waits 1" in hits.details
+
+        # what has been read before is a hit for both of the prompts
+        again = verify.run("prefixes")
+        assert again.verdict == "FAIL"
+        assert "[0, 192, 192, 0] tokens had to be there" in again.details
+        assert "[192, 192, 192, 0] were" in again.details
+
+        llm = verify._ENGINE._engine()
+        assert llm.reset_prefix_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(SnapshotStore, "count_hit", lambda *_: None)
+            uncounted = verify.run("prefixes")
+        assert uncounted.verdict == "FAIL"
+        assert "2 hits saved 384 tokens, but the metrics tell" in uncounted.details
+
+        assert llm.reset_prefix_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RocoManager, "take_pending_cow_copies", without_copies)
+            without = verify.run("prefixes")
+        assert without.verdict == "FAIL"
+        assert "goes on with other tokens than when it is read" in without.details
+
+
+def without_copies(manager: RocoManager) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+    """Make snapshots and rows of blocks to which nothing is copied."""
+    copies = take_pending_cow_copies(manager)
+    manager.block_pool.free_blocks([block for pair in copies for block in pair])
+    return []
+
+
+def test_an_engine_that_does_not_start_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(folder: object) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(engine, "_start", broken)
+    with contextlib.closing(verify._ENGINE):
+        for _ in range(2):
+            results = [verify.run(name) for name in ("engine", "prefixes")]
+            assert [result.verdict for result in results] == ["FAIL", "SKIP"]
+            assert "RuntimeError: no such device" in results[0].details
+            verify._ENGINE.close()
 
 
 def test_a_plugin_that_vllm_leaves_out_fails() -> None:

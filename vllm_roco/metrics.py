@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from vllm_roco.observability.families import PrefixCounts
 from vllm_roco.observability.metrics import EngineMetrics, RocoMetrics, get_metrics
 
-__all__ = ["EngineMetrics", "RocoMetrics", "get_metrics"]
+__all__ = ["EngineMetrics", "PrefixCounts", "RocoMetrics", "get_metrics"]

@@ -57,6 +57,14 @@ class PrefixScheduler(RefusingScheduler):
                 )
                 manager.share_prefixes(self.prefix_cache)
 
+    def describe_prefix_caching(self) -> str:
+        """Return whether prefixes can be hit, or why not, in a few words."""
+        if self.prefix_cache is not None:
+            return "on"
+        if not self.kv_cache_manager.enable_caching:
+            return "off (enable_prefix_caching = False)"
+        return "not for this model, whose layers have KV caches of several kinds"
+
     @override
     def add_request(self, request: Request) -> None:
         """Take a request, and note where its prompt parts from others'."""

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
-    from vllm_roco.config import RocoConfig
-
 logger = init_logger(f"vllm.{__name__}")
 
 
@@ -74,9 +72,7 @@ class RocoSchedulerMixin(PrefixScheduler):
         self._observer = Observer(
             vllm_config, self.roco_config.budget, self.roco_config.trace
         )
-        logger.info_once(
-            "%s", describe(self.roco_config, self.roco_managers[0], vllm_config)
-        )
+        logger.info_once("%s", describe(self))
 
     @override
     def _reserve_prefill_lookahead(
@@ -123,8 +119,17 @@ class RocoSchedulerMixin(PrefixScheduler):
         """Schedule as vLLM does, and show what is held."""
         output = super().schedule(*args, **kwargs)
         self._publish()
-        self._observer.record(self.current_step, self._held_by(output))
+        self._publish_prefixes()
+        self._observer.record(self.current_step, self._traced(output))
         return output
+
+    @override
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset as vLLM does, and show what is left."""
+        done = super().reset_prefix_cache(*args, **kwargs)
+        self._publish()
+        self._publish_prefixes()
+        return done
 
     @override
     def update_from_output(
@@ -148,12 +153,20 @@ class RocoSchedulerMixin(PrefixScheduler):
             most * self._eviction_schedule.block_size,
         )
 
-    def _held_by(self, output: SchedulerOutput) -> Iterator[tuple[str, int, int]]:
+    def _publish_prefixes(self) -> None:
+        if self.prefix_cache is not None:
+            self._observer.publish_prefixes(self.prefix_cache.counts())
+
+    def _traced(
+        self, output: SchedulerOutput
+    ) -> Iterator[tuple[str, int, int, int | None]]:
+        begun = _begun_in(output)
         for request_id in output.num_scheduled_tokens:
             yield (
                 request_id,
                 self.requests[request_id].num_computed_tokens,
                 max(manager.held_blocks(request_id) for manager in self.roco_managers),
+                begun.get(request_id),
             )
 
 
@@ -165,20 +178,34 @@ class RocoAsyncScheduler(RocoSchedulerMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler with RoCo's chunks."""
 
 
-def describe(config: RocoConfig, manager: RocoManager, vllm_config: VllmConfig) -> str:
+def _begun_in(output: SchedulerOutput) -> dict[str, int]:
+    """Return the requests that a step lets in, and the lengths that they begin with."""
+    cached = output.scheduled_cached_reqs
+    begun = {
+        request_id: length
+        for request_id, length in zip(
+            cached.req_ids, cached.num_computed_tokens, strict=True
+        )
+        if request_id in cached.resumed_req_ids
+    }
+    for request in output.scheduled_new_reqs:
+        begun[request.req_id] = request.num_computed_tokens
+    return begun
+
+
+def describe(scheduler: RocoSchedulerMixin) -> str:
     """Return the one line that the engine logs at its start."""
+    config, manager = scheduler.roco_config, scheduler.roco_managers[0]
     schedule = manager.schedule
     policy = config.policy
     if config.measures:
         policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
     most = manager.max_blocks_per_sequence * schedule.block_size
-    switched_off = ["speculative decoding", "KV connectors"]
-    if vllm_config.cache_config.enable_prefix_caching and manager.prefix_cache is None:
-        switched_off.insert(0, "prefix-cache hits")
     return (
         f"RoCo: policy {policy}, budget {config.budget} tokens per sequence, stride "
         f"{config.stride}, chunk {config.chunk}, block size {schedule.block_size}. A "
         f"sequence attends over at most {schedule.max_live_tokens()} tokens after a "
-        f"step and holds at most {most} tokens of KV cache. Switched off: "
-        f"{', '.join(switched_off)}."
+        f"step and holds at most {most} tokens of KV cache. Prefix caching: "
+        f"{scheduler.describe_prefix_caching()}. Switched off: speculative decoding, "
+        "KV connectors."
     )

@@ -7,6 +7,7 @@ import pytest
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
+from vllm_roco.kv_cache import snapshots
 from vllm_roco.kv_cache.snapshots import SnapshotStore
 
 NUM_BLOCKS = 21
@@ -132,6 +133,38 @@ def test_dead_ones_are_forgotten_unasked(pool: BlockPool) -> None:
         publish(store, pool, number)
     assert store.num_alive <= NUM_BLOCKS // 5
     assert len(store._snapshots) <= NUM_BLOCKS // 5
+
+
+@pytest.mark.parametrize("is_counted", [False, True])
+def test_a_count_of_the_living_changes_no_other_count(
+    pool: BlockPool, is_counted: bool
+) -> None:
+    """Whoever counted forgot the dead, and no look-up found one again."""
+    store = SnapshotStore(pool)
+    for number in (1, 2, 3):
+        publish(store, pool, number)
+    taken = pool.get_new_blocks(13)
+    if is_counted:
+        assert store.num_alive == 1
+    for _ in range(2):
+        assert [store.find(prefix(n)) is None for n in (1, 2, 3)] == [True, True, False]
+        assert store.num_dead == 2
+    pool.free_blocks(taken)
+    publish(store, pool, 1)
+    assert store.find(prefix(1)) is not None
+    assert store.num_dead == 2
+
+
+def test_only_so_many_dead_ones_are_remembered(
+    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "MAX_LOST", 4)
+    store = SnapshotStore(pool)
+    for number in range(100):
+        publish(store, pool, number)
+    assert len(store._lost) == 4
+    assert store.find(prefix(0)) is None
+    assert store.num_dead == 0
 
 
 def test_vllm_hears_of_no_removed_prefix() -> None:

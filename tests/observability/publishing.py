@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
+from vllm_roco.observability.families import PrefixCounts
 from vllm_roco.observability.publisher import MetricsPublisher, MovedBlocks
+
+NUM_PREFIX_COUNTS = len(PrefixCounts._fields)
 
 
 def publisher(engine: int = 0, instance_id: str = "1") -> MetricsPublisher:
@@ -17,12 +20,18 @@ def publisher(engine: int = 0, instance_id: str = "1") -> MetricsPublisher:
     )
 
 
+def prefix_counts(number: int) -> PrefixCounts:
+    """Return counts that are all different, and each larger for a larger number."""
+    return PrefixCounts(*(number * (place + 1) for place in range(NUM_PREFIX_COUNTS)))
+
+
 def run_engine(engine: int, connection: Connection) -> None:
     """Publish growing numbers, as an engine core of several API servers does."""
     owned = publisher(engine)
     moved_blocks = MovedBlocks("1", engine)
     while (freed_blocks := connection.recv()) is not None:
         owned.publish(freed_blocks, 16 * freed_blocks)
+        owned.publish_prefixes(prefix_counts(freed_blocks))
         moved_blocks.add(1)
         owned.publish(freed_blocks, 0)
         connection.send(True)

@@ -17,7 +17,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.observability.conftest import Warnings
-from tests.observability.publishing import publisher
+from tests.observability.publishing import prefix_counts, publisher
 from vllm_roco.observability import publisher as publisher_module
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.names import FileName
@@ -135,9 +135,12 @@ def test_numbers_come_back_after_a_sweep(
     with contextlib.closing(publisher()) as owned:
         moved = MovedBlocks("1", 0)
         owned.publish(5, 80)
+        owned.publish_prefixes(prefix_counts(1))
         moved.add(3)
         sweep(directory)
         assert read_engines() == ()
+        # which nobody sees before the files are there again
+        owned.publish_prefixes(prefix_counts(2))
         owned.publish(6, 64)
         moved.add(1)
         (metrics,) = read_engines()
@@ -145,11 +148,14 @@ def test_numbers_come_back_after_a_sweep(
         assert metrics.max_sequence_kv_tokens == 64
         assert metrics.peak_sequence_kv_tokens == 80
         assert metrics.budget_tokens == 64
+        assert metrics.prefix_cache == prefix_counts(2)
         # the new files are as good as the old ones
         owned.publish(7, 48)
+        owned.publish_prefixes(prefix_counts(3))
         moved.add(1)
         (metrics,) = read_engines()
         assert (metrics.freed_blocks, metrics.moved_blocks) == (7, 5)
+        assert metrics.prefix_cache == prefix_counts(3)
     assert read_engines() == ()
 
 
@@ -183,7 +189,7 @@ def test_a_worker_that_cannot_write_goes_on(
 
 NO_ROOM = """
 import sys
-from tests.observability.publishing import publisher
+from tests.observability.publishing import prefix_counts, publisher
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.publisher import MovedBlocks
 

@@ -20,7 +20,8 @@ from typing import Literal
 
 import pytest
 
-from tests.observability.publishing import publisher
+from tests.observability.publishing import prefix_counts, publisher
+from vllm_roco.observability.families import PREFIX_FAMILIES, PrefixCounts
 from vllm_roco.observability.metrics import RocoMetrics, get_metrics, read_engines
 from vllm_roco.observability.publisher import MovedBlocks
 
@@ -79,6 +80,23 @@ def test_a_new_engine_shows_zeros() -> None:
     assert (metrics.engine, metrics.model_name, metrics.budget_tokens) == (0, "m", 64)
     assert metrics.freed_blocks == metrics.moved_blocks == 0
     assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 0
+    assert metrics.prefix_cache == PrefixCounts()
+
+
+def test_every_field_of_the_prefix_counts_is_a_metric() -> None:
+    fields = [family.field for family in PREFIX_FAMILIES]
+    assert fields == [f"prefix_cache.{field}" for field in PrefixCounts._fields]
+    gauges = [family.name for family in PREFIX_FAMILIES if not family.is_counter]
+    assert gauges == ["vllm:roco_prefix_live_snapshots"]
+    assert all(family.documentation.endswith(".") for family in PREFIX_FAMILIES)
+
+
+def test_snapshots_come_and_go() -> None:
+    with contextlib.closing(publisher()) as owned:
+        for live, published in ((1, 1), (2, 2), (0, 2)):
+            owned.publish_prefixes(PrefixCounts(live, published))
+            (metrics,) = read_engines()
+            assert metrics.prefix_cache == PrefixCounts(live, published)
 
 
 def test_the_peak_outlives_the_request() -> None:
@@ -98,6 +116,8 @@ def test_engines_are_summed_and_sorted() -> None:
     ):
         first.publish(3, 64)
         second.publish(5, 96)
+        first.publish_prefixes(prefix_counts(2))
+        second.publish_prefixes(prefix_counts(3))
         workers = [MovedBlocks("1", engine) for engine in (0, 1)]
         workers[0].add(2)
         workers[1].add(4)
@@ -108,6 +128,8 @@ def test_engines_are_summed_and_sorted() -> None:
     assert metrics.moved_blocks == 6
     assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 96
     assert metrics.budget_tokens == 64
+    assert metrics.engines[1].prefix_cache == prefix_counts(3)
+    assert metrics.prefix_cache == prefix_counts(5)
 
 
 def test_instances_are_told_apart() -> None:

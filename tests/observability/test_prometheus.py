@@ -20,7 +20,8 @@ from vllm.v1.metrics.prometheus import (
 )
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
-from tests.observability.publishing import publisher, run_engine
+from tests.observability.publishing import prefix_counts, publisher, run_engine
+from vllm_roco.observability.families import PrefixCounts
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.prometheus import RocoCollector, register_collector
 from vllm_roco.observability.publisher import MovedBlocks
@@ -33,6 +34,14 @@ MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
+PREFIX_COUNTERS = {
+    f"vllm:roco_prefix_{name}_total"
+    for name in (
+        *("published_snapshots", "dead_snapshots"),
+        *("snapshot_hits", "saved_tokens", "waits"),
+    )
+}
+LIVE = "vllm:roco_prefix_live_snapshots"
 
 
 @pytest.fixture
@@ -51,12 +60,25 @@ def scrape(registry: Collector) -> Samples:
         for sample in family.samples:
             if sample.name.startswith("vllm:roco"):
                 assert set(sample.labels) == {"model_name", "engine"}
-                is_counter = sample.name in (FREED, MOVED)
+                is_counter = sample.name in {FREED, MOVED} | PREFIX_COUNTERS
                 assert family.type == ("counter" if is_counter else "gauge")
                 key = sample.name, sample.labels["engine"]
                 assert key not in samples, "a repeated line fails the whole scrape"
                 samples[key] = sample.value
     return samples
+
+
+def of_prefixes(counts: PrefixCounts, engine: str) -> Samples:
+    """Return the lines that stand for an engine's prefix cache."""
+    lines = {
+        LIVE: counts.live_snapshots,
+        "vllm:roco_prefix_published_snapshots_total": counts.published_snapshots,
+        "vllm:roco_prefix_dead_snapshots_total": counts.dead_snapshots,
+        "vllm:roco_prefix_snapshot_hits_total": counts.snapshot_hits,
+        "vllm:roco_prefix_saved_tokens_total": counts.saved_tokens,
+        "vllm:roco_prefix_waits_total": counts.waits,
+    }
+    return {(name, engine): number for name, number in lines.items()}
 
 
 @contextlib.contextmanager
@@ -90,7 +112,9 @@ def test_a_scrape_shows_the_newest_numbers() -> None:
     with contextlib.closing(publisher(engine=3)) as owned:
         moved = MovedBlocks("1", 3)
         for freed_blocks, moved_blocks, tokens in ((2, 1, 96), (5, 3, 80)):
+            counts = prefix_counts(freed_blocks)
             owned.publish(freed_blocks, tokens)
+            owned.publish_prefixes(counts)
             moved.add(moved_blocks - read_engines()[0].moved_blocks)
             assert scrape(registry) == {
                 (FREED, "3"): freed_blocks,
@@ -98,6 +122,7 @@ def test_a_scrape_shows_the_newest_numbers() -> None:
                 (MAX, "3"): tokens,
                 (PEAK, "3"): 96,
                 (BUDGET, "3"): 64,
+                **of_prefixes(counts, "3"),
             }
     assert scrape(registry) == {}
 
@@ -113,9 +138,14 @@ def test_engines_have_lines_of_their_own_and_none_is_repeated() -> None:
         first.publish(1, 16)
         second.publish(2, 32)
         namesake.publish(3, 48)
+        for number, owned in enumerate((first, second, namesake), start=1):
+            owned.publish_prefixes(PrefixCounts(number, number))
         samples = scrape(registry)
     assert [samples[FREED, engine] for engine in "01"] == [1, 5]
     assert [samples[MAX, engine] for engine in "01"] == [16, 48]
+    published = "vllm:roco_prefix_published_snapshots_total"
+    assert [samples[published, engine] for engine in "01"] == [1, 5]
+    assert [samples[LIVE, engine] for engine in "01"] == [1, 5]
 
 
 def test_the_metrics_outlive_vllm_building_its_loggers() -> None:
@@ -161,6 +191,8 @@ def test_several_api_servers_show_each_engine_once(method: Method) -> None:
                 (PEAK, "1"): 160 * freed_blocks,
                 (BUDGET, "0"): 64,
                 (BUDGET, "1"): 64,
+                **of_prefixes(prefix_counts(freed_blocks), "0"),
+                **of_prefixes(prefix_counts(10 * freed_blocks), "1"),
             }
             assert [scrape(server) for server in servers] == [expected, expected]
 

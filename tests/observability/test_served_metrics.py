@@ -29,6 +29,8 @@ CHUNK = 64
 OPTIONS = {"budget": 64, "stride": 32, "chunk": CHUNK, "sink": 16, "recent": 16}
 
 PROMPT = list(range(100, 140))
+LONG_PROMPT = list(range(100, 240))
+"""Two chunks and more, past the first eviction."""
 NUM_ENGINES = 2
 NUM_REQUESTS = 4
 NUM_NEW_TOKENS = 200
@@ -43,6 +45,13 @@ MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
+LIVE = "vllm:roco_prefix_live_snapshots"
+PUBLISHED = "vllm:roco_prefix_published_snapshots_total"
+DEAD = "vllm:roco_prefix_dead_snapshots_total"
+HITS = "vllm:roco_prefix_snapshot_hits_total"
+SAVED = "vllm:roco_prefix_saved_tokens_total"
+WAITS = "vllm:roco_prefix_waits_total"
+PREFIX = (LIVE, PUBLISHED, DEAD, HITS, SAVED, WAITS)
 
 START_SECONDS = 600
 
@@ -95,23 +104,23 @@ class Server:
                     samples[key] = sample.value
         return {
             name: [samples[name, engine] for engine in range(NUM_ENGINES)]
-            for name in (FREED, MOVED, MAX, PEAK, BUDGET)
+            for name in (FREED, MOVED, MAX, PEAK, BUDGET, *PREFIX)
         }
 
-    def complete(self, _: int) -> None:
-        """Generate `NUM_NEW_TOKENS` tokens after `PROMPT`."""
+    def complete(self, prompt: list[int], num_new_tokens: int) -> None:
+        """Generate so many tokens after a prompt."""
         response = requests.post(
             f"{self.url}/v1/completions",
             json={
                 "model": "the-model",
-                "prompt": PROMPT,
-                "max_tokens": NUM_NEW_TOKENS,
+                "prompt": prompt,
+                "max_tokens": num_new_tokens,
                 "ignore_eos": True,
                 "temperature": 0,
             },
             timeout=600,
         )
-        assert response.json()["usage"]["completion_tokens"] == NUM_NEW_TOKENS
+        assert response.json()["usage"]["completion_tokens"] == num_new_tokens
 
 
 @contextlib.contextmanager
@@ -185,9 +194,13 @@ def test_a_server_shows_what_the_budget_does(
             MAX: zeros,
             PEAK: zeros,
             BUDGET: budgets,
+            **dict.fromkeys(PREFIX, zeros),
         }
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-            done = [pool.submit(server.complete, i) for i in range(NUM_REQUESTS)]
+            done = [
+                pool.submit(server.complete, PROMPT, NUM_NEW_TOKENS)
+                for _ in range(NUM_REQUESTS)
+            ]
             held = set()
             while not all(future.done() for future in done):
                 held.update(server.scrape()[MAX])
@@ -195,6 +208,10 @@ def test_a_server_shows_what_the_budget_does(
             future.result()
         # each connection may reach another server: all must agree, and at once
         scrapes = [server.scrape() for _ in range(8)]
+        # one after another, so that all but the first of an engine begin with a hit
+        for _ in range(NUM_ENGINES + 1):
+            server.complete(LONG_PROMPT, 1)
+        hits = {name: sum(numbers) for name, numbers in server.scrape().items()}
     assert held - {0}
     assert max(held) <= MOST_TOKENS
     assert scrapes == [scrapes[0]] * 8
@@ -204,6 +221,12 @@ def test_a_server_shows_what_the_budget_does(
         assert bool(moved) == bool(freed)
     assert scrapes[0][MAX] == zeros
     assert OPTIONS["budget"] < max(scrapes[0][PEAK]) <= MOST_TOKENS
+    # prompts of less than a chunk
+    assert {name: scrapes[0][name] for name in PREFIX} == dict.fromkeys(PREFIX, zeros)
+    assert 1 <= hits[HITS] == NUM_ENGINES + 1 - hits[PUBLISHED] <= NUM_ENGINES
+    assert hits[SAVED] == 2 * CHUNK * hits[HITS]
+    assert hits[LIVE] == hits[PUBLISHED]
+    assert hits[DEAD] == hits[WAITS] == 0
 
 
 def test_an_llm_tells_what_the_budget_did(smollm2: Path, tmp_path: Path) -> None:
@@ -227,6 +250,8 @@ def test_an_llm_tells_what_the_budget_did(smollm2: Path, tmp_path: Path) -> None
     (engine,) = json.loads(line.removeprefix("METRICS"))["engines"]
     assert engine["engine"] == 0
     assert engine["budget_tokens"] == OPTIONS["budget"]
+    # a tuple in JSON
+    assert engine["prefix_cache"] == [0] * len(PREFIX)
     assert engine["freed_blocks"] == NUM_REQUESTS * FREED_PER_REQUEST
     assert 0 < engine["moved_blocks"] <= engine["freed_blocks"]
     assert engine["max_sequence_kv_tokens"] == 0

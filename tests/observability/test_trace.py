@@ -35,8 +35,10 @@ def test_a_line_tells_step_request_tokens_and_blocks(tmp_path: Path) -> None:
     trace = TraceWriter(str(path))
     before = time.time()
     trace.write(7, 'odd "id"\n', 512, 18)
+    trace.write(8, "new", 512, 18, 0)
+    trace.write(8, "hit", 512, 18, 384)
     trace.close()
-    (record,) = records(path)
+    record, *others = records(path)
     assert before - 1 < record.pop("time") < time.time() + 1  # type: ignore[operator]
     assert record == {
         "step": 7,
@@ -44,6 +46,8 @@ def test_a_line_tells_step_request_tokens_and_blocks(tmp_path: Path) -> None:
         "computed_tokens": 512,
         "held_blocks": 18,
     }
+    # of those that are let in in this step, the prefix too
+    assert [other["hit_tokens"] for other in others] == [0, 384]
 
 
 def test_a_flushed_step_is_there_while_the_engine_runs(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_says_once_what_it_does(server: Server) -> None:
         "policy roco (peak shield, ratio 0.7), budget 128 tokens per sequence, stride",
         "32, chunk 64, block size 16.",
         "attends over at most 159 tokens after a step and holds at most 240 tokens",
-        "Switched off: speculative decoding, KV connectors.",
+        "Prefix caching: on. Switched off: speculative decoding, KV connectors.",
     ):
         assert said in lines[0]
 

@@ -14,6 +14,7 @@ from vllm_roco.kv_cache.block_cache import BlockCache
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
 from vllm_roco.kv_cache.snapshots import SnapshotStore
+from vllm_roco.observability.families import PrefixCounts
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -76,6 +77,18 @@ class PrefixCache:
         self._offered: tuple[Request, Hit | None] | None = None
         # for what waiting requests wait; None for blocks of the step being chosen
         self._waits: dict[str, BlockHash | None] = {}
+
+    def counts(self) -> PrefixCounts:
+        """Return what is there and was done; each dead snapshot costs time once."""
+        store = self.store
+        return PrefixCounts(
+            live_snapshots=store.num_alive,
+            published_snapshots=store.num_published,
+            dead_snapshots=store.num_dead,
+            snapshot_hits=store.num_hits,
+            saved_tokens=store.num_saved_tokens,
+            waits=self.num_waits,
+        )
 
     def enter(self, request: Request) -> None:
         """Take note of a new request's prompt."""

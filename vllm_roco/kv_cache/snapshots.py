@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
+MAX_LOST = 1024
+"""Prefixes that are remembered to have had a snapshot, at most."""
+
 
 class Snapshot(NamedTuple):
     """The live blocks of a sequence that has read a prefix and no more.
@@ -47,13 +50,15 @@ class SnapshotStore:
         num_published: Snapshots made since the start.
         num_hits: Requests that began with one.
         num_saved_tokens: Tokens that these did not have to read.
-        num_dead: Snapshots that a look-up found, but not whole.
+        num_dead: Snapshots that a look-up would have found, had they been whole.
     """
 
     def __init__(self, block_pool: BlockPool) -> None:
         self._pool = block_pool
         # the least recently used first, as in vLLM's free queue
         self._snapshots: OrderedDict[BlockHash, Snapshot] = OrderedDict()
+        # prefixes of overwritten ones that nobody has looked up since, in order
+        self._lost: OrderedDict[BlockHash, None] = OrderedDict()
         self.num_published = 0
         self.num_hits = 0
         self.num_saved_tokens = 0
@@ -61,20 +66,22 @@ class SnapshotStore:
 
     @property
     def num_alive(self) -> int:
-        """Snapshots that can be hit."""
+        """Snapshots that can be hit; each that no longer can costs time once."""
         self._forget_overwritten()
         return len(self._snapshots)
 
     def find(self, prefix: BlockHash) -> Snapshot | None:
         """Return the snapshot of a prefix, None if there is none or no longer."""
         snapshot = self._snapshots.get(prefix)
-        if snapshot is None:
-            return None
-        if not snapshot.is_whole:
+        if snapshot is not None and snapshot.is_whole:
+            return snapshot
+        if snapshot is not None:
             del self._snapshots[prefix]
             self.num_dead += 1
-            return None
-        return snapshot
+        elif prefix in self._lost:
+            del self._lost[prefix]
+            self.num_dead += 1
+        return None
 
     def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
         """Note that a request begins behind a prefix of so many tokens."""
@@ -119,3 +126,6 @@ class SnapshotStore:
             if blocks[0].block_hash == name:
                 return
             del snapshots[prefix]
+            self._lost[prefix] = None
+            if len(self._lost) > MAX_LOST:
+                self._lost.popitem(last=False)

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated, NamedTuple, get_type_hints
 
 from prometheus_client.mmap_dict import mmap_key
 
@@ -16,7 +18,7 @@ class Family:
 
     Attributes:
         name: Without the suffix that counters have.
-        field: What it is in `EngineMetrics`.
+        field: Where it is in `EngineMetrics`, with a dot for what is inside of a field.
         documentation: One sentence for `/metrics`.
         is_counter: Whether it is a counter and not a gauge.
     """
@@ -66,4 +68,54 @@ BUDGET = Family(
     "budget_tokens",
     "KV tokens that RoCo keeps per sequence (the option budget).",
 )
-FAMILIES = (FREED_BLOCKS, MOVED_BLOCKS, MAX_SEQUENCE, PEAK_SEQUENCE, BUDGET)
+BUDGET_FAMILIES = (FREED_BLOCKS, MOVED_BLOCKS, MAX_SEQUENCE, PEAK_SEQUENCE, BUDGET)
+
+
+class Meaning(NamedTuple):
+    """What a field of `PrefixCounts` counts.
+
+    Attributes:
+        documentation: One sentence for `/metrics`.
+        is_counter: Whether it only grows.
+    """
+
+    documentation: str
+    is_counter: bool = True
+
+
+class PrefixCounts(NamedTuple):
+    """What the prefix cache holds, and has done since its engine started.
+
+    This is the table of its metrics: `vllm:roco_prefix_` and the name of a field.
+    """
+
+    live_snapshots: Annotated[
+        int,
+        Meaning("Snapshots of prefixes that requests can begin with now.", False),
+    ] = 0
+    published_snapshots: Annotated[int, Meaning("Snapshots of prefixes made.")] = 0
+    dead_snapshots: Annotated[
+        int,
+        Meaning("Snapshots that were overwritten before a look-up asked for them."),
+    ] = 0
+    snapshot_hits: Annotated[int, Meaning("Requests let in behind a snapshot.")] = 0
+    saved_tokens: Annotated[
+        int,
+        Meaning("Prompt tokens that these requests did not have to read."),
+    ] = 0
+    waits: Annotated[
+        int,
+        Meaning("Requests that have waited while another one read their prefix."),
+    ] = 0
+
+
+def _prefix_families() -> Iterator[Family]:
+    for field, hint in get_type_hints(PrefixCounts, include_extras=True).items():
+        (meaning,) = hint.__metadata__
+        yield Family(f"vllm:roco_prefix_{field}", f"prefix_cache.{field}", *meaning)
+
+
+PREFIX_FAMILIES = tuple(_prefix_families())
+"""One for each field of `PrefixCounts`, in their order."""
+
+FAMILIES = (*BUDGET_FAMILIES, *PREFIX_FAMILIES)

@@ -8,7 +8,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_roco.observability.families import FAMILIES
+from vllm_roco.observability.families import (
+    BUDGET_FAMILIES,
+    FAMILIES,
+    PREFIX_FAMILIES,
+    PrefixCounts,
+)
 from vllm_roco.observability.file import find_files, read_file
 from vllm_roco.observability.names import instance_name, process_name
 
@@ -33,6 +38,7 @@ class EngineMetrics:
         max_sequence_kv_tokens: Most KV tokens that one running sequence holds now,
             in whole blocks.
         peak_sequence_kv_tokens: Most KV tokens that one sequence ever held.
+        prefix_cache: What the prefix cache did; zeros where it is off.
     """
 
     engine: int
@@ -42,6 +48,7 @@ class EngineMetrics:
     moved_blocks: int
     max_sequence_kv_tokens: int
     peak_sequence_kv_tokens: int
+    prefix_cache: PrefixCounts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +85,12 @@ class RocoMetrics:
     def peak_sequence_kv_tokens(self) -> int:
         """Most KV tokens that one sequence of any engine ever held."""
         return max(engine.peak_sequence_kv_tokens for engine in self.engines)
+
+    @property
+    def prefix_cache(self) -> PrefixCounts:
+        """What the prefix caches did, summed over the engines."""
+        counts = [engine.prefix_cache for engine in self.engines]
+        return PrefixCounts(*map(sum, zip(*counts, strict=True)))
 
 
 def get_metrics(llm: LLM | LLMEngine | AsyncLLM) -> RocoMetrics:
@@ -132,7 +145,10 @@ def read_engines(instance_id: str | None = None) -> tuple[EngineMetrics, ...]:
         EngineMetrics(
             model_name=labels[core][0],
             engine=labels[core][1],
-            **{family.field: numbers[family.sample_name] for family in FAMILIES},
+            prefix_cache=PrefixCounts(
+                *(numbers[family.sample_name] for family in PREFIX_FAMILIES)
+            ),
+            **{family.field: numbers[family.sample_name] for family in BUDGET_FAMILIES},
         )
         for core, numbers in sums.items()
         # neither a worker's number alone, nor an engine core that just starts or ends

@@ -13,6 +13,8 @@ from vllm_roco.observability.warning import warn_of_end
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_roco.observability.families import PrefixCounts
+
 
 class Observer:
     """Publishes an engine core's numbers, and writes its trace if one is wanted.
@@ -56,18 +58,25 @@ class Observer:
         except (OSError, ValueError) as error:
             self._end_metrics(error)
 
-    def record(self, step: int, held: Iterable[tuple[str, int, int]]) -> None:
+    def publish_prefixes(self, counts: PrefixCounts) -> None:
+        """Show new numbers of the prefix cache."""
+        if self._publisher is not None:
+            self._publisher.publish_prefixes(counts)
+
+    def record(
+        self, step: int, requests: Iterable[tuple[str, int, int, int | None]]
+    ) -> None:
         """Write a step into the trace.
 
         Args:
             step: The scheduler's step, counted from the start of the engine.
-            held: Of each scheduled request its name, its computed tokens and the
-                blocks held for it. Not looked at where there is no trace.
+            requests: Of each scheduled request what `TraceWriter.write` takes. Not
+                looked at where there is no trace.
         """
         if self._trace is None:
             return
-        for request_id, num_computed_tokens, held_blocks in held:
-            self._trace.write(step, request_id, num_computed_tokens, held_blocks)
+        for request in requests:
+            self._trace.write(step, *request)
         try:
             self._trace.flush()
         except (OSError, ValueError) as error:

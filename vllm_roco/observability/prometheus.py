@@ -50,10 +50,9 @@ class RocoCollector:
             return
         for family in FAMILIES:
             metric = _empty(family)
+            number_of = attrgetter(family.field)
             for (model_name, engine), metrics in groups.items():
-                metric.add_metric(
-                    [model_name, str(engine)], getattr(metrics, family.field)
-                )
+                metric.add_metric([model_name, str(engine)], number_of(metrics))
             yield metric
 
 

@@ -19,6 +19,8 @@ from vllm_roco.observability.families import (
     MAX_SEQUENCE,
     MOVED_BLOCKS,
     PEAK_SEQUENCE,
+    PREFIX_FAMILIES,
+    PrefixCounts,
 )
 from vllm_roco.observability.file import NumbersFile, find_files, read_file, sweep
 from vllm_roco.observability.names import FileName, instance_name
@@ -62,7 +64,15 @@ class MetricsPublisher:
         # workers add what they move, but 0 is shown before
         counts = {self._freed: 0, moved: 0}
         sizes = {self._max: 0, self._peak: 0, budget: budget_tokens}
+        prefix_keys = [family.key(model_name, engine) for family in PREFIX_FAMILIES]
+        for family, key in zip(PREFIX_FAMILIES, prefix_keys, strict=True):
+            (counts if family.is_counter else sizes)[key] = 0
         self._counters, self._gauges = _open(counter, counts, sizes)
+        self._prefix_numbers = [
+            (self._counters if key in counts else self._gauges, key)
+            for key in prefix_keys
+        ]
+        self._prefix_counts = PrefixCounts()
         # freed blocks, most tokens now, and ever
         self._published = [0, 0, 0]
         self._due = 0.0
@@ -93,6 +103,18 @@ class MetricsPublisher:
             self._due = now + CHECK_SECONDS
             self._counters.keep()
             self._gauges.keep()
+
+    def publish_prefixes(self, counts: PrefixCounts) -> None:
+        """Show new numbers of the prefix cache; as `publish`, but never raises."""
+        published = self._prefix_counts
+        if counts == published:
+            return
+        self._prefix_counts = counts
+        for (file, key), number, before in zip(
+            self._prefix_numbers, counts, published, strict=True
+        ):
+            if number != before:
+                file.set(key, number)
 
     def close(self) -> None:
         """Remove the files. Closing twice is harmless."""

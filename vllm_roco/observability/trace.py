@@ -2,7 +2,7 @@
 """The opt-in trace: what every scheduled request held, step by step, as JSON lines.
 
     {"time": 1735689600.25, "step": 7, "request": "cmpl-1", "computed_tokens": 512,
-     "held_blocks": 18}
+     "held_blocks": 18, "hit_tokens": 384}
 
 For looking at what the budget does (`RocoConfig.trace`), not for production: it costs
 a line per request and step.
@@ -81,7 +81,12 @@ class TraceWriter:
         )
 
     def write(
-        self, step: int, request_id: str, num_computed_tokens: int, held_blocks: int
+        self,
+        step: int,
+        request_id: str,
+        num_computed_tokens: int,
+        held_blocks: int,
+        hit_tokens: int | None = None,
     ) -> None:
         """Add one line; it is in the file after `flush`.
 
@@ -90,6 +95,8 @@ class TraceWriter:
             request_id: The request, by vLLM's name for it.
             num_computed_tokens: Tokens of the request that are computed.
             held_blocks: Blocks that the block manager holds for it.
+            hit_tokens: Length of the prefix that it begins behind, None unless this
+                step lets it in.
         """
         record = {
             "time": round(time.time(), 6),
@@ -98,6 +105,8 @@ class TraceWriter:
             "computed_tokens": num_computed_tokens,
             "held_blocks": held_blocks,
         }
+        if hit_tokens is not None:
+            record["hit_tokens"] = hit_tokens
         self._lines.append(json.dumps(record) + "\n")
 
     def flush(self) -> None:
