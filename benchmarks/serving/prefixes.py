@@ -13,7 +13,7 @@ from functools import partial
 from itertools import groupby
 
 import numpy as np
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from vllm.benchmarks import throughput
 from vllm.engine.arg_utils import EngineArgs
 
@@ -146,7 +146,7 @@ def _serve(
     for suffixes in turns:
         prompts = [[*old, *new] for old, new in zip(known, suffixes, strict=True)]
         answers = llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts],
+            [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             sampling(workload),
             use_tqdm=False,
         )
