@@ -134,7 +134,7 @@ PREFIX_WORKLOADS = {
         suffix_len=_QUESTION,
         output_len=_ANSWER,
         max_num_seqs=32,
-        # room for every third of them: for all of a budget of 2,048, and what runs
+        # a third of them in full, or what a budget of 2,048 keeps of all, and what runs
         kv_cache_bytes=67 * (_DOCUMENT + _QUESTION + _ANSWER) * QWEN_BYTES_PER_TOKEN,
     ),
     "prefix-repetition": PrefixWorkload(
