@@ -18,6 +18,7 @@ from benchmarks.serving import prefix_server, prefixes
 from benchmarks.serving.comparisons import prefix_comparisons
 from benchmarks.serving.engines import MODELS, Options
 from benchmarks.serving.jobs import MACHINE, Session
+from benchmarks.serving.pictures import PICTURES
 from benchmarks.serving.prefix_workloads import (
     PREFIX_WORKLOADS,
     SIDES,
@@ -144,6 +145,10 @@ def test_report(tmp_path: Path) -> None:
             "roco, budget 2048, no prefix caching",
         ],
     ]
+    assert PICTURES["shared_prefixes"].write(tmp_path, tmp_path / "picture.svg")
+    picture = (tmp_path / "picture.svg").read_text()
+    for label in ("chat", "shared-4096, read before", "1.50", "0.25", "budget 1024"):
+        assert f">{label}" in picture or f"{label}<" in picture
     page = " ".join(tables(tmp_path)["prefixes"].split())
     assert "| chat | no | FLASH_ATTN | 100 | 1.000 | 10 | 20 | 90.0% | 0 |" in page
     assert "| roco, budget 2048 | 150 | 1.500 |" in page
