@@ -19,6 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from benchmarks.serving.prefix_workloads import PREFIX_WORKLOADS, SIDES, prefix_runs
 from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
 from vllm_roco.config import POLICIES
 
@@ -65,6 +66,18 @@ def parser() -> argparse.ArgumentParser:
     prefill.add_argument(
         "--rounds", type=int, default=1, help="how often each engine has its turn"
     )
+    prefixes = tasks.add_parser(
+        "prefixes", help="prefixes that requests share, read once", parents=[engines]
+    )
+    every = [name for name in PREFIX_WORKLOADS if name != "prefix-smoke"]
+    prefixes.add_argument(
+        "--workloads", nargs="+", choices=PREFIX_WORKLOADS, default=every
+    )
+    prefixes.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    prefixes.add_argument("--budgets", type=int, nargs="+")
+    prefixes.add_argument("--rounds", type=int, default=1)
+    prefixes.add_argument("--gpu-memory-utilization", type=float, default=0.5)
+    prefixes.add_argument("--baseline", default="FLASH_ATTN")
     memory = tasks.add_parser(
         "memory", help="KV tokens held per sequence over time", parents=[engines]
     )
@@ -94,6 +107,7 @@ def main(command: list[str]) -> int:
     from benchmarks.machine import environment_elsewhere
     from benchmarks.serving import (
         prefill,
+        prefixes,
         profiling,
         residency,
         scheduling,
@@ -132,6 +146,17 @@ def main(command: list[str]) -> int:
             chunks = arguments.chunks or prefill.CHUNKS
             jobs = prefill.jobs(chunks, arguments.policies, arguments.rounds, options)
             return session.run(prefill.TABLE, jobs)
+        case "prefixes":
+            runs_of_prefixes = prefix_runs(
+                arguments.workloads,
+                arguments.sides,
+                budgets=arguments.budgets,
+                rounds=arguments.rounds,
+                gpu_memory_utilization=arguments.gpu_memory_utilization,
+                baseline=arguments.baseline,
+            )
+            jobs = prefixes.jobs(runs_of_prefixes, options)
+            return session.run(prefixes.TABLE, jobs)
         case "memory":
             jobs = residency.jobs(
                 arguments.model, arguments.baseline, options, arguments.out

@@ -9,6 +9,11 @@ _WORK = [
     *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
     *("num_requests", "input_len", "output_len"),
 ]
+_SHARING = [
+    *("workload", "warm", "model", "gpu_memory_utilization", "kv_cache_bytes"),
+    *("num_requests", "num_prefixes", "num_turns"),
+    *("prefix_len", "suffix_len", "output_len", "max_tokens"),
+]
 _SETTING = ["gpu", "vllm", "commit", "flags"]
 _ENGINE = ["backend", "kv_cache_dtype", "policy"]
 
@@ -26,17 +31,40 @@ def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
         The rows, by `work`, a number, with the name of each `engine` and the `ratio` of
         its throughput to the baseline's.
     """
-    same = [*_SETTING, *_WORK]
     engines = [_engine(*values) for values in rows[_ENGINE].itertuples(index=False)]
-    found = rows.assign(
-        engine=[name for name, _ in engines], rank=[rank for _, rank in engines]
+    return _beside_baselines(
+        rows.assign(
+            engine=[name for name, _ in engines], rank=[rank for _, rank in engines]
+        ),
+        _WORK,
     )
-    found["group"] = _numbered(found, same)
+
+
+def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the same of rows of `prefixes.csv`, with the means of their rounds."""
+    setting = [*_SETTING, *_SHARING, "side", "backend", "budget", "stride", "chunk"]
+    newest = rows.drop_duplicates([*setting, "round"], keep="last")
+    means = newest.groupby(setting, sort=False, dropna=False)
+    found = means.mean(numeric_only=True).drop(columns="round").reset_index()
+    uncached = found["side"].map({"roco-uncached": ", no prefix caching"}).fillna("")
+    roco = "roco, budget " + found["budget"].astype("string") + uncached
+    return _beside_baselines(
+        found.assign(
+            engine=roco.fillna(found["backend"]),
+            rank=found["side"].map({"stock": 0, "roco": 1, "roco-uncached": 2}),
+        ),
+        _SHARING,
+    )
+
+
+def _beside_baselines(found: pd.DataFrame, work: list[str]) -> pd.DataFrame:
+    """Return the newest comparison of every work: columns that tell it from others."""
+    found["group"] = _numbered(found, [*_SETTING, *work])
     found = found.drop_duplicates(["group", "engine"], keep="last")
     ranks = found.groupby("group")["rank"]
     found = found[(ranks.transform("min") == 0) & (ranks.transform("size") > 1)]
     found = found.sort_values(["group", "rank"], kind="stable")
-    found["work"] = _numbered(found, _WORK)
+    found["work"] = _numbered(found, work)
     newest = found.groupby("work")["group"].transform("max")
     found = found[found["group"] == newest].sort_values(["work", "rank"], kind="stable")
     baseline = found.groupby("work")["output_tok_s"].transform("first")

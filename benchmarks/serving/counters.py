@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 
-from prometheus_client import REGISTRY, CollectorRegistry
+from prometheus_client import REGISTRY, CollectorRegistry, Metric
 
 INTERVAL = 0.02
 """Seconds between two looks; a look takes some 0.1 ms."""
 
 RUNNING = "vllm:num_requests_running"
 PREEMPTIONS = "vllm:num_preemptions_total"
+QUERIES = "vllm:prefix_cache_queries_total"
+HITS = "vllm:prefix_cache_hits_total"
 FINISHED = "vllm:request_success_total"
 FIRST_TOKEN = "vllm:time_to_first_token_seconds"
 LATER_TOKENS = "vllm:request_time_per_output_token_seconds"
@@ -25,6 +27,8 @@ HISTOGRAMS = (FIRST_TOKEN, LATER_TOKENS)
 NAMES = [
     RUNNING,
     PREEMPTIONS,
+    QUERIES,
+    HITS,
     FINISHED,
     *(f"{name}_{part}" for name in HISTOGRAMS for part in ("sum", "count")),
 ]
@@ -32,8 +36,13 @@ NAMES = [
 
 def read(registry: CollectorRegistry = REGISTRY) -> Mapping[str, float]:
     """Return the values of `NAMES` now, 0 where no engine has registered them."""
+    return summed(registry.restricted_registry(NAMES).collect())
+
+
+def summed(metrics: Iterable[Metric]) -> Mapping[str, float]:
+    """Return the sum of each name's samples over their labels, 0 for other names."""
     values: dict[str, float] = defaultdict(float)
-    for metric in registry.restricted_registry(NAMES).collect():
+    for metric in metrics:
         for sample in metric.samples:
             values[sample.name] += sample.value
     return values

@@ -61,6 +61,7 @@ class Engine:
         kv_cache_dtype: `auto` is the model's.
         gpu_memory_utilization: vLLM's option.
         kv_cache_bytes: KV memory; None: what the option above leaves.
+        prefix_caching: Whether what one request has read serves others.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Engine:
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
+    prefix_caching: bool = False
 
     @property
     def backend(self) -> str:
@@ -108,7 +110,7 @@ class Engine:
             f"--max-model-len={max(batch.max_model_len for batch in self.batches)}",
             f"--max-num-seqs={max(batch.count for batch in self.batches)}",
             f"--gpu-memory-utilization={self.gpu_memory_utilization}",
-            "--no-enable-prefix-caching",
+            f"--{'' if self.prefix_caching else 'no-'}enable-prefix-caching",
             "--disable-detokenize",
             f"--attention-backend={self.backend}",
             f"--kv-cache-dtype={self.kv_cache_dtype}",

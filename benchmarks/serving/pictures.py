@@ -18,6 +18,7 @@ from benchmarks.pictures import (
     COLOURS,
     DARK_BLUE,
     GREY,
+    ORANGE,
     PALE_BLUE,
     PALE_GREY,
     Picture,
@@ -25,7 +26,11 @@ from benchmarks.pictures import (
     panels,
 )
 from benchmarks.rows import matching
-from benchmarks.serving.comparisons import comparisons, newest_settings
+from benchmarks.serving.comparisons import (
+    comparisons,
+    newest_settings,
+    prefix_comparisons,
+)
 
 
 def throughput(axes: Axes, found: pd.DataFrame) -> None:
@@ -83,6 +88,30 @@ def crossover(axes: Axes, found: pd.DataFrame) -> None:
     axes.set_title(
         f"{first['model']}, {first['gpu']}, memory {first['gpu_memory_utilization']}"
     )
+
+
+def shared_prefixes(axes: Axes, measured: pd.DataFrame) -> None:
+    """Bars of throughput over stock vLLM's for each workload, the first one on top."""
+    found = prefix_comparisons(measured)
+    warm = found["warm"].map({"yes": ", read before", "no": ""})
+    found = found.assign(name=found["workload"] + warm)[found["rank"] > 0]
+    names, engines = (found[key].unique() for key in ("name", "engine"))
+    ratios = found.pivot(index="name", columns="engine", values="ratio")
+    ratios = ratios.loc[names[::-1], engines[::-1]].astype(float)
+    blues = cycle([BLUE, DARK_BLUE, ORANGE])
+    budgets = {engine: next(blues) for engine in engines if "caching" not in engine}
+    colours: Any = [budgets.get(engine, PALE_BLUE) for engine in ratios]
+    ratios.plot.barh(ax=axes, width=0.8, color=colours, legend=False)
+    for bars, engine in zip(axes.containers, ratios, strict=True):
+        labels = ["" if pd.isna(ratio) else f"{ratio:.2f}" for ratio in ratios[engine]]
+        axes.bar_label(bars, labels, fontsize=7, padding=2)  # type: ignore[arg-type]
+    axes.axvline(1, color=GREY, linewidth=1)
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.1)
+    axes.set_xlabel("throughput over stock vLLM's")
+    axes.set_ylabel("")
+    first = found.iloc[0]
+    axes.set_title(f"{first['model']}, {first['gpu']}")
 
 
 def resident_tokens(axes: Axes, steps: pd.DataFrame, memory: pd.DataFrame) -> None:
@@ -176,7 +205,10 @@ def _log2_ticks(axes: Axes, places: list[int], labels: list[str]) -> None:
 
 
 def _picture(
-    draw: Callable[..., None], *tables: str, workload: str | None = None
+    draw: Callable[..., None],
+    *tables: str,
+    workload: str | None = None,
+    height: float = 2.7,
 ) -> Picture:
     """Return one panel, drawn from tables or from the comparisons of a workload."""
 
@@ -186,7 +218,7 @@ def _picture(
             frames = [matching(comparisons(frames[0]), workload=workload)]
         if any(frame.empty for frame in frames):
             return None
-        figure, (axes,) = panels(1, size=(6.2, 2.7))
+        figure, (axes,) = panels(1, size=(6.2, height))
         draw(axes, *frames)
         legend(figure, [axes])
         return figure
@@ -198,6 +230,7 @@ PICTURES = {
     "throughput": _picture(throughput, "serving", workload="r-kv-stress"),
     "crossover": _picture(crossover, "serving", workload="crossover"),
     "prefill": _picture(prefill, "prefill"),
+    "shared_prefixes": _picture(shared_prefixes, "prefixes", height=5),
     "decode_ratio": _picture(decode_ratio, "decode_attention"),
     "resident_tokens": _picture(resident_tokens, "memory_steps", "memory"),
 }

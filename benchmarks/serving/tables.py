@@ -12,7 +12,11 @@ from scipy.stats import gmean
 from benchmarks import rows
 from benchmarks.markdown import UNMEASURED, grid, lines, table, texts
 from benchmarks.rows import matching
-from benchmarks.serving.comparisons import comparisons, newest_settings
+from benchmarks.serving.comparisons import (
+    comparisons,
+    newest_settings,
+    prefix_comparisons,
+)
 from benchmarks.serving.workloads import WORKLOADS
 
 _SERVED = {
@@ -94,6 +98,23 @@ def prefill(measured: pd.DataFrame) -> str:
         found = found.iloc[place.argsort(kind="stable")]
         parts.append(lines(found, columns, _caption(setting.tail(1), "model")))
     return "\n\n".join(parts)
+
+
+def prefixes(measured: pd.DataFrame) -> str:
+    """Return the table of what prefixes that requests share come to."""
+    found = prefix_comparisons(measured)
+    columns = {
+        "requests": "{workload}",
+        "prefix read before": "{warm}",
+        "engine": "{engine}",
+        "tokens/s": "{output_tok_s:,.0f}",
+        "ratio": "{ratio:.3f}",
+        "TTFT ms": "{ttft_ms:,.0f}",
+        "P99": "{ttft_p99_ms:,.0f}",
+        "hits": "{hit_rate:.1%}",
+        "preempted": "{preemptions:g}",
+    }
+    return lines(found, columns, _caption(found.drop_duplicates("work"), "model"))
 
 
 def eviction(measured: pd.DataFrame) -> str:
@@ -191,6 +212,7 @@ def _caption(found: pd.DataFrame, first: str = "") -> str:
 
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "prefill": prefill,
+    "prefixes": prefixes,
     "eviction": eviction,
     "profile": profile,
     "scheduler": scheduler,

@@ -67,7 +67,7 @@ class Workload:
         return RocoConfig(policy=policy, **sizes)  # type: ignore[arg-type]
 
 
-_QWEN_BYTES_PER_TOKEN = 28 * 4 * 2 * 128 * 2
+QWEN_BYTES_PER_TOKEN = 28 * 4 * 2 * 128 * 2
 """Layers, kv heads, K and V, head size, bytes of a number."""
 
 WORKLOADS = {
@@ -103,7 +103,7 @@ WORKLOADS = {
         batches=(Requests(64, 512, 8192),),
         budget=1024,
         # and vLLM's null block
-        kv_cache_bytes=(12 * (512 + 8192) + 16) * _QWEN_BYTES_PER_TOKEN,
+        kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN,
     ),
     "crossover": Workload(
         about="from which length on a budget pays, at a fixed memory",
