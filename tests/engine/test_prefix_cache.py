@@ -176,7 +176,7 @@ def test_a_hit_before_the_first_eviction_gives_the_same_tokens(
         assert engine.generate_one_by_one([short, longer], NUM_NEW) == expected
         cache = engine.manager.prefix_cache
         assert cache is not None
-        assert cache.store.num_saved_tokens == 64
+        assert cache.blocks.num_saved_tokens == 64
 
 
 def test_statistics_of_a_copy_are_of_the_prefix_alone(tiny_llama: Path) -> None:

@@ -38,7 +38,7 @@ PREFIX_COUNTERS = {
     f"vllm:roco_prefix_{name}_total"
     for name in (
         *("published_snapshots", "dead_snapshots"),
-        *("snapshot_hits", "saved_tokens", "waits"),
+        *("snapshot_hits", "block_hits", "saved_tokens", "waits"),
     )
 }
 LIVE = "vllm:roco_prefix_live_snapshots"
@@ -75,6 +75,7 @@ def of_prefixes(counts: PrefixCounts, engine: str) -> Samples:
         "vllm:roco_prefix_published_snapshots_total": counts.published_snapshots,
         "vllm:roco_prefix_dead_snapshots_total": counts.dead_snapshots,
         "vllm:roco_prefix_snapshot_hits_total": counts.snapshot_hits,
+        "vllm:roco_prefix_block_hits_total": counts.block_hits,
         "vllm:roco_prefix_saved_tokens_total": counts.saved_tokens,
         "vllm:roco_prefix_waits_total": counts.waits,
     }

@@ -49,9 +49,10 @@ LIVE = "vllm:roco_prefix_live_snapshots"
 PUBLISHED = "vllm:roco_prefix_published_snapshots_total"
 DEAD = "vllm:roco_prefix_dead_snapshots_total"
 HITS = "vllm:roco_prefix_snapshot_hits_total"
+BLOCK_HITS = "vllm:roco_prefix_block_hits_total"
 SAVED = "vllm:roco_prefix_saved_tokens_total"
 WAITS = "vllm:roco_prefix_waits_total"
-PREFIX = (LIVE, PUBLISHED, DEAD, HITS, SAVED, WAITS)
+PREFIX = (LIVE, PUBLISHED, DEAD, HITS, BLOCK_HITS, SAVED, WAITS)
 
 START_SECONDS = 600
 

@@ -80,13 +80,14 @@ class PrefixCache:
 
     def counts(self) -> PrefixCounts:
         """Return what is there and was done; each dead snapshot costs time once."""
-        store = self.store
+        store, blocks = self.store, self.blocks
         return PrefixCounts(
             live_snapshots=store.num_alive,
             published_snapshots=store.num_published,
             dead_snapshots=store.num_dead,
             snapshot_hits=store.num_hits,
-            saved_tokens=store.num_saved_tokens,
+            block_hits=blocks.num_hits,
+            saved_tokens=store.num_saved_tokens + blocks.num_saved_tokens,
             waits=self.num_waits,
         )
 

@@ -99,6 +99,9 @@ class PrefixCounts(NamedTuple):
         Meaning("Snapshots that were overwritten before a look-up asked for them."),
     ] = 0
     snapshot_hits: Annotated[int, Meaning("Requests let in behind a snapshot.")] = 0
+    block_hits: Annotated[
+        int, Meaning("Requests let in behind blocks of others that evicted nothing.")
+    ] = 0
     saved_tokens: Annotated[
         int,
         Meaning("Prompt tokens that these requests did not have to read."),
