@@ -23,6 +23,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.outputs import CompletionOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import Request
 
 from tests.oracle import Options
 from vllm_roco.kv_cache.manager import RocoManager
@@ -66,6 +67,19 @@ class Engine:
         """The block manager of the only KV cache group."""
         (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         return manager
+
+    def cached_blocks(self, prompt: Prompt) -> list[int]:
+        """Return the blocks that requests with a prompt could begin with now."""
+        pool = self.manager.block_pool
+        request = Request(
+            request_id="asks",
+            prompt_token_ids=list(prompt),
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            block_hasher=self.core.request_block_hasher,
+        )
+        found = [pool.get_cached_block(key, [0]) for key in request.block_hashes]
+        return [block.block_id for blocks in found if blocks for block in blocks]
 
     @property
     def layers(self) -> dict[str, Attention]:
