@@ -47,7 +47,10 @@ def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     means = newest.groupby(setting, sort=False, dropna=False)
     found = means.mean(numeric_only=True).drop(columns="round").reset_index()
     uncached = found["side"].map({"roco-uncached": ", no prefix caching"}).fillna("")
-    roco = "roco, budget " + found["budget"].astype("string") + uncached
+    chunk = found["chunk"].map(lambda chunk: f", chunk {chunk:g}", na_action="ignore")
+    # the default of these budgets
+    chunk = chunk.where(found["chunk"] != found["budget"].clip(upper=1024), "")
+    roco = "roco, budget " + found["budget"].astype("string") + chunk + uncached
     return _beside_baselines(
         found.assign(
             engine=roco.fillna(found["backend"]),

@@ -33,7 +33,7 @@ class PrefixWorkload:
         num_turns: A turn's requests arrive when all of the turn before are answered,
             and go on from what was read and written there.
         max_tokens: What clients ask for; more than `output_len` ends with a stop token.
-        budgets: Tokens kept per sequence; without a cache the first one only.
+        configs: RoCo's options; without a cache the first ones only.
         warm: Whether the prefixes have been read before the clock starts.
         model: Folder of `benchmarks/models`.
         max_num_seqs: Requests that run at once; None: all.
@@ -49,7 +49,7 @@ class PrefixWorkload:
     num_prefixes: int = 1
     num_turns: int = 1
     max_tokens: int | None = None
-    budgets: tuple[int, ...] = (2048,)
+    configs: tuple[RocoConfig, ...] = (RocoConfig(budget=2048),)
     warm: tuple[bool, ...] = (False,)
     model: str = "qwen2.5-7b"
     max_num_seqs: int | None = None
@@ -83,7 +83,7 @@ PREFIX_WORKLOADS = {
         prefix_len=4096,
         suffix_len=256,
         output_len=256,
-        budgets=(2048, 1024),
+        configs=(RocoConfig(budget=2048), RocoConfig(budget=1024)),
         warm=(True, False),
     ),
     "shared-16384": PrefixWorkload(
@@ -101,6 +101,8 @@ PREFIX_WORKLOADS = {
         suffix_len=300,
         output_len=200,
         num_turns=8,
+        # a turn begins behind whole chunks of the one before
+        configs=(RocoConfig(budget=2048), RocoConfig(budget=2048, chunk=256)),
     ),
     "header-800": PrefixWorkload(
         about="8 prefixes of 800 tokens, nothing reaches its budget",
@@ -156,7 +158,7 @@ PREFIX_WORKLOADS = {
         output_len=8,
         num_turns=2,
         max_tokens=64,
-        budgets=(64,),
+        configs=(RocoConfig(budget=64),),
         warm=(True, False),
         kv_cache_bytes=2**26,
     ),
@@ -211,13 +213,13 @@ def prefix_runs(
     Args:
         names: Keys of `PREFIX_WORKLOADS`.
         sides: Of `SIDES`.
-        budgets: Instead of the workloads'.
+        budgets: Instead of the workloads' options.
         rounds: How often each engine has its turn.
         gpu_memory_utilization: vLLM's option, of every side.
         baseline: The attention backend of stock vLLM.
     """
 
-    def engine(workload: PrefixWorkload, side: str, budget: int) -> Engine:
+    def engine(workload: PrefixWorkload, side: str, config: RocoConfig) -> Engine:
         return Engine(
             model=workload.model,
             # whichever are selected: a row means the same alone
@@ -226,7 +228,7 @@ def prefix_runs(
                 for other in PREFIX_WORKLOADS.values()
                 if _place(other) == _place(workload)
             ),
-            roco=None if side == "stock" else RocoConfig(budget=budget),
+            roco=None if side == "stock" else config,
             stock=baseline,
             gpu_memory_utilization=gpu_memory_utilization,
             kv_cache_bytes=workload.kv_cache_bytes,
@@ -237,9 +239,11 @@ def prefix_runs(
     for number, side in product(range(1, rounds + 1), sides):
         for name in names:
             workload = PREFIX_WORKLOADS[name]
-            several = budgets or workload.budgets
-            for budget in several if side == "roco" else several[:1]:
-                own = engine(workload, side, budget)
+            several = workload.configs
+            if budgets is not None:
+                several = tuple(RocoConfig(budget=budget) for budget in budgets)
+            for config in several if side == "roco" else several[:1]:
+                own = engine(workload, side, config)
                 same = found.setdefault((number, own, workload.over_http), [])
                 same += [
                     PrefixRun(name, side, own, warm, number)

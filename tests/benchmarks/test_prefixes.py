@@ -89,7 +89,7 @@ def test_workloads_share_an_engine() -> None:
     ]
     together = "shared-4096 shared-16384 chat"
     own = ["documents", "prefix-repetition"]
-    once = [together, *own, together, "shared-4096", *own, together, *own]
+    once = [together, *own, together, "shared-4096", "chat", *own, together, *own]
     assert sorted(served) == sorted(2 * once)
     # a drift meets every side alike
     numbers = [columns["round"] for job in jobs for columns, _ in job]
@@ -136,7 +136,7 @@ def test_report(tmp_path: Path) -> None:
     assert set(found["commit"]) == {"new"}
     assert found.groupby("work", sort=False)["engine"].apply(list).tolist() == [
         [
-            *("FLASH_ATTN", "roco, budget 2048"),
+            *("FLASH_ATTN", "roco, budget 2048", "roco, budget 2048, chunk 256"),
             "roco, budget 2048, no prefix caching",
         ],
         ["FLASH_ATTN", "roco, budget 2048", "roco, budget 1024"],
