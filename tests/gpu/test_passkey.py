@@ -22,3 +22,20 @@ def test_the_default_policy_finds_it(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     with gpu_engine(smollm2, PEAK, **ARGUMENTS, num_gpu_blocks_override=2048) as engine:
         assert keys_found(engine, tokenizer, passkeys(tokenizer)) >= 15
+
+
+def test_hits_change_no_answer(smollm2: Path) -> None:
+    """Their texts are the same up to the number; the second time, all of them are."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = [key.token_ids for key in passkeys(tokenizer)]
+    arguments = {**ARGUMENTS, "dtype": "float32", "num_gpu_blocks_override": 4096}
+    with gpu_engine(smollm2, PEAK, **arguments) as engine:
+        expected = engine.generate(prompts, 8)
+    with gpu_engine(smollm2, PEAK, **arguments, enable_prefix_caching=True) as engine:
+        assert engine.generate(prompts, 8) == expected
+        cache = engine.manager.prefix_cache
+        assert cache is not None
+        hits = cache.store.num_hits
+        assert hits > 0
+        assert engine.generate(prompts, 8) == expected
+        assert cache.store.num_hits == hits + len(prompts)
