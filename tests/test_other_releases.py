@@ -26,6 +26,8 @@ STEPS = [
     "tests/test_chunking.py",
     "tests/test_eviction_schedule.py",
     "tests/test_scheduler*.py",
+    "tests/test_prefix_scheduler.py",
+    "tests/test_block_sharing.py",
     "tests/kv_cache/test_*.py",
 ]
 

@@ -47,7 +47,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         # in blocks: each larger than, equal to or smaller than the others
-        shape=st.sampled_from([(4, 2, 2), (4, 1, 6), (2, 4, 2), (1, 1, 1), (5, 3, 4)]),
+        shape=st.sampled_from(
+            [(4, 2, 2), (4, 1, 6), (2, 4, 2), (1, 1, 1), (5, 3, 4), (24, 8, 4)]
+        ),
         spare_tokens=st.integers(0, 40),
         # none at all, too few for two sequences, enough for every sequence
         spare_blocks=st.sampled_from([0, 1, 3, 8, 12, 100]),

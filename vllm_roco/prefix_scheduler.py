@@ -26,7 +26,7 @@ vLLM takes each out of its queue and puts it back.
 
 
 class PrefixScheduler(RefusingScheduler):
-    """Looks prefixes up in snapshots; arguments as in the base class.
+    """Lets requests begin behind prefixes; arguments as in the base class.
 
     Attributes:
         prefix_cache: The prefixes, None where nothing can be hit: the user switched

@@ -206,9 +206,9 @@ class RocoManager(FullAttentionManager):
         # of a block that is copied, vLLM drops this reference when the copy has run
         self.block_pool.touch(_without_null(new_computed_blocks))
         row.extend(new_computed_blocks)
-        num_shared = self._num_shared(request_id) if row else 0
+        num_shared = 0
         if row:
-            self._adopted[request_id] = num_shared
+            num_shared = self._adopted[request_id] = self._num_shared(request_id)
         # the others have no hash yet
         self.num_cached_block[request_id] = num_shared
 
