@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers in the documents that follow from the code alone."""
+"""What in the documents follows from the code and the tests alone."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+
+import pytest
 
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 def test_the_front_page_tells_the_bound_of_the_defaults() -> None:
@@ -21,3 +26,15 @@ def test_the_front_page_tells_the_bound_of_the_defaults() -> None:
     assert f"chunk {config.chunk:,}" in page
     assert f"at most {schedule.max_live_tokens():,} tokens after a step" in page
     assert f"holds at most {held:,} tokens" in page
+
+
+def test_how_it_works_tells_how_many_requests_a_step_leaves_waiting() -> None:
+    page = " ".join((ROOT / "docs" / "how-it-works.md").read_text().split())
+    assert f"leaves at most {MAX_WAITS_PER_STEP} requests waiting" in page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_as_shown_by_a_test_is_there(page: Path) -> None:
+    """Two tests had moved on, and the table named their old places."""
+    named = set(re.findall(r"`(tests/[\w/.]+)[` ]", page.read_text()))
+    assert {path for path in named if not (ROOT / path).exists()} == set()
