@@ -49,7 +49,8 @@ def pytest_collection_modifyitems(
     """Skip what this machine cannot run, and share the rest out among the workers.
 
     One worker of pytest-xdist gets all tests that need the machine for themselves, so
-    that no other ever waits for the engine lock. Slow tests come first, or the last of
+    that no other ever waits for the engine lock. Tests of a module that share an engine
+    stay together as well, so that it starts once. Slow tests come first, or the last of
     them would keep one worker busy while the other has nothing left to do.
     """
     missing = _missing_for_gpu()
@@ -59,6 +60,8 @@ def pytest_collection_modifyitems(
             item.add_marker(pytest.mark.skip(reason=missing))
         elif _needs_lock(item) or (missing is None and _may_use_gpu(item)):
             item.add_marker(alone)
+        elif "shared_engine" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 

@@ -178,6 +178,7 @@ class Driver:
         resumable: bool = False,
         cache_salt: str | None = None,
         lora_request: LoRARequest | None = None,
+        priority: int = 0,
         **sampling: Any,
     ) -> str:
         """Add a request and return its id.
@@ -190,6 +191,7 @@ class Driver:
             resumable: Whether more input may follow.
             cache_salt: As in vLLM.
             lora_request: Likewise.
+            priority: Likewise; the policy must be told to heed it.
             **sampling: Further sampling parameters.
         """
         request_id = str(len(self.outputs))
@@ -209,6 +211,7 @@ class Driver:
                 resumable=resumable,
                 cache_salt=cache_salt,
                 lora_request=lora_request,
+                priority=priority,
             )
         )
         return request_id

@@ -181,25 +181,43 @@ def test_a_preempted_request_goes_on_as_if_it_had_not_been(
     assert cache_of(driver).blocks.num_saved_tokens == expected
 
 
-def test_blocks_that_no_step_will_fill_are_not_found() -> None:
-    """A request is preempted in the step for which it has been chosen."""
-    driver = driver_of()
-    scheduler, manager = driver.scheduler, driver.manager
-    driver.add(0, 4, prompt=[*HEADER, 90])
-    take = manager.take_pending_cow_copies
+@modes
+@pytest.mark.parametrize("first", [4, OPEN])
+def test_blocks_that_no_step_will_fill_are_not_found(
+    asynchronous: bool, max_steps_in_flight: int, first: int
+) -> None:
+    """One of higher priority takes the blocks of a request that was chosen before it.
 
-    def preempt_first() -> list[Any]:
-        if scheduler.num_steps_seen == 0:
-            manager.block_pool.free_blocks(reversed(manager.pop_blocks_for_free("0")))
-        scheduler.num_steps_seen += 1
-        return take()
-
-    scheduler.num_steps_seen = 0
-    manager.take_pending_cow_copies = preempt_first
-    scheduler.schedule()
-    request = driver.scheduler.requests["0"]
-    blocks, _ = cache_of(driver).blocks.find(request)
-    assert blocks == []
+    The step that should have filled them does not, and the request came back to them.
+    """
+    driver = driver_of(
+        asynchronous,
+        max_steps_in_flight=max_steps_in_flight,
+        max_num_batched_tokens=20,
+        policy="priority",
+        long_prefill_token_threshold=8,
+        scheduler_reserve_full_isl=False,
+    )
+    pool = driver.manager.block_pool
+    driver.add(0, 1, prompt=[91] * 7)
+    chosen = driver.add(0, first, prompt=PROMPT[:23], priority=1)
+    assert driver.step() == {"0": 7, "1": 8}
+    driver.add(0, 4, prompt=[90] * 4)
+    assert driver.step() == {"1": 8, "2": 4}
+    while driver.num_in_flight:
+        driver.complete()
+    # one block that it fills, one that it does not, and none for the other
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 2)
+    driver.check = lambda: None
+    assert driver.step() == {"2": 1}
+    request = driver.scheduler.requests[chosen]
+    assert request.num_preemptions == 1
+    found, _ = cache_of(driver).blocks.find(request)
+    assert len(found) == 4
+    pool.free_blocks(taken)
+    del driver.check
+    driver.drain(500)
+    assert driver.worker.num_hits == 1
 
 
 def test_salts_and_skips_are_obeyed() -> None:

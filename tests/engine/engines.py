@@ -20,7 +20,7 @@ from vllm import LLM, ModelRegistry, SamplingParams, envs
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.layers.attention import Attention
-from vllm.outputs import CompletionOutput
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
@@ -101,16 +101,16 @@ class Engine:
         # one more is vLLM's null block
         return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
-    def complete(
+    def run(
         self,
         prompts: Sequence[Prompt],
         max_tokens: int,
         *,
         priorities: list[int] | None = None,
         **sampling: Any,
-    ) -> list[CompletionOutput]:
+    ) -> list[RequestOutput]:
         """Generate for all prompts at once; no token ends a sequence early."""
-        outputs = self.llm.generate(
+        return self.llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             SamplingParams(
                 temperature=0,
@@ -122,6 +122,12 @@ class Engine:
             use_tqdm=False,
             priority=priorities,
         )
+
+    def complete(
+        self, prompts: Sequence[Prompt], max_tokens: int, **arguments: Any
+    ) -> list[CompletionOutput]:
+        """Return what `run` generates, without what it says of the requests."""
+        outputs = self.run(prompts, max_tokens, **arguments)
         return [output.outputs[0] for output in outputs]
 
     def generate(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from vllm import SamplingParams
 
 from tests.engine.engines import Engine, Prompt
 from vllm_roco.kv_cache.page import first_positions_view, statistics_view
@@ -38,13 +37,7 @@ def run_to_the_end(
 ) -> list[Ending]:
     """Generate for all prompts at once, as `Engine.generate` does."""
     with _recorded_pages(engine) as recorded:
-        outputs = engine.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
-            SamplingParams(
-                temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False
-            ),
-            use_tqdm=False,
-        )
+        outputs = engine.run(prompts, max_tokens)
     endings = []
     for output in outputs:
         # vLLM adds something to each name

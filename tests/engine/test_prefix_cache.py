@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 
 from tests.engine.engines import Engine, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
@@ -149,44 +148,3 @@ def check_crowd(
 def assert_whole(engine: Engine) -> None:
     check_integrity(engine.manager)
     assert engine.num_lost_blocks == 0
-
-
-def test_several_answers_read_their_prompt_once(tiny_llama: Path) -> None:
-    with running_engine(tiny_llama, SMALL_BUDGET, enable_prefix_caching=True) as engine:
-        (output,) = engine.llm.generate(
-            [{"prompt_token_ids": list(DONOR)}],
-            SamplingParams(n=4, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False),
-            use_tqdm=False,
-        )
-        assert len(output.outputs) == 4
-        cache = engine.manager.prefix_cache
-        assert cache is not None
-        assert cache.store.num_saved_tokens == 3 * LAST
-        assert_whole(engine)
-
-
-def test_a_hit_before_the_first_eviction_gives_the_same_tokens(
-    tiny_llama: Path,
-) -> None:
-    """Up to there, longer steps come to the same but for rounding."""
-    short, longer = SHARED[:75], SHARED[:64] + random_prompt(50, seed=8)
-    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
-        expected = engine.generate_one_by_one([short, longer], NUM_NEW)
-    with running_engine(tiny_llama, SMALL_BUDGET, enable_prefix_caching=True) as engine:
-        assert engine.generate_one_by_one([short, longer], NUM_NEW) == expected
-        cache = engine.manager.prefix_cache
-        assert cache is not None
-        assert cache.blocks.num_saved_tokens == 64
-
-
-def test_statistics_of_a_copy_are_of_the_prefix_alone(tiny_llama: Path) -> None:
-    """The donor goes on; what it measures later is not in the snapshot."""
-    with running_engine(tiny_llama, SMALL_BUDGET, enable_prefix_caching=True) as engine:
-        (after_more,) = run_to_the_end(engine, [DONOR], NUM_NEW)
-        (after_one,) = run_to_the_end(engine, [SHARED[:320] + (1,) * 65], 1)
-        (again,) = run_to_the_end(engine, [DONOR], 1)
-    with running_engine(tiny_llama, SMALL_BUDGET) as engine:
-        (fresh,) = run_to_the_end(engine, [DONOR], 1)
-    assert after_more.num_cached_tokens == after_one.num_cached_tokens == 0
-    assert again.num_cached_tokens == LAST
-    assert_same(again, fresh)

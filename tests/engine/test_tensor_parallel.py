@@ -2,7 +2,8 @@
 """Two ranks with half of the heads each.
 
 Each rank chooses its victims by its own heads, so what is kept, and with it the text,
-may differ from one rank's; how much is kept may not.
+may differ from one rank's; how much is kept may not, and what is kept of a prefix does
+not depend on who has read it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.engines import running_engine
+from tests.engine.engines import Engine, Prompt, running_engine
 from tests.engine.steps import audited_manager, most_held_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from vllm_roco.metrics import get_metrics
@@ -25,6 +26,16 @@ LONG = [random_prompt(length, seed=length) for length in (300, 150, 70)]
 NUM_NEW_LONG = 120
 
 
+def begun_with(
+    engine: Engine, prompts: list[Prompt], expected: list[tuple[int, ...]]
+) -> list[int]:
+    """Return with how many tokens requests begin that write what is expected."""
+    outputs = engine.run(prompts, len(expected[0]))
+    for output, tokens in zip(outputs, expected, strict=True):
+        assert tuple(output.outputs[0].token_ids) == tokens
+    return [output.num_cached_tokens for output in outputs]
+
+
 def test_two_ranks(tiny_llama: Path) -> None:
     tokens, freed, scheduled = {}, {}, {}
     for size in (1, 2):
@@ -33,6 +44,7 @@ def test_two_ranks(tiny_llama: Path) -> None:
             SMALL_BUDGET,
             tensor_parallel_size=size,
             distributed_executor_backend="mp" if size > 1 else None,
+            enable_prefix_caching=True,
         ) as engine:
             tokens[size] = engine.generate(SHORT, NUM_NEW_SHORT)
             assert engine.manager.num_freed_blocks == 0
@@ -46,6 +58,10 @@ def test_two_ranks(tiny_llama: Path) -> None:
             # one rank counts, not each
             assert 0 < get_metrics(engine.llm).moved_blocks <= freed[size]
             scheduled[size] = [tuple(step.values()) for step in steps.scheduled]
+            # all blocks of the prompts, and what was kept at their last ends of chunks
+            assert begun_with(engine, SHORT, tokens[size]) == [64, 32]
+            assert begun_with(engine, LONG[:2], evicting[:2]) == [256, 128]
+            assert engine.num_lost_blocks == 0
     assert tokens[1] == tokens[2]
     assert scheduled[1] == scheduled[2]
     assert freed[1] == freed[2] > 0

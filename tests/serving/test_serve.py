@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -49,11 +50,15 @@ def server(
         # a small model of few words would fill its output with spaces
         *("--structured-outputs-config.backend", "xgrammar"),
         "--structured-outputs-config.disable_any_whitespace=true",
+        "--enable-prompt-tokens-details",
         "--enforce-eager",
     ]
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running_server(smollm2, arguments, log) as server:
-        yield server
+    with pytest.MonkeyPatch.context() as patch:
+        # for /reset_prefix_cache
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        with running_server(smollm2, arguments, log) as server:
+            yield server
 
 
 @pytest.fixture
@@ -235,3 +240,29 @@ def test_structured_output(client: openai.OpenAI) -> None:
     assert set(story) == {"animal", "places"}
     assert story["animal"] in schema["properties"]["animal"]["enum"]
     assert 2 <= len(story["places"]) <= 3
+
+
+def begun_with(client: openai.OpenAI, prompt: list[int], **more: Any) -> int:
+    """Return with how many tokens of others a prompt begins, as its client is told."""
+    usage = complete(client, prompt=prompt, max_tokens=1, extra_body=more).usage
+    return usage.prompt_tokens_details.cached_tokens
+
+
+def test_clients_are_told_how_much_was_cached(
+    server: Server, client: openai.OpenAI
+) -> None:
+    # two blocks and a half, and four chunks and a half; tokens of no other test
+    short, long = list(range(1000, 1040)), list(range(2000, 2290))
+    first = [begun_with(client, [*header, 1]) for header in (short, long)]
+    assert first == [0, 0]
+    assert begun_with(client, [*short, 2, 3]) == 2 * BLOCK_SIZE
+    assert begun_with(client, [*long, *range(40)]) == 4 * CHUNK
+
+    salted = [begun_with(client, [*short, 4], cache_salt="a") for _ in range(2)]
+    assert salted == [0, 2 * BLOCK_SIZE]
+    assert begun_with(client, [*long, 5], cache_salt="a") == 0
+    assert begun_with(client, [*short, 6], cache_salt="b") == 0
+
+    reset = httpx.post(f"{server.url}/reset_prefix_cache", timeout=30)
+    assert reset.status_code == 200
+    assert begun_with(client, [*short, 7]) == begun_with(client, [*long, 7]) == 0
