@@ -3,6 +3,11 @@
 
 vLLM's own scheduler and block manager, without an engine: requests decode, two steps in
 flight. In one case prompts wait for memory and for room in a step. No GPU takes part.
+Times are the processor's for this thread: what else the machine does counts for little.
+On the Python files of a release that is not installed (`tools/releases.py`)::
+
+    mkdir other && ln -s .venv/releases/0.33.0/vllm other/
+    PYTHONPATH=other python -m benchmarks.serving scheduler --out DIR
 """
 
 from __future__ import annotations
@@ -194,8 +199,10 @@ def sample(model: Path, case: Case, *, roco: bool) -> dict[str, list[float]]:
     steps = _Steps(core)
     while not all(request.num_output_tokens for request in core.requests.values()):
         steps.run()
-    for index in range(case.running, case.running + case.waiting):
-        core.add_request(_request(index, LONG_PROMPT - 1, 1))
+    for index in range(case.waiting):
+        # of the others nobody looks at more than the first
+        input_len = LONG_PROMPT - 1 if index < 2 else requests.input_len
+        core.add_request(_request(case.running + index, input_len, 1))
     # the first of the waiting is being read from here on
     for _ in range(2):
         steps.run()
@@ -217,16 +224,16 @@ class _Steps:
 
     def run(self) -> tuple[float, float]:
         """Schedule a step and process the oldest; return both times in microseconds."""
-        start = time.perf_counter()
+        start = time.thread_time()
         output = self._core.schedule()
-        scheduled = time.perf_counter() - start
+        scheduled = time.thread_time() - start
         self._in_flight.append((output, answer(self._core, output)))
         updated = 0.0
         if len(self._in_flight) == STEPS_IN_FLIGHT:
             oldest, result = self._in_flight.popleft()
-            start = time.perf_counter()
+            start = time.thread_time()
             self._core.update_from_output(oldest, result)
-            updated = time.perf_counter() - start
+            updated = time.thread_time() - start
         return 1e6 * scheduled, 1e6 * updated
 
 

@@ -137,16 +137,25 @@ def profile(measured: pd.DataFrame) -> str:
 
 
 def scheduler(measured: pd.DataFrame) -> str:
-    """Return the table of the scheduler's Python."""
-    newest = _of_newest_code(measured)
+    """Return the table of the scheduler's Python, of the newest code on each vLLM."""
+    newest = measured.groupby("vllm")["commit"].transform("last")
+    found = measured[measured["commit"] == newest]
+    stock = found["schedule_us"].where(found["side"] == "stock")
+    cases = found.groupby(["vllm", "running", "waiting"], sort=False).ngroup()
+    base = stock.groupby(cases).transform("first")
+    found = found.assign(ratio=(found["schedule_us"] / base).astype(float))
     columns = {
-        f"{name}, us": f"{{{name}_us}} ({{{name}_low}} to {{{name}_high}}), "
-        f"mean {{{name}_mean}}"
-        for name in ("schedule", "update")
+        "vLLM": "{vllm}",
+        "requests": "{running:,} run, {waiting:,} wait",
+        "scheduler": "{side}",
+        **{
+            f"{name}, us": f"{{{name}_us:,.0f}} ({{{name}_low:,.0f}} to "
+            f"{{{name}_high:,.0f}}), mean {{{name}_mean:,.0f}}"
+            for name in ("schedule", "update")
+        },
+        "schedule, ratio": "{ratio:.3f}",
     }
-    return lines(
-        newest, {"scheduler": "{side}", **columns}, _caption(newest.tail(1), "cpu")
-    )
+    return lines(found, columns, _caption(found.drop_duplicates("vllm"), "cpu"))
 
 
 def memory(measured: pd.DataFrame) -> str:
