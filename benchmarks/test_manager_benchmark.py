@@ -14,15 +14,12 @@ import timeit
 from collections.abc import Callable
 from statistics import median
 
-import torch
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from benchmarks.specs import BLOCK_SIZE, layer_specs, shape_of
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache.manager import RocoManager
-from vllm_roco.kv_cache.spec import RocoSpec
 
-BLOCK_SIZE = 16
 BUDGET_BLOCKS = 64
 ROWS = (1, 10, 100, 1_000, 10_000)
 STRIDES = (8, 64, 512)
@@ -31,14 +28,12 @@ MAX_ROW = 10_000
 
 def manager_with_row(num_blocks: int, stride_blocks: int) -> RocoManager:
     """Return a manager in which one request, "a", has a row without a gap."""
-    full = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=8, head_size=128, dtype=torch.bfloat16
-    )
     config = RocoConfig(
         budget=BUDGET_BLOCKS * BLOCK_SIZE, stride=stride_blocks * BLOCK_SIZE
     )
+    _, spec = layer_specs(shape_of("llama-3.1-8b"), config)
     manager = RocoManager(
-        RocoSpec.from_attention_spec(full, config, max_steps_in_flight=2),
+        spec,
         block_pool=BlockPool(
             MAX_ROW + 1, enable_caching=False, hash_block_size=BLOCK_SIZE
         ),

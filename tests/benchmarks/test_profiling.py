@@ -109,8 +109,7 @@ def test_a_trace_without_the_scheduler_tells_no_time() -> None:
 @pytest.mark.parametrize("roco", [False, True])
 def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
     kind = profiling.SCHEDULERS[roco]
-    model = MODELS / scheduling.WORKLOAD.model
-    core = scheduling.scheduler(model, roco=roco, kind=kind)
+    core = scheduling.scheduler(roco=roco, kind=kind)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         output = core.schedule()
         core.update_from_output(output, scheduling.answer(core, output))
