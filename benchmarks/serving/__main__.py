@@ -20,7 +20,6 @@ import sys
 from pathlib import Path
 
 from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
-from vllm_roco.config import POLICIES
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,9 +32,6 @@ def parser() -> argparse.ArgumentParser:
         default=math.inf,
         metavar="SECONDS",
         help="begin nothing new after this",
-    )
-    engines.add_argument(
-        "--again", action="store_true", help="also measure rows that are there already"
     )
     engines.add_argument("--commit", help="name of the code, where git cannot tell it")
     engines.add_argument("--tokenizer", help="folder; default: SmolLM2's")
@@ -61,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
         "prefill", help="time to first token, by chunk", parents=[engines]
     )
     prefill.add_argument("--chunks", type=int, nargs="+")
-    prefill.add_argument("--policies", nargs="+", choices=POLICIES, default=["roco"])
     prefill.add_argument(
         "--rounds", type=int, default=1, help="how often each engine has its turn"
     )
@@ -99,7 +94,6 @@ def main(command: list[str]) -> int:
         scheduling,
         serve_workloads,
     )
-    from benchmarks.serving.engines import Options
     from benchmarks.serving.jobs import Session
     from tools.smollm2 import smollm2_path
 
@@ -110,31 +104,28 @@ def main(command: list[str]) -> int:
         | {"commit": arguments.commit or facts["commit"]}
         | {"flags": shlex.join(engine_arguments)},
         time_limit=arguments.time_limit,
-        again=arguments.again,
     )
     if arguments.task == "scheduler":
         return session.run(scheduling.TABLE, scheduling.jobs())
-    options = Options(
-        tokenizer=arguments.tokenizer or str(smollm2_path()),
-        engine_arguments=engine_arguments,
-    )
+    tokenizer = arguments.tokenizer or str(smollm2_path())
+    common = [f"--tokenizer={tokenizer}", *engine_arguments]
     match arguments.task:
         case "profile":
             profiling.run(
-                arguments.out,
+                session.out,
                 arguments.variants,
                 session.facts,
-                options,
+                common,
                 session.time_limit,
             )
             return 0
         case "prefill":
             chunks = arguments.chunks or prefill.CHUNKS
-            jobs = prefill.jobs(chunks, arguments.policies, arguments.rounds, options)
+            jobs = prefill.jobs(chunks, arguments.rounds, common)
             return session.run(prefill.TABLE, jobs)
         case "memory":
             jobs = residency.jobs(
-                arguments.model, arguments.baseline, options, arguments.out
+                arguments.model, arguments.baseline, common, session.out
             )
             return session.run(residency.TABLE, jobs)
         case workload:
@@ -146,7 +137,7 @@ def main(command: list[str]) -> int:
                 model=arguments.model,
                 baseline=arguments.baseline,
             )
-            jobs = serve_workloads.jobs(selected, options)
+            jobs = serve_workloads.jobs(selected, common)
             return session.run(serve_workloads.TABLE, jobs)
 
 

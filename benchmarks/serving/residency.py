@@ -7,6 +7,7 @@ for both sides: what three full sequences need.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from benchmarks import rows
 from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.engines import Engine, Options, Requests
+from benchmarks.serving.engines import Engine, Requests
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import call, throughput_command
 from benchmarks.specs import BLOCK_SIZE, layer_specs, shape_of
@@ -45,7 +46,7 @@ TABLE = Table(
 STEPS = "memory_steps.csv"
 
 
-def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
+def jobs(model: str, baseline: str, common: Sequence[str], out: Path) -> list[Job]:
     """Return both sides; what RoCo held in every step goes to `memory_steps.csv`."""
     stock = Engine(
         model=model,
@@ -58,7 +59,7 @@ def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
         [
             (
                 {**engine.columns, **REQUESTS.columns},
-                partial(measure, engine, options, out / STEPS),
+                partial(measure, engine, common, out / STEPS),
             )
         ]
         for engine in (stock, replace(stock, roco=CONFIG))
@@ -91,19 +92,19 @@ def bounds(model: str) -> dict[str, object]:
     }
 
 
-def measure(engine: Engine, options: Options, steps: Path) -> dict[str, object]:
+def measure(engine: Engine, common: Sequence[str], steps: Path) -> dict[str, object]:
     """Serve the requests; return the columns that this fills.
 
     Args:
         engine: Either side.
-        options: What is the same for both engines.
+        common: What both engines are told.
         steps: File for what RoCo held in every step; replaced.
     """
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
         if engine.roco is not None:
             engine = replace(engine, roco=replace(engine.roco, trace=str(trace)))
-        command = [*engine.command(options), "--dtype=bfloat16", "--async-scheduling"]
+        command = [*engine.command(common), "--dtype=bfloat16", "--async-scheduling"]
         with Counters(num_warmups=0) as counters:
             call(throughput, [*command, *throughput_command(REQUESTS)])
         result: dict[str, object] = {

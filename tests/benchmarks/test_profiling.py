@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from benchmarks.serving import profiling, scheduling
-from benchmarks.serving.engines import MODELS, Options
+from benchmarks.serving.engines import MODELS
 from benchmarks.serving.profiling import (
     MAX_NUM_BATCHED_TOKENS,
     kernel_rows,
@@ -126,7 +126,7 @@ def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
 def test_nothing_begins_after_the_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, ["stock"], {}, Options(tokenizer=""), time_limit=-1)
+    run(tmp_path, ["stock"], {}, [], time_limit=-1)
     assert "no time left: stock" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -142,7 +142,7 @@ def test_our_kernels() -> None:
 
 @pytest.mark.parametrize("variant", ["stock", "roco"])
 def test_command(variant: str, tmp_path: Path) -> None:
-    command = profile_command(variant, tmp_path, Options(tokenizer=str(MODELS)))
+    command = profile_command(variant, tmp_path, [f"--tokenizer={MODELS}"])
     arguments = parsed(latency, command)
     assert arguments.profile
     engine = EngineArgs.from_cli_args(arguments)
