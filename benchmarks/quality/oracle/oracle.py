@@ -17,8 +17,6 @@ from benchmarks.quality.oracle.live_batch import LiveBatch, cache_shape
 _BYTES = {"cpu": 2**30, "cuda": 12 * 2**30}
 """What a batch may take beside the weights; several runs may share a device."""
 
-LOSS_MODES = ("prompt", "generation")
-
 T = TypeVar("T")
 
 
@@ -78,43 +76,31 @@ class Oracle:
 
     @torch.inference_mode()
     def losses(
-        self,
-        sequences: Sequence[Sequence[int]],
-        method: EvictionMethod,
-        first: int,
-        mode: str,
+        self, sequences: Sequence[Sequence[int]], method: EvictionMethod, first: int
     ) -> list[list[float]]:
         """Return the negative log-likelihood of every token from the `first` on.
 
         Args:
-            sequences: Token ids, more than `first` each.
+            sequences: Token ids, more than `first` each; read in chunks.
             method: What is kept.
             first: Position of the first token that is judged, at least 1.
-            mode: `prompt`: all is read in chunks. `generation`: the tokens before
-                `first` are, and the others one a step.
 
         Returns:
             Nats.
 
         Raises:
-            ValueError: `mode` is unknown, `first` is below 1, or a sequence is too
-                short.
+            ValueError: `first` is below 1, or a sequence is too short.
         """
-        if mode not in LOSS_MODES:
-            raise ValueError(
-                f"mode = {mode!r} is not allowed. Use {' or '.join(LOSS_MODES)}."
-            )
         shortest = min((len(ids) for ids in sequences), default=first + 1)
         if not 1 <= first < shortest:
             raise ValueError(
                 f"first = {first} is not allowed. Use 1 or more, and fewer than the "
                 f"{shortest} tokens of the shortest sequence."
             )
-        logits = method.chunk if mode == "prompt" else 1
         return self._in_batches(
             sequences,
-            functools.partial(self._losses_batch, method, first, mode),
-            functools.partial(self._sequence_bytes, method, 0, logits),
+            functools.partial(self._losses_batch, method, first),
+            functools.partial(self._sequence_bytes, method, 0, method.chunk),
         )
 
     @torch.inference_mode()
@@ -215,23 +201,15 @@ class Oracle:
         return expected
 
     def _losses_batch(
-        self,
-        method: EvictionMethod,
-        first: int,
-        mode: str,
-        sequences: list[Sequence[int]],
+        self, method: EvictionMethod, first: int, sequences: list[Sequence[int]]
     ) -> list[list[float]]:
         batch = self._start(method, sequences, 0)
         # the last token is judged and not read
         lengths = [len(ids) - 1 for ids in sequences]
         next_ids = [ids[1:] for ids in sequences]
-        in_chunks = lengths if mode == "prompt" else [first] * len(lengths)
         losses: list[list[float]] = [[] for _ in sequences]
         while batch.computed != lengths:
-            if mode == "prompt" or batch.computed[0] < first:
-                counts = chunk_counts(batch.computed, in_chunks, method.chunk)
-            else:
-                counts = chunk_counts(batch.computed, lengths, 1)
+            counts = chunk_counts(batch.computed, lengths, method.chunk)
             targets = self._rows(next_ids, batch, counts)
             rows = self._rows(sequences, batch, counts)
             # the token at `first` is judged by what the one before it makes expect
