@@ -2,7 +2,7 @@
 """What a budget costs the scheduler, whose Python runs between any two steps.
 
 vLLM's own scheduler and block manager, without an engine: requests decode, two steps in
-flight. In one case prompts wait for memory and for room in a step. No GPU takes part.
+flight. In some cases prompts wait for room in a step or for memory. No GPU takes part.
 Times are the processor's for this thread: what else the machine does counts for little.
 On the Python files of a release that is not installed (`tools/releases.py`)::
 
@@ -47,28 +47,37 @@ class Case:
 
     Attributes:
         running: Requests that decode.
-        waiting: Prompts behind them, for which there is a place but, beside one that is
-            being read, not a chunk's room in a step.
+        waiting: Prompts behind them, for which there is a place.
+        short_of: What the first of these waits for, and all others behind it:
+            `tokens`, a chunk's room in a step beside a prompt that is being read, or
+            `blocks`, memory for itself beside what the running ones will yet take.
     """
 
     running: int
     waiting: int = 0
+    short_of: str = ""
 
     @property
-    def max_num_seqs(self) -> int:
-        """Places, two of which prompts can take."""
-        return self.running + 2 * bool(self.waiting)
+    def max_num_batched_tokens(self) -> int:
+        """A step's tokens: beside all decodes one chunk and a half, or many."""
+        chunk = WORKLOAD.config("roco").chunk
+        return self.running + 3 * chunk // 2 if self.waiting else 16384
 
 
-CASES = (Case(running=256), Case(running=1024, waiting=4000))
-LONG_PROMPT = 1 << 17
+CASES = (
+    Case(running=256),
+    Case(running=1024, waiting=4000, short_of="tokens"),
+    Case(running=1024, waiting=4000, short_of="blocks"),
+)
+LONG_PROMPT = 1 << 19
+"""Of the first two that wait: more than there is to read in all steps."""
 DECODE_STEPS = 150
 """More than a stride."""
 ROUNDS = 5
 """Schedulers of each side, whose steps take turns: a drift meets both alike."""
 TABLE = Table(
     "scheduler",
-    key=("cpu", "side", "running", "waiting", "budget", "stride"),
+    key=("cpu", "side", "running", "waiting", "short_of", "budget", "stride"),
     results=(
         *("schedule_us", "schedule_low", "schedule_high", "schedule_mean"),
         *("update_us", "update_low", "update_high", "update_mean"),
@@ -99,7 +108,7 @@ def columns(case: Case, *, roco: bool) -> dict[str, object]:
         "cpu": processor(),
         "side": "roco" if roco else "stock",
         "running": case.running,
-        "waiting": case.waiting,
+        **{"waiting": case.waiting, "short_of": case.short_of},
         "budget": WORKLOAD.budget if roco else None,
         "stride": WORKLOAD.stride if roco else None,
     }
@@ -127,11 +136,8 @@ def scheduler(
         hf_overrides={"max_position_embeddings": LONG_PROMPT},
         skip_tokenizer_init=True,
         max_model_len=longest,
-        max_num_seqs=case.max_num_seqs,
-        # beside the decodes and the prompt that is being read, half a chunk
-        max_num_batched_tokens=(
-            case.running + 3 * sizes["chunk"] // 2 if case.waiting else 16384
-        ),
+        max_num_seqs=case.running + 2 * bool(case.waiting),
+        max_num_batched_tokens=case.max_num_batched_tokens,
         enable_prefix_caching=False,
         async_scheduling=True,
         **backend,
@@ -187,15 +193,24 @@ def samples(case: Case, *, roco: bool) -> Iterator[tuple[float, float]]:
         core.add_request(_request(index, requests.input_len, requests.output_len))
     while not all(request.num_output_tokens for request in core.requests.values()):
         step()
+    if case.short_of == "blocks":
+        pool = core.kv_cache_manager.block_pool
+        # what they take in all steps, or less than is foreseen for a stride
+        spare = case.running * (DECODE_STEPS // BLOCK_SIZE + 2)
+        if isinstance(core, RocoAsyncScheduler):
+            spare = core.roco_managers[0].foreseen_blocks() * 2 // 3
+        pool.get_new_blocks(pool.get_num_free_blocks() - spare)
     for index in range(case.waiting):
         # of the others nobody looks at more than the first
         input_len = LONG_PROMPT - 1 if index < 2 else requests.input_len
         core.add_request(_request(case.running + index, input_len, 1))
-    # the first of the waiting is being read from here on
+    # where it is steps that lack room, the first is being read from here on
     for _ in range(2):
         step()
     for _ in range(DECODE_STEPS):
         yield step()
+    if len(core.waiting) != case.waiting - (case.short_of == "tokens"):
+        raise RuntimeError(f"{case}: some did not wait. Count blocks and tokens anew.")
     core.shutdown()
 
 

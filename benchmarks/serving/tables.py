@@ -141,12 +141,16 @@ def scheduler(measured: pd.DataFrame) -> str:
     newest = measured.groupby("vllm")["commit"].transform("last")
     found = measured[measured["commit"] == newest]
     stock = found["schedule_us"].where(found["side"] == "stock")
-    cases = found.groupby(["vllm", "running", "waiting"], sort=False).ngroup()
-    base = stock.groupby(cases).transform("first")
-    found = found.assign(ratio=(found["schedule_us"] / base).astype(float))
+    case = ["vllm", "running", "waiting", "short_of"]
+    base = stock.groupby(found.groupby(case).ngroup()).transform("first")
+    waits = " for " + found["short_of"]
+    found = found.assign(
+        ratio=(found["schedule_us"] / base).astype(float),
+        whats=waits.mask(found["short_of"] == "", ""),
+    )
     columns = {
         "vLLM": "{vllm}",
-        "requests": "{running:,} run, {waiting:,} wait",
+        "requests": "{running:,} run, {waiting:,} wait{whats}",
         "scheduler": "{side}",
         **{
             f"{name}, us": f"{{{name}_us:,.0f}} ({{{name}_low:,.0f}} to "
