@@ -272,4 +272,4 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
         elif cell.setup.engine != "vllm":
             key = (cell.setup.engine, cell.context)
         groups.setdefault(key, []).append(cell)
-    return [Job(tuple(group)) for group in groups.values()]
+    return list(groups.values())

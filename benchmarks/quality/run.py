@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> None:
                 jobs_of(chosen), workplace, parallel=arguments.parallel, until=until
             ):
                 for failure in failures:
-                    bar.write(str(failure))
+                    bar.write(failure)
                 now = results.read(path)
                 if len(now) > len(done):
                     done = now
@@ -112,7 +112,7 @@ def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
 
 def estimated_seconds(planned: list[Job], parallel: int, has_gpu: bool) -> float:
     """Return how long jobs take, `parallel` at once where there are so many."""
-    tokens = sum(cell.n * cell.context for job in planned for cell in job.cells)
+    tokens = sum(cell.n * cell.context for job in planned for cell in job)
     starts = sum(_SECONDS_A_START for _ in planned)
     at_once = max(1, min(parallel, len(planned)))
     return (starts + tokens / _TOKENS_A_SECOND[has_gpu]) / at_once

@@ -93,12 +93,12 @@ def test_texts_read_as_if_generated_are_read_up_to_the_next_eviction() -> None:
 def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
     every = jobs_of(grid())
 
-    assert sum(len(job.cells) for job in every) == len(grid())
-    assert every[0].cells[0].setup == FULL
+    assert sum(len(job) for job in every) == len(grid())
+    assert every[0][0].setup == FULL
     for job in every:
-        if job.cells[0].setup.engine == "vllm":
-            assert len({cell.setup for cell in job.cells}) == 1
-        assert len({cell.setup.engine for cell in job.cells}) == 1
+        if job[0].setup.engine == "vllm":
+            assert len({cell.setup for cell in job}) == 1
+        assert len({cell.setup.engine for cell in job}) == 1
 
 
 def result(cell: Cell, *scores: float) -> Result:
@@ -147,12 +147,13 @@ def test_a_run_goes_on_where_it_stopped(
     """The rows that are there stay as they are, and only the others are measured."""
     asked: list[Cell] = []
 
-    def measure(job: Job, workplace: jobs.Workplace, until: float) -> None:
-        for cell in job.cells:
+    def measure(job: Job, workplace: jobs.Workplace, until: float) -> str | None:
+        for cell in job:
             asked.append(cell)
             results.append(workplace.results, result(cell, 1.0, 0.5))
             if len(asked) == 5:
-                raise jobs.Failed("the fifth cell is the last that is known")
+                return "the fifth cell is the last that is known"
+        return None
 
     # an engine would take a minute; the real worker runs in the test below
     monkeypatch.setattr(jobs, "_run_one", measure)
@@ -174,12 +175,12 @@ def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:
     workplace = jobs.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
     failures = [
         failure
-        for batch in jobs.run([Job((cell,))], workplace, parallel=1, until=float("inf"))
+        for batch in jobs.run([[cell]], workplace, parallel=1, until=float("inf"))
         for failure in batch
     ]
 
     (failure,) = failures
-    log = Path(str(failure).rpartition("see ")[2])
+    log = Path(failure.rpartition("see ")[2])
     assert "with_abacus" in log.read_text()
 
 
