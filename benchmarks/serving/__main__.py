@@ -19,7 +19,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
+from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     prefill = tasks.add_parser(
         "prefill", help="time to first token, by chunk", parents=[engines]
     )
-    prefill.add_argument("--chunks", type=int, nargs="+")
+    prefill.add_argument("--chunks", type=int, nargs="+", default=CHUNKS)
     prefill.add_argument(
         "--rounds", type=int, default=1, help="how often each engine has its turn"
     )
@@ -79,11 +79,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(command: list[str]) -> int:
     """Run the command line; return its exit status."""
-    engine_arguments: list[str] = []
-    if "--" in command:
-        split = command.index("--")
-        command, engine_arguments = command[:split], command[split + 1 :]
-    arguments = parser().parse_args(command)
+    end = [*command, "--"].index("--")
+    arguments, engine_arguments = parser().parse_args(command[:end]), command[end + 1 :]
 
     # they import vLLM, which takes its time
     from benchmarks.machine import environment_elsewhere
@@ -98,35 +95,23 @@ def main(command: list[str]) -> int:
     from tools.smollm2 import smollm2_path
 
     facts = environment_elsewhere()
-    session = Session(
-        out=arguments.out,
-        facts=facts
-        | {"commit": arguments.commit or facts["commit"]}
-        | {"flags": shlex.join(engine_arguments)},
-        time_limit=arguments.time_limit,
-    )
+    commit = arguments.commit or facts["commit"]
+    facts |= {"commit": commit, "flags": shlex.join(engine_arguments)}
+    session = Session(arguments.out, facts, arguments.time_limit)
     if arguments.task == "scheduler":
         return session.run(scheduling.TABLE, scheduling.jobs())
     tokenizer = arguments.tokenizer or str(smollm2_path())
     common = [f"--tokenizer={tokenizer}", *engine_arguments]
     match arguments.task:
         case "profile":
-            profiling.run(
-                session.out,
-                arguments.variants,
-                session.facts,
-                common,
-                session.time_limit,
-            )
+            profiling.run(session, arguments.variants, common)
             return 0
         case "prefill":
-            chunks = arguments.chunks or prefill.CHUNKS
-            jobs = prefill.jobs(chunks, arguments.rounds, common)
+            jobs = prefill.jobs(arguments.chunks, arguments.rounds, common)
             return session.run(prefill.TABLE, jobs)
         case "memory":
-            jobs = residency.jobs(
-                arguments.model, arguments.baseline, common, session.out
-            )
+            sides = (arguments.model, arguments.baseline)
+            jobs = residency.jobs(*sides, common, session.out)
             return session.run(residency.TABLE, jobs)
         case workload:
             selected = runs(

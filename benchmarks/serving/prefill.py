@@ -18,7 +18,6 @@ from benchmarks.serving.workloads import Run
 from vllm_roco.config import RocoConfig
 
 MODEL = "llama-3.1-8b"
-CHUNKS = (256, 512, 1024, 2048, 4096)
 ITERATIONS = 12
 SHORT, LONG = Requests(8, 2048, 1), Requests(1, 16384, 1)
 TABLE = Table(

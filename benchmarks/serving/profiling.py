@@ -12,7 +12,7 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from benchmarks import rows
 from benchmarks.serving.engines import Requests
-from benchmarks.serving.jobs import MACHINE
+from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.shared_engine import await_engine_end
 from benchmarks.serving.trace_steps import SCHEDULER, Steps, decode_steps
 from benchmarks.serving.vllm_bench import latency_command, parsed
@@ -76,22 +76,6 @@ SCHEDULERS = {False: AnnotatedScheduler, True: AnnotatedRocoScheduler}
 vLLM annotates the model's steps, but of the scheduler only parts. The schedulers run in
 the thread that starts the profiler, as long as the engine has one GPU.
 """
-
-
-def record(
-    variant: str, folder: Path, facts: Mapping[str, object], common: Sequence[str]
-) -> None:
-    """Let vLLM write the trace of a variant, and the machine's facts beside it.
-
-    Args:
-        variant: Key of `VARIANTS`.
-        folder: Where the variant's trace goes.
-        facts: GPU, versions and flags.
-        common: What every engine is told.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MACHINE_FILE).write_text(json.dumps(dict(facts), indent=1) + "\n")
-    latency.main(parsed(latency, profile_command(variant, folder, common)))
 
 
 def profile_command(variant: str, folder: Path, common: Sequence[str]) -> list[str]:
@@ -165,7 +149,7 @@ def profile(variant: str, folder: Path) -> pd.DataFrame:
 
     Args:
         variant: Key of `VARIANTS`.
-        folder: Where `record` has put the trace.
+        folder: Where `run` has put the trace.
     """
     facts = json.loads((folder / MACHINE_FILE).read_text())
     with gzip.open(next(folder.glob(TRACES))) as file:
@@ -185,33 +169,30 @@ def profile(variant: str, folder: Path) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def run(
-    out: Path,
-    variants: Sequence[str],
-    facts: Mapping[str, object],
-    common: Sequence[str],
-    time_limit: float,
-) -> None:
+def run(session: Session, variants: Sequence[str], common: Sequence[str]) -> None:
     """Record what has no trace yet and write `profile.csv` from all traces.
 
+    Traces lie in `traces` of the session's folder, each beside the machine's facts.
+
     Args:
-        out: Folder of the tables; traces lie in `traces` of it.
+        session: Where, on which machine, and for how long.
         variants: Keys of `VARIANTS`.
-        facts: GPU, versions and flags.
         common: What every engine is told.
-        time_limit: Seconds after which no trace is begun.
     """
-    end = time.monotonic() + time_limit
+    end = time.monotonic() + session.time_limit
     parts: list[pd.DataFrame] = []
     for variant in variants:
-        folder = out / "traces" / variant
+        folder = session.out / "traces" / variant
         if not list(folder.glob(TRACES)):
             if time.monotonic() > end:
                 print(f"no time left: {variant}", flush=True)
                 continue
-            record(variant, folder, facts, common)
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = json.dumps(dict(session.facts), indent=1)
+            (folder / MACHINE_FILE).write_text(f"{facts}\n")
+            latency.main(parsed(latency, profile_command(variant, folder, common)))
             await_engine_end()
         parts.append(profile(variant, folder))
-        rows.write(out / "profile.csv", pd.concat(parts))
+        rows.write(session.out / "profile.csv", pd.concat(parts))
         facts_of_trace = json.loads((folder / MACHINE_FILE).read_text())
-        rows.note(out, "profile", {"variant": variant, **facts_of_trace})
+        rows.note(session.out, "profile", {"variant": variant, **facts_of_trace})

@@ -12,7 +12,7 @@ from scipy.stats import gmean
 from benchmarks import rows
 from benchmarks.markdown import UNMEASURED, grid, lines, table, texts
 from benchmarks.rows import matching
-from benchmarks.serving.comparisons import comparisons, newest_settings
+from benchmarks.serving.comparisons import comparisons, newest_settings, ratio
 from benchmarks.serving.workloads import WORKLOADS
 
 _SERVED = {
@@ -77,9 +77,7 @@ def prefill(measured: pd.DataFrame) -> str:
             rounds=("round", "size"),
         )
         found = found.reset_index()
-        stock = found["time"].where(found["backend"] != "ROCO")
-        base = stock.groupby([found[name] for name in prompts]).transform("first")
-        found["ratio"] = (found["time"] / base).astype(float)
+        found["ratio"] = ratio(found, "time", found["backend"] != "ROCO", prompts)
         found["engine"] = found["policy"].where(found["policy"] != "", found["backend"])
         place = found.groupby(prompts, sort=False).ngroup()
         columns = {
@@ -140,17 +138,15 @@ def scheduler(measured: pd.DataFrame) -> str:
     """Return the table of the scheduler's Python, of the newest code on each vLLM."""
     newest = measured.groupby("vllm")["commit"].transform("last")
     found = measured[measured["commit"] == newest]
-    stock = found["schedule_us"].where(found["side"] == "stock")
     case = ["vllm", "running", "waiting", "short_of"]
-    base = stock.groupby(found.groupby(case).ngroup()).transform("first")
     waits = " for " + found["short_of"]
     found = found.assign(
-        ratio=(found["schedule_us"] / base).astype(float),
-        whats=waits.mask(found["short_of"] == "", ""),
+        ratio=ratio(found, "schedule_us", found["side"] == "stock", case),
+        what=waits.mask(found["short_of"] == "", ""),
     )
     columns = {
         "vLLM": "{vllm}",
-        "requests": "{running:,} run, {waiting:,} wait{whats}",
+        "requests": "{running:,} run, {waiting:,} wait{what}",
         "scheduler": "{side}",
         **{
             f"{name}, us": f"{{{name}_us:,.0f}} ({{{name}_low:,.0f}} to "

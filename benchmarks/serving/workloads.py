@@ -21,6 +21,10 @@ Baselines first: stock vLLM, and stock vLLM with a cache of half the size.
 """
 
 
+CHUNKS = (256, 512, 1024, 2048, 4096)
+"""Of the prompts whose first tokens are timed."""
+
+
 @dataclass(frozen=True)
 class Workload:
     """One row of figures for each memory size, variant and batch.

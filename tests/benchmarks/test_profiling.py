@@ -16,6 +16,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from benchmarks.serving import profiling, scheduling
 from benchmarks.serving.engines import MODELS
+from benchmarks.serving.jobs import Session
 from benchmarks.serving.profiling import (
     MAX_NUM_BATCHED_TOKENS,
     kernel_rows,
@@ -126,7 +127,7 @@ def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
 def test_nothing_begins_after_the_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, ["stock"], {}, [], time_limit=-1)
+    run(Session(tmp_path, {}, time_limit=-1), ["stock"], [])
     assert "no time left: stock" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 

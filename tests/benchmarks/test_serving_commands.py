@@ -17,7 +17,7 @@ from benchmarks.serving.vllm_bench import (
     parsed,
     throughput_command,
 )
-from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
+from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 from vllm_roco.config import RocoConfig
 
 BLOCK_SIZE = 16
@@ -67,7 +67,7 @@ def test_every_row_has_a_key_of_its_own() -> None:
 
 
 def test_prefill() -> None:
-    for run in prefill.runs(prefill.CHUNKS):
+    for run in prefill.runs(CHUNKS):
         command = [*run.engine.command([TOKENIZER]), *latency_command(run.requests)]
         arguments = parsed(latency, command)
         assert arguments.output_len == 1

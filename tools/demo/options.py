@@ -13,7 +13,6 @@ import argparse
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_roco.config import RocoConfig
@@ -38,8 +37,7 @@ ROCO_PYTHON=/path/to/python uses an environment of your own.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(argparse.Namespace):
     """The command line.
 
     Attributes:
@@ -62,7 +60,7 @@ class Options:
     generations: int
     tokens: int
     picture: Path
-    server_arguments: tuple[str, ...]
+    server_arguments: list[str]
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -72,18 +70,15 @@ def parse_options(arguments: Sequence[str]) -> Options:
         SystemExit: With status 2 and one line on stderr if an argument is wrong or the
             port is busy; with status 0 after `--help`.
     """
-    arguments = list(arguments)
-    server_arguments: list[str] = []
-    if "--" in arguments:
-        end = arguments.index("--")
-        arguments, server_arguments = arguments[:end], arguments[end + 1 :]
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    end = [*arguments, "--"].index("--")
+    chosen = parser.parse_args(arguments[:end], Options())
+    chosen.server_arguments = list(arguments[end + 1 :])
     try:
-        roco = RocoConfig(
+        chosen.roco = RocoConfig(
             budget=chosen.budget, stride=chosen.stride, chunk=chosen.chunk
         )
-        roco.check_block_size(chosen.block_size)
+        chosen.roco.check_block_size(chosen.block_size)
     except ValueError as error:
         parser.error(str(error))
     if chosen.model.startswith((".", "/", "~")):
@@ -99,11 +94,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
             f"port {chosen.port} of {HOST} cannot be used: {reason}. Choose another "
             "one with --port."
         )
-    given = vars(chosen)
-    for name in ("budget", "stride", "chunk"):
-        del given[name]
-    given["picture"] = chosen.picture.expanduser().resolve()
-    return Options(roco=roco, server_arguments=tuple(server_arguments), **given)
+    chosen.picture = chosen.picture.expanduser().resolve()
+    return chosen
 
 
 def port_trouble(port: int) -> str | None:
