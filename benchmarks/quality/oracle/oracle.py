@@ -68,11 +68,8 @@ class Oracle:
             raise ValueError(
                 f"max_tokens = {max_tokens} is not allowed. Use 1 or more."
             )
-        return self._in_batches(
-            prompts,
-            functools.partial(self._generate_batch, method, max_tokens),
-            functools.partial(self._sequence_bytes, method, max_tokens, 1),
-        )
+        run = functools.partial(self._generate_batch, method, max_tokens)
+        return self._in_batches(prompts, run, method, max_tokens)
 
     @torch.inference_mode()
     def losses(
@@ -97,11 +94,8 @@ class Oracle:
                 f"first = {first} is not allowed. Use 1 or more, and fewer than the "
                 f"{shortest} tokens of the shortest sequence."
             )
-        return self._in_batches(
-            sequences,
-            functools.partial(self._losses_batch, method, first),
-            functools.partial(self._sequence_bytes, method, 0, method.chunk),
-        )
+        run = functools.partial(self._losses_batch, method, first)
+        return self._in_batches(sequences, run, method, num_logits=method.chunk)
 
     @torch.inference_mode()
     def kept(
@@ -117,17 +111,16 @@ class Oracle:
             One `[layers or 1, kv heads or 1, tokens]` int64 for each prompt, ascending;
             1 where all layers or heads share one choice.
         """
-        return self._in_batches(
-            prompts,
-            functools.partial(self._kept_batch, method),
-            functools.partial(self._sequence_bytes, method, 0, 1),
-        )
+        run = functools.partial(self._kept_batch, method)
+        return self._in_batches(prompts, run, method)
 
     def _in_batches(
         self,
         sequences: Sequence[Sequence[int]],
         run: Callable[[list[Sequence[int]]], list[T]],
-        sequence_bytes: Callable[[int], int],
+        method: EvictionMethod,
+        max_tokens: int = 0,
+        num_logits: int = 1,
     ) -> list[T]:
         """Run sequences of like length together, as many as fit."""
         if not all(sequences):
@@ -135,20 +128,21 @@ class Oracle:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         results: dict[int, T] = {}
         while order:
-            longest = len(sequences[order[0]])
-            fit = max(1, _BYTES[self._device.type] // sequence_bytes(longest))
+            longest = len(sequences[order[0]]) + max_tokens
+            size = self._sequence_bytes(method, longest, num_logits)
+            fit = max(1, _BYTES[self._device.type] // size)
             batch, order = order[:fit], order[fit:]
             answers = run([sequences[i] for i in batch])
             results |= zip(batch, answers, strict=True)
         return [results[i] for i in range(len(sequences))]
 
     def _sequence_bytes(
-        self, method: EvictionMethod, max_tokens: int, num_logits: int, length: int
+        self, method: EvictionMethod, num_tokens: int, num_logits: int
     ) -> int:
         """Return about what one sequence takes beside the weights."""
         config: Any = self._model.config.get_text_config()
         layers, kv_heads, head_size = cache_shape(config)
-        live = method.most_live_tokens(length + max_tokens)
+        live = method.most_live_tokens(num_tokens)
         size = self._dtype.itemsize
         cache = 2 * layers * kv_heads * live * head_size * size
         # logits, probabilities, and what is made of them on the way
