@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a budget costs the scheduler, whose Python runs between any two steps.
+r"""What a budget costs the scheduler, whose Python runs between any two steps.
 
 vLLM's own scheduler and block manager, without an engine: requests decode, two steps in
 flight. In some cases prompts wait for room in a step or for memory. No GPU takes part.
@@ -7,7 +7,8 @@ Times are the processor's for this thread: what else the machine does counts for
 On the Python files of a release that is not installed (`tools/releases.py`)::
 
     mkdir other && ln -s .venv/releases/0.33.0/vllm other/
-    PYTHONPATH=other python -m benchmarks.serving scheduler --out DIR
+    PYTHONPATH=other VLLM_CACHE_ROOT=other/cache \
+        python -m benchmarks.serving scheduler --out DIR
 """
 
 from __future__ import annotations
