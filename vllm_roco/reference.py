@@ -7,6 +7,7 @@ read beside the definition of what it computes. No kernel imports this file.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,20 +42,40 @@ def paged_cache(
         `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, a view as vLLM binds
         it. Everything in it, the tails included, is NaN.
     """
-    content = 2 * head_size
-    raw = num_kv_heads * block_size * content
-    size = raw + page.statistics_bytes(num_kv_heads) // dtype.itemsize
+    states = (num_kv_heads, block_size, 2 * head_size)
+    tail = page.statistics_bytes(num_kv_heads) // dtype.itemsize
     nan = torch.full(
-        (num_blocks * size,), float("nan"), dtype=torch.float32, device=device
+        (num_blocks * (math.prod(states) + tail),),
+        float("nan"),
+        dtype=torch.float32,
+        device=device,
     )
-    storage = nan.to(dtype)
-    inner = (
-        (content, num_kv_heads * content)
-        if token_major
-        else (block_size * content, content)
-    )
-    return storage.as_strided(
-        (num_blocks, num_kv_heads, block_size, content), (size, *inner, 1)
+    return paged_view(nan.to(dtype), num_blocks, states, tail, token_major=token_major)
+
+
+def paged_view(
+    memory: torch.Tensor,
+    num_blocks: int,
+    states: tuple[int, int, int],
+    tail: int,
+    *,
+    token_major: bool,
+) -> torch.Tensor:
+    """Return a layer's cache over memory that is there.
+
+    Args:
+        memory: Flat, with room for all pages.
+        num_blocks: Pages.
+        states: `num_kv_heads`, `block_size` and `2 * head_size`, of one page.
+        tail: Numbers behind K and V in every page.
+        token_major: See `paged_cache`.
+    """
+    heads, tokens, content = states
+    inner = (content, heads * content) if token_major else (tokens * content, content)
+    return memory.as_strided(
+        (num_blocks, *states),
+        (math.prod(states) + tail, *inner, 1),
+        memory.storage_offset(),
     )
 
 

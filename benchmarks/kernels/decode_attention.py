@@ -16,7 +16,8 @@ and 80 % quantiles; `ratio` is flash_us / roco_us), and versions into
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -32,7 +33,6 @@ from benchmarks.kernels.workload import (
 )
 from benchmarks.machine import environment
 from benchmarks.serving.tables import decode
-from vllm_roco.ops.decode.plan import plan_decode
 from vllm_roco.ops.device import Device
 
 BLOCK_SIZE = 16
@@ -43,23 +43,14 @@ def measure(
 ) -> dict[str, object]:
     """Check and time one shape; return its row of the table."""
     shape = workload.shape
-    plan = plan_decode(
-        num_rows=shape.batch,
-        num_kv_heads=shape.kv_heads,
-        head_size=shape.head_size,
-        max_live_tokens=shape.context,
-        dtype=DTYPE,
-        device=Device.of(torch.device("cuda", 0)),
-    )
-    workload.check(plan, block_size=BLOCK_SIZE, token_major=token_major)
-    flash = best_flash(workload)
-    options = {"block_size": BLOCK_SIZE, "token_major": token_major}
+    plan = shape.plan(Device.of(torch.device("cuda", 0)))
+    pages: dict[str, Any] = {"block_size": BLOCK_SIZE, "token_major": token_major}
+    workload.check(plan, **pages)
+    _, flash = best_flash(workload)
     variants: dict[str, list[Call]] = {
-        "flash": workload.flash(
-            **{key: value for key, value in flash.items() if key != "us"}  # type: ignore[arg-type]
-        ),
-        "roco": workload.roco(plan, **options),  # type: ignore[arg-type]
-        "roco_no_stats": workload.roco(plan, measure=False, **options),  # type: ignore[arg-type]
+        "flash": workload.flash(**flash),
+        "roco": workload.roco(plan, **pages),
+        "roco_no_stats": workload.roco(plan, measure=False, **pages),
     }
     note = ""
     try:
@@ -70,22 +61,20 @@ def measure(
         note = f"xformers: {error}".splitlines()[0][:120]
     timings = interleaved(variants, rounds=5, milliseconds=40)
     roco = timings["roco"].median
-    row: dict[str, object] = {"gpu": gpu, **dataclasses.asdict(shape)}
-    row["block_size"] = BLOCK_SIZE
+    row: dict[str, object] = {"gpu": gpu, **asdict(shape), "block_size": BLOCK_SIZE}
     for name in ("flash", "xformers", "roco", "roco_no_stats"):
         absent = dict.fromkeys((f"{name}_us", f"{name}_low", f"{name}_high"))
         row |= timings[name].columns(name) if name in timings else absent
-    row["ratio"] = round(timings["flash"].median / roco, 3)
-    row["copy_bandwidth_fraction"] = round(
-        shape.kv_bytes / (roco * 1e-6) / bandwidth, 3
-    )
-    row["flash_block_size"] = flash["block_size"]
-    row["flash_token_major"] = flash["token_major"]
-    row["flash_max_splits"] = flash["max_splits"]
-    row["roco_token_major"] = token_major
-    row |= {f"plan_{key}": value for key, value in dataclasses.asdict(plan).items()}
-    row["note"] = note
-    return row
+    speed = shape.kv_bytes / (roco * 1e-6)
+    return {
+        **row,
+        "ratio": round(timings["flash"].median / roco, 3),
+        "copy_bandwidth_fraction": round(speed / bandwidth, 3),
+        **{f"flash_{name}": value for name, value in flash.items()},
+        "roco_token_major": token_major,
+        **{f"plan_{name}": value for name, value in asdict(plan).items()},
+        "note": note,
+    }
 
 
 def main() -> None:

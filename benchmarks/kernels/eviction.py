@@ -17,11 +17,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from transformers import PreTrainedConfig
 
 from benchmarks.kernels.measuring import (
     Timing,
@@ -30,8 +29,10 @@ from benchmarks.kernels.measuring import (
     interleaved,
     within,
 )
+from benchmarks.kernels.workload import Shape
 from benchmarks.machine import environment
 from benchmarks.rows import note, write
+from benchmarks.specs import BLOCK_SIZE, layer_specs, shape_of
 from vllm_roco import reference
 from vllm_roco.attention.cuda.eviction import (
     CudaEviction,
@@ -39,19 +40,13 @@ from vllm_roco.attention.cuda.eviction import (
     EvictionScratchSize,
 )
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
+from vllm_roco.attention.layers import LayerGroup
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
-from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.ops.decode.attention import decode_attention
-from vllm_roco.ops.decode.plan import DecodeScratch, DecodeScratchSize, plan_decode
 from vllm_roco.ops.device import Device
-from vllm_roco.ops.live_table import build_live_table
-
-if TYPE_CHECKING:
-    from vllm_roco.attention.layers import LayerGroup
 
 DTYPE = torch.bfloat16
-BLOCK_SIZE = 16
 CLOSES = 50
 """Ends of a step in one graph: each is too short to be timed alone."""
 SAMPLES = 30
@@ -59,41 +54,12 @@ QUEUE_CYCLES = 1_000_000
 """Of the GPU's clock, about half a millisecond."""
 
 
-@dataclass(frozen=True)
-class Model:
-    """The numbers of a dense decoder that decide what a step costs."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    q_heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-
-
-LLAMA_8B = Model(
-    layers=32,
-    hidden=4096,
-    intermediate=14336,
-    q_heads=32,
-    kv_heads=8,
-    head_size=128,
-    vocabulary=128256,
-)
-
-
-@dataclass(frozen=True)
-class Layers:
-    """What the end of a step asks of vLLM's layers; caches as vLLM binds them."""
-
-    caches: list[torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.caches)
+class Caches(list[torch.Tensor]):
+    """What the end of a step asks of vLLM's layers: caches as vLLM binds them."""
 
     def kv_caches(self) -> list[torch.Tensor]:
-        return self.caches
+        """Return them."""
+        return self
 
 
 class Step:
@@ -107,15 +73,13 @@ class Step:
     """
 
     def __init__(
-        self, model: Model, rows: int, config: RocoConfig, device: torch.device
+        self,
+        model: PreTrainedConfig,
+        rows: int,
+        config: RocoConfig,
+        device: torch.device,
     ) -> None:
-        full = FullAttentionSpec(
-            block_size=BLOCK_SIZE,
-            num_kv_heads=model.kv_heads,
-            head_size=model.head_size,
-            dtype=DTYPE,
-        )
-        spec = RocoSpec.from_attention_spec(full, config, max_steps_in_flight=2)
+        _, spec = layer_specs(model, config)
         self.model = model
         self.rows = rows
         self.device = device
@@ -127,13 +91,13 @@ class Step:
         self.caches = [
             reference.paged_cache(
                 num_blocks=1 + rows * live,
-                num_kv_heads=model.kv_heads,
+                num_kv_heads=model.num_key_value_heads,
                 block_size=BLOCK_SIZE,
-                head_size=model.head_size,
+                head_size=model.head_dim,
                 dtype=DTYPE,
                 device=device,
             )
-            for _ in range(model.layers)
+            for _ in range(model.num_hidden_layers)
         ]
         for cache in self.caches:
             page.page_view(cache).normal_()
@@ -148,7 +112,7 @@ class Step:
         position = torch.arange(live, device=device)
         position[resident:] += self.evicted
         self.statistics = torch.rand(
-            1 + rows * live, model.kv_heads, page.NUM_FIELDS, device=device
+            1 + rows * live, model.num_key_value_heads, page.NUM_FIELDS, device=device
         )
         # page 0 is nobody's
         first = torch.zeros(1 + rows * live, device=device)
@@ -163,15 +127,15 @@ class Step:
             rows=rows,
             live_blocks=live,
             budget_blocks=resident,
-            num_layers=model.layers,
+            num_layers=model.num_hidden_layers,
             measure=config.measures,
         )
         self.scratch = EvictionScratch.over(
             torch.empty(size.total, device=device), size
         )
-        bound = [page.page_view(cache)[:, None, None] for cache in self.caches]
+        bound = Caches(page.page_view(cache)[:, None, None] for cache in self.caches)
         self.eviction = CudaEviction(
-            cast("LayerGroup", Layers(bound)), spec, config, self.scratch
+            cast(LayerGroup, bound), spec, config, self.scratch
         )
         self.restore()
         self.set_due(0)
@@ -192,17 +156,8 @@ class Step:
 
     def look(self) -> None:
         """Build the live table, as every step does first."""
-        build_live_table(
-            block_table=self.block_table,
-            seq_lens=self.seq_lens,
-            query_start_loc=self.query_starts,
-            live_table=self.buffers.live_table,
-            live_lens=self.buffers.live_lens,
-            evicted_before=self.buffers.evicted_before,
-            evicted_after=self.buffers.evicted_after,
-            budget_blocks=self.schedule.budget_blocks,
-            stride_blocks=self.schedule.stride_blocks,
-            block_size=BLOCK_SIZE,
+        self.buffers.fill(
+            self.block_table, self.seq_lens, self.query_starts, self.schedule
         )
 
     def close(self) -> None:
@@ -221,51 +176,41 @@ class Step:
             device: What the attention kernel is fitted to.
         """
         model, rows = self.model, self.rows
-        plan = plan_decode(
-            num_rows=rows,
-            num_kv_heads=model.kv_heads,
-            head_size=model.head_size,
-            max_live_tokens=self.schedule.max_live_tokens() + 1,
-            dtype=DTYPE,
-            device=device,
-        )
-        scratch = DecodeScratch.allocate(
-            DecodeScratchSize.of(
-                plans=[(rows, plan)],
-                num_q_heads=model.q_heads,
-                head_size=model.head_size,
-                block_size=BLOCK_SIZE,
-                max_live_tokens=self.schedule.max_live_tokens() + 1,
-                measure=self.measures,
-            ),
-            self.device,
+        q_heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+        size, width = model.head_dim, model.hidden_size
+        inner_width = model.intermediate_size
+        longest = self.schedule.max_live_tokens() + 1
+        shape = Shape(rows, longest, q_heads, kv_heads, size)
+        plan = shape.plan(device)
+        scratch = shape.scratch(
+            plan, self.device, block_size=BLOCK_SIZE, measure=self.measures
         )
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, dtype=DTYPE, device=self.device)
 
-        heads = model.q_heads + 2 * model.kv_heads
+        heads = q_heads + 2 * kv_heads
         layers = [
             (
-                random(model.hidden, heads * model.head_size),
-                random(model.q_heads * model.head_size, model.hidden),
-                random(model.hidden, 2 * model.intermediate),
-                random(model.intermediate, model.hidden),
+                random(width, heads * size),
+                random(q_heads * size, width),
+                random(width, 2 * inner_width),
+                random(inner_width, width),
                 cache,
                 page.statistics_view(cache) if self.measures else None,
             )
             for cache in self.caches
         ]
-        logits = random(model.hidden, model.vocabulary)
-        hidden, inner = random(rows, model.hidden), random(rows, model.intermediate)
-        output = random(rows, model.q_heads, model.head_size)
+        logits = random(width, model.vocab_size)
+        hidden, inner = random(rows, width), random(rows, inner_width)
+        output = random(rows, q_heads, size)
 
         def step() -> None:
             self.look()
             for qkv, projection, gate_up, down, cache, statistics in layers:
-                query = (hidden @ qkv).view(rows, heads, model.head_size)
+                query = (hidden @ qkv).view(rows, heads, size)
                 decode_attention(
-                    query=query[:, : model.q_heads],
+                    query=query[:, :q_heads],
                     kv_cache=cache,
                     live_table=self.buffers.live_table,
                     live_lens=self.buffers.live_lens,
@@ -274,7 +219,7 @@ class Step:
                     output=output,
                     scratch=scratch,
                     plan=plan,
-                    scale=model.head_size**-0.5,
+                    scale=size**-0.5,
                 )
                 output.view(rows, -1) @ projection
                 hidden @ gate_up
@@ -302,7 +247,9 @@ def time_close(step: Step, due: int) -> Timing:
     return Timing.of([1e3 * start.elapsed_time(end) for start, end in events])
 
 
-def measure(model: Model, batch: int, config: RocoConfig) -> dict[str, object]:
+def measure(
+    model: PreTrainedConfig, batch: int, config: RocoConfig
+) -> dict[str, object]:
     """Return one policy's row of the table."""
     device = torch.device("cuda")
     step = Step(model, batch, config, device)
@@ -324,9 +271,9 @@ def measure(model: Model, batch: int, config: RocoConfig) -> dict[str, object]:
     }
     row: dict[str, object] = {
         "policy": config.policy,
-        "layers": model.layers,
-        "kv_heads": model.kv_heads,
-        "head_size": model.head_size,
+        "layers": model.num_hidden_layers,
+        "kv_heads": model.num_key_value_heads,
+        "head_size": model.head_dim,
         "rows": batch,
         "budget": config.budget,
         "stride": config.stride,
@@ -348,6 +295,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=RocoConfig().stride)
     arguments = parser.parse_args()
 
+    model = shape_of("llama-3.1-8b")
     facts = environment()
     note(arguments.out, "eviction", facts)
     measured = []
@@ -356,7 +304,7 @@ def main() -> None:
             policy=policy, budget=arguments.budget, stride=arguments.stride
         )
         machine = {key: facts[key] for key in ("gpu", "vllm", "commit")}
-        measured.append({**machine, **measure(LLAMA_8B, arguments.rows, config)})
+        measured.append({**machine, **measure(model, arguments.rows, config)})
         print(json.dumps(measured[-1], indent=1), flush=True)
         torch.cuda.empty_cache()
         write(arguments.out / "eviction.csv", measured)

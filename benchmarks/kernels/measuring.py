@@ -89,6 +89,11 @@ def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def median_of(calls: Sequence[Callable[[], object]], milliseconds: float) -> float:
+    """Return the median microseconds a call, timed alone."""
+    return Timing.of(sample(captured(calls), len(calls), milliseconds)).median
+
+
 def sample(graph: torch.cuda.CUDAGraph, calls: int, milliseconds: float) -> list[float]:
     """Return microseconds a call, one number for every replay of the graph."""
     times = triton.testing.do_bench(

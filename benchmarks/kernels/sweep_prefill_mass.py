@@ -13,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+from typing import Any
 
 from triton.runtime.errors import OutOfResources
 
-from benchmarks.kernels.measuring import Timing, captured, command, sample, within
-from benchmarks.kernels.workload import HEADS, Call, Shape, Workload, allocate_pool
+from benchmarks.kernels.measuring import command, median_of, within
+from benchmarks.kernels.workload import HEADS, Shape, Workload, allocate_pool
 from benchmarks.machine import environment
 from vllm_roco.ops.prefill_mass import PrefillPlan
 
@@ -36,8 +38,8 @@ PLANS = [
 ]
 
 
-def timed(calls: list[Call]) -> float:
-    return Timing.of(sample(captured(calls), len(calls), 15)).median
+MILLISECONDS = 15
+"""Length of a measurement."""
 
 
 def main() -> None:
@@ -47,16 +49,17 @@ def main() -> None:
     swept: list[dict[str, object]] = []
     for shape in within(arguments.time_limit, SHAPES):
         workload = Workload(shape, pool)
-        flash = timed(workload.flash(block_size=16, token_major=False, max_splits=0))
-        plans: list[dict[str, object]] = []
+        calls = workload.flash(block_size=16, token_major=False, max_splits=0)
+        flash = median_of(calls, MILLISECONDS)
+        plans: list[dict[str, Any]] = []
         for plan in PLANS:
+            entry = dataclasses.asdict(plan)
             try:
-                us = timed(workload.prefill_mass(plan))
+                entry["us"] = median_of(workload.prefill_mass(plan), MILLISECONDS)
             except OutOfResources as error:
-                plans.append({**dataclasses.asdict(plan), "failed": str(error)})
-            else:
-                plans.append({**dataclasses.asdict(plan), "us": us})
-        plans.sort(key=lambda entry: float(str(entry.get("us", "inf"))))
+                entry["failed"] = str(error)
+            plans.append(entry)
+        plans.sort(key=lambda entry: entry.get("us", math.inf))
         swept.append(
             {"shape": dataclasses.asdict(shape), "flash_us": flash, "plans": plans}
         )

@@ -8,8 +8,10 @@ decide how fast they are. Pages lie in random order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +20,13 @@ from benchmarks.kernels.measuring import COLD_BYTES
 from vllm_roco import reference
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
-from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, DecodeScratchSize
+from vllm_roco.ops.decode.plan import (
+    DecodePlan,
+    DecodeScratch,
+    DecodeScratchSize,
+    plan_decode,
+)
+from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
 
 DTYPE = torch.bfloat16
@@ -49,8 +57,13 @@ class Shape:
     query_len: int = 1
 
     def __str__(self) -> str:
-        heads = f"{self.q_heads}/{self.kv_heads}/{self.head_size}"
+        heads = "/".join(map(str, self.heads))
         return f"{self.batch} x {self.query_len} of {self.context}, {heads}"
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, KV heads and head size."""
+        return self.q_heads, self.kv_heads, self.head_size
 
     @property
     def kv_bytes(self) -> int:
@@ -70,6 +83,31 @@ class Shape:
         tail = page.statistics_bytes(self.kv_heads) // DTYPE.itemsize
         slack = 256 * self.batch * self.kv_heads * 2 * self.head_size
         return self.kv_bytes // DTYPE.itemsize + pages * tail + slack
+
+    def plan(self, device: Device) -> DecodePlan:
+        """Return what the engine would run on a device."""
+        return plan_decode(
+            num_rows=self.batch,
+            num_kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            max_live_tokens=self.context,
+            dtype=DTYPE,
+            device=device,
+        )
+
+    def scratch(
+        self, plan: DecodePlan, device: torch.device, *, block_size: int, measure: bool
+    ) -> DecodeScratch:
+        """Allocate what a plan's kernels need to tell each other."""
+        size = DecodeScratchSize.of(
+            plans=[(self.batch, plan)],
+            num_q_heads=self.q_heads,
+            head_size=self.head_size,
+            block_size=block_size,
+            max_live_tokens=self.context,
+            measure=measure,
+        )
+        return DecodeScratch.allocate(size, device)
 
 
 WORK = [(1, 32768), (8, 2048), (16, 16384), (64, 2048), (128, 1024), (256, 2048)]
@@ -120,26 +158,21 @@ class Workload:
         order = torch.randperm(count, device=self.pool.device)
         return order.to(torch.int32).view(self.shape.batch, width)
 
-    def cache(
-        self, layer: int, block_size: int, *, token_major: bool, tail: bool
-    ) -> torch.Tensor:
-        """Return a layer's `[num_blocks, kv_heads, block_size, 2 * head_size]` view."""
+    def caches(
+        self, block_size: int, *, token_major: bool, has_statistics: bool
+    ) -> Iterator[torch.Tensor]:
+        """Yield each layer's `[num_blocks, kv_heads, block_size, 2 * head_size]`."""
         shape = self.shape
-        content = 2 * shape.head_size
-        size = shape.kv_heads * block_size * content
-        if tail:
-            size += page.statistics_bytes(shape.kv_heads) // DTYPE.itemsize
-        inner = (
-            (content, shape.kv_heads * content)
-            if token_major
-            else (block_size * content, content)
-        )
+        states = (shape.kv_heads, block_size, 2 * shape.head_size)
+        tail = page.statistics_bytes(shape.kv_heads) // DTYPE.itemsize
         blocks = shape.batch * triton.cdiv(shape.context, block_size)
-        return self.pool.as_strided(
-            (blocks, shape.kv_heads, block_size, content),
-            (size, *inner, 1),
-            layer * shape.layer_numel,
-        )
+        for memory in self.pool.split(shape.layer_numel):
+            cache = reference.paged_view(
+                memory, blocks, states, tail * has_statistics, token_major=token_major
+            )
+            if has_statistics:
+                page.statistics_view(cache).zero_()
+            yield cache
 
     def roco(
         self,
@@ -159,65 +192,42 @@ class Workload:
             measure: Whether statistics are kept.
             table: Block table, drawn at random if None.
         """
-        shape = self.shape
         if table is None:
             table = self.table(block_size)
-        scratch = DecodeScratch.allocate(
-            DecodeScratchSize.of(
-                plans=[(shape.batch, plan)],
-                num_q_heads=shape.q_heads,
-                head_size=shape.head_size,
-                block_size=block_size,
-                max_live_tokens=shape.context,
-                measure=measure,
-            ),
-            self.pool.device,
+        scratch = self.shape.scratch(
+            plan, self.pool.device, block_size=block_size, measure=measure
         )
-
-        def call(layer: int) -> Call:
-            cache = self.cache(layer, block_size, token_major=token_major, tail=True)
-            statistics = page.statistics_view(cache) if measure else None
-            if statistics is not None:
-                statistics.zero_()
-            return lambda: decode_attention(
+        return [
+            partial(
+                decode_attention,
                 query=self.query,
                 kv_cache=cache,
                 live_table=table,
                 live_lens=self.lengths,
                 evicted_before=self.evicted,
-                statistics=statistics,
+                statistics=page.statistics_view(cache) if measure else None,
                 output=self.output,
                 scratch=scratch,
                 plan=plan,
                 scale=self.scale,
             )
+            for cache in self.caches(
+                block_size, token_major=token_major, has_statistics=True
+            )
+        ]
 
-        return [call(layer) for layer in range(shape.layers)]
-
-    def prefill_mass(
-        self,
-        plan: PrefillPlan,
-        *,
-        block_size: int = 16,
-        token_major: bool = False,
-        table: torch.Tensor | None = None,
-    ) -> list[Call]:
+    def prefill_mass(self, plan: PrefillPlan, block_size: int = 16) -> list[Call]:
         """Return our prompt kernel's calls, one a layer; arguments as of `roco`."""
-        shape = self.shape
-        if table is None:
-            table = self.table(block_size)
+        shape, table = self.shape, self.table(block_size)
         # any log-sum-exp will do for timing: weights above 1 cost what others do
         lse = torch.full(
             (shape.q_heads, shape.batch * shape.query_len),
             math.log(shape.context),
             device=self.pool.device,
         )
-
-        def call(layer: int) -> Call:
-            cache = self.cache(layer, block_size, token_major=token_major, tail=True)
-            statistics = page.statistics_view(cache)
-            statistics.zero_()
-            return lambda: measure_prefill(
+        return [
+            partial(
+                measure_prefill,
                 query=self.query,
                 kv_cache=cache,
                 lse=lse,
@@ -225,13 +235,13 @@ class Workload:
                 live_table=table,
                 live_lens=self.lengths,
                 evicted_before=self.evicted,
-                statistics=statistics,
+                statistics=page.statistics_view(cache),
                 max_live_tokens=shape.context,
                 plan=plan,
                 scale=self.scale,
             )
-
-        return [call(layer) for layer in range(shape.layers)]
+            for cache in self.caches(block_size, token_major=False, has_statistics=True)
+        ]
 
     def flash(
         self, *, block_size: int, token_major: bool, max_splits: int
@@ -249,44 +259,47 @@ class Workload:
         )
 
         shape = self.shape
-        table = self.table(block_size)
+        common: dict[str, Any] = {
+            "max_seqlen_q": shape.query_len,
+            "max_seqlen_k": shape.context,
+            "cu_seqlens_q": self.query_starts,
+            "causal": True,
+            "num_splits": max_splits,
+        }
         # worked out once a step, for all layers, so it is no part of a layer's time
         metadata = get_scheduler_metadata(
             batch_size=shape.batch,
-            max_seqlen_q=shape.query_len,
-            max_seqlen_k=shape.context,
             num_heads_q=shape.q_heads,
             num_heads_kv=shape.kv_heads,
             headdim=shape.head_size,
             cache_seqlens=self.lengths,
             qkv_dtype=DTYPE,
-            cu_seqlens_q=self.query_starts,
             page_size=block_size,
-            causal=True,
-            num_splits=max_splits,
+            **common,
         )
-
-        def call(layer: int) -> Call:
-            cache = self.cache(layer, block_size, token_major=token_major, tail=False)
-            keys, values = cache.transpose(1, 2).split(shape.head_size, -1)
-            return lambda: flash_attn_varlen_func(
+        table = self.table(block_size)
+        states = (
+            cache.transpose(1, 2).split(shape.head_size, -1)
+            for cache in self.caches(
+                block_size, token_major=token_major, has_statistics=False
+            )
+        )
+        return [
+            partial(
+                flash_attn_varlen_func,
                 q=self.query,
                 k=keys,
                 v=values,
-                max_seqlen_q=shape.query_len,
-                cu_seqlens_q=self.query_starts,
-                max_seqlen_k=shape.context,
                 seqused_k=self.lengths,
                 softmax_scale=self.scale,
-                causal=True,
                 block_table=table,
                 out=self.output,
                 scheduler_metadata=metadata,
-                num_splits=max_splits,
                 fa_version=3,
+                **common,
             )
-
-        return [call(layer) for layer in range(shape.layers)]
+            for keys, values in states
+        ]
 
     def xformers(self) -> list[Call]:
         """Return xformers' paged split-K calls, one a layer, with pages of 64."""
@@ -309,24 +322,22 @@ class Workload:
             paged_type=PagedBlockDiagonalCausalWithOffsetPaddedKeysMask,
         )
         group = shape.q_heads // shape.kv_heads
-        tokens = table.numel() * block_size
-        half = tokens * shape.kv_heads * shape.head_size
-        query = self.query.view(1, shape.batch, shape.kv_heads, group, shape.head_size)
-
-        def expanded(flat: torch.Tensor) -> torch.Tensor:
-            heads = flat.view(1, tokens, shape.kv_heads, 1, shape.head_size)
-            return heads.expand(1, tokens, shape.kv_heads, group, shape.head_size)
-
-        def call(layer: int) -> Call:
-            # keys and values of their own: it takes no interleaved ones
-            start = layer * shape.layer_numel
-            keys = expanded(self.pool[start : start + half])
-            values = expanded(self.pool[start + half : start + 2 * half])
-            return lambda: fmha.memory_efficient_attention_forward(
-                query, keys, values, attn_bias=bias, op=fmha.triton_splitk.FwOp
+        heads = (1, -1, shape.kv_heads, group, shape.head_size)
+        half = table.numel() * block_size * shape.kv_heads * shape.head_size
+        return [
+            partial(
+                fmha.memory_efficient_attention_forward,
+                self.query.view(heads),
+                # keys and values of their own: it takes no interleaved ones
+                *(
+                    states.view(1, -1, shape.kv_heads, 1, shape.head_size).expand(heads)
+                    for states in memory[: 2 * half].chunk(2)
+                ),
+                attn_bias=bias,
+                op=fmha.triton_splitk.FwOp,
             )
-
-        return [call(layer) for layer in range(shape.layers)]
+            for memory in self.pool.split(shape.layer_numel)
+        ]
 
     def check(self, plan: DecodePlan, *, block_size: int, token_major: bool) -> None:
         """Raise unless our first layer's output and masses are as they should be.
@@ -340,14 +351,13 @@ class Workload:
             token_major: Whether the page is `[token, head]`.
         """
         self.pool.normal_()
-        cache = self.cache(0, block_size, token_major=token_major, tail=True)
-        statistics = page.statistics_view(cache)
         table = self.table(block_size)
-        calls = self.roco(
-            plan, block_size=block_size, token_major=token_major, table=table
-        )
+        pages: dict[str, Any] = {"block_size": block_size, "token_major": token_major}
+        cache = next(self.caches(**pages, has_statistics=True))
+        calls = self.roco(plan, **pages, table=table)
         self.output.fill_(float("nan"))
         calls[0]()
+        statistics = page.statistics_view(cache)
         if not self.output.isfinite().all():
             raise AssertionError(f"{self.shape}: {plan} leaves NaN in the output")
         for row in sorted({0, self.shape.batch // 2, self.shape.batch - 1}):

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 PERPLEXITY = "perplexity"
 """Loss of a novel's passages, read in chunks as a prompt is."""
@@ -92,12 +92,29 @@ class Cell:
         return cls(**values, setup=Setup(**setup))
 
 
-@dataclass(frozen=True)
-class Job:
-    """Cells that one process measures, one after another.
+Job = Sequence[Cell]
+"""What one process measures, one after another: all with the same engine.
 
-    Attributes:
-        cells: All with the same engine; with vLLM, with the same setup.
-    """
+With vLLM, all have the same setup, too.
+"""
 
-    cells: tuple[Cell, ...]
+
+class Engine(Protocol):
+    """What runs a model, each in a module `with_NAME` of its own."""
+
+    def __init__(self, model: str, cells: Job) -> None:
+        """Load a model, a Hugging Face folder, for cells of one job."""
+
+    def answers(
+        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+    ) -> list[list[int]]:
+        """Return the greedy continuation of every prompt."""
+
+    def losses(
+        self, cell: Cell, texts: Sequence[list[int]], first: int
+    ) -> list[list[float]]:
+        """Return the nats of every token from the `first` on."""
+        raise NotImplementedError(f"{type(self).__module__} has no {cell.task}.")
+
+    def close(self) -> None:
+        """End what would keep the process from ending, if anything does."""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,14 +54,10 @@ class Workplace:
     logs: Path
 
 
-class Failed(Exception):
-    """A job ended with an error; says where to read of it."""
-
-
 def run(
     jobs: Sequence[Job], workplace: Workplace, *, parallel: int, until: float
-) -> Iterator[list[Failed]]:
-    """Run jobs, and yield about once a second: the failures since.
+) -> Iterator[list[str]]:
+    """Run jobs, and yield about once a second: which have failed since, and where.
 
     A third of the processes is for oracles, which keep a GPU busy while engines of vLLM
     start, which is work for CPUs.
@@ -73,7 +69,7 @@ def run(
         until: `time.monotonic()` at which what still runs is ended.
     """
     workplace.logs.mkdir(parents=True, exist_ok=True)
-    oracles = [job for job in jobs if job.cells[0].setup.engine == "oracle"]
+    oracles = [job for job in jobs if job[0].setup.engine == "oracle"]
     engines = [job for job in jobs if job not in oracles]
     beside = min(MOST_ORACLES, len(oracles), parallel // 3 if engines else parallel)
     with (
@@ -87,36 +83,22 @@ def run(
         }
         while running:
             done, running = wait(running, timeout=_POLL_SECONDS)
-            yield [error for each in done if (error := _failure(each)) is not None]
+            yield [failure for each in done if (failure := each.result())]
 
 
-def _failure(ended: Future[None]) -> Failed | None:
-    """Return why a job failed; raise what is no failure of its process."""
-    try:
-        ended.result()
-    except Failed as failure:
-        return failure
-    return None
-
-
-def _run_one(job: Job, workplace: Workplace, until: float) -> None:
+def _run_one(job: Job, workplace: Workplace, until: float) -> str | None:
+    """Return what failed, and where to read of it."""
     remaining = until - time.monotonic()
     if remaining <= 0:
-        return
-    cell = job.cells[0]
-    setup = cell.setup
-    name = "-".join(
-        str(part).replace("/", "-")
-        for part in (
-            *(setup.method, setup.budget, setup.stride, setup.chunk),
-            *(cell.task, cell.context),
-        )
-    )
+        return None
+    cell, setup = job[0], job[0].setup
+    parts = (setup.method, setup.budget, setup.stride, setup.chunk)
+    name = "-".join(map(str, (*parts, cell.task, cell.context))).replace("/", "-")
     description = workplace.logs / f"{name}.json"
     description.write_text(
         json.dumps(
             {
-                "cells": [cell.to_json() for cell in job.cells],
+                "cells": [cell.to_json() for cell in job],
                 "model": workplace.model,
                 "commit": workplace.commit,
                 "results": str(workplace.results),
@@ -140,6 +122,7 @@ def _run_one(job: Job, workplace: Workplace, until: float) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            return
+            return None
     if status:
-        raise Failed(f"{' '.join(command[1:])} ended with status {status}: see {log}")
+        return f"{' '.join(command[1:])} ended with status {status}: see {log}"
+    return None

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a preset to its table: what is left to measure, in which order, how long."""
+"""From a preset to its table: what is left to measure, and in which order."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from tqdm import tqdm
 
 from benchmarks import machine, rows
 from benchmarks.quality import jobs, results, scoring
-from benchmarks.quality.cells import Cell, Job
+from benchmarks.quality.cells import Cell
 from benchmarks.quality.grid import (
     BASE,
     FULL,
@@ -40,10 +39,6 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
 }
 """What makes each table of the results beside it."""
 
-_SECONDS_A_START = 25
-_TOKENS_A_SECOND = {True: 50_000, False: 350}
-"""With a GPU and without, of one job among as many as run at once."""
-
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the full cache can do, or all of a preset without one."""
@@ -57,7 +52,7 @@ def run(arguments: argparse.Namespace) -> None:
     path = folder / f"{preset.table}_results.jsonl"
     done = results.read(path)
     todo = [cell for cell in wanted if cell not in done]
-    print(_outlook(todo, arguments.parallel), flush=True)
+    print(f"{len(todo)} cells in {len(jobs_of(todo))} processes", flush=True)
     if arguments.dry_run:
         return
 
@@ -81,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
                 jobs_of(chosen), workplace, parallel=arguments.parallel, until=until
             ):
                 for failure in failures:
-                    bar.write(str(failure))
+                    bar.write(failure)
                 now = results.read(path)
                 if len(now) > len(done):
                     done = now
@@ -110,26 +105,7 @@ def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
     return scores is None or sum(scores) / len(scores) >= LEAST_FULL_ACCURACY
 
 
-def estimated_seconds(planned: list[Job], parallel: int, has_gpu: bool) -> float:
-    """Return how long jobs take, `parallel` at once where there are so many."""
-    tokens = sum(cell.n * cell.context for job in planned for cell in job.cells)
-    starts = sum(_SECONDS_A_START for _ in planned)
-    at_once = max(1, min(parallel, len(planned)))
-    return (starts + tokens / _TOKENS_A_SECOND[has_gpu]) / at_once
-
-
 def _is_wanted(cell: Cell, preset: Preset, arguments: argparse.Namespace) -> bool:
     methods = {preset.reference, *(arguments.methods or [cell.setup.method])}
     tasks = arguments.tasks or [cell.task]
     return cell.setup.method in methods and cell.task in tasks
-
-
-def _outlook(todo: list[Cell], parallel: int) -> str:
-    planned = jobs_of(todo)
-    has_gpu = os.path.exists("/dev/nvidiactl")
-    minutes = estimated_seconds(planned, parallel, has_gpu) / 60
-    return (
-        f"{len(todo)} cells in {len(planned)} processes, {parallel} at once: about "
-        f"{math.ceil(minutes)} minutes with {'one H100' if has_gpu else 'CPUs alone'}, "
-        "less for every task that the full cache cannot do"
-    )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pandas as pd
 
@@ -61,8 +61,14 @@ def search_rows(results: Mapping[Cell, Result]) -> pd.DataFrame:
         ((metric, values),) = result.metrics.items()
         row = _row(cell, result, metric)
         if reference := references.get(_problems(cell)):
-            compared = significance.compare(metric, values, reference.metrics[metric])
-            row |= asdict(compared) | {"p_value": float(f"{compared.p_value:.3g}")}
+            better, worse, p_value = significance.compare(
+                metric, values, reference.metrics[metric]
+            )
+            row |= {
+                "better": better,
+                "worse": worse,
+                "p_value": float(f"{p_value:.3g}"),
+            }
         found.append(row)
     return pd.DataFrame(found, columns=list(SEARCH_COLUMNS), dtype=object)
 

@@ -8,7 +8,6 @@ problems; a share of the full cache's score is bootstrapped over pairs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -90,24 +89,9 @@ def _bootstrap(
     return float(interval.low), float(interval.high)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """How one method does against another on the same problems.
-
-    Attributes:
-        better: Problems on which it does better.
-        worse: Problems on which it does worse.
-        p_value: Two-sided, of no difference.
-    """
-
-    better: int
-    worse: int
-    p_value: float
-
-
 def compare(
     metric: str, values: Sequence[float], reference: Sequence[float]
-) -> Comparison:
+) -> tuple[int, int, float]:
     """Compare two methods on the same problems.
 
     Answers that are right or wrong by McNemar's exact test, losses by Wilcoxon's
@@ -117,12 +101,17 @@ def compare(
         metric: `perplexity` for losses, anything else for what more is better of.
         values: One number a problem.
         reference: The other method's.
+
+    Returns:
+        Problems on which the first does better, those on which it does worse, and the
+        two-sided p-value of no difference.
     """
     pairs = np.asarray([values, reference], float)
     ours, theirs = -pairs if metric == "perplexity" else pairs
     better, worse = int((ours > theirs).sum()), int((ours < theirs).sum())
-    if not better + worse:
-        return Comparison(0, 0, 1.0)
-    if metric == "perplexity":
-        return Comparison(better, worse, float(wilcoxon(ours, theirs).pvalue))
-    return Comparison(better, worse, float(binomtest(better, better + worse).pvalue))
+    p_value = 1.0
+    if better + worse and metric == "perplexity":
+        p_value = wilcoxon(ours, theirs).pvalue
+    elif better + worse:
+        p_value = binomtest(better, better + worse).pvalue
+    return better, worse, float(p_value)

@@ -18,14 +18,17 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from typing_extensions import override
 
-from benchmarks.quality.cells import Cell
+from benchmarks.quality import cells
+from benchmarks.quality.cells import Cell, Job
 
 
-class Engine:
-    """A model of transformers, which every press is applied to."""
+class Engine(cells.Engine):
+    """A model of transformers, which every press is applied to; it has no losses."""
 
-    def __init__(self, model: str, cells: Sequence[Cell]) -> None:
+    @override
+    def __init__(self, model: str, cells: Job) -> None:
         self._model = AutoModelForCausalLM.from_pretrained(
             model,
             dtype=torch.float32,
@@ -33,21 +36,12 @@ class Engine:
             attn_implementation="eager",
         )
 
+    @override
     def answers(
         self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
     ) -> list[list[int]]:
-        """Return the greedy continuation of every prompt."""
         press = press_of(cell)
         return [answer(self._model, prompt, max_tokens, press) for prompt in prompts]
-
-    def losses(
-        self, cell: Cell, texts: Sequence[list[int]], first: int
-    ) -> list[list[float]]:
-        """Refuse: a press acts once a whole text has been read."""
-        raise NotImplementedError(f"kvpress has no {cell.task}. Ask for answers.")
-
-    def close(self) -> None:
-        """Do nothing: it ends with its process."""
 
 
 def press_of(cell: Cell) -> Any:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from typing_extensions import override
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 
-from benchmarks.quality.cells import GENERATION, Cell, Setup
+from benchmarks.quality import cells
+from benchmarks.quality.cells import GENERATION, Cell, Job, Setup
 
 MOST_ANSWER_TOKENS = 128
 MAX_NUM_SEQS = 128
@@ -40,14 +42,10 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
         arguments |= {"kv_cache_memory_bytes": 2 * 2**30, "gpu_memory_utilization": 0.1}
     if not setup.budget:
         return arguments
-    options = {
-        "policy": setup.policy,
-        "budget": setup.budget,
-        "stride": setup.stride,
-        "chunk": setup.chunk,
-    }
+    names = ["policy", "budget", "stride", "chunk"]
     if setup.shield:
-        options |= {"shield": setup.shield, "shield_ratio": setup.shield_ratio}
+        names += ["shield", "shield_ratio"]
+    options = {name: getattr(setup, name) for name in names}
     return arguments | {
         "attention_backend": "roco",
         "block_size": setup.block_size,
@@ -55,50 +53,48 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
     }
 
 
-class Engine:
+class Engine(cells.Engine):
     """An engine of vLLM for cells that share a setup."""
 
-    def __init__(self, model: str, cells: Sequence[Cell]) -> None:
+    @override
+    def __init__(self, model: str, cells: Job) -> None:
         longest = max(cell.context for cell in cells)
         self._llm = LLM(model, **engine_arguments(cells[0].setup, longest))
 
+    @override
     def answers(
         self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
     ) -> list[list[int]]:
-        """Return the greedy continuation of every prompt."""
         # a long text is to become long, whatever the model thinks
         ignore_eos = cell.task == GENERATION
         outputs = self._complete(prompts, max_tokens=max_tokens, ignore_eos=ignore_eos)
         return [list(output.outputs[0].token_ids) for output in outputs]
 
+    @override
     def losses(
         self, cell: Cell, texts: Sequence[list[int]], first: int
     ) -> list[list[float]]:
-        """Return the nats of every token from the `first` on."""
         outputs = self._complete(texts, max_tokens=1, prompt_logprobs=0)
-        losses = []
-        for text, output in zip(texts, outputs, strict=True):
-            # of a token and of none but it
-            entries = zip(text, output.prompt_logprobs or (), strict=True)
-            losses.append(
-                [
-                    -entry[token].logprob
-                    for token, entry in list(entries)[first:]
-                    if entry is not None
-                ]
-            )
-        return losses
+        return [
+            [
+                # of a token and of none but it; the first has none
+                -(entry or {})[token].logprob
+                for token, entry in zip(
+                    text[first:], (output.prompt_logprobs or [])[first:], strict=True
+                )
+            ]
+            for text, output in zip(texts, outputs, strict=True)
+        ]
 
+    @override
     def close(self) -> None:
-        """End the engine, which may keep its process from ending."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def _complete(
         self, prompts: Sequence[list[int]], **sampling: Any
     ) -> list[RequestOutput]:
-        outputs: list[RequestOutput] = self._llm.generate(
+        return self._llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
             SamplingParams(temperature=0, **sampling),
             use_tqdm=False,
         )
-        return outputs

@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -24,30 +23,11 @@ from benchmarks.quality.cells import (
     PERPLEXITY_GENERATION,
     PROMPT_OF_GENERATION,
     Cell,
+    Engine,
 )
 from benchmarks.quality.judge import judge
 from benchmarks.quality.results import Metrics, Result, append
 from benchmarks.quality.tasks import build, prose
-
-
-class Engine(Protocol):
-    """What runs a model, each in a module `with_NAME` of its own."""
-
-    def __init__(self, model: str, cells: Sequence[Cell]) -> None:
-        """Load a model, a Hugging Face folder, for cells of one job."""
-
-    def answers(
-        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
-    ) -> list[list[int]]:
-        """Return the greedy continuation of every prompt."""
-
-    def losses(
-        self, cell: Cell, texts: Sequence[list[int]], first: int
-    ) -> list[list[float]]:
-        """Return the nats of every token from the `first` on."""
-
-    def close(self) -> None:
-        """End what would keep the process from ending."""
 
 
 def measure(engine: Engine, tokenizer: Any, model: str, cell: Cell) -> Metrics:

@@ -20,8 +20,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.serving.prefix_workloads import PREFIX_WORKLOADS, SIDES, prefix_runs
-from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
-from vllm_roco.config import POLICIES
+from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,9 +33,6 @@ def parser() -> argparse.ArgumentParser:
         default=math.inf,
         metavar="SECONDS",
         help="begin nothing new after this",
-    )
-    engines.add_argument(
-        "--again", action="store_true", help="also measure rows that are there already"
     )
     engines.add_argument("--commit", help="name of the code, where git cannot tell it")
     engines.add_argument("--tokenizer", help="folder; default: SmolLM2's")
@@ -61,8 +57,7 @@ def parser() -> argparse.ArgumentParser:
     prefill = tasks.add_parser(
         "prefill", help="time to first token, by chunk", parents=[engines]
     )
-    prefill.add_argument("--chunks", type=int, nargs="+")
-    prefill.add_argument("--policies", nargs="+", choices=POLICIES, default=["roco"])
+    prefill.add_argument("--chunks", type=int, nargs="+", default=CHUNKS)
     prefill.add_argument(
         "--rounds", type=int, default=1, help="how often each engine has its turn"
     )
@@ -97,11 +92,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(command: list[str]) -> int:
     """Run the command line; return its exit status."""
-    engine_arguments: list[str] = []
-    if "--" in command:
-        split = command.index("--")
-        command, engine_arguments = command[:split], command[split + 1 :]
-    arguments = parser().parse_args(command)
+    end = [*command, "--"].index("--")
+    arguments, engine_arguments = parser().parse_args(command[:end]), command[end + 1 :]
 
     # they import vLLM, which takes its time
     from benchmarks.machine import environment_elsewhere
@@ -113,38 +105,23 @@ def main(command: list[str]) -> int:
         scheduling,
         serve_workloads,
     )
-    from benchmarks.serving.engines import Options
     from benchmarks.serving.jobs import Session
     from tools.smollm2 import smollm2_path
 
     facts = environment_elsewhere()
-    session = Session(
-        out=arguments.out,
-        facts=facts
-        | {"commit": arguments.commit or facts["commit"]}
-        | {"flags": shlex.join(engine_arguments)},
-        time_limit=arguments.time_limit,
-        again=arguments.again,
-    )
+    commit = arguments.commit or facts["commit"]
+    facts |= {"commit": commit, "flags": shlex.join(engine_arguments)}
+    session = Session(arguments.out, facts, arguments.time_limit)
     if arguments.task == "scheduler":
         return session.run(scheduling.TABLE, scheduling.jobs())
-    options = Options(
-        tokenizer=arguments.tokenizer or str(smollm2_path()),
-        engine_arguments=engine_arguments,
-    )
+    tokenizer = arguments.tokenizer or str(smollm2_path())
+    common = [f"--tokenizer={tokenizer}", *engine_arguments]
     match arguments.task:
         case "profile":
-            profiling.run(
-                arguments.out,
-                arguments.variants,
-                session.facts,
-                options,
-                session.time_limit,
-            )
+            profiling.run(session, arguments.variants, common)
             return 0
         case "prefill":
-            chunks = arguments.chunks or prefill.CHUNKS
-            jobs = prefill.jobs(chunks, arguments.policies, arguments.rounds, options)
+            jobs = prefill.jobs(arguments.chunks, arguments.rounds, common)
             return session.run(prefill.TABLE, jobs)
         case "prefixes":
             runs_of_prefixes = prefix_runs(
@@ -155,12 +132,11 @@ def main(command: list[str]) -> int:
                 gpu_memory_utilization=arguments.gpu_memory_utilization,
                 baseline=arguments.baseline,
             )
-            jobs = prefixes.jobs(runs_of_prefixes, options)
+            jobs = prefixes.jobs(runs_of_prefixes, tokenizer, engine_arguments)
             return session.run(prefixes.TABLE, jobs)
         case "memory":
-            jobs = residency.jobs(
-                arguments.model, arguments.baseline, options, arguments.out
-            )
+            sides = (arguments.model, arguments.baseline)
+            jobs = residency.jobs(*sides, common, session.out)
             return session.run(residency.TABLE, jobs)
         case workload:
             selected = runs(
@@ -171,7 +147,7 @@ def main(command: list[str]) -> int:
                 model=arguments.model,
                 baseline=arguments.baseline,
             )
-            jobs = serve_workloads.jobs(selected, options)
+            jobs = serve_workloads.jobs(selected, common)
             return session.run(serve_workloads.TABLE, jobs)
 
 

@@ -70,9 +70,9 @@ def _beside_baselines(found: pd.DataFrame, work: list[str]) -> pd.DataFrame:
     found["work"] = _numbered(found, work)
     newest = found.groupby("work")["group"].transform("max")
     found = found[found["group"] == newest].sort_values(["work", "rank"], kind="stable")
-    baseline = found.groupby("work")["output_tok_s"].transform("first")
-    ranked: pd.DataFrame = found.assign(ratio=found["output_tok_s"] / baseline)
-    return ranked
+    return found.assign(
+        ratio=ratio(found, "output_tok_s", found["rank"] == 0, ["work"])
+    )
 
 
 def _engine(backend: str, kv_cache_dtype: str, policy: str) -> tuple[str, int]:
@@ -82,6 +82,22 @@ def _engine(backend: str, kv_cache_dtype: str, policy: str) -> tuple[str, int]:
     if kv_cache_dtype == "auto":
         return backend, 0
     return f"{backend}, {kv_cache_dtype} KV cache", 1
+
+
+def ratio(
+    rows: pd.DataFrame, column: str, is_base: pd.Series[bool], same: list[str]
+) -> pd.Series[float]:
+    """Return a column over that of the first baseline that is the same in others.
+
+    Args:
+        rows: Of both.
+        column: What is divided.
+        is_base: Which rows are baselines.
+        same: Columns in which a row and its baseline are equal.
+    """
+    work = rows.groupby(same, dropna=False).ngroup()
+    base = rows[column].where(is_base).groupby(work).transform("first")
+    return (rows[column] / base).astype(float)
 
 
 def newest_settings(rows: pd.DataFrame) -> list[pd.DataFrame]:

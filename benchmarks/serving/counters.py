@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from types import TracebackType
 
 from prometheus_client import REGISTRY, CollectorRegistry, Metric
 
@@ -23,14 +22,10 @@ HITS = "vllm:prefix_cache_hits_total"
 FINISHED = "vllm:request_success_total"
 FIRST_TOKEN = "vllm:time_to_first_token_seconds"
 LATER_TOKENS = "vllm:request_time_per_output_token_seconds"
-HISTOGRAMS = (FIRST_TOKEN, LATER_TOKENS)
 NAMES = [
-    RUNNING,
-    PREEMPTIONS,
-    QUERIES,
-    HITS,
-    FINISHED,
-    *(f"{name}_{part}" for name in HISTOGRAMS for part in ("sum", "count")),
+    *(RUNNING, PREEMPTIONS, QUERIES, HITS, FINISHED),
+    *(f"{FIRST_TOKEN}_sum", f"{FIRST_TOKEN}_count"),
+    *(f"{LATER_TOKENS}_sum", f"{LATER_TOKENS}_count"),
 ]
 
 
@@ -65,9 +60,6 @@ class Counters:
         self.max_running = 0
         self._num_warmups = num_warmups
         self._registry = registry
-        self._begin: Mapping[str, float] = {}
-        self._warm: Mapping[str, float] = {}
-        self._end: Mapping[str, float] = {}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -76,12 +68,7 @@ class Counters:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._is_over.set()
         self._thread.join()
         self._end = read(self._registry)

@@ -36,19 +36,6 @@ class Requests:
         }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is the same for every engine.
-
-    Attributes:
-        tokenizer: Folder of a tokenizer; random prompts are drawn from its words.
-        engine_arguments: Passed on to vLLM.
-    """
-
-    tokenizer: str
-    engine_arguments: Sequence[str] = ()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """An engine, whose batches it is made for.
@@ -81,30 +68,31 @@ class Engine:
     @property
     def columns(self) -> dict[str, object]:
         """The columns of a row that tell it from others; a table picks its own."""
-        roco = dict(vars(self.roco)) if self.roco else {}
-        if roco.get("policy") == "recent":
-            del roco["shield"]
         names = ("policy", "shield", "budget", "stride", "chunk")
+        roco = {name: getattr(self.roco, name, None) for name in names}
+        if roco["policy"] == "recent":
+            roco["shield"] = None
         return {
             "model": self.model,
             "gpu_memory_utilization": self.gpu_memory_utilization,
             "kv_cache_bytes": self.kv_cache_bytes,
             "backend": self.backend,
             "kv_cache_dtype": self.kv_cache_dtype,
-            **{name: roco.get(name) for name in names},
+            **roco,
         }
 
-    def command(self, options: Options) -> list[str]:
-        """Return what every benchmark of vLLM is told about it."""
-        additional: dict[str, object] = {}
-        if self.roco is not None:
-            names = ("policy", "budget", "stride", "chunk", "trace")
-            given = {name: getattr(self.roco, name) for name in names}
-            told = {name: value for name, value in given.items() if value is not None}
-            additional = {NAMESPACE: told}
-        command = [
+    def command(self, common: Sequence[str]) -> list[str]:
+        """Return what every benchmark of vLLM is told about it.
+
+        Args:
+            common: What every engine is told, the tokenizer among it; has precedence.
+        """
+        names = ("policy", "budget", "stride", "chunk", "trace")
+        given = {name: getattr(self.roco, name, None) for name in names}
+        told = {name: value for name, value in given.items() if value is not None}
+        memory = f"--kv-cache-memory-bytes={self.kv_cache_bytes}"
+        return [
             f"--model={MODELS / self.model}",
-            f"--tokenizer={options.tokenizer}",
             # the cost of attention does not depend on the weights
             "--load-format=dummy",
             f"--max-model-len={max(batch.max_model_len for batch in self.batches)}",
@@ -114,8 +102,7 @@ class Engine:
             "--disable-detokenize",
             f"--attention-backend={self.backend}",
             f"--kv-cache-dtype={self.kv_cache_dtype}",
-            f"--additional-config={json.dumps(additional)}",
+            f"--additional-config={json.dumps({NAMESPACE: told} if told else {})}",
+            *([memory] if self.kv_cache_bytes is not None else []),
+            *common,
         ]
-        if self.kv_cache_bytes is not None:
-            command.append(f"--kv-cache-memory-bytes={self.kv_cache_bytes}")
-        return [*command, *options.engine_arguments]

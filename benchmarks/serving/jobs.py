@@ -30,13 +30,11 @@ class Session:
         out: Folder of the tables.
         facts: GPU, driver, versions, commit and flags, for the provenance.
         time_limit: Seconds after which nothing new is begun.
-        again: Whether rows are measured that are there already.
     """
 
     out: Path
     facts: Row
     time_limit: float
-    again: bool
 
     @property
     def machine(self) -> Row:
@@ -66,7 +64,7 @@ class Session:
         """Measure a row unless it is there or time is up; return whether that works."""
         row = {**self.machine, **columns}
         label = " ".join(str(value) for value in columns.values() if value is not None)
-        if not self.again and table.has(self.out, row):
+        if table.has(self.out, row):
             print(f"there already: {label}", flush=True)
             return True
         start = time.monotonic()

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import rows
+from benchmarks.markdown import texts
 from benchmarks.pictures import (
     BLUE,
     COLOURS,
@@ -49,15 +50,17 @@ def throughput(axes: Axes, found: pd.DataFrame) -> None:
     for bars, name in zip(axes.containers, names, strict=True):
         labels = ["" if pd.isna(ratio) else f"{ratio:.2f}" for ratio in ratios[name]]
         axes.bar_label(bars, labels, fontsize=8, padding=2)  # type: ignore[arg-type]
-    axes.set_xlabel("--gpu-memory-utilization")
-    axes.set_ylabel("output tokens per second")
     axes.margins(y=0.1)
     axes.grid(visible=False, axis="x")
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    first = found.iloc[0]
-    axes.set_title(
-        f"{first['num_requests']} x ({first['input_len']} + {first['output_len']}) "
-        f"tokens, {first['model']}, {first['gpu']}"
+    (title,) = texts(
+        found.head(1),
+        "{num_requests} x ({input_len} + {output_len}) tokens, {model}, {gpu}",
+    )
+    axes.set(
+        xlabel="--gpu-memory-utilization",
+        ylabel="output tokens per second",
+        title=title,
     )
 
 
@@ -67,26 +70,19 @@ def crossover(axes: Axes, found: pd.DataFrame) -> None:
     found = found.sort_values("length", kind="stable")
     lengths = found["length"].unique().tolist()
     for name, line in found[found["rank"] > 0].groupby("engine", sort=False):
-        ratios = line["ratio"].to_numpy(float)
-        axes.plot(
-            line["length"].tolist(), ratios, "o-", color=_colour(str(name)), label=name
-        )
-        for length, ratio in zip(line["length"], ratios, strict=True):
-            axes.annotate(
-                f"{ratio:.2f}",
-                (length, ratio),
-                textcoords="offset points",
-                xytext=(0, 7),
-                ha="center",
-            )
+        points: Any = line[["length", "ratio"]].to_numpy(float)
+        axes.plot(*points.T, "o-", color=_colour(str(name)), label=name)
+        place: Any = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center"}
+        for point in points:
+            axes.annotate(f"{point[1]:.2f}", point, **place)
     axes.axhline(1, color=GREY, linewidth=1)
     _log2_ticks(axes, lengths, [f"{length // 1024}K" for length in lengths])
     axes.margins(y=0.15)
-    axes.set_xlabel("tokens of a sequence at its end")
-    axes.set_ylabel("throughput over stock vLLM's")
-    first = found.iloc[0]
-    axes.set_title(
-        f"{first['model']}, {first['gpu']}, memory {first['gpu_memory_utilization']}"
+    (title,) = texts(found.head(1), "{model}, {gpu}, memory {gpu_memory_utilization}")
+    axes.set(
+        xlabel="tokens of a sequence at its end",
+        ylabel="throughput over stock vLLM's",
+        title=title,
     )
 
 
@@ -128,9 +124,8 @@ def resident_tokens(axes: Axes, steps: pd.DataFrame, memory: pd.DataFrame) -> No
         ("budget", roco["budget"], ":"),
     ):
         axes.axhline(tokens, color=DARK_BLUE, linewidth=1, linestyle=style, label=label)
+    axes.set(xlabel="tokens computed", ylabel="KV tokens held by one sequence")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("tokens computed")
-    axes.set_ylabel("KV tokens held by one sequence")
 
 
 def prefill(axes: Axes, measured: pd.DataFrame) -> None:
@@ -164,10 +159,9 @@ def prefill(axes: Axes, measured: pd.DataFrame) -> None:
         )
     chunks = sorted(lone["chunk"].dropna().astype(int).unique())
     _log2_ticks(axes, chunks, list(map(str, chunks)))
+    title = f"a prompt of {lone['input_len'].iloc[0]} tokens"
+    axes.set(xlabel="chunk, tokens", ylabel="time to first token, ms", title=title)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("chunk, tokens")
-    axes.set_ylabel("time to first token, ms")
-    axes.set_title(f"a prompt of {lone['input_len'].iloc[0]} tokens")
 
 
 def decode_ratio(axes: Axes, measured: pd.DataFrame) -> None:
@@ -178,7 +172,7 @@ def decode_ratio(axes: Axes, measured: pd.DataFrame) -> None:
         axes.plot(
             [
                 work.index(key)
-                for key in zip(mark["batch"], mark["context"], strict=True)
+                for key in mark[["batch", "context"]].itertuples(False, None)
             ],
             mark["ratio"].to_numpy(float),
             "osD^v"[index % 5],
@@ -187,8 +181,7 @@ def decode_ratio(axes: Axes, measured: pd.DataFrame) -> None:
         )
     axes.axhline(1, color=GREY, linewidth=1)
     axes.set_xticks(range(len(work)), [f"{b} x {c // 1024}K" for b, c in work])
-    axes.set_xlabel("sequences x tokens")
-    axes.set_ylabel("FlashAttention 3's time over ours")
+    axes.set(xlabel="sequences x tokens", ylabel="FlashAttention 3's time over ours")
 
 
 def _colour(engine: str) -> str:

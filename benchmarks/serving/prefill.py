@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 
@@ -12,13 +11,13 @@ from vllm.benchmarks import latency
 
 from benchmarks.kernels.measuring import Timing
 from benchmarks.rows import Table
-from benchmarks.serving.engines import Engine, Options, Requests
+from benchmarks.serving.engines import Engine, Requests
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import call, latency_command
+from benchmarks.serving.workloads import Run
 from vllm_roco.config import RocoConfig
 
 MODEL = "llama-3.1-8b"
-CHUNKS = (256, 512, 1024, 2048, 4096)
 ITERATIONS = 12
 SHORT, LONG = Requests(8, 2048, 1), Requests(1, 16384, 1)
 TABLE = Table(
@@ -32,41 +31,30 @@ TABLE = Table(
 )
 
 
-@dataclass(frozen=True)
-class Case:
-    """A batch whose first tokens an engine gives, one token to write each."""
-
-    requests: Requests
-    engine: Engine
-
-    def columns(self, number: int) -> dict[str, object]:
-        """Return the columns of `prefill.csv` that tell this case from others."""
-        batch = {"batch": self.requests.count, "input_len": self.requests.input_len}
-        return {**self.engine.columns, **batch, "round": number}
-
-
-def cases(chunks: Sequence[int], policies: Sequence[str] = ("roco",)) -> list[Case]:
+def runs(chunks: Sequence[int]) -> list[Run]:
     """Return stock vLLM's, then prompts below the budget, then one far above it."""
 
-    def case(requests: Requests, roco: RocoConfig | None = None) -> Case:
-        return Case(requests, Engine(model=MODEL, batches=(SHORT, LONG), roco=roco))
+    def run(requests: Requests, roco: RocoConfig | None = None) -> Run:
+        engine = Engine(model=MODEL, batches=(SHORT, LONG), roco=roco)
+        return Run("prefill", requests, engine)
 
     return [
-        case(SHORT),
-        case(LONG),
-        *(case(SHORT, RocoConfig(policy=policy, budget=4096)) for policy in policies),
-        *(
-            case(LONG, RocoConfig(policy=policy, chunk=chunk))
-            for chunk in chunks
-            for policy in policies
-        ),
+        run(SHORT),
+        run(LONG),
+        run(SHORT, RocoConfig(budget=4096)),
+        *(run(LONG, RocoConfig(chunk=chunk)) for chunk in chunks),
     ]
 
 
-def measure(case: Case, options: Options) -> dict[str, object]:
-    """Read the case's prompts some times."""
-    command = latency_command(case.requests, ITERATIONS)
-    result = call(latency, [*case.engine.command(options), *command])
+def columns(run: Run, number: int) -> dict[str, object]:
+    """Return the columns of `prefill.csv` that tell a run from others."""
+    return {**run.columns, "batch": run.requests.count, "round": number}
+
+
+def measure(run: Run, common: Sequence[str]) -> dict[str, object]:
+    """Read the run's prompts some times."""
+    command = latency_command(run.requests, ITERATIONS)
+    result = call(latency, [*run.engine.command(common), *command])
     timing = Timing.of([1e3 * seconds for seconds in result["latencies"]])
     return {
         "iterations": ITERATIONS,
@@ -76,13 +64,10 @@ def measure(case: Case, options: Options) -> dict[str, object]:
     }
 
 
-def jobs(
-    chunks: Sequence[int], policies: Sequence[str], rounds: int, options: Options
-) -> list[Job]:
-    """Return every case once a round: a drift of the clock meets all of them."""
-    every = cases(chunks, policies)
+def jobs(chunks: Sequence[int], rounds: int, common: Sequence[str]) -> list[Job]:
+    """Return every run once a round: a drift of the clock meets all of them."""
     return [
-        [(case.columns(number), partial(measure, case, options)) for case in group]
+        [(columns(run, number), partial(measure, run, common)) for run in group]
         for number in range(1, rounds + 1)
-        for _, group in groupby(every, key=lambda case: case.engine)
+        for _, group in groupby(runs(chunks), key=lambda run: run.engine)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,18 +15,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm.benchmarks import serve
 
 from benchmarks.serving.counters import summed
-from benchmarks.serving.engines import MODELS, Engine, Options
+from benchmarks.serving.engines import MODELS
 from benchmarks.serving.prefix_workloads import PrefixWorkload
 from benchmarks.serving.vllm_bench import parsed
 from tools.demo import DemoError
-from tools.demo.server import Server
+from tools.demo.server import running_server, wait_until_ready
 
 _HOST = "127.0.0.1"
 
 
 @contextmanager
-def running(engine: Engine, options: Options) -> Iterator[str]:
+def running(told: Sequence[str]) -> Iterator[str]:
     """Serve with an engine; the block has the server's address.
+
+    Args:
+        told: What `Engine.command` returns.
 
     Raises:
         RuntimeError: The server does not start; with the end of what it wrote.
@@ -34,17 +37,18 @@ def running(engine: Engine, options: Options) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind((_HOST, 0))
         port = probe.getsockname()[1]
-    model = str(MODELS / engine.model)
-    ours = (f"--model={model}", "--disable-detokenize")
-    arguments = [text for text in engine.command(options) if text not in ours]
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
-    command = [*vllm, f"--host={_HOST}", f"--port={port}", *arguments]
+    # a server is told its model by place, and has text to return
+    (model,) = [text for text in told if text.startswith("--model=")]
+    arguments = [text for text in told if text not in (model, "--disable-detokenize")]
+    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    at = (model.removeprefix("--model="), f"--host={_HOST}", f"--port={port}")
     url = f"http://{_HOST}:{port}"
     with TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        with Server(command, {"VLLM_NO_USAGE_STATS": "1"}, url, log) as server:
+        environment = {"VLLM_NO_USAGE_STATS": "1"}
+        with running_server([*vllm, *at, *arguments], environment, log) as server:
             try:
-                server.wait_until_ready()
+                wait_until_ready(server, url)
             except DemoError as error:
                 end = log.read_text(errors="replace")[-3000:]
                 raise RuntimeError(f"{error}\n{end}") from error
@@ -52,7 +56,7 @@ def running(engine: Engine, options: Options) -> Iterator[str]:
 
 
 def ask(
-    url: str, workload: PrefixWorkload, seed: int, options: Options
+    url: str, workload: PrefixWorkload, seed: int, tokenizer: str
 ) -> dict[str, float]:
     """Return what `vllm bench serve` finds.
 
@@ -60,7 +64,7 @@ def ask(
         url: The server's address.
         workload: What it is asked for, whose text the client makes up.
         seed: Another one makes other text.
-        options: Whose tokenizer the client uses.
+        tokenizer: Of the client.
 
     Raises:
         RuntimeError: Not every request is answered.
@@ -68,7 +72,7 @@ def ask(
     count = workload.num_requests
     command = [
         *(f"--base-url={url}", f"--model={MODELS / workload.model}"),
-        *(f"--tokenizer={options.tokenizer}", f"--seed={seed}", "--ignore-eos"),
+        *(f"--tokenizer={tokenizer}", f"--seed={seed}", "--ignore-eos"),
         *("--dataset-name=prefix_repetition", f"--num-prompts={count}"),
         *("--disable-tqdm", "--percentile-metrics=ttft", "--metric-percentiles=99"),
     ]

@@ -20,7 +20,6 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.rows import Table
 from benchmarks.serving import prefix_server
 from benchmarks.serving.counters import HITS, PREEMPTIONS, QUERIES, read
-from benchmarks.serving.engines import Options
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.prefix_workloads import PrefixRun, PrefixWorkload, text
 from benchmarks.serving.vllm_bench import parsed
@@ -44,17 +43,21 @@ WARM_UP_REQUESTS, WARM_UP_OUTPUT = 4, 32
 _STOP = 7
 
 
-def jobs(runs: Sequence[PrefixRun], options: Options) -> list[Job]:
+def jobs(
+    runs: Sequence[PrefixRun], tokenizer: str, arguments: Sequence[str]
+) -> list[Job]:
     """Return the runs as measurements, those next to each other sharing an engine."""
     return [
-        [(run.columns, partial(measure, run, options)) for run in group]
+        [(run.columns, partial(measure, run, tokenizer, arguments)) for run in group]
         for _, group in groupby(
             runs, key=lambda run: (run.number, run.engine, run.workload.over_http)
         )
     ]
 
 
-def measure(run: PrefixRun, options: Options) -> dict[str, object]:
+def measure(
+    run: PrefixRun, tokenizer: str, arguments: Sequence[str]
+) -> dict[str, object]:
     """Serve a run's requests; return the columns of `prefixes.csv` that it fills.
 
     Raises:
@@ -62,11 +65,12 @@ def measure(run: PrefixRun, options: Options) -> dict[str, object]:
             answer is missing or has another length.
     """
     workload = run.workload
+    told = run.engine.command([f"--tokenizer={tokenizer}", *arguments])
     if workload.over_http:
-        with prefix_server.running(run.engine, options) as url:
-            prefix_server.ask(url, warm_up(workload), 0, options)
+        with prefix_server.running(told) as url:
+            prefix_server.ask(url, warm_up(workload), 0, tokenizer)
             before = prefix_server.metrics(url)
-            result = prefix_server.ask(url, workload, run.number, options)
+            result = prefix_server.ask(url, workload, run.number, tokenizer)
             after = prefix_server.metrics(url)
         return {
             "output_tok_s": round(result["output_throughput"], 1),
@@ -74,7 +78,7 @@ def measure(run: PrefixRun, options: Options) -> dict[str, object]:
             "ttft_p99_ms": round(float(result["p99_ttft_ms"]), 2),
             **_counted(before, after),
         }
-    command = [*run.engine.command(options), "--skip-tokenizer-init"]
+    command = [*told, "--skip-tokenizer-init"]
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed(throughput, command)))
     requests = text(workload, run.number)
     # compiles kernels, with other text

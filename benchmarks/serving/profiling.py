@@ -12,7 +12,7 @@ import importlib
 import json
 import pkgutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,25 @@ from vllm.benchmarks import latency
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from benchmarks import rows
-from benchmarks.serving.engines import Engine, Options, Requests
-from benchmarks.serving.jobs import MACHINE
+from benchmarks.serving.engines import Requests
+from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.shared_engine import await_engine_end
 from benchmarks.serving.trace_steps import SCHEDULER, Steps, decode_steps
-from benchmarks.serving.vllm_bench import parsed
-from benchmarks.serving.workloads import VARIANTS
+from benchmarks.serving.vllm_bench import latency_command, parsed
+from benchmarks.serving.workloads import Workload
 from vllm_roco import ops
 from vllm_roco.config import RocoConfig
 from vllm_roco.scheduler import RocoAsyncScheduler
 
 DEFAULTS = RocoConfig()
-MODEL = "llama-3.1-8b"
 # the stride ends halfway through what is written
 REQUESTS = Requests(64, DEFAULTS.budget + DEFAULTS.stride - 20, 40)
+WORKLOAD = Workload(
+    about="decode steps across the end of a stride",
+    model="llama-3.1-8b",
+    batches=(REQUESTS,),
+    budget=DEFAULTS.budget,
+)
 # few steps for all prompts, so that the rows keep near together
 MAX_NUM_BATCHED_TOKENS = 512 * REQUESTS.count
 TOP = 12
@@ -73,45 +78,20 @@ the thread that starts the profiler, as long as the engine has one GPU.
 """
 
 
-def record(
-    variant: str, folder: Path, facts: Mapping[str, object], options: Options
-) -> None:
-    """Let vLLM write the trace of a variant, and the machine's facts beside it.
-
-    Args:
-        variant: Key of `VARIANTS`.
-        folder: Where the variant's trace goes.
-        facts: GPU, versions and flags.
-        options: What is the same for every engine.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MACHINE_FILE).write_text(json.dumps(dict(facts), indent=1) + "\n")
-    latency.main(parsed(latency, profile_command(variant, folder, options)))
-
-
-def profile_command(variant: str, folder: Path, options: Options) -> list[str]:
+def profile_command(variant: str, folder: Path, common: Sequence[str]) -> list[str]:
     """Return what `vllm bench latency` is told."""
-    policy = VARIANTS[variant].policy
     profiler = {
         "profiler": "torch",
         "torch_profiler_dir": str(folder.resolve()),
         "torch_profiler_with_stack": False,
     }
-    engine = Engine(
-        model=MODEL,
-        batches=(REQUESTS,),
-        roco=None if policy is None else RocoConfig(policy=policy),
-        kv_cache_dtype=VARIANTS[variant].kv_cache_dtype,
-    )
+    engine = WORKLOAD.engine(variant)
     return [
-        *engine.command(options),
+        *engine.command(common),
         f"--max-num-batched-tokens={MAX_NUM_BATCHED_TOKENS}",
-        f"--scheduler-cls={__name__}.{SCHEDULERS[policy is not None].__name__}",
+        f"--scheduler-cls={__name__}.{SCHEDULERS[engine.roco is not None].__name__}",
         "--async-scheduling",
-        f"--batch-size={REQUESTS.count}",
-        f"--input-len={REQUESTS.input_len}",
-        f"--output-len={REQUESTS.output_len}",
-        "--num-iters-warmup=1",
+        *latency_command(REQUESTS, warmups=1),
         "--profile",
         f"--profiler-config={json.dumps(profiler)}",
     ]
@@ -169,14 +149,14 @@ def profile(variant: str, folder: Path) -> pd.DataFrame:
 
     Args:
         variant: Key of `VARIANTS`.
-        folder: Where `record` has put the trace.
+        folder: Where `run` has put the trace.
     """
     facts = json.loads((folder / MACHINE_FILE).read_text())
     with gzip.open(next(folder.glob(TRACES))) as file:
         steps = decode_steps(json.load(file), REQUESTS.count)
     columns = {
         **{column: facts[column] for column in MACHINE},
-        "model": MODEL,
+        "model": WORKLOAD.model,
         "batch": REQUESTS.count,
         "context": REQUESTS.input_len,
         "variant": variant,
@@ -189,33 +169,30 @@ def profile(variant: str, folder: Path) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def run(
-    out: Path,
-    variants: Sequence[str],
-    facts: Mapping[str, object],
-    options: Options,
-    time_limit: float,
-) -> None:
+def run(session: Session, variants: Sequence[str], common: Sequence[str]) -> None:
     """Record what has no trace yet and write `profile.csv` from all traces.
 
+    Traces lie in `traces` of the session's folder, each beside the machine's facts.
+
     Args:
-        out: Folder of the tables; traces lie in `traces` of it.
+        session: Where, on which machine, and for how long.
         variants: Keys of `VARIANTS`.
-        facts: GPU, versions and flags.
-        options: What is the same for every engine.
-        time_limit: Seconds after which no trace is begun.
+        common: What every engine is told.
     """
-    end = time.monotonic() + time_limit
+    end = time.monotonic() + session.time_limit
     parts: list[pd.DataFrame] = []
     for variant in variants:
-        folder = out / "traces" / variant
+        folder = session.out / "traces" / variant
         if not list(folder.glob(TRACES)):
             if time.monotonic() > end:
                 print(f"no time left: {variant}", flush=True)
                 continue
-            record(variant, folder, facts, options)
+            folder.mkdir(parents=True, exist_ok=True)
+            facts = json.dumps(dict(session.facts), indent=1)
+            (folder / MACHINE_FILE).write_text(f"{facts}\n")
+            latency.main(parsed(latency, profile_command(variant, folder, common)))
             await_engine_end()
         parts.append(profile(variant, folder))
-        rows.write(out / "profile.csv", pd.concat(parts))
+        rows.write(session.out / "profile.csv", pd.concat(parts))
         facts_of_trace = json.loads((folder / MACHINE_FILE).read_text())
-        rows.note(out, "profile", {"variant": variant, **facts_of_trace})
+        rows.note(session.out, "profile", {"variant": variant, **facts_of_trace})

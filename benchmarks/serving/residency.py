@@ -7,32 +7,29 @@ for both sides: what three full sequences need.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pandas as pd
 from vllm.benchmarks import throughput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from benchmarks import rows
 from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.engines import MODELS, Engine, Options, Requests
+from benchmarks.serving.engines import Engine, Requests
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import call, throughput_command
+from benchmarks.specs import BLOCK_SIZE, layer_specs, shape_of
 from vllm_roco.config import RocoConfig
-from vllm_roco.eviction_schedule import EvictionSchedule
-from vllm_roco.kv_cache.page import statistics_bytes
+from vllm_roco.kv_cache.spec import RocoSpec
 
 REQUESTS = Requests(count=8, input_len=512, output_len=512)
 CONFIG = RocoConfig(budget=256, stride=64, chunk=128)
-BLOCK_SIZE = 16
 FULL_SEQUENCES = 3
-STEPS_IN_FLIGHT = 2
-"""Of asynchronous scheduling."""
-ITEM_BYTES = 2
 
 TABLE = Table(
     "memory",
@@ -49,32 +46,7 @@ TABLE = Table(
 STEPS = "memory_steps.csv"
 
 
-@dataclass(frozen=True)
-class Page:
-    """Bytes of one block over all layers of a model of 16-bit numbers."""
-
-    content: int
-    statistics: int
-
-    @classmethod
-    def of(cls, model: str) -> Page:
-        """Work it out from the model's configuration."""
-        config = json.loads((MODELS / model / "config.json").read_text())
-        heads = config["num_attention_heads"]
-        head_size = config.get("head_dim") or config["hidden_size"] // heads
-        kv_heads, layers = config["num_key_value_heads"], config["num_hidden_layers"]
-        return cls(
-            content=layers * kv_heads * BLOCK_SIZE * 2 * head_size * ITEM_BYTES,
-            statistics=layers * statistics_bytes(kv_heads),
-        )
-
-    @property
-    def statistics_share(self) -> float:
-        """Part of a RoCo page that is not K and V."""
-        return self.statistics / (self.content + self.statistics)
-
-
-def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
+def jobs(model: str, baseline: str, common: Sequence[str], out: Path) -> list[Job]:
     """Return both sides; what RoCo held in every step goes to `memory_steps.csv`."""
     stock = Engine(
         model=model,
@@ -87,32 +59,52 @@ def jobs(model: str, baseline: str, options: Options, out: Path) -> list[Job]:
         [
             (
                 {**engine.columns, **REQUESTS.columns},
-                partial(measure, engine, options, out / STEPS),
+                partial(measure, engine, common, out / STEPS),
             )
         ]
         for engine in (stock, replace(stock, roco=CONFIG))
     ]
 
 
+def specs(model: str) -> tuple[int, FullAttentionSpec, RocoSpec]:
+    """Return a model's layers, and what each is planned with on both sides."""
+    shape = shape_of(model)
+    return (shape.num_hidden_layers, *layer_specs(shape, CONFIG))
+
+
 def kv_cache_bytes(model: str) -> int:
     """Return the KV memory of three full sequences and of vLLM's null block."""
+    layers, full, _ = specs(model)
     tokens = REQUESTS.input_len + REQUESTS.output_len
-    return (FULL_SEQUENCES * tokens // BLOCK_SIZE + 1) * Page.of(model).content
+    blocks = FULL_SEQUENCES * tokens // BLOCK_SIZE + 1
+    return int(blocks * layers * full.page_size_bytes)
 
 
-def measure(engine: Engine, options: Options, steps: Path) -> dict[str, object]:
+def bounds(model: str) -> dict[str, object]:
+    """Return the columns that RoCo's options decide alone.
+
+    Those are the most tokens of a sequence, and the part of a page that is not K and V.
+    """
+    _, full, roco = specs(model)
+    return {
+        "bound_tokens": roco.max_blocks_per_sequence * BLOCK_SIZE,
+        "statistics_share": round(1 - full.page_size_bytes / roco.page_size_bytes, 5),
+    }
+
+
+def measure(engine: Engine, common: Sequence[str], steps: Path) -> dict[str, object]:
     """Serve the requests; return the columns that this fills.
 
     Args:
         engine: Either side.
-        options: What is the same for both engines.
+        common: What both engines are told.
         steps: File for what RoCo held in every step; replaced.
     """
     with TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.jsonl"
         if engine.roco is not None:
             engine = replace(engine, roco=replace(engine.roco, trace=str(trace)))
-        command = [*engine.command(options), "--dtype=bfloat16", "--async-scheduling"]
+        command = [*engine.command(common), "--dtype=bfloat16", "--async-scheduling"]
         with Counters(num_warmups=0) as counters:
             call(throughput, [*command, *throughput_command(REQUESTS)])
         result: dict[str, object] = {
@@ -122,15 +114,8 @@ def measure(engine: Engine, options: Options, steps: Path) -> dict[str, object]:
         if engine.roco is not None:
             held = by_step(trace)
             rows.write(steps, held)
-            schedule = EvictionSchedule(
-                block_size=BLOCK_SIZE, budget=CONFIG.budget, stride=CONFIG.stride
-            )
-            in_flight = STEPS_IN_FLIGHT * CONFIG.chunk
-            result |= {
-                "peak_sequence_tokens": int(held["largest_tokens"].max()),
-                "bound_tokens": schedule.max_blocks(in_flight) * BLOCK_SIZE,
-                "statistics_share": round(Page.of(engine.model).statistics_share, 5),
-            }
+            result["peak_sequence_tokens"] = int(held["largest_tokens"].max())
+            result |= bounds(engine.model)
     return result
 
 

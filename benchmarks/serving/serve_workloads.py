@@ -11,7 +11,7 @@ from vllm.benchmarks import latency, throughput
 
 from benchmarks.rows import Table
 from benchmarks.serving.counters import Counters
-from benchmarks.serving.engines import Options, Requests
+from benchmarks.serving.engines import Requests
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.vllm_bench import (
     LATENCY_WARMUPS,
@@ -35,10 +35,10 @@ WARM_UP_OUTPUT = 32
 """Tokens of a warm-up's requests, whose prompts are those of the batch."""
 
 
-def jobs(runs: Sequence[Run], options: Options) -> list[Job]:
+def jobs(runs: Sequence[Run], common: Sequence[str]) -> list[Job]:
     """Return the runs as measurements, those next to each other sharing an engine."""
     return [
-        [(run.columns, partial(measure, run, options)) for run in group]
+        [(run.columns, partial(measure, run, common)) for run in group]
         for _, group in groupby(runs, key=lambda run: run.engine)
     ]
 
@@ -52,9 +52,9 @@ def warm_up(requests: Requests) -> Requests:
     )
 
 
-def measure(run: Run, options: Options) -> dict[str, object]:
+def measure(run: Run, common: Sequence[str]) -> dict[str, object]:
     """Serve a run's batch; return the columns of `serving.csv` that it fills."""
-    requests, engine = run.requests, run.engine.command(options)
+    requests, engine = run.requests, run.engine.command(common)
     if WORKLOADS[run.name].one_at_a_time:
         with Counters(LATENCY_WARMUPS * requests.count) as counters:
             result = call(latency, [*engine, *latency_command(requests)])

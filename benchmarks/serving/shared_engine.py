@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import gc
 import multiprocessing
-from types import TracebackType
+from unittest.mock import patch
 
 from vllm import LLM
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 
 END_SECONDS = 30
-_MAKER = "from_engine_args"
 
 
 def await_engine_end() -> None:
@@ -43,19 +42,14 @@ class SharedEngine:
         self._llm: LLM | None = None
         self._settings: EngineArgs | None = None
         self._failure: str | None = None
-        self._maker = LLM.__dict__[_MAKER]
+        self._patch = patch.object(LLM, "from_engine_args", self._get)
 
     def __enter__(self) -> SharedEngine:
-        setattr(LLM, _MAKER, self._get)
+        self._patch.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        setattr(LLM, _MAKER, self._maker)
+    def __exit__(self, *error: object) -> None:
+        self._patch.stop()
         self.end()
 
     def end(self) -> None:

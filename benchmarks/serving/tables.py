@@ -16,6 +16,7 @@ from benchmarks.serving.comparisons import (
     comparisons,
     newest_settings,
     prefix_comparisons,
+    ratio,
 )
 from benchmarks.serving.workloads import WORKLOADS
 
@@ -81,9 +82,7 @@ def prefill(measured: pd.DataFrame) -> str:
             rounds=("round", "size"),
         )
         found = found.reset_index()
-        stock = found["time"].where(found["backend"] != "ROCO")
-        base = stock.groupby([found[name] for name in prompts]).transform("first")
-        found["ratio"] = (found["time"] / base).astype(float)
+        found["ratio"] = ratio(found, "time", found["backend"] != "ROCO", prompts)
         found["engine"] = found["policy"].where(found["policy"] != "", found["backend"])
         place = found.groupby(prompts, sort=False).ngroup()
         columns = {
@@ -158,16 +157,27 @@ def profile(measured: pd.DataFrame) -> str:
 
 
 def scheduler(measured: pd.DataFrame) -> str:
-    """Return the table of the scheduler's Python."""
-    newest = _of_newest_code(measured)
-    columns = {
-        f"{name}, us": f"{{{name}_us}} ({{{name}_low}} to {{{name}_high}}), "
-        f"mean {{{name}_mean}}"
-        for name in ("schedule", "update")
-    }
-    return lines(
-        newest, {"scheduler": "{side}", **columns}, _caption(newest.tail(1), "cpu")
+    """Return the table of the scheduler's Python, of the newest code on each vLLM."""
+    newest = measured.groupby("vllm")["commit"].transform("last")
+    found = measured[measured["commit"] == newest]
+    case = ["vllm", "running", "waiting", "short_of"]
+    waits = " for " + found["short_of"]
+    found = found.assign(
+        ratio=ratio(found, "schedule_us", found["side"] == "stock", case),
+        what=waits.mask(found["short_of"] == "", ""),
     )
+    columns = {
+        "vLLM": "{vllm}",
+        "requests": "{running:,} run, {waiting:,} wait{what}",
+        "scheduler": "{side}",
+        **{
+            f"{name}, us": f"{{{name}_us:,.0f}} ({{{name}_low:,.0f}} to "
+            f"{{{name}_high:,.0f}}), mean {{{name}_mean:,.0f}}"
+            for name in ("schedule", "update")
+        },
+        "schedule, ratio": "{ratio:.3f}",
+    }
+    return lines(found, columns, _caption(found.drop_duplicates("vllm"), "cpu"))
 
 
 def memory(measured: pd.DataFrame) -> str:

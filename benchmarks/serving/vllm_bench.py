@@ -41,13 +41,15 @@ def throughput_command(requests: Requests) -> list[str]:
     ]
 
 
-def latency_command(requests: Requests, iterations: int = ITERATIONS) -> list[str]:
+def latency_command(
+    requests: Requests, iterations: int = ITERATIONS, warmups: int = LATENCY_WARMUPS
+) -> list[str]:
     """Return what `vllm bench latency` is told about the requests."""
     return [
         f"--batch-size={requests.count}",
         f"--input-len={requests.input_len}",
         f"--output-len={requests.output_len}",
-        f"--num-iters-warmup={LATENCY_WARMUPS}",
+        f"--num-iters-warmup={warmups}",
         f"--num-iters={iterations}",
     ]
 

@@ -4,31 +4,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.serving.engines import Engine, Requests
 from vllm_roco.config import RocoConfig
 
-
-@dataclass(frozen=True)
-class Variant:
-    """One engine of a comparison.
-
-    Attributes:
-        kv_cache_dtype: `auto` is the model's.
-        policy: RoCo's policy, None for stock vLLM.
-    """
-
-    kv_cache_dtype: str = "auto"
-    policy: str | None = None
-
-
-VARIANTS = {
-    "stock": Variant(),
-    "stock-fp8": Variant(kv_cache_dtype="fp8"),
-    "recent": Variant(policy="recent"),
-    "roco": Variant(policy="roco"),
+VARIANTS: dict[str, tuple[str, str | None]] = {
+    "stock": ("auto", None),
+    "stock-fp8": ("fp8", None),
+    "recent": ("auto", "recent"),
+    "roco": ("auto", "roco"),
 }
-"""Baselines first: stock vLLM, and stock vLLM with a cache of half the size."""
+"""The engines of a comparison, by dtype of the KV cache and by RoCo's policy.
+
+Baselines first: stock vLLM, and stock vLLM with a cache of half the size.
+"""
+
+
+CHUNKS = (256, 512, 1024, 2048, 4096)
+"""Of the prompts whose first tokens are timed."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +59,26 @@ class Workload:
         """Return the plugin's options under a policy."""
         sizes = {"budget": self.budget, "stride": self.stride, "chunk": self.chunk}
         return RocoConfig(policy=policy, **sizes)  # type: ignore[arg-type]
+
+    def engine(self, variant: str, **options: Any) -> Engine:
+        """Return the engine of a variant.
+
+        Args:
+            variant: Key of `VARIANTS`.
+            **options: Fields of `Engine`, in the place of the workload's.
+        """
+        kv_cache_dtype, policy = VARIANTS[variant]
+        return Engine(
+            **{
+                "model": self.model,
+                # all of them, whichever are selected: a row means the same alone
+                "batches": self.batches,
+                "roco": None if policy is None else self.config(policy),
+                "kv_cache_dtype": kv_cache_dtype,
+                "kv_cache_bytes": self.kv_cache_bytes,
+                **options,
+            }
+        )
 
 
 QWEN_BYTES_PER_TOKEN = 28 * 4 * 2 * 128 * 2
@@ -180,21 +194,13 @@ def runs(
     """
     workload = WORKLOADS[name]
 
-    def engine(memory: float, variant: Variant) -> Engine:
-        policy = variant.policy
-        return Engine(
-            model=model or workload.model,
-            # all of them, whichever are selected: a row means the same alone
-            batches=workload.batches,
-            roco=None if policy is None else workload.config(policy),
-            stock=baseline,
-            kv_cache_dtype=variant.kv_cache_dtype,
-            gpu_memory_utilization=memory,
-            kv_cache_bytes=workload.kv_cache_bytes,
-        )
-
+    options = {"stock": baseline, "model": model or workload.model}
     return [
-        Run(name, requests, engine(memory, VARIANTS[variant]))
+        Run(
+            name,
+            requests,
+            workload.engine(variant, gpu_memory_utilization=memory, **options),
+        )
         for memory in gpu_memory_utilization or workload.gpu_memory_utilization
         for variant in variants or workload.variants
         for requests in workload.batches

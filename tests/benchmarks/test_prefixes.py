@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from benchmarks.rows import read, write
 from benchmarks.serving import prefix_server, prefixes
 from benchmarks.serving.comparisons import prefix_comparisons
-from benchmarks.serving.engines import MODELS, Options
+from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.pictures import PICTURES
 from benchmarks.serving.prefix_workloads import (
@@ -29,7 +29,7 @@ from benchmarks.serving.prefix_workloads import (
 from benchmarks.serving.tables import tables
 from benchmarks.serving.vllm_bench import parsed
 
-OPTIONS = Options(tokenizer=str(MODELS))
+TOKENIZER = str(MODELS)
 FEW = PrefixWorkload(
     about="",
     num_requests=5,
@@ -69,7 +69,10 @@ def test_vllm_understands_the_engines(name: str) -> None:
     workload = PREFIX_WORKLOADS[name]
     config = json.loads((MODELS / workload.model / "config.json").read_text())
     for run in prefix_runs([name]):
-        command = [*run.engine.command(OPTIONS), "--skip-tokenizer-init"]
+        command = [
+            *run.engine.command([f"--tokenizer={TOKENIZER}"]),
+            "--skip-tokenizer-init",
+        ]
         engine_args = EngineArgs.from_cli_args(parsed(throughput, command))
         assert engine_args.enable_prefix_caching is (run.side != "roco-uncached")
         assert engine_args.kv_cache_memory_bytes == workload.kv_cache_bytes
@@ -82,7 +85,7 @@ def test_vllm_understands_the_engines(name: str) -> None:
 def test_workloads_share_an_engine() -> None:
     names = ["shared-4096", "documents", "prefix-repetition", "shared-16384", "chat"]
     runs = prefix_runs(names, rounds=2)
-    jobs = prefixes.jobs(runs, OPTIONS)
+    jobs = prefixes.jobs(runs, TOKENIZER, [])
     served = [
         " ".join(dict.fromkeys(str(columns["workload"]) for columns, _ in job))
         for job in jobs
@@ -165,7 +168,7 @@ def test_the_client_asks_for_the_workload(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(serve, "main", answered)
     with pytest.raises(RuntimeError, match="127 of 128 requests were answered"):
-        prefix_server.ask("http://there", workload, 3, OPTIONS)
+        prefix_server.ask("http://there", workload, 3, TOKENIZER)
     (arguments,) = asked
     assert arguments["base_url"] == "http://there"
     assert arguments["prefix_repetition_num_prefixes"] == workload.num_prefixes
@@ -191,14 +194,11 @@ def test_both_sides_serve_turns_behind_prefixes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The cold row comes second: what the warm one read must be forgotten by then."""
-    options = Options(tokenizer=str(MODELS), engine_arguments=["--enforce-eager"])
     runs = prefix_runs(
         ["prefix-smoke"], SIDES[:2], baseline="CPU_ATTN", gpu_memory_utilization=0.3
     )
-    session = Session(
-        out=tmp_path, facts=dict.fromkeys(MACHINE, ""), time_limit=1e9, again=True
-    )
-    jobs = prefixes.jobs(runs, options)
+    session = Session(tmp_path, dict.fromkeys(MACHINE, ""), time_limit=1e9)
+    jobs = prefixes.jobs(runs, TOKENIZER, ["--enforce-eager"])
     assert session.run(prefixes.TABLE, jobs) == 0, capsys.readouterr().err
     found = read(tmp_path / "prefixes.csv")
     assert found["warm"].tolist() == ["yes", "no"] * 2

@@ -15,7 +15,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from benchmarks.serving import profiling, scheduling
-from benchmarks.serving.engines import MODELS, Options
+from benchmarks.serving.engines import MODELS
+from benchmarks.serving.jobs import Session
 from benchmarks.serving.profiling import (
     MAX_NUM_BATCHED_TOKENS,
     kernel_rows,
@@ -109,8 +110,7 @@ def test_a_trace_without_the_scheduler_tells_no_time() -> None:
 @pytest.mark.parametrize("roco", [False, True])
 def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
     kind = profiling.SCHEDULERS[roco]
-    model = MODELS / scheduling.WORKLOAD.model
-    core = scheduling.scheduler(model, roco=roco, kind=kind)
+    core = scheduling.scheduler(roco=roco, kind=kind)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         output = core.schedule()
         core.update_from_output(output, scheduling.answer(core, output))
@@ -127,7 +127,7 @@ def test_the_scheduler_shows_in_traces(tmp_path: Path, roco: bool) -> None:
 def test_nothing_begins_after_the_limit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tmp_path, ["stock"], {}, Options(tokenizer=""), time_limit=-1)
+    run(Session(tmp_path, {}, time_limit=-1), ["stock"], [])
     assert "no time left: stock" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -143,7 +143,7 @@ def test_our_kernels() -> None:
 
 @pytest.mark.parametrize("variant", ["stock", "roco"])
 def test_command(variant: str, tmp_path: Path) -> None:
-    command = profile_command(variant, tmp_path, Options(tokenizer=str(MODELS)))
+    command = profile_command(variant, tmp_path, [f"--tokenizer={MODELS}"])
     arguments = parsed(latency, command)
     assert arguments.profile
     engine = EngineArgs.from_cli_args(arguments)

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+import pytest
 
-from benchmarks.serving.residency import BLOCK_SIZE, CONFIG, Page, by_step
-from vllm_roco.kv_cache.spec import RocoSpec
+from benchmarks.rows import RESULTS, matching, read
+from benchmarks.serving.residency import bounds, by_step, kv_cache_bytes
 from vllm_roco.observability.trace import TraceWriter
 
 
@@ -32,11 +31,9 @@ def test_by_step(tmp_path: Path) -> None:
     ]
 
 
-def test_page_is_what_vllm_plans_with() -> None:
-    full = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=3, head_size=64, dtype=torch.bfloat16
-    )
-    spec = RocoSpec.from_attention_spec(full, CONFIG, max_steps_in_flight=2)
-    page = Page.of("smollm2-135m")
-    assert page.content == 30 * full.page_size_bytes
-    assert page.content + page.statistics == 30 * spec.page_size_bytes
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.1-8b"])
+def test_what_is_planned_is_what_was_measured_with(model: str) -> None:
+    kept = matching(read(RESULTS / "memory.csv"), model=model)
+    assert kept["kv_cache_bytes"].tolist() == [kv_cache_bytes(model)] * 2
+    roco = matching(kept, backend="ROCO").iloc[0]
+    assert roco[list(bounds(model))].to_dict() == bounds(model)

@@ -15,11 +15,9 @@ from benchmarks.serving.jobs import Session
 SQUARES = Table("squares", key=["size"], results=["area"])
 
 
-def session(
-    out: Path, *, commit: str = "abc", time_limit: float = 60, again: bool = False
-) -> Session:
+def session(out: Path, *, commit: str = "abc", time_limit: float = 60) -> Session:
     facts = {"gpu": "a GPU", "vllm": "1.2.3", "commit": commit, "flags": ""}
-    return Session(out=out, facts=facts, time_limit=time_limit, again=again)
+    return Session(out=out, facts=facts, time_limit=time_limit)
 
 
 def measure(session: Session, sizes: list[int]) -> list[int]:
@@ -53,11 +51,6 @@ def test_other_code_is_measured_anew(tmp_path: Path) -> None:
     assert measure(session(tmp_path, commit="def"), [1]) == [1]
 
 
-def test_again(tmp_path: Path) -> None:
-    measure(session(tmp_path), [1])
-    assert measure(session(tmp_path, again=True), [1]) == [1]
-
-
 def test_nothing_begins_after_the_limit(tmp_path: Path) -> None:
     assert measure(session(tmp_path, time_limit=-1), [1]) == []
 
@@ -72,7 +65,7 @@ def test_a_failure_costs_no_other_row(
 def test_other_columns_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "squares.csv").write_text("size,volume\n")
     with pytest.raises(ValueError, match=r"volume.*Move it away"):
-        measure(session(tmp_path, again=True), [1])
+        measure(session(tmp_path), [1])
 
 
 def test_values_are_read_as_they_were_written(tmp_path: Path) -> None:

@@ -11,26 +11,26 @@ from vllm.benchmarks import latency, throughput
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.serving import prefill
-from benchmarks.serving.engines import MODELS, Options
+from benchmarks.serving.engines import MODELS
 from benchmarks.serving.vllm_bench import (
     latency_command,
     parsed,
     throughput_command,
 )
-from benchmarks.serving.workloads import VARIANTS, WORKLOADS, runs
+from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 from vllm_roco.config import RocoConfig
 
 BLOCK_SIZE = 16
 
 
-OPTIONS = Options(tokenizer=str(MODELS))
+TOKENIZER = f"--tokenizer={MODELS}"
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_workload(name: str) -> None:
     workload = WORKLOADS[name]
     for run in runs(name):
-        command = run.engine.command(OPTIONS)
+        command = run.engine.command([TOKENIZER])
         if workload.one_at_a_time:
             arguments = parsed(latency, [*command, *latency_command(run.requests)])
         else:
@@ -67,8 +67,8 @@ def test_every_row_has_a_key_of_its_own() -> None:
 
 
 def test_prefill() -> None:
-    for case in prefill.cases(list(prefill.CHUNKS)):
-        command = [*case.engine.command(OPTIONS), *latency_command(case.requests)]
+    for run in prefill.runs(CHUNKS):
+        command = [*run.engine.command([TOKENIZER]), *latency_command(run.requests)]
         arguments = parsed(latency, command)
         assert arguments.output_len == 1
         config = RocoConfig.from_additional_config(arguments.additional_config)
@@ -76,6 +76,5 @@ def test_prefill() -> None:
 
 
 def test_engine_arguments_come_last() -> None:
-    options = Options(tokenizer=str(MODELS), engine_arguments=["--max-num-seqs=7"])
-    command = runs("smoke")[0].engine.command(options)
+    command = runs("smoke")[0].engine.command([TOKENIZER, "--max-num-seqs=7"])
     assert parsed(throughput, command).max_num_seqs == 7

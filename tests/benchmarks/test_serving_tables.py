@@ -76,17 +76,17 @@ def test_report(tmp_path: Path) -> None:
     rows += served("r-kv-stress", "abc", **{"stock-fp8": 120})
     write(tmp_path / "serving.csv", rows)
     times = {"iterations": 5, "ttft_low_ms": 9, "ttft_high_ms": 31}
-    cases = prefill.cases([512, 1024])
+    cases = prefill.runs([512, 1024])
     write(
         tmp_path / "prefill.csv",
         [
             {
                 **{column: "x" for column in MACHINE},
-                **case.columns(number),
+                **prefill.columns(run, number),
                 **times,
-                "ttft_ms": 10 * number * (3 if case.engine.roco else 2),
+                "ttft_ms": 10 * number * (3 if run.engine.roco else 2),
             }
-            for case in cases
+            for run in cases
             for number in (1, 2)
         ],
     )

@@ -16,7 +16,7 @@ from vllm.benchmarks import latency
 
 from benchmarks.rows import read
 from benchmarks.serving import serve_workloads
-from benchmarks.serving.engines import Engine, Options, Requests
+from benchmarks.serving.engines import Engine, Requests
 from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.shared_engine import SharedEngine
 from benchmarks.serving.vllm_bench import call, latency_command
@@ -65,9 +65,9 @@ def test_batches_share_an_engine_and_survive_its_death(
 
     The second batch comes again after the death, alone with its engine.
     """
-    options = Options(tokenizer=str(smollm2), engine_arguments=["--enforce-eager"])
+    common = [f"--tokenizer={smollm2}", "--enforce-eager"]
     selected = runs("smoke", variants=["stock"], baseline="CPU_ATTN")
-    ((first, second),) = serve_workloads.jobs(selected, options)
+    ((first, second),) = serve_workloads.jobs(selected, common)
     served: list[set[int | None]] = []
     counted: list[Mapping[str, float]] = []
 
@@ -85,15 +85,18 @@ def test_batches_share_an_engine_and_survive_its_death(
         return measure()
 
     changes = (noted, noted, killed, noted)
+    batches = (first, second, first, second)
     steps = [
-        (columns, lambda measure=measure, change=change: change(measure))
-        for (columns, measure), change in zip(
-            (first, second, first, second), changes, strict=True
+        # a row that is there already is not measured again
+        (
+            {**columns, "shield": n},
+            lambda measure=measure, change=change: change(measure),
+        )
+        for n, ((columns, measure), change) in enumerate(
+            zip(batches, changes, strict=True)
         )
     ]
-    session = Session(
-        out=tmp_path, facts=dict.fromkeys(MACHINE, ""), time_limit=1e9, again=True
-    )
+    session = Session(out=tmp_path, facts=dict.fromkeys(MACHINE, ""), time_limit=1e9)
     assert session.run(serve_workloads.TABLE, [steps]) == 1
     assert "EngineDeadError" in capsys.readouterr().err
 
@@ -131,8 +134,8 @@ def test_an_engine_that_does_not_start_is_tried_once(smollm2: Path) -> None:
                 gpu_memory_utilization=0.3,
             )
             # longer than the model
-            options = Options(str(smollm2), ["--max-model-len=100000"])
-            command = engine.command(options)
+            common = [f"--tokenizer={smollm2}", "--max-model-len=100000"]
+            command = engine.command(common)
             with pytest.raises((RuntimeError, ValueError), match=message) as error:
                 call(latency, [*command, *latency_command(BATCH)])
             causes.append(error.value.__cause__)

@@ -7,20 +7,21 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from benchmarks.kernels.eviction import Model, Step
+from benchmarks.kernels.eviction import Step
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.device import H100
 
-MODEL = Model(
-    layers=2,
-    hidden=64,
-    intermediate=64,
-    q_heads=4,
-    kv_heads=2,
-    head_size=16,
-    vocabulary=64,
+MODEL = LlamaConfig(
+    num_hidden_layers=2,
+    hidden_size=64,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=64,
 )
 
 

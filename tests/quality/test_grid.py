@@ -23,7 +23,7 @@ from benchmarks.quality.grid import (
 )
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
-from benchmarks.quality.run import can_be_swept, estimated_seconds, run
+from benchmarks.quality.run import can_be_swept, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED
 from benchmarks.rows import read
 
@@ -93,12 +93,12 @@ def test_texts_read_as_if_generated_are_read_up_to_the_next_eviction() -> None:
 def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
     every = jobs_of(grid())
 
-    assert sum(len(job.cells) for job in every) == len(grid())
-    assert every[0].cells[0].setup == FULL
+    assert sum(len(job) for job in every) == len(grid())
+    assert every[0][0].setup == FULL
     for job in every:
-        if job.cells[0].setup.engine == "vllm":
-            assert len({cell.setup for cell in job.cells}) == 1
-        assert len({cell.setup.engine for cell in job.cells}) == 1
+        if job[0].setup.engine == "vllm":
+            assert len({cell.setup for cell in job}) == 1
+        assert len({cell.setup.engine for cell in job}) == 1
 
 
 def result(cell: Cell, *scores: float) -> Result:
@@ -115,14 +115,6 @@ def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
     for score, expected in ((0.29, False), (0.31, True)):
         done = {full: result(full, score)}
         assert can_be_swept(swept, FULL_PRESET, done) is expected
-
-
-def test_a_lone_job_takes_as_long_beside_an_idle_process() -> None:
-    """One cell, with two processes allowed, was to take half the time that it did."""
-    lone = jobs_of(grid()[:1])
-    seconds = estimated_seconds(lone, 1, has_gpu=False)
-    assert estimated_seconds(lone, 2, has_gpu=False) == seconds
-    assert estimated_seconds(lone * 2, 2, has_gpu=False) == seconds
 
 
 def arguments(out: Path) -> argparse.Namespace:
@@ -147,12 +139,13 @@ def test_a_run_goes_on_where_it_stopped(
     """The rows that are there stay as they are, and only the others are measured."""
     asked: list[Cell] = []
 
-    def measure(job: Job, workplace: jobs.Workplace, until: float) -> None:
-        for cell in job.cells:
+    def measure(job: Job, workplace: jobs.Workplace, until: float) -> str | None:
+        for cell in job:
             asked.append(cell)
             results.append(workplace.results, result(cell, 1.0, 0.5))
             if len(asked) == 5:
-                raise jobs.Failed("the fifth cell is the last that is known")
+                return "the fifth cell is the last that is known"
+        return None
 
     # an engine would take a minute; the real worker runs in the test below
     monkeypatch.setattr(jobs, "_run_one", measure)
@@ -174,12 +167,12 @@ def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:
     workplace = jobs.Workplace("m", "abc", tmp_path / "o.jsonl", tmp_path / "l")
     failures = [
         failure
-        for batch in jobs.run([Job((cell,))], workplace, parallel=1, until=float("inf"))
+        for batch in jobs.run([[cell]], workplace, parallel=1, until=float("inf"))
         for failure in batch
     ]
 
     (failure,) = failures
-    log = Path(str(failure).rpartition("see ")[2])
+    log = Path(failure.rpartition("see ")[2])
     assert "with_abacus" in log.read_text()
 
 

@@ -16,9 +16,10 @@ CHUNK, NEW_TOKENS = 20, 12
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def eviction(method: str, **changes: int) -> EvictionMethod:
-    numbers = {"budget": 28, "stride": 8, "chunk": CHUNK, "sink": 3, "recent": 6}
-    return EvictionMethod(method, **(numbers | changes))
+def eviction(method: str) -> EvictionMethod:
+    brings_own_ends = method not in ("sink-recent", "random")
+    ends = {} if brings_own_ends else {"sink": 3, "recent": 6}
+    return EvictionMethod.named(method, 28, 8, CHUNK, **ends)
 
 
 @pytest.mark.parametrize("method", ["token-roco", "h2o", "tova", "sink-recent"])

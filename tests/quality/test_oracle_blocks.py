@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 import benchmarks.quality.oracle
 from benchmarks.quality.oracle import EvictionMethod, Oracle
-from benchmarks.quality.oracle.rule import rule_of
+from benchmarks.quality.oracle.eviction_method import RULES
 from benchmarks.quality.oracle.selection import Due, choose_survivors
 from benchmarks.quality.oracle.statistics import Statistics
 from tests.oracle import Options, generate
@@ -43,9 +44,8 @@ def test_equals_the_oracle_of_the_plugins_tests(
     tiny_model: PreTrainedModel,
     tiny_oracle: Oracle,
 ) -> None:
-    eviction = EvictionMethod(
-        method, **NUMBERS, block_size=BLOCK_SIZE, shield=shield, shield_ratio=ratio
-    )
+    shields = {"shield": shield, "shield_ratio": ratio} if method == "roco" else {}
+    eviction = EvictionMethod.named(method, **NUMBERS, unit=BLOCK_SIZE, **shields)
     options = Options(
         policy=method,
         **NUMBERS,
@@ -91,10 +91,7 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
     first = first * block_size
     computed = (first.amax(-1) + block_size).tolist()
 
-    eviction = EvictionMethod(
-        "roco", budget, victims * block_size, shield=shield, shield_ratio=ratio
-    )
-    rule = rule_of(eviction)
+    rule = replace(RULES["roco"], shield=shield, shield_ratio=ratio)
     statistics = Statistics(
         rule, (layers, sequences, heads, blocks), torch.device("cpu")
     )

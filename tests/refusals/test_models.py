@@ -20,7 +20,7 @@ class Model:
     """A kind of model that is refused.
 
     Attributes:
-        model_class: Where vLLM has it: module and class.
+        model_class: Where vLLM has it: module of `vllm.model_executor.models`, class.
         model_type: Of the Hugging Face configuration.
         changes: Of `TINY`.
         case: What is said.
@@ -40,16 +40,20 @@ class Model:
         architecture = self.model_class.rpartition(".")[2]
         monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
         ModelRegistry.register_model(
-            architecture, resolve_obj_by_qualname(self.model_class)
+            architecture,
+            resolve_obj_by_qualname(f"vllm.model_executor.models.{self.model_class}"),
         )
         return save_config(folder, self.model_type, architecture, **self.changes)
 
 
+OTHER_MODEL = "Serve a model of"
+MAMBA = Case(("has state-space (Mamba) layers", OTHER_MODEL))
+
 MODELS = {
     "mla": Model(
-        "vllm.model_executor.models.deepseek_v2.DeepseekV2ForCausalLM",
+        "deepseek_v2.DeepseekV2ForCausalLM",
         "deepseek_v2",
-        Case(("has multi-head latent attention (MLA)", "Serve a model of")),
+        Case(("has multi-head latent attention (MLA)", OTHER_MODEL)),
         {
             "num_key_value_heads": 4,
             "kv_lora_rank": 32,
@@ -60,36 +64,36 @@ MODELS = {
         },
     ),
     "hybrid": Model(
-        "vllm.model_executor.models.jamba.JambaForCausalLM",
+        "jamba.JambaForCausalLM",
         "jamba",
-        Case(("has state-space (Mamba) layers", "Serve a model of")),
+        MAMBA,
         {"attn_layer_period": 2, "attn_layer_offset": 1},
     ),
     "mamba": Model(
-        "vllm.model_executor.models.mamba.MambaForCausalLM",
+        "mamba.MambaForCausalLM",
         "mamba",
-        Case(("has state-space (Mamba) layers", "Serve a model of")),
+        MAMBA,
     ),
     "encoder-decoder": Model(
-        "vllm.model_executor.models.whisper.WhisperForConditionalGeneration",
+        "whisper.WhisperForConditionalGeneration",
         "whisper",
-        Case(("is an encoder-decoder model", "Serve a model of")),
+        Case(("is an encoder-decoder model", OTHER_MODEL)),
     ),
     "pooling": Model(
-        "vllm.model_executor.models.bert.BertModel",
+        "bert.BertModel",
         "bert",
         Case(("runner = 'pooling'", "Serve a model that generates text")),
     ),
     "multimodal-prefix": Model(
-        "vllm.model_executor.models.llama.LlamaForCausalLM",
+        "llama.LlamaForCausalLM",
         "llama",
-        Case(("attends to multimodal inputs in both directions", "Serve a model of")),
+        Case(("attends to multimodal inputs in both directions", OTHER_MODEL)),
         {"is_mm_prefix_lm": True},
     ),
     "chunked-local": Model(
-        "vllm.model_executor.models.llama4.Llama4ForCausalLM",
+        "llama4.Llama4ForCausalLM",
         "llama4_text",
-        Case(("has chunked-local attention", "Serve a model of")),
+        Case(("has chunked-local attention", OTHER_MODEL)),
         {"attention_chunk_size": 64},
     ),
 }
@@ -108,25 +112,25 @@ def test_model_is_refused_before_it_is_loaded(
 
 LAYERS = {
     "alibi": Model(
-        "vllm.model_executor.models.bloom.BloomForCausalLM",
+        "bloom.BloomForCausalLM",
         "bloom",
         Case(("ALiBi", "is not supported", "another --attention-backend")),
         {"n_layer": 1, "n_head": 4},
     ),
     "sliding-window": Model(
-        "vllm.model_executor.models.mistral.MistralForCausalLM",
+        "mistral.MistralForCausalLM",
         "mistral",
         Case(("sliding-window layers", "backend_per_kind", "CPU_ATTN")),
         {"sliding_window": 64},
     ),
     "sinks": Model(
-        "vllm.model_executor.models.gpt_oss.GptOssForCausalLM",
+        "gpt_oss.GptOssForCausalLM",
         "gpt_oss",
         Case(("attention sinks of the model", "another --attention-backend")),
         {"num_local_experts": 2, "num_experts_per_tok": 1},
     ),
     "kv-sharing": Model(
-        "vllm.model_executor.models.gemma3n.Gemma3nForCausalLM",
+        "gemma3n.Gemma3nForCausalLM",
         "gemma3n_text",
         Case(("sharing the KV cache of layer 'model.layers.0.",)),
         {
@@ -141,7 +145,7 @@ LAYERS = {
         },
     ),
     "bidirectional": Model(
-        "vllm.model_executor.models.llama.LlamaForCausalLM",
+        "llama.LlamaForCausalLM",
         "llama",
         Case(("attention type",)),
         {"is_causal": False},

@@ -26,7 +26,7 @@ def test_trace_is_read_by_request(tmp_path: Path) -> None:
     assert first.times == [1.0, 2.0]
     assert first.held_tokens == [32, 16]
     assert first.full_tokens == [32, 48]
-    assert first.freed_blocks == 2
-    assert find_sequence(sequences, "b").freed_blocks == 0
+    assert first.freed_tokens == 32
+    assert find_sequence(sequences, "b").freed_tokens == 0
     with pytest.raises(DemoError, match="0 requests named c"):
         find_sequence(sequences, "c")

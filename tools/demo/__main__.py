@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
+from importlib import metadata
 
 from tools.demo import DemoError
-from tools.demo.environment import check_packages
 from tools.demo.options import parse_options
+
+_MODULES = ("vllm", "openai", "transformers", "httpx", "matplotlib", "rich")
 
 
 def main() -> int:
     """Run the demo and return its exit status."""
     options = parse_options(sys.argv[1:])
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _exit)
+        # an exception, so that the server is ended on the way out
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     try:
         check_packages()
         # only now is it sure to be importable
@@ -33,9 +35,24 @@ def main() -> int:
     return 0
 
 
-def _exit(number: int, frame: FrameType | None) -> NoReturn:
-    # an exception, so that the server is ended on the way out
-    sys.exit(128 + number)
+def check_packages() -> None:
+    """Raise unless everything that the demo imports is installed.
+
+    Raises:
+        DemoError: Something is missing.
+    """
+    missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
+    try:
+        # its entry points are what makes vLLM know the backend
+        metadata.version("vllm-roco")
+    except metadata.PackageNotFoundError:
+        missing.append("vllm-roco")
+    if missing:
+        raise DemoError(
+            f"this Python lacks {', '.join(missing)}. Run pip install -e '.[demo]' "
+            "beside an installed vLLM, or unset ROCO_PYTHON for an environment of the "
+            "demo's own."
+        )
 
 
 if __name__ == "__main__":

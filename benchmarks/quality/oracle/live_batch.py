@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from benchmarks.quality.oracle.eviction_method import EvictionMethod
-from benchmarks.quality.oracle.rule import rule_of
 from benchmarks.quality.oracle.selection import Due, choose_survivors
 from benchmarks.quality.oracle.statistics import Statistics
 from benchmarks.quality.oracle.step import Step, make_step
@@ -50,30 +49,28 @@ class LiveBatch:
             dtype: Of keys and values.
         """
         self._method = method
-        self._rule = None if method.name == "full" else rule_of(method)
-        self._unit = self._rule.unit if self._rule else 1
+        self._rule = method.rule
         self._device = device
         self._seeds = [zlib.crc32(bytes(str(list(ids)), "ascii")) for ids in prompts]
         layers, heads, head_size = cache_shape(config)
-        scope = self._rule.scope if self._rule else "all"
         num = len(prompts)
         # whole entries, and a last slot for the padding's keys
-        entries = -(-method.most_live_tokens(num_tokens) // self._unit) + 1
-        slots = entries * self._unit
+        entries = -(-method.most_live_tokens(num_tokens) // self._rule.unit) + 1
+        slots = entries * self._rule.unit
         self._keys = torch.zeros(
             layers, num, heads, slots, head_size, dtype=dtype, device=device
         )
         self._values = torch.zeros_like(self._keys)
         self.positions = torch.zeros(
-            layers if scope != "all" else 1,
+            layers if self._rule.scope != "all" else 1,
             num,
-            heads if scope == "head" else 1,
+            heads if self._rule.scope == "head" else 1,
             slots,
             dtype=torch.int64,
             device=device,
         )
         self._statistics: Statistics | None = None
-        if self._rule and self._rule.measures:
+        if self._rule.measures:
             shape = (layers, num, heads, entries)
             self._statistics = Statistics(self._rule, shape, device)
         self.computed = [0] * num
@@ -95,7 +92,7 @@ class LiveBatch:
             self.computed,
             counts,
             self.live,
-            unit=self._unit,
+            unit=self._rule.unit,
             capacity=self.positions.shape[-1],
             device=self._device,
         )
@@ -168,7 +165,7 @@ class LiveBatch:
         ]
         live = self.live
         going = [n - kept for n, kept in zip(grown, live, strict=True)]
-        if rule is None or not any(going):
+        if not any(going):
             return
         stay = choose_survivors(
             rule,
@@ -188,8 +185,8 @@ class LiveBatch:
 
     def _compact(self, entries: torch.Tensor) -> None:
         """Move the entries that stay to the front, in every layer and head."""
-        inside = torch.arange(self._unit, device=self._device)
-        slots = (entries[..., None] * self._unit + inside).flatten(-2)
+        inside = torch.arange(self._rule.unit, device=self._device)
+        slots = (entries[..., None] * self._rule.unit + inside).flatten(-2)
         num_slots = slots.shape[-1]
         self.positions[..., :num_slots] = self.positions.gather(-1, slots)
         layers, num, heads, _, head_size = self._keys.shape

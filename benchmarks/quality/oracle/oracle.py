@@ -17,8 +17,6 @@ from benchmarks.quality.oracle.live_batch import LiveBatch, cache_shape
 _BYTES = {"cpu": 2**30, "cuda": 12 * 2**30}
 """What a batch may take beside the weights; several runs may share a device."""
 
-LOSS_MODES = ("prompt", "generation")
-
 T = TypeVar("T")
 
 
@@ -70,52 +68,34 @@ class Oracle:
             raise ValueError(
                 f"max_tokens = {max_tokens} is not allowed. Use 1 or more."
             )
-        return self._in_batches(
-            prompts,
-            functools.partial(self._generate_batch, method, max_tokens),
-            functools.partial(self._sequence_bytes, method, max_tokens, 1),
-        )
+        run = functools.partial(self._generate_batch, method, max_tokens)
+        return self._in_batches(prompts, run, method, max_tokens)
 
     @torch.inference_mode()
     def losses(
-        self,
-        sequences: Sequence[Sequence[int]],
-        method: EvictionMethod,
-        first: int,
-        mode: str,
+        self, sequences: Sequence[Sequence[int]], method: EvictionMethod, first: int
     ) -> list[list[float]]:
         """Return the negative log-likelihood of every token from the `first` on.
 
         Args:
-            sequences: Token ids, more than `first` each.
+            sequences: Token ids, more than `first` each; read in chunks.
             method: What is kept.
             first: Position of the first token that is judged, at least 1.
-            mode: `prompt`: all is read in chunks. `generation`: the tokens before
-                `first` are, and the others one a step.
 
         Returns:
             Nats.
 
         Raises:
-            ValueError: `mode` is unknown, `first` is below 1, or a sequence is too
-                short.
+            ValueError: `first` is below 1, or a sequence is too short.
         """
-        if mode not in LOSS_MODES:
-            raise ValueError(
-                f"mode = {mode!r} is not allowed. Use {' or '.join(LOSS_MODES)}."
-            )
         shortest = min((len(ids) for ids in sequences), default=first + 1)
         if not 1 <= first < shortest:
             raise ValueError(
                 f"first = {first} is not allowed. Use 1 or more, and fewer than the "
                 f"{shortest} tokens of the shortest sequence."
             )
-        logits = method.chunk if mode == "prompt" else 1
-        return self._in_batches(
-            sequences,
-            functools.partial(self._losses_batch, method, first, mode),
-            functools.partial(self._sequence_bytes, method, 0, logits),
-        )
+        run = functools.partial(self._losses_batch, method, first)
+        return self._in_batches(sequences, run, method, num_logits=method.chunk)
 
     @torch.inference_mode()
     def kept(
@@ -131,17 +111,16 @@ class Oracle:
             One `[layers or 1, kv heads or 1, tokens]` int64 for each prompt, ascending;
             1 where all layers or heads share one choice.
         """
-        return self._in_batches(
-            prompts,
-            functools.partial(self._kept_batch, method),
-            functools.partial(self._sequence_bytes, method, 0, 1),
-        )
+        run = functools.partial(self._kept_batch, method)
+        return self._in_batches(prompts, run, method)
 
     def _in_batches(
         self,
         sequences: Sequence[Sequence[int]],
         run: Callable[[list[Sequence[int]]], list[T]],
-        sequence_bytes: Callable[[int], int],
+        method: EvictionMethod,
+        max_tokens: int = 0,
+        num_logits: int = 1,
     ) -> list[T]:
         """Run sequences of like length together, as many as fit."""
         if not all(sequences):
@@ -149,20 +128,21 @@ class Oracle:
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         results: dict[int, T] = {}
         while order:
-            longest = len(sequences[order[0]])
-            fit = max(1, _BYTES[self._device.type] // sequence_bytes(longest))
+            longest = len(sequences[order[0]]) + max_tokens
+            size = self._sequence_bytes(method, longest, num_logits)
+            fit = max(1, _BYTES[self._device.type] // size)
             batch, order = order[:fit], order[fit:]
             answers = run([sequences[i] for i in batch])
             results |= zip(batch, answers, strict=True)
         return [results[i] for i in range(len(sequences))]
 
     def _sequence_bytes(
-        self, method: EvictionMethod, max_tokens: int, num_logits: int, length: int
+        self, method: EvictionMethod, num_tokens: int, num_logits: int
     ) -> int:
         """Return about what one sequence takes beside the weights."""
         config: Any = self._model.config.get_text_config()
         layers, kv_heads, head_size = cache_shape(config)
-        live = method.most_live_tokens(length + max_tokens)
+        live = method.most_live_tokens(num_tokens)
         size = self._dtype.itemsize
         cache = 2 * layers * kv_heads * live * head_size * size
         # logits, probabilities, and what is made of them on the way
@@ -215,23 +195,15 @@ class Oracle:
         return expected
 
     def _losses_batch(
-        self,
-        method: EvictionMethod,
-        first: int,
-        mode: str,
-        sequences: list[Sequence[int]],
+        self, method: EvictionMethod, first: int, sequences: list[Sequence[int]]
     ) -> list[list[float]]:
         batch = self._start(method, sequences, 0)
         # the last token is judged and not read
         lengths = [len(ids) - 1 for ids in sequences]
         next_ids = [ids[1:] for ids in sequences]
-        in_chunks = lengths if mode == "prompt" else [first] * len(lengths)
         losses: list[list[float]] = [[] for _ in sequences]
         while batch.computed != lengths:
-            if mode == "prompt" or batch.computed[0] < first:
-                counts = chunk_counts(batch.computed, in_chunks, method.chunk)
-            else:
-                counts = chunk_counts(batch.computed, lengths, 1)
+            counts = chunk_counts(batch.computed, lengths, method.chunk)
             targets = self._rows(next_ids, batch, counts)
             rows = self._rows(sequences, batch, counts)
             # the token at `first` is judged by what the one before it makes expect

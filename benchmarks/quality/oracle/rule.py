@@ -9,11 +9,7 @@ entry, and who shares a choice.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
-
-from benchmarks.quality.oracle.eviction_method import BLOCK_METHODS, EvictionMethod
 
 MEASURED = ("mean", "deviation", "peak", "rms", "focus", "sum", "last")
 """Statistics of the attention that an entry receives."""
@@ -97,48 +93,12 @@ class Rule:
                 raise ValueError(
                     f"{name} = {value!r} is not allowed. Use {' or '.join(allowed)}."
                 )
+        if not 0 <= self.shield_ratio <= 1:
+            raise ValueError(
+                f"shield_ratio = {self.shield_ratio} is not allowed. Use 0 to 1."
+            )
 
     @property
     def measures(self) -> bool:
         """Whether the choice depends on attention."""
         return self.shield in MEASURED or self.second in MEASURED
-
-
-def rule_of(method: EvictionMethod) -> Rule:
-    """Return the rule of any method but `full`.
-
-    Raises:
-        ValueError: An option is unknown, or its value is not allowed.
-    """
-    ends: dict[str, Any] = {"sink": method.sink, "recent": method.recent}
-    if method.name in BLOCK_METHODS:
-        ends |= {"unit": method.block_size, "scope": "all", "candidates": "home"}
-    rules = {
-        "roco": lambda: Rule(
-            **ends, shield=method.shield, shield_ratio=method.shield_ratio
-        ),
-        "recent": lambda: Rule(**ends, second="age"),
-        "token-roco": lambda: Rule(
-            sink=4, recent=10, shield="deviation", shield_ratio=0.3, exposed="budget"
-        ),
-        "h2o": lambda: Rule(recent=method.budget // 2, second="sum"),
-        "tova": lambda: Rule(
-            scope="layer", second="last", second_heads="mean", normalise="none"
-        ),
-        "sink-recent": lambda: Rule(**ends, scope="all", second="age"),
-        "random": lambda: Rule(**ends, second="random"),
-    }
-    return _with_options(rules[method.name](), method.options)
-
-
-def _with_options(rule: Rule, options: tuple[tuple[str, str | float], ...]) -> Rule:
-    current = dataclasses.asdict(rule)
-    changes: dict[str, Any] = {}
-    for name, value in options:
-        if name not in current:
-            raise ValueError(
-                f"option {name!r} = {value!r} is unknown. Use {', '.join(current)}."
-            )
-        # a table's numbers come back as floats
-        changes[name] = type(current[name])(value)
-    return dataclasses.replace(rule, **changes)

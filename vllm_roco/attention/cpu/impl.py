@@ -17,7 +17,6 @@ from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import Batch, RocoCpuMetadata
 from vllm_roco.attention.impl import RocoImpl
-from vllm_roco.attention.layers import name_of
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -29,65 +28,35 @@ MAX_SCORES = 1 << 24
 class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
     """One layer's attention in PyTorch; see `RocoImpl`."""
 
-    def do_kv_cache_update(
+    @override
+    def _write(
         self,
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        views: CacheViews,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write the step's keys and values into their slots.
-
-        Args:
-            layer: The vLLM layer.
-            key: `[num_tokens, num_kv_heads, head_size]`.
-            value: Likewise.
-            kv_cache: As vLLM binds it, see `PageShape.states_view`.
-            slot_mapping: `[num_tokens]` int64, -1 for padding.
-        """
-        states = self.views.of(kv_cache).states
-        block_size = states.shape[2]
+        block_size = views.states.shape[2]
         used = (slot_mapping >= 0).nonzero().flatten()
         slots = slot_mapping[used]
         new = torch.cat((key[used], value[used]), -1)
-        states[slots // block_size, :, slots % block_size] = new
+        views.states[slots // block_size, :, slots % block_size] = new
 
     @override
-    def forward(
+    def _step(
         self,
-        layer: AttentionLayer,
+        layer_name: str,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: RocoCpuMetadata,
+        views: CacheViews,
+        step: RocoCpuMetadata,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attend over the live blocks, measure, and in the last layer evict.
-
-        Args:
-            layer: The vLLM layer.
-            query: `[num_tokens, num_heads, head_size]`.
-            key: Already in the cache, see `do_kv_cache_update`.
-            value: Likewise.
-            kv_cache: As vLLM binds it, see `PageShape.states_view`.
-            attn_metadata: The step, or None in profiling runs.
-            output: `[num_tokens, num_heads, head_size]`, written in place.
-            output_scale: Must be None: quantised outputs are not announced.
-            output_block_scale: Likewise.
-        """
-        if attn_metadata is None:
-            return output.fill_(0)
-        views = self.views.of(kv_cache)
-        for batch in attn_metadata.batches:
+    ) -> None:
+        for batch in step.batches:
             self._attend(query, views, batch, output)
-        attn_metadata.num_layers_done += 1
-        if name_of(layer) == attn_metadata.layers.last:
-            self._evict(attn_metadata)
-        return output
+        step.num_layers_done += 1
+        if layer_name == step.layers.last:
+            self._evict(step)
 
     def _attend(
         self,

@@ -22,7 +22,6 @@ from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
-from vllm_roco.attention.layers import name_of
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
@@ -52,24 +51,15 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
 
-    def do_kv_cache_update(
+    @override
+    def _write(
         self,
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
+        views: CacheViews,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Write the step's keys and values into their slots.
-
-        Args:
-            layer: The vLLM layer.
-            key: `[num_tokens, num_kv_heads, head_size]`, perhaps padded.
-            value: Likewise.
-            kv_cache: As vLLM binds it, see `PageShape.states_view`.
-            slot_mapping: `[num_tokens]` int64, -1 for padding.
-        """
-        views = self.views.of(kv_cache)
         reshape_and_cache_flash(
             key,
             value,
@@ -82,45 +72,25 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         )
 
     @override
-    def forward(
-        self,
-        layer: AttentionLayer,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: RocoCudaMetadata,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attend over the live blocks, measure, and in the last layer evict.
+    def _profile(self, device: torch.device) -> None:
+        if self.memory is None:
+            reserve(self.vllm_config, device, self.hardware)
 
-        Args:
-            layer: The vLLM layer.
-            query: `[num_tokens, num_heads, head_size]`.
-            key: Already in the cache, see `do_kv_cache_update`.
-            value: Likewise.
-            kv_cache: As vLLM binds it, see `PageShape.states_view`.
-            attn_metadata: The step, or None in profiling runs, in which nothing is
-                attended but the memory of steps is taken.
-            output: `[num_tokens, num_heads, head_size]`, written in place.
-            output_scale: Must be None: quantised outputs are not announced.
-            output_block_scale: Likewise.
-        """
-        if attn_metadata is None:
-            if self.memory is None:
-                reserve(self.vllm_config, output.device, self.hardware)
-            return output.fill_(0)
-        views = self.views.of(kv_cache)
-        decodes, prefills = attn_metadata.decodes, attn_metadata.prefills
-        if decodes is not None:
-            self._decode(query, views, output, decodes, attn_metadata.scratch)
-        if prefills is not None:
-            self._prefill(query, views, output, prefills)
-        if name_of(layer) == attn_metadata.eviction.last_layer:
-            attn_metadata.eviction.evict(attn_metadata.step, attn_metadata.seq_lens)
-        return output
+    @override
+    def _step(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        views: CacheViews,
+        step: RocoCudaMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        if step.decodes is not None:
+            self._decode(query, views, output, step.decodes, step.scratch)
+        if step.prefills is not None:
+            self._prefill(query, views, output, step.prefills)
+        if layer_name == step.eviction.last_layer:
+            step.eviction.evict(step.step, step.seq_lens)
 
     def _decode(
         self,

@@ -28,7 +28,6 @@ from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import Device
-from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.prefill_mass import PrefillPlan, plan_prefill
 from vllm_roco.validation import validated_config
 
@@ -167,17 +166,11 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         schedule = self._schedule
         num_rows = common.num_reqs
         step = self._buffers.rows(0, num_rows)
-        build_live_table(
-            block_table=common.block_table_tensor,
-            seq_lens=common.seq_lens,
-            query_start_loc=common.query_start_loc,
-            live_table=step.live_table,
-            live_lens=step.live_lens,
-            evicted_before=step.evicted_before,
-            evicted_after=step.evicted_after,
-            budget_blocks=schedule.budget_blocks,
-            stride_blocks=schedule.stride_blocks,
-            block_size=schedule.block_size,
+        step.fill(
+            common.block_table_tensor,
+            common.seq_lens,
+            common.query_start_loc,
+            schedule,
         )
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common)

@@ -7,8 +7,14 @@ A captured graph replays the addresses it was captured with, so it never moves.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from vllm_roco.ops.live_table import build_live_table
+
+if TYPE_CHECKING:
+    from vllm_roco.eviction_schedule import EvictionSchedule
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,27 @@ class StepBuffers:
         """Return whether there is room for so many rows of `width` live blocks."""
         most_rows, most_blocks = self.live_table.shape
         return rows <= most_rows and width <= most_blocks
+
+    def fill(
+        self,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        schedule: EvictionSchedule,
+    ) -> None:
+        """Build the live tables of a step; arguments as in `build_live_table`."""
+        build_live_table(
+            block_table=block_table,
+            seq_lens=seq_lens,
+            query_start_loc=query_start_loc,
+            live_table=self.live_table,
+            live_lens=self.live_lens,
+            evicted_before=self.evicted_before,
+            evicted_after=self.evicted_after,
+            budget_blocks=schedule.budget_blocks,
+            stride_blocks=schedule.stride_blocks,
+            block_size=schedule.block_size,
+        )
 
     def rows(self, start: int, end: int) -> StepBuffers:
         """Return a range of rows, as views."""

@@ -166,7 +166,7 @@ def plan_decode(
     multiprocessor two programs, splitting only costs, and large tiles save the most
     work around them. Else keys are split until one program runs on each multiprocessor,
     two where they have long work; a third stage hides what a single program waits for.
-    `benchmarks/kernels/score_plans.py` tells how far from the best this is.
+    `benchmarks/kernels/sweep_decode.py` tells how far from the best this is.
 
     Args:
         num_rows: Decode rows of the launch, padding included.
