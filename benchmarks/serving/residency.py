@@ -40,7 +40,7 @@ TABLE = Table(
     ),
     results=(
         *("max_running", "preemptions"),
-        *("peak_sequence_tokens", "bound_tokens", "statistics_share"),
+        *("peak_sequence_tokens", "bound_tokens"),
     ),
 )
 STEPS = "memory_steps.csv"
@@ -80,16 +80,16 @@ def kv_cache_bytes(model: str) -> int:
     return int(blocks * layers * full.page_size_bytes)
 
 
-def bounds(model: str) -> dict[str, object]:
-    """Return the columns that RoCo's options decide alone.
+def bound_tokens(model: str) -> int:
+    """Return the most tokens that RoCo's options let a sequence hold."""
+    _, _, roco = specs(model)
+    return roco.max_blocks_per_sequence * BLOCK_SIZE
 
-    Those are the most tokens of a sequence, and the part of a page that is not K and V.
-    """
+
+def statistics_share(model: str) -> float:
+    """Return the part of a page that is not K and V."""
     _, full, roco = specs(model)
-    return {
-        "bound_tokens": roco.max_blocks_per_sequence * BLOCK_SIZE,
-        "statistics_share": round(1 - full.page_size_bytes / roco.page_size_bytes, 5),
-    }
+    return float(1 - full.page_size_bytes / roco.page_size_bytes)
 
 
 def measure(engine: Engine, common: Sequence[str], steps: Path) -> dict[str, object]:
@@ -115,7 +115,7 @@ def measure(engine: Engine, common: Sequence[str], steps: Path) -> dict[str, obj
             held = by_step(trace)
             rows.write(steps, held)
             result["peak_sequence_tokens"] = int(held["largest_tokens"].max())
-            result |= bounds(engine.model)
+            result["bound_tokens"] = bound_tokens(engine.model)
     return result
 
 

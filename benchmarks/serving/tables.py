@@ -184,7 +184,7 @@ def memory(measured: pd.DataFrame) -> str:
     """Return the table of what sequences hold."""
     columns = (
         *("model", "backend", "max_running", "preemptions"),
-        *("peak_sequence_tokens", "bound_tokens", "statistics_share"),
+        *("peak_sequence_tokens", "bound_tokens"),
     )
     newest = _of_newest_code(measured)
     titles = {name.replace("_", " "): f"{{{name}}}" for name in columns}

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.rows import RESULTS, matching, read
-from benchmarks.serving.residency import bounds, by_step, kv_cache_bytes
+from benchmarks.serving.residency import (
+    bound_tokens,
+    by_step,
+    kv_cache_bytes,
+    statistics_share,
+)
 from vllm_roco.observability.trace import TraceWriter
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_by_step(tmp_path: Path) -> None:
@@ -36,4 +43,13 @@ def test_what_is_planned_is_what_was_measured_with(model: str) -> None:
     kept = matching(read(RESULTS / "memory.csv"), model=model)
     assert kept["kv_cache_bytes"].tolist() == [kv_cache_bytes(model)] * 2
     roco = matching(kept, backend="ROCO").iloc[0]
-    assert roco[list(bounds(model))].to_dict() == bounds(model)
+    assert roco["bound_tokens"] == bound_tokens(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "share"),
+    [("smollm2-135m", "1.0 %"), ("qwen2.5-7b", "0.4 %"), ("llama-3.1-8b", "0.4 %")],
+)
+def test_the_page_tells_the_statistics_share(model: str, share: str) -> None:
+    assert f"{100 * statistics_share(model):.1f} %" == share
+    assert share in (ROOT / "docs/performance.md").read_text()
