@@ -85,24 +85,29 @@ def test_who_may_evict_holds_blocks_of_its_own() -> None:
 
 
 @modes
-@pytest.mark.parametrize("has_room", [True, False])
-def test_who_evicts_leaves_copies_of_its_prompt_where_there_is_room(
-    asynchronous: bool, max_steps_in_flight: int, has_room: bool
+def test_who_evicts_leaves_copies_of_its_prompt(
+    asynchronous: bool, max_steps_in_flight: int
 ) -> None:
     driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
     begins_with(driver, [*HEADER, 90], OPEN)
-    pool = driver.manager.block_pool
-    taken = []
-    if not has_room:
-        # the answer takes three of these until the first eviction
-        taken = pool.get_new_blocks(pool.get_num_free_blocks() - 4)
-        driver.check = lambda: None
     step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
-    pool.free_blocks(taken)
-    assert begins_with(driver, [*HEADER, 91], 4) == (8 if has_room else 0)
+    assert begins_with(driver, [*HEADER, 91], 4) == 8
     driver.drain(500)
     # the last one has left its blocks as they were
     assert begins_with(driver, [*HEADER, 92], OPEN) == 8
+
+
+@pytest.mark.parametrize(("room", "expected"), [(0, 0), (1, 4), (2, 8)])
+def test_copies_are_left_as_far_as_room_goes(room: int, expected: int) -> None:
+    driver = driver_of()
+    begins_with(driver, [*HEADER, 90], OPEN)
+    pool = driver.manager.block_pool
+    # the answer takes three blocks until the first eviction
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 3 - room)
+    driver.check = lambda: None
+    step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
+    pool.free_blocks(taken)
+    assert begins_with(driver, [*HEADER, 91], 4) == expected
 
 
 def test_a_copy_serves_others_when_its_origin_evicts() -> None:

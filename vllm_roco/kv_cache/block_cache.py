@@ -63,6 +63,16 @@ class BlockCache:
         """Return whether a request has evicted nothing when all of it is read."""
         return request.num_tokens <= self._max_tokens
 
+    def can_begin_with_blocks(self, request: Request) -> bool:
+        """Return whether a request may begin with what `find` returns.
+
+        Not if it evicts while it is read. Nor if it has been preempted and may evict
+        later: what it has written must come out as if it had read all by itself.
+        """
+        return self.reads_without_eviction(request) and not (
+            request.num_tokens > request.num_prompt_tokens and self._may_evict(request)
+        )
+
     def begin(self, request: Request) -> None:
         """Note that a request is let in, whose blocks are to be found by others."""
         self._owners[request.request_id] = request, self._may_evict(request)
@@ -82,23 +92,19 @@ class BlockCache:
         """Return the blocks that a request may begin with.
 
         Args:
-            request: One that reads without eviction.
+            request: One that can begin with blocks.
             max_tokens: A bound on their tokens, of vLLM's own.
 
         Returns:
             The blocks from the first one on, and how many of them may be shared; the
             others are to be copied.
         """
-        may_evict = self._may_evict(request)
-        if may_evict and request.num_tokens > request.num_prompt_tokens:
-            # what it has generated must come out as if it had never been preempted
-            return [], 0
         # the last token must be read to go on from
         most = request.num_tokens - 1
         if max_tokens is not None:
             most = min(most, max_tokens)
         blocks: list[KVCacheBlock] = []
-        num_shared: int | None = 0 if may_evict else None
+        num_shared: int | None = 0 if self._may_evict(request) else None
         for block_hash in request.block_hashes[: most // self._block_size]:
             cached = self._pool.get_cached_block(block_hash, self._group_ids)
             if cached is None or cached[0].block_id in self._fresh_blocks:
@@ -193,14 +199,15 @@ class BlockCache:
     def _keep_prompt(
         self, request: Request, row: Sequence[KVCacheBlock]
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Hash copies of a prompt's blocks that nobody else has, if there is room."""
+        """Hash copies of blocks of a prompt that nobody else has, as room goes."""
         num_blocks = request.num_prompt_tokens // self._block_size
-        gone = [
-            self._pool.get_cached_block(block_hash, self._group_ids) is None
-            for block_hash in request.block_hashes[:num_blocks]
-        ]
+        room = self._pool.get_num_free_blocks()
+        gone: list[bool] = []
+        for block_hash in request.block_hashes[:num_blocks]:
+            cached = self._pool.get_cached_block(block_hash, self._group_ids)
+            gone.append(cached is None and sum(gone) < room)
         sources = [block for block, is_gone in zip(row, gone, strict=False) if is_gone]
-        if not 0 < len(sources) <= self._pool.get_num_free_blocks():
+        if not sources:
             return []
         targets = self._pool.get_new_blocks(len(sources))
         self._pool.touch(sources)

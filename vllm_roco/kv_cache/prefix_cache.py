@@ -107,7 +107,7 @@ class PrefixCache:
         hit = None
         if not request.skip_reading_prefix_cache:
             hit = self._find_snapshot(request, max_tokens)
-            if self.blocks.reads_without_eviction(request):
+            if self.blocks.can_begin_with_blocks(request):
                 blocks, num_shared = self.blocks.find(request, max_tokens)
                 num_tokens = len(blocks) * self._schedule.block_size
                 if num_tokens > (hit.num_tokens if hit else 0):
@@ -163,7 +163,7 @@ class PrefixCache:
         if awaited is not None and self._readers.reader_of(awaited) is not None:
             return True
         start = 0
-        if self.blocks.reads_without_eviction(request) and (
+        if self.blocks.can_begin_with_blocks(request) and (
             self.blocks.writes or self._readers
         ):
             found, _ = self.blocks.find(request)

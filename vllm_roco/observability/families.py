@@ -104,7 +104,7 @@ class PrefixCounts(NamedTuple):
     ] = 0
     saved_tokens: Annotated[
         int,
-        Meaning("Prompt tokens that these requests did not have to read."),
+        Meaning("Tokens that these requests did not have to read."),
     ] = 0
     waits: Annotated[
         int,
