@@ -98,6 +98,20 @@ def engine_lock() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def engine_processes(
+    engine_lock: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """Let engines run in processes of their own, as served ones do."""
+    from vllm import envs  # noqa: PLC0415 -- after the variables above are set
+
+    # an earlier engine in this process may have had them kept
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    yield
+    envs.disable_envs_cache()
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Wait for the engine lock before the test's time limit starts to run."""

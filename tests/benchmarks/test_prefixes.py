@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from vllm import envs
 from vllm.benchmarks import serve, throughput
 from vllm.engine.arg_utils import EngineArgs
 
@@ -177,18 +175,9 @@ def test_the_client_asks_for_the_workload(monkeypatch: pytest.MonkeyPatch) -> No
     assert arguments["prefix_repetition_output_len"] == workload.output_len
 
 
-@pytest.fixture
-def processes(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # an earlier engine in this process may have had them kept
-    envs.disable_envs_cache()
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    yield
-    envs.disable_envs_cache()
-
-
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("engine_processes")
 @pytest.mark.timeout(900)
 def test_both_sides_serve_turns_behind_prefixes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

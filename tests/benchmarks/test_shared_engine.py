@@ -6,12 +6,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from prometheus_client import REGISTRY
-from vllm import LLM, envs
+from vllm import LLM
 from vllm.benchmarks import latency
 
 from benchmarks.rows import read
@@ -45,18 +45,9 @@ def engines() -> set[int | None]:
     return {process.pid for process in multiprocessing.active_children()}
 
 
-@pytest.fixture
-def processes(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # an earlier engine in this process may have had them kept
-    envs.disable_envs_cache()
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    yield
-    envs.disable_envs_cache()
-
-
 @pytest.mark.engine
 @pytest.mark.slow
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("engine_processes")
 @pytest.mark.timeout(900)
 def test_batches_share_an_engine_and_survive_its_death(
     smollm2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import SamplingParams, envs
+from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
 from vllm.sampling_params import RequestOutputKind
@@ -18,19 +18,10 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from tests.model_configs import save_config
 from vllm_roco.metrics import get_metrics
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("processes")]
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_processes")]
 
 BUDGET = 64
 STRIDE = 32
-
-
-@pytest.fixture
-def processes(engine_lock: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # an earlier engine in this process may have had them kept
-    envs.disable_envs_cache()
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    yield
-    envs.disable_envs_cache()
 
 
 def arguments(folder: Path) -> dict[str, Any]:

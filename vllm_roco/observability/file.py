@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from prometheus_client.mmap_dict import MmapedDict
 
-from vllm_roco.observability.names import FileName
+from vllm_roco.observability.file_names import FileName
 from vllm_roco.observability.places import Place, places
 
 _ENTRY_BYTES = 28

@@ -15,7 +15,7 @@ from vllm_roco.observability.families import (
     PrefixCounts,
 )
 from vllm_roco.observability.file import find_files, read_file
-from vllm_roco.observability.names import instance_name, process_name
+from vllm_roco.observability.file_names import instance_name, process_name
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -23,7 +23,7 @@ from vllm_roco.observability.families import (
     PrefixCounts,
 )
 from vllm_roco.observability.file import NumbersFile, find_files, read_file, sweep
-from vllm_roco.observability.names import FileName, instance_name
+from vllm_roco.observability.file_names import FileName, instance_name
 from vllm_roco.observability.places import places
 from vllm_roco.observability.warning import logger, warn_of_end
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 import pytest
 
-from vllm_roco.observability.names import FileName, process_name
+from vllm_roco.observability.file_names import FileName, process_name
 
 Method = Literal["fork", "spawn"]
 
@@ -84,7 +84,7 @@ def test_a_child_knows_its_parent(method: Method) -> None:
 
 def test_another_program_names_the_same_process_otherwise() -> None:
     code = (
-        "from vllm_roco.observability.names import process_name\n"
+        "from vllm_roco.observability.file_names import process_name\n"
         f"print(process_name({os.getpid()}))\n"
     )
     run = subprocess.run(
