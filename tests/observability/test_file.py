@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from tests.observability.conftest import Warnings
 from tests.observability.publishing import prefix_counts, publisher
 from vllm_roco.observability import publisher as publisher_module
-from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.file_names import FileName
+from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.prometheus import RocoCollector
 from vllm_roco.observability.publisher import MovedBlocks
 
