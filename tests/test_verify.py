@@ -42,7 +42,7 @@ def test_a_sound_installation_passes() -> None:
     without_gpu = {} if torch.cuda.is_available() else {"kernels": "SKIP"}
     expected = {**dict.fromkeys(verify.CHECKS, "PASS"), **without_gpu}
     assert lines == [(verdict, name) for name, verdict in expected.items()]
-    assert "snapshot hits 2, saved tokens 384" in run.stdout
+    assert "snapshot hits 2, block hits 0, saved tokens 384" in run.stdout
     assert run.stdout.endswith("vllm_roco.verify: PASS\n")
 
 
@@ -67,7 +67,7 @@ def test_hits_are_looked_at() -> None:
         hits, steps = verify.run("prefixes"), verify.run("engine")
         assert hits.verdict == steps.verdict == "PASS", f"{hits}\n{steps}"
         assert re.search("published snapshots [12], dead snapshots 0", hits.details)
-        assert "snapshot hits 2, saved tokens 384, waits 1" in hits.details
+        assert "snapshot hits 2, block hits 0, saved tokens 384, waits 1" in hits.details
 
         # what has been read before is a hit for both of the prompts
         again = verify.run("prefixes")

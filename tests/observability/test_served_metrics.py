@@ -35,7 +35,7 @@ LONG_PROMPT = list(range(100, 240))
 """Two chunks and more, past the first eviction."""
 NUM_ENGINES = 2
 NUM_REQUESTS = 4
-NUM_NEW_TOKENS = 200
+NUM_NEW_TOKENS = 100
 
 # the last token is sampled but never computed
 FREED_PER_REQUEST = SCHEDULE.evicted_blocks(len(PROMPT) + NUM_NEW_TOKENS - 1)
