@@ -57,6 +57,8 @@ def test_answers_are_those_without_a_hit(tiny_llama: Path, engine: Engine) -> No
     assert saved_tokens(engine) == 3 * SHARED
     # at once, while others write
     crowd = engine.generate(PROMPTS, SHORT)
+    # rows of a step that share a block add to its statistics at the same time
+    assert statistics_of(engine, HEADER).isfinite().all()
     # up to the first eviction, for those that come to it
     long = engine.generate(PROMPTS, LONG)
     with running_engine(tiny_llama, SMALL_BUDGET) as without:
