@@ -67,7 +67,9 @@ def test_hits_are_looked_at() -> None:
         hits, steps = verify.run("prefixes"), verify.run("engine")
         assert hits.verdict == steps.verdict == "PASS", f"{hits}\n{steps}"
         assert re.search("published snapshots [12], dead snapshots 0", hits.details)
-        assert "snapshot hits 2, block hits 0, saved tokens 384, waits 1" in hits.details
+        assert (
+            "snapshot hits 2, block hits 0, saved tokens 384, waits 1" in hits.details
+        )
 
         # what has been read before is a hit for both of the prompts
         again = verify.run("prefixes")
