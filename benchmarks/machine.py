@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
         **{name: found for name in _PACKAGES if (found := version(name))},
         "vllm": vllm_version(),
         "commit": commit(),
-        "command": f"python -m {_module()} {shlex.join(sys.argv[1:])}".rstrip(),
+        "command": _command(),
     }
 
 
@@ -37,7 +37,7 @@ def environment_elsewhere() -> dict[str, str]:
     """Return the same without using CUDA here: engines are forked while it is not."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         facts = pool.apply(environment)
-    return facts | {"command": f"python -m {_module()} {shlex.join(sys.argv[1:])}"}
+    return facts | {"command": _command()}
 
 
 def device_name() -> str:
@@ -71,6 +71,14 @@ def vllm_version() -> str:
     except ImportError:
         return installed
     return installed if installed.startswith(imported) else str(imported)
+
+
+def _command() -> str:
+    """Return how this program was called, but for the folder of who called it."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments[:-1]:
+        arguments[arguments.index("--out") + 1] = "DIR"
+    return f"python -m {_module()} {shlex.join(arguments)}".rstrip()
 
 
 def _module() -> str:

@@ -217,7 +217,7 @@ def test_blocks_that_no_step_will_fill_are_not_found(
     assert driver.step() == {"2": 1}
     request = driver.scheduler.requests[chosen]
     assert request.num_preemptions == 1
-    found, _ = cache_of(driver).blocks.find(request)
+    found = cache_of(driver).blocks.find(request).blocks
     assert len(found) == 4
     pool.free_blocks(taken)
     del driver.check
@@ -251,6 +251,29 @@ def test_a_pool_without_room_for_block_and_copy_serves_all(
         driver.add(0, max_tokens, prompt=[*HEADER, 90 + own])
     driver.drain(2000)
     assert len(driver.finished) == 6
+
+
+def test_a_block_is_looked_up_once_for_each_request_that_is_let_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice, once to see whether to wait and once to begin, where others wrote."""
+    driver = driver_of(max_num_batched_tokens=40)
+    begins_with(driver, [*HEADER, 90], 4)
+    driver.drain(20)
+    pool = driver.manager.block_pool
+    get_cached_block, asked = pool.get_cached_block, []
+
+    def noted(block_hash: Any, group_ids: list[int]) -> Any:
+        asked.append(block_hash)
+        return get_cached_block(block_hash, group_ids)
+
+    monkeypatch.setattr(pool, "get_cached_block", noted)
+    # the first one writes blocks in the step that lets the second one in
+    driver.add(0, 4, prompt=[60] * 11)
+    driver.add(0, 4, prompt=[*HEADER, 91])
+    assert len(driver.step()) == 2
+    assert len(asked) == len(set(asked)) == 3
+    assert cache_of(driver).blocks.num_hits == 1
 
 
 def test_shared_blocks_leave_room_for_more_requests() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.machine import environment
 from benchmarks.rows import Table, keep, matching, note, noted, read, write
 from benchmarks.serving.jobs import Session
 
@@ -100,3 +101,11 @@ def test_rows_of_another_folder_are_kept(tmp_path: Path) -> None:
     write(there / "prefill.csv", [{"batch": 3, "seconds": 5}])
     with pytest.raises(ValueError, match="seconds.*start a new table"):
         keep(there, here, growing=["prefill"])
+
+
+def test_a_command_names_no_folder_of_who_called_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.argv", ["x", "memory", "--out", "/somebody/s", "--again"])
+    command = environment()["command"]
+    assert command.endswith(" memory --out DIR --again")

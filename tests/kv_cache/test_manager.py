@@ -9,81 +9,29 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import (
     KVCacheBlock,
-    get_request_block_hasher,
-    init_none_hash,
 )
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
-    KVCacheConfig,
     KVCacheGroupSpec,
 )
 from vllm.v1.request import Request
 
+from tests.kv_cache.managers import (
+    BLOCK,
+    BUDGET_BLOCKS,
+    NUM_BLOCKS,
+    STRIDE_BLOCKS,
+    cache_manager,
+    request,
+    roco_manager,
+    run,
+)
 from tests.kv_cache.specs import one_group, roco_spec
 from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.kv_cache.manager import RocoManager
-
-BLOCK = 16
-BUDGET_BLOCKS = 4
-STRIDE_BLOCKS = 2
-NUM_BLOCKS = 65
-
-init_none_hash(sha256)
-
-
-def cache_manager(
-    plan: KVCacheConfig | None = None, enable_caching: bool = False
-) -> KVCacheManager:
-    """Return vLLM's cache manager for 64 usable blocks of 16 tokens.
-
-    By default a step may have any length, so that few of them reach any place.
-    """
-    cache = KVCacheManager(
-        plan or one_group(roco_spec(chunk=1 << 20), NUM_BLOCKS),
-        max_model_len=1 << 20,
-        max_in_flight_tokens=1 << 20,
-        enable_caching=enable_caching,
-        scheduler_block_size=BLOCK,
-        hash_block_size=BLOCK,
-    )
-    roco_manager(cache).scheduler_ends_chunks = True
-    return cache
-
-
-def roco_manager(cache: KVCacheManager) -> RocoManager:
-    (manager, *_) = cache.coordinator.single_type_managers
-    assert isinstance(manager, RocoManager)
-    return manager
-
-
-def request(request_id: str = "a", num_tokens: int = 1 << 12) -> Request:
-    return Request(
-        request_id=request_id,
-        prompt_token_ids=[1] * num_tokens,
-        sampling_params=SamplingParams(max_tokens=1),
-        pooling_params=None,
-        block_hasher=get_request_block_hasher(BLOCK, sha256),
-    )
-
-
-def run(
-    cache: KVCacheManager, sequence: Request, num_tokens: int, in_flight: int = 0
-) -> bool:
-    """Allocate a step as the scheduler does, and count it as computed.
-
-    Returns:
-        Whether the pool had room.
-    """
-    sequence.num_in_flight_tokens = in_flight
-    if cache.allocate_slots(sequence, num_tokens) is None:
-        return False
-    sequence.num_computed_tokens += num_tokens
-    return True
 
 
 def null_places(manager: RocoManager, request_id: str = "a") -> list[int]:
@@ -464,67 +412,3 @@ def test_what_is_due_costs_a_look_for_each_block_that_goes(strides: int) -> None
     manager.remove_skipped_blocks("a", 1000 * BLOCK)
     assert manager.num_freed_blocks - freed == strides * STRIDE_BLOCKS
     assert row.looks <= strides * STRIDE_BLOCKS + 1
-
-
-@pytest.fixture
-def cache() -> KVCacheManager:
-    """Two requests, one of which has lost two blocks."""
-    cache = cache_manager()
-    first, second = request("a"), request("b")
-    run(cache, first, 96)
-    run(cache, first, 1)
-    run(cache, second, 40)
-    check_integrity(roco_manager(cache))
-    return cache
-
-
-def test_integrity_notices_a_block_that_two_requests_hold(
-    cache: KVCacheManager,
-) -> None:
-    manager = roco_manager(cache)
-    manager.req_to_blocks["b"][0] = manager.req_to_blocks["a"][0]
-    with pytest.raises(RuntimeError, match="is held by request b and by request a"):
-        check_integrity(manager)
-
-
-def test_integrity_notices_a_block_that_a_request_holds_twice(
-    cache: KVCacheManager,
-) -> None:
-    manager = roco_manager(cache)
-    manager.req_to_blocks["b"][0] = manager.req_to_blocks["b"][1]
-    with pytest.raises(RuntimeError, match="is held by request b and by request b"):
-        check_integrity(manager)
-
-
-@pytest.mark.parametrize("place", [0, 3, 6])
-def test_integrity_notices_a_gap_in_the_wrong_place(
-    cache: KVCacheManager, place: int
-) -> None:
-    manager = roco_manager(cache)
-    row = manager.req_to_blocks["a"]
-    row[4], row[place] = row[place], row[4]
-    with pytest.raises(RuntimeError, match=r"null blocks at .* a gap at \[4, 5\]"):
-        check_integrity(manager)
-
-
-def test_integrity_notices_wrong_counts(cache: KVCacheManager) -> None:
-    manager = roco_manager(cache)
-    manager.held.add("b", 1)
-    with pytest.raises(RuntimeError, match="holds 3 blocks, but 4 are on the books"):
-        check_integrity(manager)
-
-
-def test_integrity_notices_a_count_of_a_request_that_is_gone(
-    cache: KVCacheManager,
-) -> None:
-    manager = roco_manager(cache)
-    del manager.req_to_blocks["b"]
-    with pytest.raises(RuntimeError, match="b has no row, but 3 blocks are on the"):
-        check_integrity(manager)
-
-
-def test_integrity_notices_a_block_that_is_free(cache: KVCacheManager) -> None:
-    manager = roco_manager(cache)
-    cache.block_pool.free_blocks([manager.req_to_blocks["b"][2]])
-    with pytest.raises(RuntimeError, match="of request b has 0 references"):
-        check_integrity(manager)

@@ -17,7 +17,7 @@ whoever asked; a later eviction goes by the mean over these.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +27,22 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_schedule import EvictionSchedule
+
+
+class Found(NamedTuple):
+    """What a request may begin with, and whether there is more in the next step.
+
+    Attributes:
+        blocks: From the first one on.
+        num_shared: How many of them may be shared; the others are to be copied.
+        grows: Whether the step being scheduled writes the next one. Copies are made
+            before a step, and who shares a block adds to statistics that must have been
+            started, so it can be begun with after the step.
+    """
+
+    blocks: list[KVCacheBlock]
+    num_shared: int
+    grows: bool
 
 
 class BlockCache:
@@ -86,18 +102,12 @@ class BlockCache:
         owner = self._owners.get(request_id)
         return owner is not None and not owner[1]
 
-    def find(
-        self, request: Request, max_tokens: int | None = None
-    ) -> tuple[list[KVCacheBlock], int]:
+    def find(self, request: Request, max_tokens: int | None = None) -> Found:
         """Return the blocks that a request may begin with.
 
         Args:
             request: One that can begin with blocks.
-            max_tokens: A bound on their tokens, of vLLM's own.
-
-        Returns:
-            The blocks from the first one on, and how many of them may be shared; the
-            others are to be copied.
+            max_tokens: A bound on the tokens in them, of vLLM's own.
         """
         # the last token must be read to go on from
         most = request.num_tokens - 1
@@ -105,36 +115,25 @@ class BlockCache:
             most = min(most, max_tokens)
         blocks: list[KVCacheBlock] = []
         num_shared: int | None = 0 if self._may_evict(request) else None
+        grows = False
         for block_hash in request.block_hashes[: most // self._block_size]:
             cached = self._pool.get_cached_block(block_hash, self._group_ids)
-            if cached is None or cached[0].block_id in self._fresh_blocks:
+            if cached is None:
+                break
+            if cached[0].block_id in self._fresh_blocks:
+                grows = True
                 break
             if num_shared is None and cached[0].block_id in self._private_blocks:
                 num_shared = len(blocks)
             blocks += cached
-        return blocks, len(blocks) if num_shared is None else num_shared
+        if num_shared is None:
+            num_shared = len(blocks)
+        return Found(blocks, num_shared, grows)
 
     @property
     def writes(self) -> bool:
         """Whether the step being scheduled writes blocks that others may want."""
         return bool(self._fresh_blocks)
-
-    def are_extended_now(self, request: Request, num_blocks: int) -> bool:
-        """Return whether the step being scheduled writes the next block of a prefix.
-
-        It can be begun with in the next step: copies are made before a step, and who
-        shares a block adds to statistics that must have been started.
-
-        Args:
-            request: One that could begin with so many blocks now.
-            num_blocks: See `find`.
-        """
-        if num_blocks >= len(request.block_hashes):
-            return False
-        cached = self._pool.get_cached_block(
-            request.block_hashes[num_blocks], self._group_ids
-        )
-        return cached is not None and cached[0].block_id in self._fresh_blocks
 
     def add(self, request_id: str, blocks: Iterable[KVCacheBlock]) -> None:
         """Note blocks of a request that vLLM has hashed, and that a step will fill."""
@@ -200,29 +199,29 @@ class BlockCache:
         self, request: Request, row: Sequence[KVCacheBlock]
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Hash copies of blocks of a prompt that nobody else has, as room goes."""
-        num_blocks = request.num_prompt_tokens // self._block_size
+        hashes = request.block_hashes[: request.num_prompt_tokens // self._block_size]
         room = self._pool.get_num_free_blocks()
-        gone: list[bool] = []
-        for block_hash in request.block_hashes[:num_blocks]:
-            cached = self._pool.get_cached_block(block_hash, self._group_ids)
-            gone.append(cached is None and sum(gone) < room)
-        sources = [block for block, is_gone in zip(row, gone, strict=False) if is_gone]
-        if not sources:
+        gone = [
+            place
+            for place, block_hash in enumerate(hashes)
+            if self._pool.get_cached_block(block_hash, self._group_ids) is None
+        ][:room]
+        if not gone:
             return []
-        targets = self._pool.get_new_blocks(len(sources))
+        sources = [row[place] for place in gone]
+        targets = self._pool.get_new_blocks(len(gone))
         self._pool.touch(sources)
-        unused = iter(targets)
+        blocks, is_copied = list(row), [False] * len(hashes)
+        for place, target in zip(gone, targets, strict=True):
+            blocks[place], is_copied[place] = target, True
         self._pool.cache_full_blocks(
             request=request,
-            blocks=[
-                next(unused) if is_gone else block
-                for block, is_gone in zip(row, gone, strict=False)
-            ],
+            blocks=blocks,
             num_cached_blocks=0,
-            num_full_blocks=len(gone),
+            num_full_blocks=len(hashes),
             block_size=self._block_size,
             kv_cache_group_id=self._group_ids[0],
-            block_mask=gone,
+            block_mask=is_copied,
         )
         return list(zip(sources, targets, strict=True))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_roco.kv_cache.block_cache import BlockCache
+from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
 from vllm_roco.kv_cache.snapshots import SnapshotStore
@@ -73,6 +73,8 @@ class PrefixCache:
         self._chunk = chunk
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
+        # what blocks there are for whom vLLM asks about next, from `must_wait`
+        self._found: tuple[Request, Found] | None = None
         # whom vLLM is about to let in, and what it was offered
         self._offered: tuple[Request, Hit | None] | None = None
         # for what waiting requests wait; None for blocks of the step being chosen
@@ -108,12 +110,18 @@ class PrefixCache:
         if not request.skip_reading_prefix_cache:
             hit = self._find_snapshot(request, max_tokens)
             if self.blocks.can_begin_with_blocks(request):
-                blocks, num_shared = self.blocks.find(request, max_tokens)
-                num_tokens = len(blocks) * self._schedule.block_size
+                found = self._blocks_for(request, max_tokens)
+                num_tokens = len(found.blocks) * self._schedule.block_size
                 if num_tokens > (hit.num_tokens if hit else 0):
-                    hit = Hit(num_tokens, blocks, num_shared)
+                    hit = Hit(num_tokens, found.blocks, found.num_shared)
         self._offered = request, hit
         return hit
+
+    def _blocks_for(self, request: Request, max_tokens: int | None) -> Found:
+        known, self._found = self._found, None
+        if max_tokens is None and known is not None and known[0] is request:
+            return known[1]
+        return self.blocks.find(request, max_tokens)
 
     def offered_to(self, request_id: str) -> Hit | None:
         """Return what a request was offered that vLLM is about to let in."""
@@ -157,6 +165,7 @@ class PrefixCache:
 
         Constant time for one that waits already.
         """
+        self._found = None
         if request.skip_reading_prefix_cache:
             return False
         awaited = self._waits.get(request.request_id)
@@ -166,10 +175,11 @@ class PrefixCache:
         if self.blocks.can_begin_with_blocks(request) and (
             self.blocks.writes or self._readers
         ):
-            found, _ = self.blocks.find(request)
-            if self.blocks.are_extended_now(request, len(found)):
+            found = self.blocks.find(request)
+            if found.grows:
                 return self._wait(request, None)
-            start = len(found) * self._schedule.block_size
+            self._found = request, found
+            start = len(found.blocks) * self._schedule.block_size
         awaited = self._awaited(request, start)
         if awaited is None:
             return False
@@ -232,6 +242,7 @@ class PrefixCache:
             if self._is_due(request, length, prefix):
                 live = self._live(rows[request.request_id], length)
                 copies += self.store.publish(prefix, live)
+        self._found = None
         return copies + self.blocks.end_step(rows)
 
     def _find_snapshot(self, request: Request, max_tokens: int | None) -> Hit | None:
