@@ -16,8 +16,11 @@ from typing import Any
 NAMESPACE = "roco"
 """Key of `additional_config` under which the options live."""
 
-POLICIES = ("roco", "recent")
+POLICIES = ("roco", "h2o", "random", "recent")
 SHIELDS = ("peak", "deviation")
+MODES = ("both", "prompt", "generation", "auto", "full")
+UNBOUNDED_MODES = ("prompt", "full")
+"""Modes in which a sequence keeps what it generates."""
 
 # until `__post_init__` knows the budget; an instance has a number
 _FROM_BUDGET: Any = None
@@ -30,8 +33,15 @@ class RocoConfig:
     """What is kept, how much of it, and at what pace prompts are read.
 
     Attributes:
-        policy: `"roco"` keeps the blocks that any head in any layer attends to;
-            `"recent"` keeps the first and the newest blocks and measures nothing.
+        policy: `"roco"` keeps the blocks that any head in any layer attends to; `"h2o"`
+            those that received the most attention in sum (arXiv 2306.14048, on blocks),
+            `"random"` a random sample; `"recent"` the first and the newest blocks, and
+            measures nothing.
+        mode: What counts against the budget. `"both"`: prompt and answer.
+            `"prompt"`: the prompt while it is read; what is generated is kept.
+            `"generation"`: the answer; the prompt is kept. `"auto"`: as `"both"`, but a
+            prompt that fits into half of the budget is kept. `"full"`: nothing, no
+            block is evicted.
         shield: The statistic of RoCo's first stage, `"peak"` or `"deviation"`
             (arXiv 2402.06262 shields by deviation).
         shield_ratio: Share of the budget that the first stage shields, 0 to 1.
@@ -43,6 +53,11 @@ class RocoConfig:
             is less.
         sink: First tokens of a sequence that are never evicted.
         recent: Newest tokens of a sequence that are never evicted.
+        max_budget: Most tokens that a request's own budget may keep, the prompt
+            included in mode `"generation"`; a multiple of the block size. None: the
+            budget.
+        allow_full: Whether requests may hold all that they generate, in the modes
+            `"prompt"` and `"full"`.
         trace: File that receives one JSON line per scheduled request and step, or
             None. For looking at what the budget does, not for production.
 
@@ -51,6 +66,7 @@ class RocoConfig:
     """
 
     policy: str = "roco"
+    mode: str = "both"
     shield: str = "peak"
     shield_ratio: float = 0.7
     budget: int = 2048
@@ -58,10 +74,13 @@ class RocoConfig:
     chunk: int = _FROM_BUDGET
     sink: int = 16
     recent: int = 32
+    max_budget: int = _FROM_BUDGET
+    allow_full: bool = False
     trace: str | None = None
 
     def __post_init__(self) -> None:
         _check_choice("policy", self.policy, POLICIES)
+        _check_choice("mode", self.mode, MODES)
         _check_choice("shield", self.shield, SHIELDS)
         _check_integer("budget", self.budget, 1)
         for key, most in _MOST.items():
@@ -71,6 +90,7 @@ class RocoConfig:
         for key, least in _LEAST.items():
             _check_integer(key, getattr(self, key), least)
         _check_ratio("shield_ratio", self.shield_ratio)
+        self._check_limits()
         if self.trace is not None and not (
             isinstance(self.trace, str) and self.trace.strip()
         ):
@@ -80,6 +100,25 @@ class RocoConfig:
                 f"roco: sink + recent is {self.sink} + {self.recent} = "
                 f"{self.sink + self.recent} tokens, but must not exceed budget = "
                 f"{self.budget}. Lower sink or recent, or raise budget."
+            )
+
+    def _check_limits(self) -> None:
+        if self.max_budget is None:
+            object.__setattr__(self, "max_budget", self.budget)
+        _check_integer("max_budget", self.max_budget, self.budget)
+        if not isinstance(self.allow_full, bool):
+            raise _bad("allow_full", self.allow_full, "true or false")
+        if self.mode in UNBOUNDED_MODES and not self.allow_full:
+            raise ValueError(
+                f"roco: mode = {self.mode!r} keeps all that is generated, which this "
+                "server does not allow. Set allow_full to true, or use mode "
+                '"both", "generation" or "auto".'
+            )
+        if self.mode == "generation" and self.max_budget == self.budget:
+            raise ValueError(
+                "roco: mode = 'generation' keeps the prompt, and budget = "
+                f"{self.budget} comes on top: no prompt fits in max_budget = "
+                f"{self.max_budget}. Raise max_budget by the longest prompt to serve."
             )
 
     @classmethod
@@ -114,7 +153,7 @@ class RocoConfig:
     @property
     def measures(self) -> bool:
         """Whether attention statistics are kept (not so for `policy="recent"`)."""
-        return self.policy == "roco"
+        return self.policy != "recent"
 
     def check_block_size(self, block_size: int) -> None:
         """Raise unless budget, stride and chunk are whole blocks.
@@ -127,7 +166,11 @@ class RocoConfig:
                 leave nothing to evict.
         """
         check_whole_blocks(
-            block_size, budget=self.budget, stride=self.stride, chunk=self.chunk
+            block_size,
+            budget=self.budget,
+            stride=self.stride,
+            chunk=self.chunk,
+            max_budget=self.max_budget,
         )
         protected = (
             blocks_of(self.sink, block_size) + blocks_of(self.recent, block_size)

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 from vllm_roco.config import blocks_of
 
+NEVER = 2**31 - 1
+"""A length that no sequence reaches."""
+
 
 @dataclass(frozen=True)
 class EvictionSchedule:
@@ -29,11 +32,13 @@ class EvictionSchedule:
         block_size: Tokens per block.
         budget: Tokens that the resident blocks hold, a multiple of `block_size`.
         stride: Tokens evicted at a time, a multiple of `block_size`.
+        until: Length from which on nothing more is evicted; 0 for never at all.
     """
 
     block_size: int
     budget: int
     stride: int
+    until: int = NEVER
 
     @property
     def budget_blocks(self) -> int:
@@ -48,7 +53,8 @@ class EvictionSchedule:
     def evicted_blocks(self, num_computed_tokens: int) -> int:
         """Return `E(n)`, the blocks evicted once `n` tokens are computed."""
         stride = self.stride_blocks
-        over = num_computed_tokens // self.block_size - self.budget_blocks
+        evicting = min(num_computed_tokens, self.until)
+        over = evicting // self.block_size - self.budget_blocks
         return max(0, over // stride) * stride
 
     def live_tokens(self, num_tokens: int, num_computed_tokens: int) -> int:
@@ -61,15 +67,18 @@ class EvictionSchedule:
         return num_tokens - self.evicted_blocks(num_computed_tokens) * self.block_size
 
     def next_eviction(self, num_computed_tokens: int) -> int:
-        """Return the smallest length above `n` at which `E` grows."""
+        """Return the smallest length above `n` at which `E` grows, or `NEVER`."""
         evicted = self.evicted_blocks(num_computed_tokens)
-        return (self.budget_blocks + evicted + self.stride_blocks) * self.block_size
+        length = (self.budget_blocks + evicted + self.stride_blocks) * self.block_size
+        return length if length <= self.until else NEVER
 
     def max_live_tokens(self) -> int:
-        """Return the most tokens that a sequence attends over after a step."""
+        """Return the most tokens attended over after a step that may still evict."""
         return self.budget + self.stride - 1
 
-    def max_blocks(self, max_in_flight_tokens: int) -> int:
+    def max_blocks(
+        self, max_in_flight_tokens: int, num_tokens: int | None = None
+    ) -> int:
         """Return the most blocks that the manager holds for one sequence.
 
         Blocks are freed once the step that evicted them has been processed, so the
@@ -78,6 +87,13 @@ class EvictionSchedule:
         Args:
             max_in_flight_tokens: Most tokens of one sequence that are scheduled but
                 not yet processed, the step being scheduled included.
+            num_tokens: Greatest length of the sequence; None for any length, which is
+                a bound only where eviction never ends.
         """
         in_flight = blocks_of(max_in_flight_tokens, self.block_size)
-        return self.budget_blocks + self.stride_blocks + in_flight + 1
+        most = self.budget_blocks + self.stride_blocks + in_flight + 1
+        if num_tokens is None:
+            return most
+        all_blocks = blocks_of(num_tokens, self.block_size)
+        kept = all_blocks - self.evicted_blocks(num_tokens)
+        return min(all_blocks, max(most, kept))

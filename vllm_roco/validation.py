@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import RocoConfig
+from vllm_roco.request_options import RequestPlanner
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -52,6 +53,31 @@ def validated_config(vllm_config: VllmConfig) -> RocoConfig:
     if vllm_config.cache_config.user_specified_block_size:
         _check_block_size(vllm_config.cache_config.block_size, config)
     return config
+
+
+def request_planner(vllm_config: VllmConfig, block_size: int) -> RequestPlanner:
+    """Return what turns options of requests into rows.
+
+    Args:
+        vllm_config: As vLLM has it in any process.
+        block_size: Tokens per block of the layers that evict.
+
+    Raises:
+        ValueError: As in `validated_config`.
+        NotImplementedError: Likewise.
+    """
+    scheduler = vllm_config.scheduler_config
+    limits = [
+        scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
+        scheduler.long_prefill_token_threshold or None,
+    ]
+    if scheduler.max_num_scheduled_tokens is not None:
+        limits.append(scheduler.max_num_scheduled_tokens - scheduler.max_num_seqs)
+    return RequestPlanner(
+        config=validated_config(vllm_config),
+        block_size=block_size,
+        max_chunk=min(limit for limit in limits if limit is not None),
+    )
 
 
 def _refuse(what: str, value: object, instead: str) -> NotImplementedError:

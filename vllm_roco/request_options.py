@@ -1,0 +1,383 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that a request brings with it, and the row that comes of them.
+
+Pure Python, and a function of the request alone: front ends check with it, the
+scheduler plans with it.
+
+Over HTTP the options are `vllm_xargs`, offline `SamplingParams.extra_args`: either one
+key for each, `{"roco_budget": 512}`, or one for all, `{"roco": {"budget": 512}}`, whose
+value may be a JSON string, for HTTP carries no nested dictionary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_roco.config import (
+    MODES,
+    NAMESPACE,
+    POLICIES,
+    SHIELDS,
+    UNBOUNDED_MODES,
+    RocoConfig,
+    blocks_of,
+    check_whole_blocks,
+)
+from vllm_roco.eviction_row import (
+    SCORE_MEAN,
+    SCORE_NONE,
+    SCORE_RANDOM,
+    SCORE_SUM,
+    SHIELD_BY_DEVIATION,
+    EvictionRow,
+)
+from vllm_roco.eviction_schedule import NEVER
+
+PREFIX = f"{NAMESPACE}_"
+OPTIONS = (
+    *("budget", "stride", "chunk", "sink", "recent"),
+    *("shield", "shield_ratio", "policy", "seed", "mode"),
+)
+"""What a request may bring."""
+
+FULL = "full"
+_SCORES = {
+    "roco": SCORE_MEAN,
+    "h2o": SCORE_SUM,
+    "random": SCORE_RANDOM,
+    "recent": SCORE_NONE,
+}
+_CHOICES = {"mode": MODES, "policy": POLICIES, "shield": SHIELDS}
+_MAX_INTEGER = 2**31 - 1
+
+
+class RequestOptionError(ValueError):
+    """A request asks for what it cannot have; the others are not concerned.
+
+    Attributes:
+        option: Name of the option, without prefix.
+        value: What was asked for.
+    """
+
+    def __init__(self, option: str, value: object, message: str) -> None:
+        super().__init__(f"roco: {message}")
+        self.option = option
+        self.value = value
+
+
+class RequestPlan(NamedTuple):
+    """What holds for a request.
+
+    Attributes:
+        row: How it evicts.
+        chunk: Prompt tokens that it reads per step once something is evicted.
+    """
+
+    row: EvictionRow
+    chunk: int
+
+
+def options_in(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the options that a request brings, by name; nothing is checked but names.
+
+    Args:
+        extra_args: `SamplingParams.extra_args`; keys of others are left alone.
+
+    Raises:
+        RequestOptionError: An unknown key, or both forms at once.
+    """
+    if not extra_args:
+        return {}
+    flat = {
+        key.removeprefix(PREFIX): value
+        for key, value in extra_args.items()
+        if key.startswith(PREFIX)
+    }
+    if NAMESPACE not in extra_args:
+        return _known(flat)
+    nested = extra_args[NAMESPACE]
+    if flat:
+        raise RequestOptionError(
+            NAMESPACE,
+            nested,
+            f"the request has both {NAMESPACE} = {nested!r} and "
+            f"{PREFIX}{next(iter(flat))}. Use one form for all options.",
+        )
+    if isinstance(nested, str):
+        try:
+            nested = json.loads(nested)
+        except ValueError as error:
+            raise _not_a_dictionary(nested) from error
+    if not isinstance(nested, Mapping):
+        raise _not_a_dictionary(nested)
+    return _known(dict(nested))
+
+
+def _not_a_dictionary(value: object) -> RequestOptionError:
+    return RequestOptionError(
+        NAMESPACE,
+        value,
+        f"{NAMESPACE} = {value!r} is not a dictionary of options. Use one, over HTTP "
+        'as a JSON string, for example "{\\"budget\\": 512}", or one key for each '
+        f"option, for example {PREFIX}budget.",
+    )
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise RequestOptionError(
+                str(name),
+                value,
+                f"unknown option {name!r} = {value!r} in a request. Allowed are "
+                f"{', '.join(OPTIONS)}. Correct or remove it.",
+            )
+    return options
+
+
+@dataclass(frozen=True)
+class RequestPlanner:
+    """Turns options of requests into rows.
+
+    Attributes:
+        config: The server's options, which are the defaults and the limits.
+        block_size: Tokens per KV block.
+        max_chunk: Most prompt tokens of one request in a step, or None.
+    """
+
+    config: RocoConfig
+    block_size: int
+    max_chunk: int | None = None
+
+    def plan(
+        self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int
+    ) -> RequestPlan:
+        """Return what holds for a request.
+
+        Args:
+            extra_args: `SamplingParams.extra_args`.
+            num_prompt_tokens: `P`, the prompt's length.
+
+        Raises:
+            RequestOptionError: The request asks for what it cannot have.
+        """
+        asked = options_in(extra_args)
+        for name, allowed in _CHOICES.items():
+            if name in asked and asked[name] not in allowed:
+                choice = " or ".join(f'"{value}"' for value in allowed)
+                raise _bad(name, asked[name], choice)
+        mode = self._mode(asked)
+        sink = self._tokens(asked, "sink", 0)
+        recent = self._tokens(asked, "recent", 0)
+        protected = self._blocks(sink) + self._blocks(recent)
+        # nothing is ever compared with the budget of a request that keeps everything
+        budget = self._blocks(self.config.budget)
+        if mode != FULL:
+            budget = self._budget(asked, num_prompt_tokens, protected)
+        stride = self._tokens(asked, "stride", 1, min_of=budget) // self.block_size
+        chunk = self._chunk(asked, budget)
+        resident, prompt = budget, self._blocks(num_prompt_tokens)
+        if mode == "generation":
+            resident += prompt
+        if mode == "generation" or (
+            # a short question stays whole
+            mode == "auto"
+            and prompt <= budget // 2
+            and max(self._blocks(sink), prompt) + self._blocks(recent) <= budget
+        ):
+            sink = max(sink, num_prompt_tokens)
+        most_protected = self._blocks(sink) + self._blocks(recent)
+        if most_protected > resident:
+            raise RequestOptionError(
+                "budget",
+                asked.get("budget", self.config.budget),
+                f"sink = {sink} and recent = {recent} protect "
+                f"{most_protected * self.block_size} tokens in whole blocks of "
+                f"{self.block_size}, more than the {resident * self.block_size} that "
+                "are kept. Lower them, or raise budget.",
+            )
+        until = {FULL: 0, "prompt": num_prompt_tokens}.get(mode, NEVER)
+        flags, shield_blocks = self._choice_of_blocks(asked, budget)
+        row = EvictionRow(
+            resident, stride, until, sink, recent, shield_blocks, flags, _seed(asked)
+        )
+        if mode == "prompt" and not row.schedule(self.block_size).evicted_blocks(until):
+            row = row._replace(until=0)
+        if row.until:
+            self._check_size(asked, mode, row, num_prompt_tokens)
+        return RequestPlan(row, chunk)
+
+    def _mode(self, asked: Mapping[str, Any]) -> str:
+        budget = asked.get("budget")
+        mode: str = asked.get("mode", FULL if budget == FULL else self.config.mode)
+        if budget == FULL and mode != FULL:
+            raise RequestOptionError(
+                "mode",
+                mode,
+                f'budget = "full" keeps everything, and mode = {mode!r} does not. '
+                "Leave one of them out.",
+            )
+        if mode in UNBOUNDED_MODES and not self.config.allow_full:
+            raise RequestOptionError(
+                "mode",
+                mode,
+                f"mode = {mode!r} is not allowed by this server (allow_full). Use mode "
+                '"both", "generation" or "auto", or ask the operator.',
+            )
+        return mode
+
+    def _budget(
+        self, asked: Mapping[str, Any], num_prompt_tokens: int, protected: int
+    ) -> int:
+        """Return the budget in blocks."""
+        budget = asked.get("budget", self.config.budget)
+        if isinstance(budget, float) and 0 < budget < 1:
+            blocks = math.ceil(budget * num_prompt_tokens / self.block_size)
+            return max(blocks, protected + 1)
+        if not _is_integer(budget, 1):
+            raise _bad(
+                "budget",
+                budget,
+                "a whole number of tokens, at least 1, a fraction of the prompt "
+                'between 0 and 1, or "full"',
+            )
+        self._check_whole_blocks("budget", budget)
+        return int(budget) // self.block_size
+
+    def _chunk(self, asked: Mapping[str, Any], budget: int) -> int:
+        chunk = self._tokens(asked, "chunk", 1, min_of=budget)
+        if self.max_chunk is not None and chunk > self.max_chunk and "chunk" in asked:
+            most = self.max_chunk // self.block_size * self.block_size
+            raise RequestOptionError(
+                "chunk",
+                chunk,
+                f"chunk = {chunk} is more than a step of this server has room for "
+                f"beside its other requests. Use at most {most}, or ask the operator "
+                "to raise --max-num-batched-tokens.",
+            )
+        return chunk
+
+    def _tokens(
+        self, asked: Mapping[str, Any], name: str, least: int, min_of: int | None = None
+    ) -> int:
+        """Return an option in tokens; by default at most `min_of` blocks, if given."""
+        if name not in asked:
+            tokens = int(getattr(self.config, name))
+            return tokens if min_of is None else min(tokens, min_of * self.block_size)
+        tokens = asked[name]
+        if not _is_integer(tokens, least):
+            raise _bad(name, tokens, f"a whole number of tokens, at least {least}")
+        if tokens > _MAX_INTEGER:
+            raise _bad(name, tokens, f"at most {_MAX_INTEGER}")
+        if min_of is not None:
+            self._check_whole_blocks(name, tokens)
+        return int(tokens)
+
+    def _choice_of_blocks(
+        self, asked: Mapping[str, Any], budget: int
+    ) -> tuple[int, int]:
+        """Return the row's flags, and how many blocks are shielded."""
+        policy = asked.get("policy", self.config.policy)
+        if not self.config.measures and policy != self.config.policy:
+            raise RequestOptionError(
+                "policy",
+                policy,
+                f"policy = {policy!r} is not served here: the server runs policy "
+                f"{self.config.policy!r}, which keeps no statistics. Leave policy out.",
+            )
+        ratio = asked.get("shield_ratio", self.config.shield_ratio)
+        if (
+            isinstance(ratio, bool)
+            or not isinstance(ratio, int | float)
+            or not 0 <= ratio <= 1
+        ):
+            raise _bad("shield_ratio", ratio, "a number from 0 to 1")
+        flags = _SCORES[policy]
+        if asked.get("shield", self.config.shield) == "deviation":
+            flags |= SHIELD_BY_DEVIATION
+        # the shield is the paper's; the other policies have one stage
+        return flags, int(ratio * budget) if policy == "roco" else 0
+
+    def _check_whole_blocks(self, name: str, tokens: int) -> None:
+        try:
+            check_whole_blocks(self.block_size, **{name: tokens})
+        except ValueError as error:
+            below = tokens // self.block_size * self.block_size
+            near = f"{below} or " if below else ""
+            raise RequestOptionError(
+                name,
+                tokens,
+                f"{name} = {tokens} is not a multiple of the block size "
+                f"({self.block_size} tokens). Use {near}{below + self.block_size}.",
+            ) from error
+
+    def _check_size(
+        self,
+        asked: Mapping[str, Any],
+        mode: str,
+        row: EvictionRow,
+        num_prompt_tokens: int,
+    ) -> None:
+        """Raise if a request that evicts would attend over more than is planned for."""
+        config, size = self.config, self.block_size
+        resident = row.resident_blocks * size
+        if resident > config.max_budget:
+            budget = asked.get("budget", config.budget)
+            if mode != "generation":
+                raise RequestOptionError(
+                    "budget",
+                    budget,
+                    f"budget = {budget}{_of_prompt(budget, num_prompt_tokens)} is more "
+                    f"than this server's max_budget = {config.max_budget}. Use at most "
+                    f"{config.max_budget}, or ask the operator to raise max_budget.",
+                )
+            prompt = self._blocks(num_prompt_tokens) * size
+            room = config.max_budget - prompt
+            cure = f"a budget of at most {room}, or mode" if room > 0 else "mode"
+            raise RequestOptionError(
+                "mode",
+                mode,
+                f"mode = {mode!r} keeps the prompt ({num_prompt_tokens} tokens), and "
+                f"budget = {budget} comes on top: {resident} tokens is more than "
+                f'max_budget = {config.max_budget}. Use {cure} "both".',
+            )
+        stride = row.stride_blocks * size
+        most = config.max_budget + config.stride
+        if resident + stride > most:
+            raise RequestOptionError(
+                "stride",
+                stride,
+                f"stride = {stride} on top of {resident} kept tokens is more than this "
+                f"server plans for ({most}, its max_budget and stride). Use a stride "
+                f"of at most {most - resident}.",
+            )
+
+    def _blocks(self, tokens: int) -> int:
+        return blocks_of(tokens, self.block_size)
+
+
+def _of_prompt(budget: object, num_prompt_tokens: int) -> str:
+    if isinstance(budget, float):
+        return f" of the prompt's {num_prompt_tokens} tokens"
+    return ""
+
+
+def _seed(asked: Mapping[str, Any]) -> int:
+    seed = asked.get("seed", 0)
+    if not _is_integer(seed, 0) or seed > _MAX_INTEGER:
+        raise _bad("seed", seed, f"a whole number from 0 to {_MAX_INTEGER}")
+    return int(seed)
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _bad(name: str, value: object, allowed: str) -> RequestOptionError:
+    return RequestOptionError(
+        name, value, f"{name} = {value!r} is not allowed in a request. Use {allowed}."
+    )
