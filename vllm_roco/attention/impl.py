@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.current_config import remember_vllm_config
 from vllm_roco.attention.layers import name_of, refuse_layer
+from vllm_roco.attention.request_rows import watch_runners
 from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.validation import validated_config
 
@@ -62,6 +63,7 @@ class RocoImpl(AttentionImpl[T]):
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.vllm_config = remember_vllm_config()
         self.config = validated_config(self.vllm_config)
+        watch_runners()
         self.page_shape = PageShape(self.num_kv_heads, head_size, self.config.measures)
         self.views = WhileBound(partial(CacheViews.of, shape=self.page_shape))
 
