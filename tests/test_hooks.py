@@ -114,6 +114,12 @@ DAMAGE = {
         "    cache_dtypes:",
         ["AttentionBackend.supported_kv_cache_dtypes is expected by .* not there"],
     ),
+    "method that is wrapped": (
+        "v1/worker/gpu/model_runner.py",
+        "    def add_requests(self",
+        "    def add_new_requests(self",
+        [r"GPUModelRunner.add_requests is expected by .* not there"],
+    ),
     "attribute that is read by its name": (
         "config/parallel.py",
         "    prefill_context_parallel_size: int",

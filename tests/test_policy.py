@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.rows import row_of
 from vllm_roco import policy
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
@@ -76,7 +77,11 @@ def victims_of(
     config: RocoConfig,
 ) -> list[int]:
     victims = policy.select_victims(
-        *blocks, num_computed_tokens, num_victims, BLOCK_SIZE, config
+        *blocks,
+        num_computed_tokens,
+        num_victims,
+        BLOCK_SIZE,
+        row_of(config, BLOCK_SIZE),
     )
     assert victims.dtype == torch.int64
     return victims.tolist()

@@ -44,6 +44,21 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
         "max_admission_blocks_per_request",
         "supports_fine_grained_hash_lookup",
     ),
+    # wrapped, and what that reads: see `attention.request_rows`
+    "vllm.v1.worker.gpu.model_runner.GPUModelRunner": (
+        "_dummy_run",
+        "add_requests",
+        "req_states",
+        "vllm_config",
+    ),
+    "vllm.v1.worker.gpu.states.RequestState": ("req_id_to_index",),
+    "vllm.v1.worker.gpu_model_runner.GPUModelRunner": (
+        "_dummy_run",
+        "_update_states",
+        "input_batch",
+        "vllm_config",
+    ),
+    "vllm.v1.worker.gpu_input_batch.InputBatch": ("req_ids",),
     # read by a name in a string, or of what has no type
     "vllm.config.ParallelConfig": (
         "decode_context_parallel_size",

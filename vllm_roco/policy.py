@@ -8,6 +8,9 @@ smallest mean go. Here the entries are blocks, one decision holds for all layers
 heads, and the shield may also be the peak, which unlike the deviation does not fade as
 a block grows old.
 
+What counts as small in the second stage is a request's choice (`EvictionRow.score`).
+Another one is one more function, named in `_SCORES`.
+
 This file is the specification. Every kernel is judged against it.
 
 Statistics are `[..., NUM_FIELDS]` float32 as they lie in a page (see `kv_cache.page`).
@@ -16,9 +19,17 @@ Blocks are in live order: the resident ones first, then the outgoing, then the r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 
-from vllm_roco.config import RocoConfig
+from vllm_roco.eviction_row import (
+    SCORE_MEAN,
+    SCORE_NONE,
+    SCORE_RANDOM,
+    SCORE_SUM,
+    EvictionRow,
+)
 from vllm_roco.kv_cache.page import (
     MASS_PEAK,
     MASS_SQUARES,
@@ -27,6 +38,7 @@ from vllm_roco.kv_cache.page import (
 )
 
 _TINY = torch.finfo(torch.float32).tiny
+_UINT32 = 0xFFFFFFFF
 
 
 def block_mass(probabilities: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -103,6 +115,11 @@ def deviation_of(statistics: torch.Tensor) -> torch.Tensor:
     return variance.clamp_min(0).sqrt()
 
 
+def peak_of(statistics: torch.Tensor) -> torch.Tensor:
+    """Return the largest mass that one query gave, argument as in `mean_of`."""
+    return statistics[..., MASS_PEAK]
+
+
 def any_head(values: torch.Tensor) -> torch.Tensor:
     """Return each block's largest share in any layer and head.
 
@@ -116,13 +133,74 @@ def any_head(values: torch.Tensor) -> torch.Tensor:
     return share.amax((0, 1))
 
 
+def random_order(first_positions: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return numbers that depend on a block's position and a seed alone.
+
+    They are as good as random, and a block keeps its own for ever, so the blocks with
+    the largest are a uniform sample of all that there were. The mixing is MurmurHash3's
+    (`fmix32`), in integers, so that every device has the same.
+
+    Args:
+        first_positions: Positions of blocks' first tokens.
+        seed: Not negative, below `2**32`.
+
+    Returns:
+        Of the same shape, float32, whole numbers below `2**24`.
+    """
+    x = (first_positions.long() * 0x9E3779B1 & _UINT32) ^ seed
+    x ^= x >> 16
+    x = x * 0x85EBCA6B & _UINT32
+    x ^= x >> 13
+    x = x * 0xC2B2AE35 & _UINT32
+    x ^= x >> 16
+    return (x >> 8).float()
+
+
+def _by_mean(
+    statistics: torch.Tensor, first_positions: torch.Tensor, row: EvictionRow
+) -> torch.Tensor:
+    return any_head(mean_of(statistics))
+
+
+def _by_sum(
+    statistics: torch.Tensor, first_positions: torch.Tensor, row: EvictionRow
+) -> torch.Tensor:
+    # H2O's heavy hitters (arXiv 2306.14048), on blocks
+    return any_head(statistics[..., MASS_SUM])
+
+
+def _by_age(
+    statistics: torch.Tensor, first_positions: torch.Tensor, row: EvictionRow
+) -> torch.Tensor:
+    # all are equal, and of equal ones the oldest go
+    return torch.zeros_like(first_positions)
+
+
+def _at_random(
+    statistics: torch.Tensor, first_positions: torch.Tensor, row: EvictionRow
+) -> torch.Tensor:
+    return random_order(first_positions, row.seed)
+
+
+_SCORES: Mapping[
+    int, Callable[[torch.Tensor, torch.Tensor, EvictionRow], torch.Tensor]
+] = {
+    SCORE_MEAN: _by_mean,
+    SCORE_SUM: _by_sum,
+    SCORE_NONE: _by_age,
+    SCORE_RANDOM: _at_random,
+}
+"""Scores of the second stage: of statistics, first positions and row, as they are
+handed to `select_victims`, `[num_full_blocks]` float32. The smallest go."""
+
+
 def select_victims(
     statistics: torch.Tensor,
     first_positions: torch.Tensor,
     num_computed_tokens: int,
     num_victims: int,
     block_size: int,
-    config: RocoConfig,
+    row: EvictionRow,
 ) -> torch.Tensor:
     """Choose the blocks that a sequence gives up.
 
@@ -131,34 +209,29 @@ def select_victims(
             the sequence's full live blocks, in live order.
         first_positions: `[num_full_blocks]` float32, where they begin.
         num_computed_tokens: Length of the sequence after the step.
-        num_victims: `m`. The candidates are the first `budget / block_size + m` blocks.
+        num_victims: `m`. The candidates are the first `resident_blocks + m` blocks.
         block_size: Tokens per block.
-        config: The options; `config.policy` must be `"roco"`.
+        row: How the sequence evicts.
 
     Returns:
         `[num_victims]` int64, places in live order, ascending.
     """
-    budget_blocks = config.budget // block_size
-    first = first_positions[: budget_blocks + num_victims]
-    newest = num_computed_tokens - config.recent
-    protected = (first < config.sink) | (first + block_size > newest)
+    first = first_positions[: row.resident_blocks + num_victims]
+    newest = num_computed_tokens - row.recent
+    protected = (first < row.sink) | (first + block_size > newest)
     # oldest first, so that every stable sort below breaks ties against the older block
-    eligible = first.masked_fill(protected, torch.inf).argsort(stable=True)
-    eligible = eligible[: int((~protected).sum())]
+    exposed = first.masked_fill(protected, torch.inf).argsort(stable=True)
+    exposed = exposed[: int((~protected).sum())]
 
-    if config.shield == "peak":
-        shield = any_head(statistics[..., MASS_PEAK])
-    else:
-        shield = any_head(deviation_of(statistics))
-    shielded = min(
-        int(config.shield_ratio * budget_blocks), len(eligible) - num_victims
-    )
-    exposed = _smallest(eligible, shield, len(eligible) - shielded)
-
-    # back to oldest first
-    exposed = exposed[first[exposed].argsort(stable=True)]
-    mean = any_head(mean_of(statistics))
-    return _smallest(exposed, mean, num_victims).sort().values
+    shielded = min(row.shield_blocks, len(exposed) - num_victims)
+    if shielded:
+        moment = deviation_of if row.shields_by_deviation else peak_of
+        shield = any_head(moment(statistics))
+        exposed = _smallest(exposed, shield, len(exposed) - shielded)
+        # back to oldest first
+        exposed = exposed[first[exposed].argsort(stable=True)]
+    score = _SCORES[row.score](statistics, first_positions, row)
+    return _smallest(exposed, score, num_victims).sort().values
 
 
 def _smallest(blocks: torch.Tensor, values: torch.Tensor, count: int) -> torch.Tensor:
@@ -186,7 +259,7 @@ def plan_moves(victims: torch.Tensor, budget_blocks: int) -> list[tuple[int, int
 def plan_recent_moves(
     evicted_before: int, evicted_after: int, budget_blocks: int, sink_blocks: int
 ) -> list[tuple[int, int]]:
-    """Return the moves of `policy="recent"`, which need no statistics.
+    """Return the moves on a server of `policy="recent"`, which has no statistics.
 
     The resident blocks behind the sinks are a ring: the block of logical index `j` is
     at `sink + (j - sink) mod (B - sink)`, so the newest blocks replace the oldest.

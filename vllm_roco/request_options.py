@@ -264,10 +264,19 @@ class RequestPlanner:
     def _tokens(
         self, asked: Mapping[str, Any], name: str, least: int, min_of: int | None = None
     ) -> int:
-        """Return an option in tokens; by default at most `min_of` blocks, if given."""
+        """Return an option in tokens.
+
+        Args:
+            asked: What the request brings.
+            name: The option.
+            least: Its smallest value.
+            min_of: The request's budget in blocks, where only whole blocks are allowed;
+                the default is not above it, if it is below the server's.
+        """
         if name not in asked:
             tokens = int(getattr(self.config, name))
-            return tokens if min_of is None else min(tokens, min_of * self.block_size)
+            budget = self.config.budget if min_of is None else min_of * self.block_size
+            return min(tokens, budget) if budget < self.config.budget else tokens
         tokens = asked[name]
         if not _is_integer(tokens, least):
             raise _bad(name, tokens, f"a whole number of tokens, at least {least}")

@@ -15,8 +15,6 @@ from tests.engine.engines import Engine
 from tests.oracle import Options
 from vllm_roco.attention.cpu import impl
 from vllm_roco.attention.cpu.metadata import Sequence
-from vllm_roco.config import RocoConfig
-from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.page import first_positions_view, page_view
 
 KeptBlocks = dict[tuple[int, ...], dict[int, tuple[int, ...]]]
@@ -67,13 +65,14 @@ class _Recorder:
         self,
         sequence: Sequence,
         kv_caches: SequenceOf[torch.Tensor],
-        schedule: EvictionSchedule,
-        config: RocoConfig,
+        block_size: int,
+        *,
+        measured: bool,
     ) -> int:
         """Evict, and find every block of the live table by its content before."""
         request_id = self._request_of(int(sequence.live_blocks[0]))
-        num_resident = schedule.budget_blocks
-        num_full = sequence.num_tokens // schedule.block_size
+        num_resident = sequence.row.resident_blocks
+        num_full = sequence.num_tokens // block_size
         if sequence.evicted_before == 0:
             self._resident[request_id] = list(range(num_resident))
         incoming = range(num_resident + sequence.evicted_before, num_full)
@@ -81,7 +80,7 @@ class _Recorder:
         full = sequence.live_blocks[: len(indices)]
         before = [_contents(cache, full) for cache in kv_caches]
 
-        num_moved = self._evict(sequence, kv_caches, schedule, config)
+        num_moved = self._evict(sequence, kv_caches, block_size, measured=measured)
 
         num_evicted = sequence.evicted_after - sequence.evicted_before
         live = torch.cat((full[:num_resident], full[num_resident + num_evicted :]))
@@ -92,10 +91,10 @@ class _Recorder:
         assert len(per_layer) == 1, "the layers do not keep the same blocks"
         (kept,) = per_layer
         assert len(set(kept)) == len(kept), "a block lies in two places"
-        if config.measures:
+        if measured:
             for cache in kv_caches:
                 first = first_positions_view(cache)[live]
-                expected = torch.tensor(kept) * schedule.block_size
+                expected = torch.tensor(kept) * block_size
                 assert torch.equal(first, expected.float())
 
         self._resident[request_id] = list(kept[:num_resident])

@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from tests.rows import row_of
 from vllm_roco import policy, reference
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
@@ -112,7 +113,7 @@ class Group:
                         after,
                         victims - evicted,
                         BLOCK_SIZE,
-                        config,
+                        row_of(config, BLOCK_SIZE),
                     ),
                     self.schedule.budget_blocks,
                 )

@@ -18,6 +18,7 @@ from benchmarks.quality.oracle.selection import Due, choose_survivors
 from benchmarks.quality.oracle.statistics import Statistics
 from tests.oracle import Options, generate
 from tests.quality.tiny_model import prompts
+from tests.rows import row_of
 from vllm_roco.config import RocoConfig
 from vllm_roco.policy import select_victims
 
@@ -126,7 +127,7 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
             computed[i],
             victims,
             block_size,
-            config,
+            row_of(config, block_size),
         )
         assert (~stay[0, i, 0]).nonzero()[:, 0].tolist() == expected.tolist()
 

@@ -108,9 +108,7 @@ class RequestRows:
 _rows: dict[int, RequestRows] = {}
 
 
-def request_rows(
-    vllm_config: VllmConfig, block_size: int | None = None
-) -> RequestRows:
+def request_rows(vllm_config: VllmConfig, block_size: int | None = None) -> RequestRows:
     """Return the rows of a worker's requests, the same object for an engine's groups.
 
     Args:

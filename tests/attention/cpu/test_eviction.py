@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.kv_cache.specs import bind_states, one_group, roco_spec
+from tests.rows import row_of
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import sequences_of
@@ -61,11 +62,14 @@ def close(
     caches: list[torch.Tensor], config: RocoConfig, num_queries: int, num_tokens: int
 ) -> list[list[float]]:
     """Evict, and return by layer what the pages of the row hold."""
-    spec = roco_spec(budget=config.budget, stride=config.stride)
     (sequence,) = sequences_of(
-        [0, num_queries], [num_tokens], torch.tensor([ROW]), spec.schedule
+        [0, num_queries],
+        [num_tokens],
+        torch.tensor([ROW]),
+        [row_of(config, SIZE)],
+        SIZE,
     )
-    evict(sequence, caches, spec.schedule, config)
+    evict(sequence, caches, SIZE, measured=config.measures)
     held = []
     for cache in caches:
         pages = [cache[page] for page in ROW[: -(-num_tokens // SIZE)]]

@@ -8,13 +8,17 @@ import torch
 
 from vllm_roco.attention.cpu import metadata
 from vllm_roco.attention.cpu.metadata import Batch, Sequence, batches_of, sequences_of
-from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.eviction_row import EvictionRow
+from vllm_roco.eviction_schedule import NEVER
 
 # B 2, S 1: blocks go at 12, 16, 20, ... tokens
-SCHEDULE = EvictionSchedule(block_size=4, budget=8, stride=4)
+SIZE = 4
+ROW = EvictionRow(2, 1, NEVER, 0, 0, 0, 0, 0)
 
 
-def sequences(queries: list[int], lengths: list[int]) -> list[Sequence]:
+def sequences(
+    queries: list[int], lengths: list[int], rows: list[EvictionRow] | None = None
+) -> list[Sequence]:
     """Return the rows of a batch whose block ids are 100 * row + logical block."""
     starts = [0]
     for num_queries in queries:
@@ -22,7 +26,8 @@ def sequences(queries: list[int], lengths: list[int]) -> list[Sequence]:
     table = torch.arange(20, dtype=torch.int32) + 100 * torch.arange(
         len(lengths), dtype=torch.int32
     ).unsqueeze(1)
-    return list(sequences_of(starts, lengths, table, SCHEDULE))
+    rows = rows or [ROW] * len(lengths)
+    return list(sequences_of(starts, lengths, table, rows, SIZE))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +63,7 @@ def test_rows_without_queries_are_left_out() -> None:
 def test_new_blocks_are_those_that_get_their_first_token() -> None:
     # 13 tokens known, 9 come: the block of tokens 12 to 15 is not new
     (sequence,) = sequences([9], [22])
-    batch = Batch.of([sequence], SCHEDULE)
+    batch = Batch.of([sequence], SIZE)
     assert batch.table.tolist() == [[0, 1, 3, 4, 5]]
     assert batch.is_new.tolist() == [[False, False, False, True, True]]
     assert batch.first_positions[batch.is_new].tolist() == [16, 20]
@@ -67,13 +72,13 @@ def test_new_blocks_are_those_that_get_their_first_token() -> None:
 
 def test_a_first_prompt_is_all_new() -> None:
     (sequence,) = sequences([9], [9])
-    batch = Batch.of([sequence], SCHEDULE)
+    batch = Batch.of([sequence], SIZE)
     assert batch.is_new.all()
     assert batch.first_positions.tolist() == [[0, 4, 8]]
 
 
 def test_a_batch_is_padded_to_its_longest_row() -> None:
-    batch = Batch.of(sequences([1, 1, 1], [13, 1, 8]), SCHEDULE)
+    batch = Batch.of(sequences([1, 1, 1], [13, 1, 8]), SIZE)
     assert batch.tokens.tolist() == [[0], [1], [2]]
     assert batch.table.tolist() == [[0, 1, 3], [100, 0, 0], [200, 201, 0]]
     assert batch.is_live.tolist() == [
@@ -91,7 +96,7 @@ def test_a_batch_is_padded_to_its_longest_row() -> None:
 
 
 def test_prompts_stay_alone_and_decodes_go_together() -> None:
-    batches = batches_of(sequences([1, 5, 1, 3, 1], [6, 5, 11, 7, 2]), SCHEDULE)
+    batches = batches_of(sequences([1, 5, 1, 3, 1], [6, 5, 11, 7, 2]), SIZE)
     assert [batch.tokens.tolist() for batch in batches] == [
         [[1, 2, 3, 4, 5]],
         [[7, 8, 9]],
@@ -105,11 +110,11 @@ def test_decodes_are_split_by_the_keys_that_they_gather(
     max_tokens: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metadata, "MAX_BATCH_TOKENS", max_tokens)
-    batches = batches_of(sequences([1] * 4, [12, 5, 9, 8]), SCHEDULE)
+    batches = batches_of(sequences([1] * 4, [12, 5, 9, 8]), SIZE)
     assert [len(batch.tokens) for batch in batches] == sizes
     for batch in batches:
-        assert batch.table.numel() * SCHEDULE.block_size <= max(max_tokens, 12)
+        assert batch.table.numel() * SIZE <= max(max_tokens, 12)
 
 
 def test_nothing_to_do_makes_no_batch() -> None:
-    assert batches_of(sequences([0], [0]), SCHEDULE) == []
+    assert batches_of(sequences([0], [0]), SIZE) == []

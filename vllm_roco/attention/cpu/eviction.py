@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_roco import policy
-from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.config import blocks_of
 from vllm_roco.kv_cache.page import (
     first_positions_view,
     page_view,
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from collections.abc import Sequence as SequenceOf
 
     from vllm_roco.attention.cpu.metadata import Sequence
-    from vllm_roco.eviction_schedule import EvictionSchedule
 
 
 def evict(
     sequence: Sequence,
     kv_caches: SequenceOf[torch.Tensor],
-    schedule: EvictionSchedule,
-    config: RocoConfig,
+    block_size: int,
+    *,
+    measured: bool,
 ) -> int:
     """Leave nothing in the outgoing blocks that the sequence still needs.
 
     Args:
         sequence: A sequence whose `E` grows in this step.
         kv_caches: The caches of all layers of the group, after their attention.
-        schedule: The eviction arithmetic.
-        config: The options.
+        block_size: Tokens per block.
+        measured: Whether pages hold statistics; if not, the oldest blocks go.
 
     Returns:
         The blocks that were moved, each once for all layers.
     """
-    moves = torch.tensor(_moves(sequence, kv_caches, schedule, config))
+    moves = torch.tensor(_moves(sequence, kv_caches, block_size, measured))
     if not len(moves):
         return 0
     source, destination = sequence.live_blocks[moves].unbind(-1)
@@ -52,15 +52,15 @@ def evict(
 def _moves(
     sequence: Sequence,
     kv_caches: SequenceOf[torch.Tensor],
-    schedule: EvictionSchedule,
-    config: RocoConfig,
+    block_size: int,
+    measured: bool,
 ) -> list[tuple[int, int]]:
-    resident = schedule.budget_blocks
+    row = sequence.row
     before, after = sequence.evicted_before, sequence.evicted_after
-    if not config.measures:
-        sink = blocks_of(config.sink, schedule.block_size)
-        return policy.plan_recent_moves(before, after, resident, sink)
-    num_full = sequence.num_tokens // schedule.block_size - before
+    if not measured:
+        sink = blocks_of(row.sink, block_size)
+        return policy.plan_recent_moves(before, after, row.resident_blocks, sink)
+    num_full = sequence.num_tokens // block_size - before
     full = sequence.live_blocks[:num_full]
     # [layers, blocks, heads, fields] to [layers, heads, blocks, fields]
     statistics = torch.stack([statistics_view(cache)[full] for cache in kv_caches])
@@ -69,7 +69,7 @@ def _moves(
         first_positions_view(kv_caches[0])[full],
         sequence.num_tokens,
         after - before,
-        schedule.block_size,
-        config,
+        block_size,
+        row,
     )
-    return policy.plan_moves(victims, resident)
+    return policy.plan_moves(victims, row.resident_blocks)

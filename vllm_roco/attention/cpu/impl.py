@@ -68,12 +68,17 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         block_size = views.states.shape[2]
         keys, values = gather(views.states, batch.table, batch.live_tokens)
         pages, statistics = views.statistics, None
-        if pages is not None and views.first_positions is not None:
+        if (
+            pages is not None
+            and views.first_positions is not None
+            and batch.is_measured.any()
+        ):
             statistics = pages[batch.table]
+            new = batch.is_new & batch.is_measured
             # what their last owners left
-            statistics[batch.is_new] = 0
-            first_positions = batch.first_positions[batch.is_new].float()
-            views.first_positions[batch.table[batch.is_new]] = first_positions
+            statistics[new] = 0
+            first_positions = batch.first_positions[new].float()
+            views.first_positions[batch.table[new]] = first_positions
 
         num_rows, num_queries = batch.tokens.shape
         per_query = num_rows * self.num_heads * keys.shape[2]
@@ -100,7 +105,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
                 )
                 policy.accumulate(statistics[:, :blocks], mass, observers)
         if pages is not None and statistics is not None:
-            pages[batch.table[batch.is_live]] = statistics[batch.is_live]
+            pages[batch.table[batch.is_measured]] = statistics[batch.is_measured]
 
     def _evict(self, step: RocoCpuMetadata) -> None:
         if step.num_layers_done != len(step.layers):
@@ -114,7 +119,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
                 for kv_cache in step.layers.kv_caches()
             ]
             moved = sum(
-                evict(sequence, caches, step.schedule, self.config)
+                evict(sequence, caches, step.block_size, measured=self.config.measures)
                 for sequence in step.evicting
             )
             if step.moved_blocks is not None:

@@ -15,16 +15,18 @@ from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilde
 
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import moved_blocks_of
+from vllm_roco.attention.request_rows import request_rows
 from vllm_roco.config import blocks_of
+from vllm_roco.eviction_row import EvictionRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from collections.abc import Sequence as SequenceOf
 
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-    from vllm_roco.eviction_schedule import EvictionSchedule
     from vllm_roco.observability.publisher import MovedBlocks
 
 MAX_BATCH_TOKENS = 1 << 17
@@ -42,6 +44,7 @@ class Sequence:
         evicted_before: `E` at the start of the step, in blocks.
         evicted_after: `E` at its end.
         live_blocks: `[num_live_blocks]` int64, block ids of the live table.
+        row: How it evicts.
     """
 
     first_token: int
@@ -50,6 +53,12 @@ class Sequence:
     evicted_before: int
     evicted_after: int
     live_blocks: torch.Tensor
+    row: EvictionRow
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the step adds to the statistics of its blocks."""
+        return self.row.measures(self.num_tokens - self.num_queries)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class Batch:
         table: `[num_rows, num_blocks]` int64, live block ids, 0 where there is none.
         live_tokens: `[num_rows]` int64, tokens attended, the queries' own included.
         is_live: `[num_rows, num_blocks]` bool, whether `table` names a block.
+        is_measured: Likewise, whether the block's statistics are added to.
         is_new: `[num_rows, num_blocks]` bool, blocks that get their first token now.
         first_positions: `[num_rows, num_blocks]` int64, of the new blocks.
     """
@@ -69,13 +79,13 @@ class Batch:
     table: torch.Tensor
     live_tokens: torch.Tensor
     is_live: torch.Tensor
+    is_measured: torch.Tensor
     is_new: torch.Tensor
     first_positions: torch.Tensor
 
     @classmethod
-    def of(cls, rows: list[Sequence], schedule: EvictionSchedule) -> Batch:
+    def of(cls, rows: list[Sequence], block_size: int) -> Batch:
         """Pad the given sequences into one batch."""
-        size = schedule.block_size
         table = torch.nn.utils.rnn.pad_sequence(
             [row.live_blocks for row in rows], batch_first=True
         )
@@ -83,19 +93,22 @@ class Batch:
         first = torch.tensor([row.first_token for row in rows])
         tokens = torch.tensor([row.num_tokens for row in rows])
         evicted = torch.tensor([row.evicted_before for row in rows])
+        resident = torch.tensor([row.row.resident_blocks for row in rows])
+        measured = torch.tensor([row.is_measured for row in rows])
         num_queries = rows[0].num_queries
-        live = tokens - evicted * size
-        is_live = place < ((live + size - 1) // size)[:, None]
-        is_new = is_live & (place * size >= (live - num_queries)[:, None])
+        live = tokens - evicted * block_size
+        is_live = place < ((live + block_size - 1) // block_size)[:, None]
+        is_new = is_live & (place * block_size >= (live - num_queries)[:, None])
         # behind the resident blocks, the place in the row is that in the table plus E
-        gap = evicted[:, None] * (place >= schedule.budget_blocks)
+        gap = evicted[:, None] * (place >= resident[:, None])
         return cls(
             tokens=first[:, None] + torch.arange(num_queries),
             table=table,
             live_tokens=live,
             is_live=is_live,
+            is_measured=is_live & measured[:, None],
             is_new=is_new,
-            first_positions=(place + gap) * size,
+            first_positions=(place + gap) * block_size,
         )
 
 
@@ -104,7 +117,7 @@ class RocoCpuMetadata(AttentionMetadata):
     """One step of one KV cache group.
 
     Attributes:
-        schedule: The eviction arithmetic.
+        block_size: Tokens per block.
         layers: The layers of the group.
         moved_blocks: Where this worker counts the blocks it moves, or None.
         batches: The step's sequences.
@@ -112,7 +125,7 @@ class RocoCpuMetadata(AttentionMetadata):
         num_layers_done: Layers that have attended in this step.
     """
 
-    schedule: EvictionSchedule
+    block_size: int
     layers: LayerGroup
     moved_blocks: MovedBlocks | None
     batches: list[Batch]
@@ -124,7 +137,8 @@ def sequences_of(
     query_start_loc: list[int],
     seq_lens: list[int],
     block_table: torch.Tensor,
-    schedule: EvictionSchedule,
+    rows: SequenceOf[EvictionRow],
+    block_size: int,
 ) -> Iterator[Sequence]:
     """Yield the rows that have queries, each with its live table.
 
@@ -132,16 +146,17 @@ def sequences_of(
         query_start_loc: `num_reqs + 1` offsets of the rows' queries.
         seq_lens: Length of each row after the step.
         block_table: `[num_reqs, width]`, block ids by `position // block_size`.
-        schedule: The eviction arithmetic.
+        rows: How each row evicts.
+        block_size: Tokens per block.
     """
-    resident = schedule.budget_blocks
-    for row, num_tokens in enumerate(seq_lens):
-        first_token = query_start_loc[row]
-        num_queries = query_start_loc[row + 1] - first_token
+    for index, (num_tokens, row) in enumerate(zip(seq_lens, rows, strict=True)):
+        first_token = query_start_loc[index]
+        num_queries = query_start_loc[index + 1] - first_token
         if num_queries <= 0:
             continue
+        schedule, resident = row.schedule(block_size), row.resident_blocks
         before = schedule.evicted_blocks(num_tokens - num_queries)
-        blocks = block_table[row, : blocks_of(num_tokens, schedule.block_size)].long()
+        blocks = block_table[index, : blocks_of(num_tokens, block_size)].long()
         yield Sequence(
             first_token=first_token,
             num_queries=num_queries,
@@ -149,12 +164,11 @@ def sequences_of(
             evicted_before=before,
             evicted_after=schedule.evicted_blocks(num_tokens),
             live_blocks=torch.cat((blocks[:resident], blocks[resident + before :])),
+            row=row,
         )
 
 
-def batches_of(
-    sequences: Iterable[Sequence], schedule: EvictionSchedule
-) -> list[Batch]:
+def batches_of(sequences: Iterable[Sequence], block_size: int) -> list[Batch]:
     """Group decodes into batches of similar length; prompts stay alone."""
     decodes = []
     batches = []
@@ -162,12 +176,12 @@ def batches_of(
         if sequence.num_queries == 1:
             decodes.append(sequence)
         else:
-            batches.append(Batch.of([sequence], schedule))
+            batches.append(Batch.of([sequence], block_size))
     decodes.sort(key=lambda sequence: len(sequence.live_blocks), reverse=True)
     while decodes:
-        longest = len(decodes[0].live_blocks) * schedule.block_size
+        longest = len(decodes[0].live_blocks) * block_size
         count = max(1, MAX_BATCH_TOKENS // longest)
-        batches.append(Batch.of(decodes[:count], schedule))
+        batches.append(Batch.of(decodes[:count], block_size))
         decodes = decodes[count:]
     return batches
 
@@ -183,7 +197,8 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._schedule = roco_spec(kv_cache_spec).schedule
+        self._block_size = roco_spec(kv_cache_spec).block_size
+        self._rows = request_rows(vllm_config, self._block_size)
         self._layers = LayerGroup(layer_names, vllm_config)
         self._moved_blocks = moved_blocks_of(vllm_config)
 
@@ -196,18 +211,22 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
     ) -> RocoCpuMetadata:
         """Work out the live tables and who evicts, from the lengths alone."""
         common = common_attn_metadata
+        rows = [self._rows.default] * common.num_reqs
+        if (own := self._rows.of_step(common)) is not None:
+            rows = [EvictionRow(*row) for row in own.tolist()]
         sequences = list(
             sequences_of(
                 common.query_start_loc_cpu.tolist(),
                 common.seq_lens.tolist(),
                 common.block_table_tensor,
-                self._schedule,
+                rows,
+                self._block_size,
             )
         )
         return RocoCpuMetadata(
-            schedule=self._schedule,
+            block_size=self._block_size,
             layers=self._layers,
             moved_blocks=self._moved_blocks,
-            batches=batches_of(sequences, self._schedule),
+            batches=batches_of(sequences, self._block_size),
             evicting=[s for s in sequences if s.evicted_after > s.evicted_before],
         )
