@@ -114,11 +114,11 @@ DAMAGE = {
         "    cache_dtypes:",
         ["AttentionBackend.supported_kv_cache_dtypes is expected by .* not there"],
     ),
-    "method that is wrapped": (
-        "v1/worker/gpu/model_runner.py",
-        "    def add_requests(self",
-        "    def add_new_requests(self",
-        [r"GPUModelRunner.add_requests is expected by .* not there"],
+    "attribute of an instance that has no type": (
+        "v1/worker/gpu/states.py",
+        "self.req_id_to_index: dict",
+        "self.slot_of: dict",
+        ["RequestState.req_id_to_index is expected by .* not there"],
     ),
     "attribute that is read by its name": (
         "config/parallel.py",

@@ -118,3 +118,29 @@ def test_decodes_are_split_by_the_keys_that_they_gather(
 
 def test_nothing_to_do_makes_no_batch() -> None:
     assert batches_of(sequences([0], [0]), SIZE) == []
+
+
+def test_every_row_has_its_own_arithmetic() -> None:
+    """The same length: one block kept of 4, none evicted, and none after 12 tokens."""
+    rows = [ROW, ROW._replace(until=0), ROW._replace(until=12)]
+    found = sequences([1] * 3, [17] * 3, rows)
+    assert [sequence.row for sequence in found] == rows
+    assert [sequence.evicted_before for sequence in found] == [2, 0, 1]
+    assert [sequence.live_blocks.tolist() for sequence in found] == [
+        [0, 1, 4],
+        [100, 101, 102, 103, 104],
+        [200, 201, 203, 204],
+    ]
+    batch = Batch.of(found, SIZE)
+    assert batch.first_positions[batch.is_new].tolist() == [16, 16, 16]
+    assert batch.live_tokens.tolist() == [9, 17, 13]
+
+
+def test_only_rows_that_may_still_evict_are_measured() -> None:
+    rows = [ROW, ROW._replace(until=0), ROW._replace(until=12)]
+    for length, measured in (12, [True, False, True]), (13, [True, False, False]):
+        found = sequences([1] * 3, [length] * 3, rows)
+        batch = Batch.of(found, SIZE)
+        for row, is_measured in enumerate(measured):
+            expected = batch.is_live[row] & is_measured
+            assert batch.is_measured[row].tolist() == expected.tolist()
