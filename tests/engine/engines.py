@@ -107,18 +107,24 @@ class Engine:
         max_tokens: int,
         *,
         priorities: list[int] | None = None,
+        extra_args: Sequence[dict[str, Any]] | None = None,
         **sampling: Any,
     ) -> list[RequestOutput]:
         """Generate for all prompts at once; no token ends a sequence early."""
-        return self.llm.generate(
-            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+        params = [
             SamplingParams(
                 temperature=0,
                 max_tokens=max_tokens,
                 ignore_eos=True,
                 detokenize=False,
+                extra_args=own,
                 **sampling,
-            ),
+            )
+            for own in extra_args or [None] * len(prompts)
+        ]
+        return self.llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            params,
             use_tqdm=False,
             priority=priorities,
         )
@@ -134,11 +140,10 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         max_tokens: int,
-        *,
-        priorities: list[int] | None = None,
+        **arguments: Any,
     ) -> list[tuple[int, ...]]:
         """Return the generated tokens of all prompts, sent at once."""
-        outputs = self.complete(prompts, max_tokens, priorities=priorities)
+        outputs = self.complete(prompts, max_tokens, **arguments)
         return [tuple(output.token_ids) for output in outputs]
 
     def generate_one_by_one(
