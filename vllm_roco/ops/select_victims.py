@@ -20,6 +20,20 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.rows import (
+    FLAGS,
+    NUM_ROW_FIELDS,
+    RECENT,
+    RESIDENT_BLOCKS,
+    SCORE_MASK,
+    SCORE_NONE,
+    SCORE_RANDOM,
+    SCORE_SUM,
+    SEED,
+    SHIELD_BLOCKS,
+    SHIELD_BY_DEVIATION,
+    SINK,
+)
 from vllm_roco.ops.statistics import (
     FIRST_POSITION,
     MASS_PEAK,
@@ -32,9 +46,51 @@ from vllm_roco.ops.statistics import (
 # smallest normal float32: keeps a head that nobody listened to from dividing by zero
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _KEY_BITS = tl.constexpr(63)
-# of a block: its largest share of the means, and of the shield's statistic
+# of a block: its largest share of what the second stage goes by, and the first
 SCORES = 2
 _SCORES = tl.constexpr(SCORES)
+
+
+@triton.jit
+def _by_statistics(entry, full, count, kind):
+    """Return what the second stage goes by, of one head's statistics."""
+    total = tl.load(entry + MASS_SUM, mask=full, other=0.0)
+    return tl.where(kind == SCORE_SUM, total, total / count)
+
+
+@triton.jit
+def _shield_of(entry, full, count, by_deviation):
+    """Return what the first stage shields by, of one head's statistics."""
+    if by_deviation:
+        mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
+        squares = tl.load(entry + MASS_SQUARES, mask=full, other=0.0) / count
+        shield = tl.sqrt(tl.maximum(squares - mean * mean, 0.0))
+    else:
+        shield = tl.load(entry + MASS_PEAK, mask=full, other=0.0)
+    return shield
+
+
+@triton.jit
+def _random_order(first_position, seed):
+    """Return whole float32 numbers below 2^24; see `policy.random_order`."""
+    x = first_position.to(tl.uint32) * 0x9E3779B1
+    x ^= seed.to(tl.uint32)
+    x ^= x >> 16
+    x *= 0x85EBCA6B
+    x ^= x >> 13
+    x *= 0xC2B2AE35
+    x ^= x >> 16
+    return (x >> 8).to(tl.float32)
+
+
+@triton.jit
+def _without_statistics(score, first_position, kind, seed):
+    """Return what the second stage goes by, of blocks: `score` unless it needs none."""
+    if kind == SCORE_NONE:
+        score = tl.zeros_like(score)
+    elif kind == SCORE_RANDOM:
+        score = _random_order(first_position, seed)
+    return score
 
 
 @triton.jit(do_not_specialize=["stride_table_row", "max_blocks", "layers_per_slice"])
@@ -44,6 +100,7 @@ def _score_kernel(
     live_table_ptr,  # [num_rows, live_width] int32
     evicted_before_ptr,  # [num_rows] int32
     evicted_after_ptr,  # [num_rows] int32
+    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
     scores_ptr,  # [num_rows, num_slices, SCORES, max_blocks] float32
     num_layers,
     layers_per_slice,
@@ -53,7 +110,6 @@ def _score_kernel(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
-    SHIELD_BY_PEAK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     layer_slice = tl.program_id(1)
@@ -62,13 +118,16 @@ def _score_kernel(
         return
 
     num_tokens = tl.load(seq_lens_ptr + row)
+    flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
+    kind = flags & SCORE_MASK
+    by_deviation = (flags & SHIELD_BY_DEVIATION) != 0
     index = tl.arange(0, BLOCKS)
     # shares are taken of all full live blocks, candidates or not
     full = index < num_tokens // BLOCK_SIZE - evicted
     block = tl.load(
         live_table_ptr + row * stride_table_row + index, mask=full, other=0
     ).to(tl.int64)
-    mean_score = tl.zeros([BLOCKS], tl.float32)
+    second_score = tl.zeros([BLOCKS], tl.float32)
     shield_score = tl.zeros([BLOCKS], tl.float32)
     first_layer = layer_slice * layers_per_slice
     last_layer = tl.minimum(first_layer + layers_per_slice, num_layers)
@@ -79,19 +138,15 @@ def _score_kernel(
         for head in tl.range(NUM_KV_HEADS):
             entry = statistics + block * stride_statistics_block + head * NUM_FIELDS
             count = tl.load(entry + NUM_QUERIES, mask=full, other=1.0)
-            mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
-            if SHIELD_BY_PEAK:
-                shield = tl.load(entry + MASS_PEAK, mask=full, other=0.0)
-            else:
-                squares = tl.load(entry + MASS_SQUARES, mask=full, other=0.0) / count
-                shield = tl.sqrt(tl.maximum(squares - mean * mean, 0.0))
-            mean_total = tl.maximum(tl.sum(mean, 0), _TINY)
+            score = _by_statistics(entry, full, count, kind)
+            shield = _shield_of(entry, full, count, by_deviation)
+            score_total = tl.maximum(tl.sum(score, 0), _TINY)
             shield_total = tl.maximum(tl.sum(shield, 0), _TINY)
-            mean_score = tl.maximum(mean_score, mean / mean_total)
+            second_score = tl.maximum(second_score, score / score_total)
             shield_score = tl.maximum(shield_score, shield / shield_total)
 
     slot = (row * tl.num_programs(1) + layer_slice) * _SCORES * max_blocks
-    tl.store(scores_ptr + slot + index, mean_score, mask=full)
+    tl.store(scores_ptr + slot + index, second_score, mask=full)
     tl.store(scores_ptr + slot + max_blocks + index, shield_score, mask=full)
 
 
@@ -145,6 +200,7 @@ def _select_kernel(
     live_table_ptr,  # [num_rows, live_width] int32
     evicted_before_ptr,  # [num_rows] int32
     evicted_after_ptr,  # [num_rows] int32
+    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
     moves_ptr,  # [num_rows, max_moves, 2] int32
     num_moves_ptr,  # [num_rows] int32
     moved_ptr,  # [1] int64
@@ -153,11 +209,7 @@ def _select_kernel(
     stride_statistics_block,
     max_blocks,
     max_moves,
-    shield_blocks,
-    sink,
-    recent,
     NUM_KV_HEADS: tl.constexpr,
-    BUDGET_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -169,9 +221,15 @@ def _select_kernel(
         return
 
     num_tokens = tl.load(seq_lens_ptr + row)
+    rows_ptr += row * NUM_ROW_FIELDS
+    resident = tl.load(rows_ptr + RESIDENT_BLOCKS)
+    sink = tl.load(rows_ptr + SINK)
+    recent = tl.load(rows_ptr + RECENT)
+    shield_blocks = tl.load(rows_ptr + SHIELD_BLOCKS)
+    kind = tl.load(rows_ptr + FLAGS) & SCORE_MASK
     table_ptr = live_table_ptr + row * stride_table_row
     index = tl.arange(0, BLOCKS)
-    candidate = index < BUDGET_BLOCKS + num_victims
+    candidate = index < resident + num_victims
     block = tl.load(table_ptr + index, mask=candidate, other=0).to(tl.int64)
     # every layer holds the same first position, behind its heads' statistics
     statistics = tl.load(first_statistics_ptr).to(tl.pointer_type(tl.float32))
@@ -179,11 +237,11 @@ def _select_kernel(
     first = tl.load(
         first_positions + block * stride_statistics_block, mask=candidate, other=0.0
     ).to(tl.int32)
-    mean = tl.zeros([BLOCKS], tl.float32)
+    score = tl.zeros([BLOCKS], tl.float32)
     shield = tl.zeros([BLOCKS], tl.float32)
     for layer_slice in tl.range(num_slices):
         slot = scores_ptr + (row * num_slices + layer_slice) * _SCORES * max_blocks
-        mean = tl.maximum(mean, tl.load(slot + index, mask=candidate, other=0.0))
+        score = tl.maximum(score, tl.load(slot + index, mask=candidate, other=0.0))
         shield = tl.maximum(
             shield, tl.load(slot + max_blocks + index, mask=candidate, other=0.0)
         )
@@ -195,18 +253,19 @@ def _select_kernel(
     exposed = in_reach & (
         shield_key <= _kth_smallest(shield_key, in_reach, num_exposed, _KEY_BITS)
     )
-    mean_key = _age_key(mean, first)
+    score = _without_statistics(score, first, kind, tl.load(rows_ptr + SEED))
+    score_key = _age_key(score, first)
     victim = exposed & (
-        mean_key <= _kth_smallest(mean_key, exposed, num_victims, _KEY_BITS)
+        score_key <= _kth_smallest(score_key, exposed, num_victims, _KEY_BITS)
     )
 
-    in_home = index < BUDGET_BLOCKS
+    is_resident = index < resident
     count = _write_moves(
         moves_ptr + row * max_moves * 2,
         table_ptr,
         index,
-        candidate & ~in_home & ~victim,
-        victim & in_home,
+        candidate & ~is_resident & ~victim,
+        victim & is_resident,
     )
     _store_moves(count, row, num_moves_ptr, moved_ptr)
 
@@ -216,31 +275,35 @@ def _recent_kernel(
     live_table_ptr,  # [num_rows, live_width] int32
     evicted_before_ptr,  # [num_rows] int32
     evicted_after_ptr,  # [num_rows] int32
+    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
     moves_ptr,  # [num_rows, max_moves, 2] int32
     num_moves_ptr,  # [num_rows] int32
     moved_ptr,  # [1] int64
     stride_table_row,
     max_moves,
-    BUDGET_BLOCKS: tl.constexpr,
-    SINK_BLOCKS: tl.constexpr,
-    RING_BLOCKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     MOVES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     before = tl.load(evicted_before_ptr + row)
     after = tl.load(evicted_after_ptr + row)
+    rows_ptr += row * NUM_ROW_FIELDS
+    resident = tl.load(rows_ptr + RESIDENT_BLOCKS)
+    sink_blocks = tl.cdiv(tl.load(rows_ptr + SINK), BLOCK_SIZE)
+    # without a ring nothing is ever due
+    ring = tl.maximum(resident - sink_blocks, 1)
     table_ptr = live_table_ptr + row * stride_table_row
     # the newest blocks that the ring behind the sinks holds, of those that are outgoing
-    first = tl.maximum(BUDGET_BLOCKS + before, SINK_BLOCKS + after)
-    count = tl.where(after > before, tl.maximum(BUDGET_BLOCKS + after - first, 0), 0)
+    first = tl.maximum(resident + before, sink_blocks + after)
+    count = tl.where(after > before, tl.maximum(resident + after - first, 0), 0)
     _store_moves(count, row, num_moves_ptr, moved_ptr)
     move = tl.arange(0, MOVES)
     due = move < count
     logical = first + move
-    resident = SINK_BLOCKS + (logical - SINK_BLOCKS) % RING_BLOCKS
+    place = sink_blocks + (logical - sink_blocks) % ring
     pair_ptr = moves_ptr + (row * max_moves + move) * 2
     source = tl.load(table_ptr + logical - before, mask=due, other=0)
-    target = tl.load(table_ptr + resident, mask=due, other=0)
+    target = tl.load(table_ptr + place, mask=due, other=0)
     tl.store(pair_ptr, source, mask=due)
     tl.store(pair_ptr + 1, target, mask=due)
 
@@ -269,18 +332,14 @@ def select_victims(
     live_table: torch.Tensor,
     evicted_before: torch.Tensor,
     evicted_after: torch.Tensor,
+    rows: torch.Tensor,
     scores: torch.Tensor,
     moves: torch.Tensor,
     num_moves: torch.Tensor,
     moved: torch.Tensor,
-    budget_blocks: int,
     block_size: int,
-    shield_by_peak: bool,
-    shield_blocks: int,
-    sink: int,
-    recent: int,
 ) -> None:
-    """Write the moves that end the step, for `policy="roco"`.
+    """Write the moves that end the step, for policies that measure.
 
     Args:
         first_statistics_of_layer: `[num_layers]` int64, see `first_statistics`.
@@ -291,6 +350,7 @@ def select_victims(
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         evicted_before: `[num_rows]` int32, `E` at the start of the step.
         evicted_after: `[num_rows]` int32, `E` at its end.
+        rows: `[num_rows, NUM_ROW_FIELDS]` int32, contiguous, how each row evicts.
         scores: `[num_rows, num_slices, SCORES, max_blocks]` float32 scratch,
             contiguous; `max_blocks` bounds a row's full live blocks, and the layers are
             shared out among the slices.
@@ -298,12 +358,7 @@ def select_victims(
             destination block of each move.
         num_moves: `[num_rows]` int32, output.
         moved: `[1]` int64, to which the moves are added.
-        budget_blocks: `B`, the resident blocks.
         block_size: Tokens per block.
-        shield_by_peak: Whether the peak shields, not the deviation.
-        shield_blocks: Blocks shielded, cut where too few victims would remain.
-        sink: First tokens that are never evicted.
-        recent: Newest tokens that are never evicted.
     """
     num_rows, num_slices, _, max_blocks = scores.shape
     num_layers = first_statistics_of_layer.shape[0]
@@ -315,6 +370,7 @@ def select_victims(
         live_table_ptr=live_table,
         evicted_before_ptr=evicted_before,
         evicted_after_ptr=evicted_after,
+        rows_ptr=rows,
         scores_ptr=scores,
         num_layers=num_layers,
         layers_per_slice=triton.cdiv(num_layers, num_slices),
@@ -324,7 +380,6 @@ def select_victims(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
-        SHIELD_BY_PEAK=shield_by_peak,
         num_warps=num_warps,
     )
     _select_kernel[(num_rows,)](
@@ -334,6 +389,7 @@ def select_victims(
         live_table_ptr=live_table,
         evicted_before_ptr=evicted_before,
         evicted_after_ptr=evicted_after,
+        rows_ptr=rows,
         moves_ptr=moves,
         num_moves_ptr=num_moves,
         moved_ptr=moved,
@@ -342,11 +398,7 @@ def select_victims(
         stride_statistics_block=stride_statistics_block,
         max_blocks=max_blocks,
         max_moves=moves.shape[1],
-        shield_blocks=shield_blocks,
-        sink=sink,
-        recent=recent,
         NUM_KV_HEADS=num_kv_heads,
-        BUDGET_BLOCKS=budget_blocks,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
         num_warps=num_warps,
@@ -358,11 +410,11 @@ def select_oldest(
     live_table: torch.Tensor,
     evicted_before: torch.Tensor,
     evicted_after: torch.Tensor,
+    rows: torch.Tensor,
     moves: torch.Tensor,
     num_moves: torch.Tensor,
     moved: torch.Tensor,
-    budget_blocks: int,
-    sink_blocks: int,
+    block_size: int,
 ) -> None:
     """Write the moves that end the step, for `policy="recent"`.
 
@@ -370,27 +422,25 @@ def select_oldest(
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         evicted_before: `[num_rows]` int32, `E` at the start of the step.
         evicted_after: `[num_rows]` int32, `E` at its end.
+        rows: `[num_rows, NUM_ROW_FIELDS]` int32, contiguous, how each row evicts.
         moves: `[num_rows, max_moves, 2]` int32, contiguous, output: source and
             destination block of each move.
         num_moves: `[num_rows]` int32, output.
         moved: `[1]` int64, to which the moves are added.
-        budget_blocks: `B`, the resident blocks.
-        sink_blocks: First blocks that are never evicted, at most `B`.
+        block_size: Tokens per block.
     """
     num_rows, max_moves, _ = moves.shape
     _recent_kernel[(num_rows,)](
         live_table_ptr=live_table,
         evicted_before_ptr=evicted_before,
         evicted_after_ptr=evicted_after,
+        rows_ptr=rows,
         moves_ptr=moves,
         num_moves_ptr=num_moves,
         moved_ptr=moved,
         stride_table_row=live_table.stride(0),
         max_moves=max_moves,
-        BUDGET_BLOCKS=budget_blocks,
-        SINK_BLOCKS=sink_blocks,
-        # without a ring nothing is ever due
-        RING_BLOCKS=max(1, budget_blocks - sink_blocks),
+        BLOCK_SIZE=block_size,
         MOVES=triton.next_power_of_2(max_moves),
         num_warps=1,
     )

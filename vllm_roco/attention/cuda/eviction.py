@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_roco.attention.bound_caches import WhileBound
-from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.kv_cache.page import PageShape, statistics_view
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.scratch import carve, total
@@ -86,7 +85,7 @@ class EvictionScratchSize:
         *,
         rows: int,
         live_blocks: int,
-        budget_blocks: int,
+        resident_blocks: int,
         num_layers: int,
         measure: bool,
     ) -> EvictionScratchSize:
@@ -94,8 +93,8 @@ class EvictionScratchSize:
 
         Args:
             rows: Most rows of a step, padding included.
-            live_blocks: Most live blocks of a row.
-            budget_blocks: `B`, the resident blocks.
+            live_blocks: Most live blocks of a row that may evict.
+            resident_blocks: Most resident blocks of one.
             num_layers: Layers of the group.
             measure: Whether statistics are kept.
         """
@@ -103,7 +102,7 @@ class EvictionScratchSize:
         return cls(
             scores=(rows, slices, SCORES, live_blocks),
             # every move goes over a resident block
-            moves=(rows, budget_blocks, 2),
+            moves=(rows, resident_blocks, 2),
         )
 
     @property
@@ -123,7 +122,7 @@ class EvictionScratch:
 
     Attributes:
         scores: `[rows, slices, SCORES, live_blocks]` float32, see `select_victims`.
-        moves: `[rows, budget_blocks, 2]` int32, source and destination block.
+        moves: `[rows, resident_blocks, 2]` int32, source and destination block.
         num_moves: `[rows]` int32.
     """
 
@@ -153,7 +152,6 @@ class CudaEviction:
     Args:
         layers: The layers of the group.
         spec: Their KV cache spec.
-        config: The options.
         scratch: What its kernels may overwrite; nobody else does while they run.
     """
 
@@ -161,18 +159,11 @@ class CudaEviction:
         self,
         layers: LayerGroup,
         spec: RocoSpec,
-        config: RocoConfig,
         scratch: EvictionScratch,
     ) -> None:
-        schedule = spec.schedule
-
         self._layers = layers
-        self._config = config
         self._num_kv_heads = spec.num_kv_heads
         self._block_size = spec.block_size
-        self._budget_blocks = schedule.budget_blocks
-        self._shield_blocks = int(config.shield_ratio * schedule.budget_blocks)
-        self._sink_blocks = blocks_of(config.sink, spec.block_size)
         self._scratch = scratch
         self._moved = torch.zeros(1, dtype=torch.int64, device=scratch.moves.device)
         self._addresses = WhileBound(partial(CacheAddresses.of, shape=spec.page_shape))
@@ -203,11 +194,11 @@ class CudaEviction:
                 live_table=step.live_table,
                 evicted_before=step.evicted_before,
                 evicted_after=step.evicted_after,
+                rows=step.eviction_rows,
                 moves=moves,
                 num_moves=num_moves,
                 moved=self._moved,
-                budget_blocks=self._budget_blocks,
-                sink_blocks=self._sink_blocks,
+                block_size=self._block_size,
             )
         else:
             select_victims(
@@ -218,16 +209,12 @@ class CudaEviction:
                 live_table=step.live_table,
                 evicted_before=step.evicted_before,
                 evicted_after=step.evicted_after,
+                rows=step.eviction_rows,
                 scores=self._scratch.scores[:num_rows],
                 moves=moves,
                 num_moves=num_moves,
                 moved=self._moved,
-                budget_blocks=self._budget_blocks,
                 block_size=self._block_size,
-                shield_by_peak=self._config.shield == "peak",
-                shield_blocks=self._shield_blocks,
-                sink=self._config.sink,
-                recent=self._config.recent,
             )
         move_blocks(
             first_page_of_layer=caches.first_page,

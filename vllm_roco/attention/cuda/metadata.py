@@ -24,8 +24,10 @@ from vllm_roco.attention.cuda.eviction import CudaEviction, EvictionScratch
 from vllm_roco.attention.cuda.step_bounds import StepBounds
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.attention.cuda.step_memory import HasStepMemory, claim
+from vllm_roco.attention.cuda.uploaded_rows import UploadedRows
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
+from vllm_roco.attention.request_rows import request_rows
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_mass import PrefillPlan, plan_prefill
@@ -63,6 +65,7 @@ class Prefills:
         query_start_loc: `[num_rows + 1]` int32, counted from `first_token`.
         max_query_len: Their longest query.
         max_live_tokens: Bound of the tokens attended.
+        max_measured_tokens: The same for rows that are measured.
         plan: How the kernel that measures them is laid out.
     """
 
@@ -72,6 +75,7 @@ class Prefills:
     query_start_loc: torch.Tensor
     max_query_len: int
     max_live_tokens: int
+    max_measured_tokens: int
     plan: PrefillPlan
 
 
@@ -115,7 +119,10 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         spec = roco_spec(kv_cache_spec)
         layers = LayerGroup(layer_names, vllm_config)
         config = validated_config(vllm_config)
-        self._schedule = spec.schedule
+        self._block_size = spec.block_size
+        # of prompts, before a step's own tokens
+        self._max_kept_tokens = config.max_budget + config.stride - 1
+        self._allow_full = config.allow_full
         bounds = StepBounds.of(
             spec,
             vllm_config,
@@ -128,6 +135,10 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             bounds,
             device,
             hardware,
+        )
+        self._request_rows = request_rows(vllm_config, spec.block_size)
+        self._uploaded_rows = UploadedRows(
+            self._buffers.eviction_rows, self._request_rows.default
         )
         self._prefill_plan = plan_prefill(
             head_size=spec.head_size,
@@ -142,7 +153,6 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         self._eviction = CudaEviction(
             layers,
             spec,
-            config,
             # attention is done with the scratch when eviction begins
             EvictionScratch.over(scratch, bounds.eviction_scratch),
         )
@@ -163,14 +173,14 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         if self._moved_blocks is not None:
             self._moved_blocks.poll()
         common = common_attn_metadata
-        schedule = self._schedule
+        self._uploaded_rows.set(self._request_rows.of_step(common))
         num_rows = common.num_reqs
         step = self._buffers.rows(0, num_rows)
         step.fill(
             common.block_table_tensor,
             common.seq_lens,
             common.query_start_loc,
-            schedule,
+            self._block_size,
         )
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common)
@@ -184,14 +194,16 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             )
         if num_prefills:
             start = common.query_start_loc[num_decodes : num_rows + 1]
-            longest = schedule.max_live_tokens() + common.max_query_len
+            longest = self._max_kept_tokens + common.max_query_len
+            measured = min(common.max_seq_len, longest)
             prefills = Prefills(
                 first_token=num_decode_tokens,
                 num_tokens=num_prefill_tokens,
                 step=step.rows(num_decodes, num_rows),
                 query_start_loc=start - num_decode_tokens if num_decodes else start,
                 max_query_len=common.max_query_len,
-                max_live_tokens=min(common.max_seq_len, longest),
+                max_live_tokens=common.max_seq_len if self._allow_full else measured,
+                max_measured_tokens=measured,
                 plan=self._prefill_plan,
             )
         return RocoCudaMetadata(

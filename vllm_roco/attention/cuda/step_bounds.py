@@ -16,6 +16,7 @@ from vllm_roco.attention.cuda.eviction import EvictionScratchSize
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.config import blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratchSize, plan_decode
+from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,9 +32,12 @@ class StepBounds:
     Attributes:
         rows: Most rows, padding included.
         live_tokens: Most tokens that a row attends over.
-        decode_tokens: Most tokens that a row with one query attends over.
+        evicting_tokens: Most that a row attends over from which blocks may go.
+        measured_tokens: Most that a row with one query attends over and measures.
+        decode_tokens: Most that a row with one query attends over by the server's own
+            budget.
         block_size: Tokens per block.
-        budget_blocks: `B`, the resident blocks.
+        resident_blocks: Most resident blocks of a row that evicts.
         measures: Whether statistics are kept.
         num_layers: Layers of the group.
         num_q_heads: Query heads of a layer on this rank.
@@ -44,9 +48,11 @@ class StepBounds:
 
     rows: int
     live_tokens: int
+    evicting_tokens: int
+    measured_tokens: int
     decode_tokens: int
     block_size: int
-    budget_blocks: int
+    resident_blocks: int
     measures: bool
     num_layers: int
     num_q_heads: int
@@ -74,17 +80,20 @@ class StepBounds:
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_model_len = vllm_config.model_config.max_model_len
-        after_a_step = spec.schedule.max_live_tokens()
+        config = validated_config(vllm_config)
+        # what a step leaves of a request with the largest budget of its own
+        after_a_step = config.max_budget + config.stride - 1
+        # the warm-up does not go through the scheduler, so a chunk is no bound here
+        evicting = min(max_model_len, after_a_step + scheduler.max_num_batched_tokens)
         return cls(
             rows=max(scheduler.max_num_seqs, captured),
-            # the warm-up does not go through the scheduler, so a chunk is no bound here
-            live_tokens=min(
-                max_model_len, after_a_step + scheduler.max_num_batched_tokens
-            ),
+            live_tokens=max_model_len if config.allow_full else evicting,
+            evicting_tokens=evicting,
             # a decode starts from what a step leaves and adds one token
-            decode_tokens=min(max_model_len, after_a_step + 1),
+            measured_tokens=min(max_model_len, after_a_step + 1),
+            decode_tokens=min(max_model_len, spec.schedule.max_live_tokens() + 1),
             block_size=spec.block_size,
-            budget_blocks=spec.schedule.budget_blocks,
+            resident_blocks=config.max_budget // spec.block_size,
             measures=spec.has_statistics,
             num_layers=num_layers,
             num_q_heads=num_q_heads,
@@ -119,7 +128,7 @@ class StepBounds:
             num_q_heads=self.num_q_heads,
             head_size=self.head_size,
             block_size=self.block_size,
-            max_live_tokens=self.decode_tokens,
+            max_live_tokens=self.measured_tokens,
             measure=self.measures,
         )
 
@@ -128,8 +137,8 @@ class StepBounds:
         """What eviction leaves from one kernel to the next."""
         return EvictionScratchSize.of(
             rows=self.rows,
-            live_blocks=self.live_blocks,
-            budget_blocks=self.budget_blocks,
+            live_blocks=blocks_of(self.evicting_tokens, self.block_size),
+            resident_blocks=self.resident_blocks,
             num_layers=self.num_layers,
             measure=self.measures,
         )

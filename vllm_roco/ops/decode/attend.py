@@ -58,6 +58,7 @@ def attend_kernel(
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
+    measured_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
     statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     output_ptr,  # [num_rows, num_q_heads, head_size]
@@ -127,6 +128,8 @@ def attend_kernel(
     max_sums = max_pieces + max_tiles
     partial_sums_ptr += (row * num_kv_heads + kv_head) * max_sums * GROUP
     maxima_ptr = partial_sums_ptr + max_pieces * GROUP
+    if MEASURE:
+        measured = tl.load(measured_lens_ptr + row)
     if MEASURE and not SPLIT:
         # whoever sees every key updates the statistics itself: what it will add to is
         # on its way while it attends
@@ -137,7 +140,7 @@ def attend_kernel(
             kv_head,
             table_ptr,
             index,
-            length,
+            measured,
             BLOCK_SIZE,
         )
 
@@ -186,9 +189,13 @@ def attend_kernel(
             tl.store(
                 partial_sums_ptr + number[None, :] * GROUP + group[:, None],
                 piece_sum,
-                mask=(group < GROUP)[:, None] & (number * PIECE < length)[None, :],
+                mask=(group < GROUP)[:, None] & (number * PIECE < measured)[None, :],
             )
-            tl.store(maxima_ptr + tile * GROUP + group, new_max, mask=group < GROUP)
+            tl.store(
+                maxima_ptr + tile * GROUP + group,
+                new_max,
+                mask=(group < GROUP) & (tile * TILE < measured),
+            )
 
         values = tl.load(
             content_ptr + HEAD_SIZE,
@@ -243,7 +250,7 @@ def attend_kernel(
             TILE,
             1,
         )
-        num_blocks = tl.cdiv(length, BLOCK_SIZE)
+        num_blocks = tl.cdiv(measured, BLOCK_SIZE)
         for first_index in range(0, num_blocks, UPDATED_BLOCKS):
             update_statistics(
                 partial_sums_ptr,
@@ -256,7 +263,7 @@ def attend_kernel(
                 live_block,
                 before,
                 index,
-                length,
+                measured,
                 evicted,
                 GROUP,
                 GROUP_PADDED,
@@ -271,6 +278,6 @@ def attend_kernel(
                 kv_head,
                 table_ptr,
                 index,
-                length,
+                measured,
                 BLOCK_SIZE,
             )

@@ -47,6 +47,7 @@ def decode_attention(
     kv_cache: torch.Tensor,
     live_table: torch.Tensor,
     live_lens: torch.Tensor,
+    measured_lens: torch.Tensor,
     evicted_before: torch.Tensor,
     statistics: torch.Tensor | None,
     output: torch.Tensor,
@@ -66,6 +67,8 @@ def decode_attention(
             last dimension contiguous, every other stride as it comes.
         live_table: `[>= num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[>= num_rows]` int32, this step's token included.
+        measured_lens: `[>= num_rows]` int32, the same, or 0 for rows that are not
+            measured. These may be longer than the scratch has room for.
         evicted_before: `[>= num_rows]` int32, `E` at the start of the step.
         statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, the pages' as
             `kv_cache.page.statistics_view` shows them, updated in place; so are the
@@ -101,6 +104,7 @@ def decode_attention(
         kv_cache_ptr=kv_cache,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
+        measured_lens_ptr=measured_lens,
         evicted_before_ptr=evicted_before,
         statistics_ptr=statistics_or_nothing,
         output_ptr=output,
@@ -149,6 +153,7 @@ def decode_attention(
         partial_sums_ptr=scratch.partial_sums,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
+        measured_lens_ptr=measured_lens,
         evicted_before_ptr=evicted_before,
         statistics_ptr=statistics_or_nothing,
         output_ptr=output,

@@ -63,6 +63,7 @@ def combine_kernel(
     partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
+    measured_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
     statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     output_ptr,  # [num_rows, num_q_heads, head_size]
@@ -109,7 +110,8 @@ def combine_kernel(
         )
     else:
         first_index = (part - GROUP) * COMBINE_BLOCKS
-        if first_index * BLOCK_SIZE < length:
+        measured = tl.load(measured_lens_ptr + row)
+        if first_index * BLOCK_SIZE < measured:
             # the first kernel leaves the statistics alone, so they may be read early
             index = first_index + tl.arange(0, COMBINE_BLOCKS)
             evicted = tl.load(evicted_before_ptr + row)

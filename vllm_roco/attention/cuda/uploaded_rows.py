@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows of a step's requests on the device, brought there when they change."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_roco.eviction_row import EvictionRow
+
+
+class UploadedRows:
+    """Keeps a buffer, which captured graphs read, as the step needs it.
+
+    A server whose requests bring no options uploads nothing.
+
+    Args:
+        buffer: `[max_rows, NUM_ROW_FIELDS]` int32 on the device. Behind a step's rows
+            it may hold those of former ones.
+        default: The row of requests that bring no options.
+    """
+
+    def __init__(self, buffer: torch.Tensor, default: EvictionRow) -> None:
+        self._buffer = buffer
+        row = torch.tensor(default, dtype=torch.int32, device=buffer.device)
+        self._default = row.expand_as(buffer).contiguous()
+        buffer.copy_(self._default)
+        # what the buffer begins with; None while all of it is the default
+        self._rows: torch.Tensor | None = None
+
+    def set(self, rows: torch.Tensor | None) -> None:
+        """Bring a step's rows to the device, in the order of its stream.
+
+        Args:
+            rows: `[num_rows, NUM_ROW_FIELDS]` int32 on the host, which nobody changes
+                any more; None if all are the default.
+        """
+        if rows is None:
+            if self._rows is not None:
+                self._buffer.copy_(self._default)
+        elif self._rows is None or not torch.equal(self._rows, rows):
+            # pinned memory is reused when the copy from it is done, not before
+            staged = rows.pin_memory() if self._buffer.is_cuda else rows
+            self._buffer[: len(rows)].copy_(staged, non_blocking=True)
+        self._rows = rows
