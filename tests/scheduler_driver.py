@@ -158,7 +158,7 @@ class Driver:
         (manager,) = self.scheduler.roco_managers
         assert isinstance(manager, RocoManager)
         self.manager = manager
-        self.worker = PagedWorker(manager.schedule, setup.chunk)
+        self.worker = PagedWorker(manager.plans.default.schedule, setup.chunk)
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, EngineCoreOutput] = {}
         self.num_steps = 0
@@ -290,7 +290,7 @@ class Driver:
 
     def check(self) -> None:
         """Assert what must hold at any time."""
-        manager, schedule = self.manager, self.manager.schedule
+        manager, schedule = self.manager, self.manager.plans.default.schedule
         check_integrity(manager)
         bound = self.setup.spec().max_blocks_per_sequence
         held: set[int] = set()

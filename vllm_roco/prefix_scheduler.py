@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.prefix_cache import PrefixCache
-from vllm_roco.refusing_scheduler import RefusingScheduler
+from vllm_roco.planning_scheduler import PlanningScheduler
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,7 +24,7 @@ vLLM takes each out of its queue and puts it back.
 """
 
 
-class PrefixScheduler(RefusingScheduler):
+class PrefixScheduler(PlanningScheduler):
     """Lets requests begin behind prefixes; arguments as in the base class.
 
     Attributes:
@@ -46,16 +45,14 @@ class PrefixScheduler(RefusingScheduler):
         self._num_left_waiting = 0
         managers = self.kv_cache_manager.coordinator.single_type_managers
         if self.kv_cache_manager.enable_caching and len(managers) == 1:
-            (manager,) = managers
-            if isinstance(manager, RocoManager):
-                self._manager = manager
-                self.prefix_cache = PrefixCache(
-                    manager.block_pool,
-                    manager.kv_cache_group_id,
-                    manager.schedule,
-                    manager.chunk,
-                )
-                manager.share_prefixes(self.prefix_cache)
+            (self._manager,) = self.roco_managers
+            self.prefix_cache = PrefixCache(
+                self._manager.block_pool,
+                self._manager.kv_cache_group_id,
+                self._manager.block_size,
+                self.request_plans,
+            )
+            self._manager.share_prefixes(self.prefix_cache)
 
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""
@@ -69,7 +66,11 @@ class PrefixScheduler(RefusingScheduler):
     def add_request(self, request: Request) -> None:
         """Take a request, and note where its prompt parts from others'."""
         super().add_request(request)
-        if self.prefix_cache is not None and _can_share(request):
+        if (
+            self.prefix_cache is not None
+            and _can_share(request)
+            and not request.is_finished()
+        ):
             self.prefix_cache.enter(request)
 
     @override
@@ -121,7 +122,7 @@ class PrefixScheduler(RefusingScheduler):
             hit is not None
             # nothing runs that would ever make room for hit and copy together
             and not self.running
-            and not self._manager.has_room_for(request.num_tokens, hit)
+            and not self._manager.has_room_for(request, hit)
         ):
             cache.withdraw(request)
             hit = None

@@ -39,8 +39,8 @@ class RefusingScheduler(Scheduler):
             # vLLM ends a stream with a request, which would be generated for nobody
             self._refused_streams.discard(request_id)
             return
+        trouble = self._trouble_with(request)
         super().add_request(request)
-        trouble = trouble_with(request)
         if trouble is None:
             return
         if request_id not in self._refused_streams:
@@ -49,6 +49,10 @@ class RefusingScheduler(Scheduler):
         if request.resumable:
             self._refused_streams.add(request_id)
         self._refused.append(request)
+
+    def _trouble_with(self, request: Request) -> str | None:
+        """Return why a request that is about to be taken cannot be served, or None."""
+        return trouble_with(request)
 
     @override
     def finish_requests(

@@ -15,10 +15,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
-from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.observability.observer import Observer
 from vllm_roco.prefix_scheduler import PrefixScheduler
-from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,8 +37,6 @@ class RocoSchedulerMixin(PrefixScheduler):
 
     Attributes:
         ends_roco_chunks: Tells the start-up check that a class has this mixin.
-        roco_config: The options.
-        roco_managers: The block managers of the RoCo groups.
     """
 
     ends_roco_chunks = True
@@ -52,23 +49,8 @@ class RocoSchedulerMixin(PrefixScheduler):
         **kwargs: Any,
     ) -> None:
         super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
-        self.roco_config = validated_config(vllm_config)
-        self.roco_managers = [
-            manager
-            for manager in self.kv_cache_manager.coordinator.single_type_managers
-            if isinstance(manager, RocoManager)
-        ]
-        if not self.roco_managers:
-            raise ValueError(
-                f"roco: scheduler_cls = {type(self).__qualname__} serves layers of the "
-                "ROCO attention backend, but no layer uses it. Add "
-                "--attention-backend roco, or leave --scheduler-cls out."
-            )
-        for manager in self.roco_managers:
-            # vLLM may have enlarged the blocks since the options were checked
-            self.roco_config.check_block_size(manager.block_size)
-            manager.scheduler_ends_chunks = True
-        self._eviction_schedule = self.roco_managers[0].schedule
+        # a running prompt waits for tokens that others left too few of
+        self._is_held_back = False
         self._observer = Observer(
             vllm_config, self.roco_config.budget, self.roco_config.trace
         )
@@ -87,6 +69,9 @@ class RocoSchedulerMixin(PrefixScheduler):
         each step. So a waiting request is refused memory instead, which ends that loop
         on all of them.
         """
+        is_running = request.status == RequestStatus.RUNNING
+        if self._is_held_back and not is_running:
+            return self._refuse_memory(request, num_new_tokens)
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + 1 >= known:
             # a decode is never held back, and has no prefill to look ahead in
@@ -94,12 +79,13 @@ class RocoSchedulerMixin(PrefixScheduler):
         num_new_tokens = super()._reserve_prefill_lookahead(
             request, num_computed_tokens, num_new_tokens
         )
+        plan = self.request_plans.of(request.request_id)
         least, most = next_step_ends(
             num_computed_tokens,
             request.num_prompt_tokens,
             request.num_tokens,
-            self.roco_config.chunk,
-            self._eviction_schedule,
+            plan.chunk,
+            plan.schedule,
         )
         most = self._end_of_step(request, num_computed_tokens, most)
         allowed = min(num_new_tokens, most - num_computed_tokens)
@@ -108,8 +94,13 @@ class RocoSchedulerMixin(PrefixScheduler):
             return allowed
         if allowed >= least - num_computed_tokens:
             return max(0, allowed)
-        if request.status == RequestStatus.RUNNING:
+        if is_running:
+            # others leave room for the chunk of the server's default, no larger one
+            self._is_held_back |= plan.chunk > self.request_plans.default.chunk
             return 0
+        return self._refuse_memory(request, num_new_tokens)
+
+    def _refuse_memory(self, request: Request, num_new_tokens: int) -> int:
         for manager in self.roco_managers:
             manager.refuse(request.request_id)
         return num_new_tokens
@@ -117,6 +108,7 @@ class RocoSchedulerMixin(PrefixScheduler):
     @override
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
+        self._is_held_back = False
         output = super().schedule(*args, **kwargs)
         self._publish()
         self._publish_prefixes()
@@ -150,7 +142,7 @@ class RocoSchedulerMixin(PrefixScheduler):
         most = max(manager.held.largest for manager in self.roco_managers)
         self._observer.publish(
             sum(manager.num_freed_blocks for manager in self.roco_managers),
-            most * self._eviction_schedule.block_size,
+            most * self.roco_managers[0].block_size,
         )
 
     def _publish_prefixes(self) -> None:
@@ -195,17 +187,37 @@ def _begun_in(output: SchedulerOutput) -> dict[str, int]:
 
 def describe(scheduler: RocoSchedulerMixin) -> str:
     """Return the one line that the engine logs at its start."""
-    config, manager = scheduler.roco_config, scheduler.roco_managers[0]
-    schedule = manager.schedule
+    config, plan = scheduler.roco_config, scheduler.request_plans.default
+    size = plan.schedule.block_size
     policy = config.policy
     if config.measures:
         policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
-    most = manager.max_blocks_per_sequence * schedule.block_size
+    limits = ""
+    if config.mode != "both":
+        limits += f", mode {config.mode}"
+    if config.max_budget != config.budget:
+        limits += f", max_budget {config.max_budget}"
+    if config.allow_full:
+        limits += ", allow_full"
     return (
         f"RoCo: policy {policy}, budget {config.budget} tokens per sequence, stride "
-        f"{config.stride}, chunk {config.chunk}, block size {schedule.block_size}. A "
-        f"sequence attends over at most {schedule.max_live_tokens()} tokens after a "
-        f"step and holds at most {most} tokens of KV cache. Prefix caching: "
-        f"{scheduler.describe_prefix_caching()}. Switched off: speculative decoding, "
-        "KV connectors."
+        f"{config.stride}, chunk {config.chunk}, block size {size}{limits}. A sequence "
+        f"{_bounds(scheduler)}. Prefix caching: {scheduler.describe_prefix_caching()}. "
+        "Switched off: speculative decoding, KV connectors."
+    )
+
+
+def _bounds(scheduler: RocoSchedulerMixin) -> str:
+    config, plan = scheduler.roco_config, scheduler.request_plans.default
+    held = plan.max_blocks * plan.schedule.block_size
+    if config.mode in UNBOUNDED_MODES:
+        return f"keeps what it generates, and holds at most {held} tokens of KV cache"
+    attended = plan.schedule.max_live_tokens()
+    if config.mode == "generation":
+        # the default plan is that of the shortest prompt
+        longer = config.max_budget - plan.schedule.budget
+        attended, held = attended + longer, held + longer
+    return (
+        f"attends over at most {attended} tokens after a step and holds at most "
+        f"{held} tokens of KV cache"
     )

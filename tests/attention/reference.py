@@ -12,6 +12,7 @@ from statistics import fmean
 
 import torch
 
+from tests.oracle.victims import block_number
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 
@@ -137,6 +138,14 @@ class DenseSequence:
         ]
         if self._config.policy == "recent":
             return set(sorted(exposed)[:count])
+        if self._config.policy == "h2o":
+            total = self._largest_share(sum)
+            return set(sorted(exposed, key=lambda block: (total[block], block))[:count])
+        if self._config.policy == "random":
+            by_number = sorted(
+                exposed, key=lambda block: block_number(block * size, seed=0)
+            )
+            return set(by_number[:count])
         shielded = min(
             int(self._config.shield_ratio * self._schedule.budget_blocks),
             len(exposed) - count,

@@ -80,7 +80,7 @@ def _recorded_pages(engine: Engine) -> Iterator[dict[str, tuple[bytes, bool]]]:
         if row and request is not None and request.is_finished():
             # the last token was never computed
             full = (request.num_tokens - 1) // manager.block_size
-            resident = manager.schedule.budget_blocks
+            resident = manager.plans.default.schedule.budget_blocks
             live = [block.block_id for block in row[:full] if not block.is_null]
             assert len(live) >= min(full, resident)
             was_preempted = request.num_preemptions > 0

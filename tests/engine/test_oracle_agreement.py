@@ -29,6 +29,8 @@ RANDOM_MODEL = {
     "peak": options(),
     "deviation": options(shield="deviation", shield_ratio=0.3, budget=96, stride=16),
     "recent": options(policy="recent", stride=48),
+    "h2o": options(policy="h2o"),
+    "random": options(policy="random"),
     "mean-alone": options(shield_ratio=0),
     "shield-alone": options(shield_ratio=1, budget=80, sink=0, recent=0),
     "whole-prompt-in-one-step": options(chunk=256),

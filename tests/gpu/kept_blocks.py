@@ -55,7 +55,7 @@ def recorded_kept_blocks(engine: Engine) -> Iterator[KeptBlocks]:
 
 
 def _record(engine: Engine, metadata: RocoCudaMetadata, kept: KeptBlocks) -> None:
-    schedule = engine.manager.schedule
+    schedule = engine.manager.plans.default.schedule
     step = metadata.step
     rows = zip(
         step.live_table[:, : schedule.budget_blocks].tolist(),

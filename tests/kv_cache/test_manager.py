@@ -56,7 +56,7 @@ def test_the_gap_is_where_the_schedule_says(step: int) -> None:
     for _ in range(400 // step + 4):
         processed = sequence.num_computed_tokens
         assert run(cache, sequence, step)
-        evicted = manager.schedule.evicted_blocks(processed)
+        evicted = manager.plans.default.schedule.evicted_blocks(processed)
         assert null_places(manager) == list(
             range(BUDGET_BLOCKS, BUDGET_BLOCKS + evicted)
         )
@@ -236,7 +236,7 @@ def test_what_an_admitted_prompt_will_take_is_foreseen(num_tokens: int) -> None:
     cache = cache_manager(one_group(roco_spec(), NUM_BLOCKS))
     manager = roco_manager(cache)
     reading = request("a", num_tokens)
-    most = min(num_tokens // BLOCK, manager.max_blocks_per_sequence)
+    most = min(num_tokens // BLOCK, manager.plans.default.max_blocks)
     assert cache.allocate_slots(reading, BLOCK, full_sequence_must_fit=True) is not None
     assert manager.foreseen_blocks() == most - 1
     for _ in range(num_tokens // BLOCK - 1):
@@ -276,7 +276,7 @@ def test_more_than_the_bound_is_never_held() -> None:
     """With the chunk hook unheard, 225 blocks were held against 15 that vLLM had
     planned with, and nobody noticed."""
     cache = cache_manager(one_group(roco_spec(), NUM_BLOCKS))
-    most = roco_manager(cache).max_blocks_per_sequence
+    most = roco_manager(cache).plans.default.max_blocks
     assert run(cache, request("a"), most * BLOCK)
     with pytest.raises(RuntimeError, match=f"hold {most + 1} blocks.*vllm_roco.verify"):
         run(cache, request("b"), most * BLOCK + 1)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Literal, get_args
 
-Policy = Literal["roco", "recent"]
+Policy = Literal["roco", "h2o", "random", "recent"]
 Shield = Literal["peak", "deviation"]
 
 
@@ -17,12 +17,13 @@ Shield = Literal["peak", "deviation"]
 class Options:
     """What one simulated run keeps, and how fast it reads.
 
-    Nothing has a default: a test states every value it depends on, so a changed
-    default of the code under test cannot drift away from the oracle unnoticed.
+    What a server has a default for has none here: a test states every value it depends
+    on, so a changed default of the code under test cannot drift away unnoticed.
 
     Attributes:
-        policy: "roco" (statistics) or "recent" (the oldest blocks go).
-        shield: The statistic of RoCo's first stage; unused by "recent".
+        policy: "roco" (statistics), "h2o" (who received the least mass in sum goes),
+            "random" (a number of each block's own decides) or "recent" (the oldest go).
+        shield: The statistic of RoCo's first stage; unused by the others.
         shield_ratio: Share of the budget's blocks that is shielded, 0 to 1.
         budget: Tokens kept, a multiple of `block_size`.
         stride: Tokens evicted at a time, a multiple of `block_size`.
@@ -30,6 +31,8 @@ class Options:
         sink: First tokens that are never evicted.
         recent: Newest tokens that are never evicted.
         block_size: Tokens per block.
+        evicts_until: Length from which on nothing more goes; None for no such length.
+        seed: Of "random".
 
     Raises:
         ValueError: A value is out of its range, or sink and recent leave no room.
@@ -44,6 +47,8 @@ class Options:
     sink: int
     recent: int
     block_size: int
+    evicts_until: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         _require(
@@ -85,6 +90,8 @@ class Options:
 
     def evicted_blocks(self, num_computed_tokens: int) -> int:
         """Counts the blocks that are gone once so many tokens are computed (E(n))."""
+        if self.evicts_until is not None:
+            num_computed_tokens = min(num_computed_tokens, self.evicts_until)
         full_blocks = num_computed_tokens // self.block_size
         strides = max(0, (full_blocks - self.budget_blocks) // self.stride_blocks)
         return self.stride_blocks * strides

@@ -32,6 +32,15 @@ def test_evicted_blocks(num_computed_tokens: int, expected: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("until", "expected"), [(0, 0), (31, 0), (32, 2), (41, 4), (200, 18)]
+)
+def test_nothing_more_goes_from_a_length_on(until: int, expected: int) -> None:
+    options = dataclasses.replace(SMALL, evicts_until=until)
+    assert options.evicted_blocks(100) == expected
+    assert options.evicted_blocks(30) == 0
+
+
+@pytest.mark.parametrize(
     ("num_prompt_tokens", "max_new_tokens", "expected"),
     [
         (50, 3, [(0, 20), (20, 40), (40, 50), (50, 51), (51, 52)]),
@@ -51,7 +60,7 @@ def test_steps(
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("policy", "h2o", "policy is 'h2o'"),
+        ("policy", "lru", "policy is 'lru'"),
         ("shield", "mean", "shield is 'mean'"),
         ("shield_ratio", 1.5, "shield_ratio is 1.5"),
         ("budget", 26, "budget is 26; allowed: a positive multiple of"),

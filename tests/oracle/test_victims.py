@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from tests.oracle import Options
-from tests.oracle.victims import Block, choose_victims, find_candidates, score_blocks
+from tests.oracle.victims import (
+    Block,
+    block_number,
+    choose_victims,
+    find_candidates,
+    score_blocks,
+)
 
 # 5 resident blocks and 1 outgoing; the shield holds floor(0.5 * 5) = 2 blocks
 HAND = Options(
@@ -54,6 +60,8 @@ class TestScores:
         assert [block.mean for block in blocks] == pytest.approx([2 / 3, 3 / 4])
         assert [block.deviation for block in blocks] == pytest.approx([2 / 3, 1])
         assert [block.peak for block in blocks] == pytest.approx([3 / 5, 8 / 9])
+        # sums: head 0 has 2 and 1/2, head 1 has 1 and 3/2
+        assert [block.total for block in blocks] == pytest.approx([4 / 5, 3 / 5])
 
     def test_a_head_without_deviation_says_nothing(self) -> None:
         blocks = score_blocks(
@@ -166,6 +174,29 @@ class TestVictims:
         means = (0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
         blocks = [hand_block(1 + i, mean=mean) for i, mean in enumerate(means)]
         assert choose_victims(blocks, 1, HAND).victims == (4,)
+
+    def test_sums_alone_decide_for_h2o(self) -> None:
+        """Shares of sums 0.2, 0.05, 0.4, 0.1; neither mean nor peak counts."""
+        options = dataclasses.replace(HAND, policy="h2o")
+        totals = (0.2, 0.05, 0.4, 0.1)
+        blocks = [
+            dataclasses.replace(hand_block(1 + i, mean=1 - total), total=total)
+            for i, total in enumerate(totals)
+        ]
+        choice = choose_victims(blocks, 1, options)
+        assert choice.victims == (2,)
+        assert choice.margin == pytest.approx(0.5)
+        assert choose_victims(blocks, 2, options).victims == (2, 4)
+
+    def test_a_number_of_its_own_decides_at_random(self) -> None:
+        """Of 0, 16, 32: 5,328,424, 2,046,132 and 11,787,548 with seed 1."""
+        numbers = [block_number(position, 1) for position in (0, 16, 32)]
+        assert numbers == [5_328_424, 2_046_132, 11_787_548]
+        options = dataclasses.replace(HAND, policy="random", seed=1)
+        blocks = [hand_block(index) for index in (8, 4, 0)]
+        choice = choose_victims(blocks, 1, options)
+        assert choice.victims == (4,)
+        assert choice.margin == math.inf
 
     def test_recent_has_no_near_ties(self, candidates: list[Block]) -> None:
         options = dataclasses.replace(HAND, policy="recent")

@@ -20,6 +20,7 @@ class Block:
         mean: Largest share, over layers and kv heads, of the blocks' means (M).
         deviation: The same of their standard deviations (D).
         peak: The same of their peaks (P).
+        total: The same of their sums (S1).
     """
 
     index: int
@@ -27,6 +28,7 @@ class Block:
     mean: float
     deviation: float
     peak: float
+    total: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +68,7 @@ def score_blocks(
         _largest_share(mean),
         _largest_share(variance.clamp_min(0).sqrt()),
         _largest_share(mass_peak),
+        _largest_share(mass_sum),
         strict=True,
     )
     return [
@@ -129,6 +132,17 @@ def choose_victims(
     if options.policy == "recent":
         oldest = sorted(block.index for block in candidates)[:num_victims]
         return Choice(tuple(oldest), math.inf)
+    if options.policy == "random":
+        by_number = sorted(
+            (block_number(block.index * options.block_size, options.seed), block.index)
+            for block in candidates
+        )
+        return Choice(
+            tuple(sorted(index for _, index in by_number[:num_victims])), math.inf
+        )
+    if options.policy == "h2o":
+        victims, margin = _take_smallest(candidates, num_victims, "total")
+        return Choice(tuple(sorted(block.index for block in victims)), margin)
 
     num_shielded = min(
         math.floor(options.shield_ratio * options.budget_blocks),
@@ -140,6 +154,18 @@ def choose_victims(
     victims, mean_margin = _take_smallest(exposed, num_victims, "mean")
     indices = tuple(sorted(block.index for block in victims))
     return Choice(indices, min(shield_margin, mean_margin))
+
+
+def block_number(first_position: int, seed: int) -> int:
+    """Mixes a block's first position and a seed into 24 bits.
+
+    Multiplications are those of 32-bit registers; a right shift loses the low bits.
+    """
+    register = 2**32
+    number = (first_position * 0x9E3779B1) % register ^ seed
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        number = (number ^ number // 2**shift) * factor % register
+    return number // 2**8
 
 
 def _take_smallest(

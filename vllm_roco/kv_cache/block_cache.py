@@ -12,7 +12,9 @@ at any block, not only where there is a snapshot. Whose they are decides how:
   those of its prompt are copied into free blocks, where they are kept as long as any.
 
 The statistics in such blocks are those of all queries that have been asked over them,
-whoever asked; a later eviction goes by the mean over these.
+whoever asked; a later eviction goes by the mean over these. A request that never
+evicts, however long it gets, leaves no statistics: what it writes is found by its like
+alone.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.request import Request
 
-    from vllm_roco.eviction_schedule import EvictionSchedule
+    from vllm_roco.request_plans import RequestPlans
+
+UNMEASURED_GROUP_ID = (1 << 32) - 1
+"""Stands in hashes of blocks without statistics for vLLM's number of their group."""
 
 
 class Found(NamedTuple):
@@ -51,7 +56,8 @@ class BlockCache:
     Args:
         block_pool: vLLM's blocks, with the map from hashes to them.
         group_id: vLLM's number of the manager's KV cache group.
-        schedule: The eviction arithmetic.
+        block_size: Tokens per block.
+        plans: What holds for each request.
 
     Attributes:
         num_hits: Requests that began with blocks found here.
@@ -59,14 +65,19 @@ class BlockCache:
     """
 
     def __init__(
-        self, block_pool: BlockPool, group_id: int, schedule: EvictionSchedule
+        self,
+        block_pool: BlockPool,
+        group_id: int,
+        block_size: int,
+        plans: RequestPlans,
     ) -> None:
         self.num_hits = 0
         self.num_saved_tokens = 0
         self._pool = block_pool
+        self._group_id = group_id
         self._group_ids = [group_id]
-        self._block_size = schedule.block_size
-        self._max_tokens = schedule.max_live_tokens()
+        self._block_size = block_size
+        self._plans = plans
         # requests whose blocks are hashed, and whether these are private
         self._owners: dict[str, tuple[Request, bool]] = {}
         # those of them that evict in the step being scheduled
@@ -77,7 +88,7 @@ class BlockCache:
 
     def reads_without_eviction(self, request: Request) -> bool:
         """Return whether a request has evicted nothing when all of it is read."""
-        return request.num_tokens <= self._max_tokens
+        return request.num_tokens <= self._max_whole_tokens(request)
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.
@@ -92,6 +103,12 @@ class BlockCache:
     def begin(self, request: Request) -> None:
         """Note that a request is let in, whose blocks are to be found by others."""
         self._owners[request.request_id] = request, self._may_evict(request)
+
+    def group_of(self, request: Request) -> int:
+        """Return the number under which blocks of a request are hashed."""
+        if self._plans.of(request.request_id).is_measured:
+            return self._group_id
+        return UNMEASURED_GROUP_ID
 
     def is_owner(self, request_id: str) -> bool:
         """Return whether the blocks of a request are to be found by others."""
@@ -116,8 +133,9 @@ class BlockCache:
         blocks: list[KVCacheBlock] = []
         num_shared: int | None = 0 if self._may_evict(request) else None
         grows = False
+        measured = self._plans.of(request.request_id).is_measured
         for block_hash in request.block_hashes[: most // self._block_size]:
-            cached = self._pool.get_cached_block(block_hash, self._group_ids)
+            cached = self._find_one(block_hash, measured=measured)
             if cached is None:
                 break
             if cached[0].block_id in self._fresh_blocks:
@@ -220,7 +238,7 @@ class BlockCache:
             num_cached_blocks=0,
             num_full_blocks=len(hashes),
             block_size=self._block_size,
-            kv_cache_group_id=self._group_ids[0],
+            kv_cache_group_id=self._group_id,
             block_mask=is_copied,
         )
         return list(zip(sources, targets, strict=True))
@@ -231,4 +249,19 @@ class BlockCache:
         self.num_saved_tokens += num_tokens
 
     def _may_evict(self, request: Request) -> bool:
-        return request.num_prompt_tokens + request.max_tokens > self._max_tokens
+        most = request.num_prompt_tokens + request.max_tokens
+        return most > self._max_whole_tokens(request)
+
+    def _max_whole_tokens(self, request: Request) -> int:
+        return self._plans.of(request.request_id).max_whole_tokens
+
+    def _find_one(
+        self, block_hash: BlockHash, *, measured: bool
+    ) -> list[KVCacheBlock] | None:
+        """Return the block of a hash, in a list as vLLM does, None if there is none."""
+        if not measured:
+            # those are never private
+            cached = self._pool.get_cached_block(block_hash, [UNMEASURED_GROUP_ID])
+            if cached is not None:
+                return cached
+        return self._pool.get_cached_block(block_hash, self._group_ids)

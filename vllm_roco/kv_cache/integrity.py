@@ -44,7 +44,7 @@ def _check_row(manager: RocoManager, request_id: str, row: list[KVCacheBlock]) -
             f"{manager.held.of(request_id)} are on the books"
         )
     nulls = [index for index, block in enumerate(row) if block.is_null]
-    first = manager.schedule.budget_blocks
+    first = manager.plans.of(request_id).schedule.budget_blocks
     gap = list(range(first, first + len(nulls)))
     if nulls != gap:
         raise RuntimeError(

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from typing_extensions import override
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
-from vllm_roco.config import blocks_of
+from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.admission_forecast import AdmissionForecast
 from vllm_roco.kv_cache.held_blocks import HeldBlocks
+from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
 
-    from vllm_roco.eviction_schedule import EvictionSchedule
     from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
 
 
@@ -33,16 +33,8 @@ class BudgetedSpec(Protocol):
     """What the manager needs of a group's KV cache spec, see `spec.RocoSpec`."""
 
     @property
-    def schedule(self) -> EvictionSchedule:
-        """The eviction arithmetic."""
-
-    @property
-    def chunk(self) -> int:
-        """Most prompt tokens of one sequence in one step, once it evicts."""
-
-    @property
-    def max_blocks_per_sequence(self) -> int:
-        """The most blocks ever held for one sequence."""
+    def plan(self) -> ResolvedPlan:
+        """What holds for a request of which nothing else is known."""
 
     @property
     def max_steps_in_flight(self) -> int:
@@ -62,12 +54,11 @@ class RocoManager(FullAttentionManager):
     flight started at a later length, so its live table starts behind the gap.
 
     Attributes:
-        schedule: The eviction arithmetic.
-        chunk: Most prompt tokens of one sequence in one step, once it evicts.
-        max_blocks_per_sequence: The most blocks ever held for one sequence.
+        plans: What holds for each request.
+        max_steps_in_flight: Steps that may be scheduled but not yet processed.
         held: Blocks held per request, kept up to date by allocation and freeing.
         scheduler_ends_chunks: Whether the scheduler has said that it ends steps where
-            RoCo needs it; nothing is allocated before.
+            RoCo needs it, see `serve`; nothing is allocated before.
         prefix_cache: Prefixes that requests may begin with, None for no hits; see
             `share_prefixes`.
         num_freed_blocks: Blocks given back by eviction since the start.
@@ -80,15 +71,11 @@ class RocoManager(FullAttentionManager):
         kwargs["enable_caching"] = False
         # a protocol cannot say that the spec is one of vLLM's as well
         super().__init__(cast("KVCacheSpec", kv_cache_spec), **kwargs)
-        self.schedule = kv_cache_spec.schedule
-        self.chunk = kv_cache_spec.chunk
-        self.max_blocks_per_sequence = kv_cache_spec.max_blocks_per_sequence
-        # vLLM hands the cap only to its own recycling specs
-        self.max_admission_blocks_per_request = self.max_blocks_per_sequence
+        self.plans = RequestPlans(kv_cache_spec.plan)
+        self.max_steps_in_flight = kv_cache_spec.max_steps_in_flight
         self.held = HeldBlocks()
         self.scheduler_ends_chunks = False
-        self._forecast = AdmissionForecast(self.schedule)
-        self._max_steps_in_flight = kv_cache_spec.max_steps_in_flight
+        self._forecast = AdmissionForecast()
         # whom vLLM would let in next, and its known tokens
         self._asked = ("", 0)
         # of requests that are being read
@@ -99,10 +86,13 @@ class RocoManager(FullAttentionManager):
         self._adopted: dict[str, int] = {}
         self._refused_id: str | None = None
         self.num_freed_blocks = 0
-        self._budget_blocks = self.schedule.budget_blocks
-        self._first_eviction = self.schedule.next_eviction(0)
-        # processed lengths at which requests that lost blocks lose the next ones
+        # processed lengths at which requests that hold blocks lose the next ones
         self._next_evictions: dict[str, int] = {}
+
+    def serve(self, plans: RequestPlans) -> None:
+        """Go by the plans of a scheduler that ends steps where RoCo needs it."""
+        self.plans = plans
+        self.scheduler_ends_chunks = True
 
     def share_prefixes(self, prefix_cache: PrefixCache) -> None:
         """Let requests begin behind prefixes, and vLLM ask for blocks to be hashed."""
@@ -136,6 +126,9 @@ class RocoManager(FullAttentionManager):
         if request_id == self._refused_id:
             self._refused_id = None
             return self.block_pool.num_gpu_blocks + 1
+        if apply_admission_cap:
+            plan = self.plans.of(request_id)
+            self.max_admission_blocks_per_request = plan.max_blocks_at(num_tokens)
         blocks = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -151,7 +144,8 @@ class RocoManager(FullAttentionManager):
             of_hit = self._get_num_evictable_blocks(new_computed_blocks)
             of_hit -= self._num_shared(request_id)
             if not apply_admission_cap:
-                blocks -= self.schedule.evicted_blocks(num_local_computed_tokens)
+                schedule = self.plans.of(request_id).schedule
+                blocks -= schedule.evicted_blocks(num_local_computed_tokens)
         if apply_admission_cap:
             self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
@@ -159,16 +153,15 @@ class RocoManager(FullAttentionManager):
                 blocks += self.foreseen_blocks()
         return blocks + of_hit
 
-    def has_room_for(self, num_tokens: int, hit: Hit) -> bool:
+    def has_room_for(self, request: Request, hit: Hit) -> bool:
         """Return whether a request fits into free memory together with its hit.
 
         Args:
-            num_tokens: All known tokens of the request.
+            request: The request.
             hit: What it would begin with.
         """
-        blocks = min(
-            blocks_of(num_tokens, self.block_size), self.max_blocks_per_sequence
-        )
+        plan = self.plans.of(request.request_id)
+        blocks = plan.max_blocks_at(request.num_tokens)
         blocks += self._get_num_evictable_blocks(hit.row) - hit.num_shared
         return bool(blocks <= self.block_pool.get_num_free_blocks())
 
@@ -243,9 +236,9 @@ class RocoManager(FullAttentionManager):
                 self._admit(request_id)
             self._count(request_id, len(blocks) + (num_shared or 0))
         if (
-            num_tokens >= self._first_eviction
-            and self.prefix_cache is not None
+            self.prefix_cache is not None
             and self.prefix_cache.blocks.is_owner(request_id)
+            and num_tokens >= self.plans.of(request_id).first_eviction
         ):
             self.prefix_cache.blocks.withdraw(request_id)
         return blocks
@@ -253,29 +246,28 @@ class RocoManager(FullAttentionManager):
     def _admit(self, request_id: str) -> None:
         if self.prefix_cache is not None:
             self.prefix_cache.admit(request_id)
+        plan = self.plans.of(request_id)
+        self._next_evictions[request_id] = plan.first_eviction
         asked_id, num_tokens = self._asked
         if asked_id != request_id:
             return
         # decodes that are scheduled before the last step of reading is processed
-        ahead = self._max_steps_in_flight - 1
-        most = min(
-            blocks_of(num_tokens + ahead, self.block_size), self.max_blocks_per_sequence
-        )
+        ahead = self.max_steps_in_flight - 1
+        most = plan.max_blocks_at(num_tokens + ahead)
         self._tokens_to_read[request_id] = num_tokens
         self._forecast.admit(request_id, most)
 
     def _count(self, request_id: str, change: int) -> None:
         held = self.held.add(request_id, change)
-        if held > self.max_blocks_per_sequence:
+        most = self.plans.of(request_id).max_blocks
+        if held > most:
             raise RuntimeError(
-                f"roco: request {request_id} would hold {held} blocks, but vLLM has "
-                f"planned with at most {self.max_blocks_per_sequence} for a sequence: "
-                "this release of vLLM does not end steps where RoCo asks it to. Run "
-                "`python -m vllm_roco.verify`, and use a release that it passes."
+                f"roco: request {request_id} would hold {held} blocks, but was planned "
+                f"with at most {most}: this release of vLLM does not end steps where "
+                "RoCo asks it to. Run `python -m vllm_roco.verify`, and use a release "
+                "that it passes."
             )
-        self._forecast.update(
-            request_id, held, evicts=request_id in self._next_evictions
-        )
+        self._forecast.update(request_id, held)
 
     def _replace_by_copies(
         self, request_id: str, num_shared: int
@@ -320,21 +312,21 @@ class RocoManager(FullAttentionManager):
             to_read = self._tokens_to_read.get(request_id)
             if to_read is not None and processed_computed_tokens >= to_read:
                 self._finish_reading(request_id)
-        due = self._next_evictions.get(request_id, self._first_eviction)
+        due = self._next_evictions.get(request_id, NEVER)
         if processed_computed_tokens < due:
             return
-        row = self.req_to_blocks.get(request_id)
-        if row is None:
-            return
-        evicted = self.schedule.evicted_blocks(processed_computed_tokens)
-        self._next_evictions[request_id] = self.schedule.next_eviction(
-            processed_computed_tokens
-        )
+        row = self.req_to_blocks[request_id]
+        schedule = self.plans.of(request_id).schedule
+        evicted = schedule.evicted_blocks(processed_computed_tokens)
+        due = schedule.next_eviction(processed_computed_tokens)
+        self._next_evictions[request_id] = due
+        self._forecast.evict(request_id, schedule if due < NEVER else None)
         null_block = self._null_block
         freed: list[KVCacheBlock] = []
-        end = min(self._budget_blocks + evicted, len(row))
+        resident = schedule.budget_blocks
+        end = min(resident + evicted, len(row))
         # the gap grows at its end, so the first null from there ends the work
-        for index in range(end - 1, self._budget_blocks - 1, -1):
+        for index in range(end - 1, resident - 1, -1):
             block = row[index]
             if block is null_block:
                 break
@@ -395,12 +387,18 @@ class RocoManager(FullAttentionManager):
         num_hashed = self.num_cached_block.get(request_id, 0)
         if num_tokens // self.block_size <= num_hashed:
             return
-        super().cache_blocks(
-            request,
-            num_tokens,
-            retention_interval,
-            replay_boundaries=replay_boundaries,
-        )
+        group_id = self.kv_cache_group_id
+        # vLLM's method names no other, and all but the hashes is the same
+        self.kv_cache_group_id = cache.blocks.group_of(request)
+        try:
+            super().cache_blocks(
+                request,
+                num_tokens,
+                retention_interval,
+                replay_boundaries=replay_boundaries,
+            )
+        finally:
+            self.kv_cache_group_id = group_id
         row, end = self.req_to_blocks[request_id], self.num_cached_block[request_id]
         cache.blocks.add(request_id, row[num_hashed:end])
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm.v1.core.kv_cache_utils import BlockHash
+
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
@@ -20,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from vllm_roco.eviction_schedule import EvictionSchedule
+    from vllm_roco.request_plans import RequestPlans
 
 
 class Hit(NamedTuple):
@@ -49,8 +51,8 @@ class PrefixCache:
     Args:
         block_pool: vLLM's blocks.
         group_id: vLLM's number of the manager's KV cache group.
-        schedule: The eviction arithmetic.
-        chunk: Tokens between two places at which there can be a snapshot.
+        block_size: Tokens per block.
+        plans: What holds for each request.
 
     Attributes:
         store: The snapshots, with their counters.
@@ -62,15 +64,15 @@ class PrefixCache:
         self,
         block_pool: BlockPool,
         group_id: int,
-        schedule: EvictionSchedule,
-        chunk: int,
+        block_size: int,
+        plans: RequestPlans,
     ) -> None:
         self.store = SnapshotStore(block_pool)
-        self.blocks = BlockCache(block_pool, group_id, schedule)
+        self.blocks = BlockCache(block_pool, group_id, block_size, plans)
         self.num_waits = 0
         self._null_block = block_pool.null_block
-        self._schedule = schedule
-        self._chunk = chunk
+        self._block_size = block_size
+        self._plans = plans
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
         # what blocks there are for whom vLLM asks about next, from `must_wait`
@@ -111,7 +113,7 @@ class PrefixCache:
             hit = self._find_snapshot(request, max_tokens)
             if self.blocks.can_begin_with_blocks(request):
                 found = self._blocks_for(request, max_tokens)
-                num_tokens = len(found.blocks) * self._schedule.block_size
+                num_tokens = len(found.blocks) * self._block_size
                 if num_tokens > (hit.num_tokens if hit else 0):
                     hit = Hit(num_tokens, found.blocks, found.num_shared)
         self._offered = request, hit
@@ -179,7 +181,7 @@ class PrefixCache:
             if found.grows:
                 return self._wait(request, None)
             self._found = request, found
-            start = len(found.blocks) * self._schedule.block_size
+            start = len(found.blocks) * self._block_size
         awaited = self._awaited(request, start)
         if awaited is None:
             return False
@@ -219,7 +221,7 @@ class PrefixCache:
         """
         if self.blocks.reads_without_eviction(request):
             return end
-        chunk = self._chunk
+        chunk = self._plans.of(request.request_id).chunk
         most = min(end - 1, request.num_prompt_tokens, self._num_hashed(request))
         for length in range((start // chunk + 1) * chunk, most + 1, chunk):
             if self._is_due(request, length, self._prefix(request, length)):
@@ -240,7 +242,7 @@ class PrefixCache:
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
-                live = self._live(rows[request.request_id], length)
+                live = self._live(request, rows[request.request_id], length)
                 copies += self.store.publish(prefix, live)
         self._found = None
         return copies + self.blocks.end_step(rows)
@@ -250,8 +252,9 @@ class PrefixCache:
             prefix = self._prefix(request, length)
             snapshot = self.store.find(prefix)
             if snapshot is not None:
-                resident = self._schedule.budget_blocks
-                gap = [self._null_block] * self._schedule.evicted_blocks(length)
+                schedule = self._plans.of(request.request_id).schedule
+                resident = schedule.budget_blocks
+                gap = [self._null_block] * schedule.evicted_blocks(length)
                 blocks = snapshot.blocks
                 row = [*blocks[:resident], *gap, *blocks[resident:]]
                 return Hit(length, row, snapshot=prefix)
@@ -262,20 +265,24 @@ class PrefixCache:
         # the last place for a prompt that goes on, and for the same one once more:
         # its last token must be read to go on from
         return (
-            length + self._chunk >= request.num_prompt_tokens
+            length + self._plans.of(request.request_id).chunk
+            >= request.num_prompt_tokens
             or self._shared.part_at(prefix)
             or self._readers.is_wanted(prefix)
         )
 
-    def _live(self, row: Sequence[KVCacheBlock], length: int) -> Sequence[KVCacheBlock]:
-        resident = self._schedule.budget_blocks
-        full = length // self._schedule.block_size
-        incoming = resident + self._schedule.evicted_blocks(length)
+    def _live(
+        self, request: Request, row: Sequence[KVCacheBlock], length: int
+    ) -> Sequence[KVCacheBlock]:
+        schedule = self._plans.of(request.request_id).schedule
+        resident = schedule.budget_blocks
+        full = length // self._block_size
+        incoming = resident + schedule.evicted_blocks(length)
         return [*row[: min(resident, full)], *row[incoming:full]]
 
     def _places(self, request: Request, start: int) -> range:
         """Return the lengths of a prompt behind `start` where it can be cut."""
-        chunk = self._chunk
+        chunk = self._plans.of(request.request_id).chunk
         most = min(request.num_prompt_tokens, self._num_hashed(request))
         return range((start // chunk + 1) * chunk, most + 1, chunk)
 
@@ -288,13 +295,25 @@ class PrefixCache:
         )
         if max_tokens is not None:
             most = min(most, max_tokens)
-        return range(self._chunk, most + 1, self._chunk)
+        chunk = self._plans.of(request.request_id).chunk
+        return range(chunk, most + 1, chunk)
 
     def _num_hashed(self, request: Request) -> int:
-        return len(request.block_hashes) * self._schedule.block_size
+        return len(request.block_hashes) * self._block_size
 
     def _prefix(self, request: Request, length: int) -> BlockHash:
-        return request.block_hashes[length // self._schedule.block_size - 1]
+        """Return what stands for all of which depends what is kept at a place."""
+        (prefix,) = self._prefixes(request, (length,))
+        return prefix
 
     def _prefixes(self, request: Request, places: Sequence[int]) -> Sequence[BlockHash]:
-        return [self._prefix(request, length) for length in places]
+        plan = self._plans.of(request.request_id)
+        first, key, size = plan.first_eviction, plan.snapshot_key, self._block_size
+        hashes = request.block_hashes
+        return [
+            hashes[length // size - 1]
+            # while nothing is evicted, only the tokens matter
+            if length < first
+            else BlockHash(hashes[length // size - 1] + key)
+            for length in places
+        ]

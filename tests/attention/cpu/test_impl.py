@@ -95,6 +95,8 @@ def test_prompts_and_decodes_over_several_evictions(shape: Shape) -> None:
         {"shield_ratio": 0.5, "shield": "deviation"},
         {"sink": 16, "recent": 16},
         {"sink": 20, "recent": 5},
+        {"policy": "h2o"},
+        {"policy": "random", "sink": 16},
         {"policy": "recent"},
         {"policy": "recent", "sink": 16},
         {"policy": "recent", "sink": 64},

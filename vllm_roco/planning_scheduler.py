@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vLLM scheduler that knows of each request how it evicts, and tells the workers."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from vllm_roco.config import UNBOUNDED_MODES
+from vllm_roco.eviction_row import ROW_KEY
+from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.refusing_scheduler import RefusingScheduler
+from vllm_roco.request_options import RequestOptionError
+from vllm_roco.request_plans import RequestPlans, ResolvedPlan
+from vllm_roco.validation import request_planner
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.request import Request
+
+    from vllm_roco.eviction_row import EvictionRow
+    from vllm_roco.request_options import RequestPlan
+
+
+class PlanningScheduler(RefusingScheduler):
+    """Plans each request before it is taken; arguments as in the base class.
+
+    Attributes:
+        roco_config: The options.
+        roco_managers: The block managers of the RoCo groups.
+        request_plans: What holds for each request.
+    """
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        kv_cache_config: KVCacheConfig,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+        self.roco_managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, RocoManager)
+        ]
+        if not self.roco_managers:
+            raise ValueError(
+                f"roco: scheduler_cls = {type(self).__qualname__} serves layers of the "
+                "ROCO attention backend, but no layer uses it. Add "
+                "--attention-backend roco, or leave --scheduler-cls out."
+            )
+        manager = self.roco_managers[0]
+        self._planner = request_planner(vllm_config, manager.block_size)
+        self.roco_config = self._planner.config
+        for manager in self.roco_managers:
+            # vLLM may have enlarged the blocks since the options were checked
+            self.roco_config.check_block_size(manager.block_size)
+        self._max_steps_in_flight = manager.max_steps_in_flight
+        self._default_plan = self._planner.plan(None, 1)
+        self._check_pool()
+        self.request_plans = RequestPlans(
+            self._resolved(self._default_plan, self.max_model_len)
+        )
+        for manager in self.roco_managers:
+            manager.serve(self._plans_for(manager))
+        self._has_one_block_size = all(
+            manager.plans is self.request_plans for manager in self.roco_managers
+        )
+
+    @override
+    def _trouble_with(self, request: Request) -> str | None:
+        """Plan a request, or return why it cannot be served."""
+        trouble = super()._trouble_with(request)
+        if trouble is not None:
+            return trouble
+        params = request.sampling_params
+        extra_args = None if params is None else params.extra_args
+        try:
+            plan = self._planner.plan(extra_args, request.num_prompt_tokens)
+        except RequestOptionError as error:
+            return str(error)
+        length = request.num_prompt_tokens + request.max_tokens
+        resolved = self._resolved(plan, min(length, self.max_model_len))
+        if resolved.max_blocks > self._most_blocks:
+            return self._too_large(resolved)
+        if plan != self._default_plan:
+            if not self._has_one_block_size:
+                return (
+                    "roco: options of a request are not supported for this model, "
+                    "whose layers have KV cache blocks of several sizes. Leave them "
+                    "out."
+                )
+            self.request_plans.enter(request.request_id, resolved)
+        if plan.row != self._default_plan.row:
+            _tell_workers(request, plan.row)
+        return None
+
+    @override
+    def _free_blocks(self, request: Request) -> None:
+        """Free as vLLM does, and forget the request's plan."""
+        super()._free_blocks(request)
+        self.request_plans.drop(request.request_id)
+
+    @property
+    def _most_blocks(self) -> int:
+        """The most blocks that one sequence can hold in each group."""
+        pool = self.kv_cache_manager.block_pool
+        # all groups take from one pool, and one block is the null block
+        return int(pool.num_gpu_blocks - 1) // len(self.roco_managers)
+
+    def _resolved(self, plan: RequestPlan, length: int) -> ResolvedPlan:
+        return ResolvedPlan.of(
+            plan, self._planner.block_size, self._max_steps_in_flight, length
+        )
+
+    def _plans_for(self, manager: RocoManager) -> RequestPlans:
+        """Return the book that a manager reads; rows are in blocks of one size."""
+        size = manager.block_size
+        if size == self._planner.block_size:
+            return self.request_plans
+        default = replace(self._planner, block_size=size).plan(None, 1)
+        return RequestPlans(
+            ResolvedPlan.of(
+                default, size, self._max_steps_in_flight, self.max_model_len
+            )
+        )
+
+    def _check_pool(self) -> None:
+        """Raise if a request that evicts could hold more than there is."""
+        config = self.roco_config
+        if config.mode in UNBOUNDED_MODES and config.max_budget == config.budget:
+            # each request is looked at by itself
+            return
+        size = self._planner.block_size
+        most = EvictionSchedule(size, config.max_budget, config.stride).max_blocks(
+            self._max_steps_in_flight * config.chunk, self.max_model_len
+        )
+        if most > self._most_blocks:
+            raise ValueError(
+                f"roco: max_budget = {config.max_budget} lets a request hold {most} "
+                f"blocks of {size} tokens, but the KV cache has {self._most_blocks}. "
+                "Lower max_budget, or raise --gpu-memory-utilization or "
+                "--kv-cache-memory-bytes."
+            )
+
+    def _too_large(self, plan: ResolvedPlan) -> str:
+        return (
+            f"roco: the request may hold {plan.max_blocks} blocks of "
+            f"{plan.schedule.block_size} tokens, but the KV cache has "
+            f"{self._most_blocks}, so it could never be served to its end. Shorten "
+            "the prompt, or lower max_tokens, budget or chunk."
+        )
+
+
+def _tell_workers(request: Request, row: EvictionRow) -> None:
+    """Put a row where workers find it, in sampling parameters of the request's own.
+
+    Several requests may share parameters, also with the caller of an engine.
+    """
+    params = request.sampling_params
+    if params is None:
+        return
+    own = request.sampling_params = copy.copy(params)
+    own.extra_args = {**(params.extra_args or {}), ROW_KEY: list(row)}

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What holds for each request, worked out once for everything on the scheduler's side.
+
+Scheduler, block managers and prefix cache read one book, which the scheduler writes: a
+plan is entered before a request is taken, survives preemption, and is dropped when the
+request is.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+
+from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.request_options import RequestPlan
+
+_INTEGERS = struct.Struct("<8i")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedPlan:
+    """How one request evicts, in the words of the scheduler's side.
+
+    Attributes:
+        schedule: The eviction arithmetic.
+        chunk: Prompt tokens per step, at most once something is evicted.
+        max_in_flight_tokens: Most tokens that are scheduled but not yet processed once
+            something is evicted, the step being scheduled included.
+        max_blocks: The most blocks ever held.
+        snapshot_key: Stands for all of which depends what is kept once something is
+            evicted, the tokens apart.
+        first_eviction: The least length at which something is evicted, or `NEVER`.
+        max_whole_tokens: The greatest length at which nothing is evicted.
+    """
+
+    schedule: EvictionSchedule
+    chunk: int
+    max_in_flight_tokens: int
+    max_blocks: int
+    snapshot_key: bytes
+    first_eviction: int = field(init=False)
+    max_whole_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = self.schedule.next_eviction(0)
+        object.__setattr__(self, "first_eviction", first)
+        object.__setattr__(self, "max_whole_tokens", first - 1)
+
+    @classmethod
+    def of(
+        cls, plan: RequestPlan, block_size: int, max_steps_in_flight: int, length: int
+    ) -> ResolvedPlan:
+        """Return what a plan comes to.
+
+        Args:
+            plan: Of a request, or the server's default.
+            block_size: Tokens per block.
+            max_steps_in_flight: Steps that may be scheduled but not yet processed.
+            length: The most tokens that there will be.
+        """
+        schedule = plan.row.schedule(block_size)
+        in_flight = max_steps_in_flight * plan.chunk
+        return cls(
+            schedule,
+            plan.chunk,
+            in_flight,
+            schedule.max_blocks(in_flight, length),
+            _snapshot_key(plan),
+        )
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether blocks have statistics, without which nobody can evict."""
+        return self.schedule.until > 0
+
+    def max_blocks_at(self, num_tokens: int) -> int:
+        """Return the most blocks held until so many tokens are known."""
+        return min(
+            self.max_blocks,
+            self.schedule.max_blocks(self.max_in_flight_tokens, num_tokens),
+        )
+
+
+def _snapshot_key(plan: RequestPlan) -> bytes:
+    # a place of a snapshot lies in the prompt, where all that evict go on evicting
+    row = plan.row._replace(until=plan.chunk)
+    return _INTEGERS.pack(*row)
+
+
+class RequestPlans:
+    """The plans of requests that are not done; who has none goes by the default.
+
+    Args:
+        default: Of a request without options.
+    """
+
+    def __init__(self, default: ResolvedPlan) -> None:
+        self.default = default
+        self._own: dict[str, ResolvedPlan] = {}
+
+    def enter(self, request_id: str, plan: ResolvedPlan) -> None:
+        """Note a plan."""
+        self._own[request_id] = plan
+
+    def of(self, request_id: str) -> ResolvedPlan:
+        """Return what holds for a request."""
+        return self._own.get(request_id, self.default)
+
+    def drop(self, request_id: str) -> None:
+        """Forget a request."""
+        self._own.pop(request_id, None)
+
+    def __len__(self) -> int:
+        return len(self._own)
