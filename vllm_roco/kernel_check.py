@@ -35,21 +35,22 @@ SCALE = HEAD_SIZE**-0.5
 
 def check_live_table(device: torch.device, dtype: torch.dtype) -> None:
     """Raise AssertionError unless the live table leaves out what was evicted."""
-    budget_blocks, stride_blocks, evicted = 4, 2, 4
+    config = RocoConfig(budget=4 * BLOCK_SIZE, stride=2 * BLOCK_SIZE)
+    how = RequestPlanner(config, BLOCK_SIZE).plan(None, 1).row
+    budget_blocks, evicted = how.resident_blocks, 4
     num_tokens = (budget_blocks + evicted + 1) * BLOCK_SIZE + 3
     row = _int32(torch.randperm(WIDTH), device)
     buffers = {
         name: _int32([0], device)
-        for name in ("live_lens", "evicted_before", "evicted_after")
+        for name in ("live_lens", "measured_lens", "evicted_before", "evicted_after")
     }
     live_table = torch.zeros_like(row)[None]
     build_live_table(
         block_table=row[None],
         seq_lens=_int32([num_tokens], device),
         query_start_loc=_int32([0, 1], device),
+        rows=_int32([how], device),
         live_table=live_table,
-        budget_blocks=budget_blocks,
-        stride_blocks=stride_blocks,
         block_size=BLOCK_SIZE,
         **buffers,
     )
@@ -62,6 +63,7 @@ def check_live_table(device: torch.device, dtype: torch.dtype) -> None:
         block_size=BLOCK_SIZE,
     )
     assert buffers["live_lens"].item() == length
+    assert buffers["measured_lens"].item() == length
     assert buffers["evicted_before"].item() == evicted
     assert torch.equal(live_table[0, : len(expected)], expected)
 
@@ -84,6 +86,7 @@ def check_decode(device: torch.device, dtype: torch.dtype) -> None:
             kv_cache=cache,
             live_table=table,
             live_lens=_int32([length], device),
+            measured_lens=_int32([length], device),
             evicted_before=_int32([0], device),
             statistics=statistics,
             output=output,
@@ -147,7 +150,8 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
 def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
     """Raise AssertionError unless victims and moved pages are the policy's."""
     config = RocoConfig(budget=8 * BLOCK_SIZE, stride=4 * BLOCK_SIZE)
-    budget_blocks, num_victims = 8, 4
+    how = RequestPlanner(config, BLOCK_SIZE).plan(None, 1).row
+    budget_blocks, num_victims = how.resident_blocks, 4
     num_tokens = WIDTH * BLOCK_SIZE
     table = _int32([torch.randperm(WIDTH).tolist()], device)
     blocks = table[0].long()
@@ -165,7 +169,7 @@ def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
             num_tokens,
             num_victims,
             BLOCK_SIZE,
-            RequestPlanner(config, BLOCK_SIZE).plan(None, 1).row,
+            how,
         ),
         budget_blocks,
     )
@@ -185,16 +189,12 @@ def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
         live_table=table,
         evicted_before=_int32([0], device),
         evicted_after=_int32([num_victims], device),
+        rows=_int32([how], device),
         scores=torch.zeros(1, len(caches), SCORES, WIDTH, device=device),
         moves=chosen,
         num_moves=num_moves,
         moved=torch.zeros(1, dtype=torch.int64, device=device),
-        budget_blocks=budget_blocks,
         block_size=BLOCK_SIZE,
-        shield_by_peak=config.shield == "peak",
-        shield_blocks=int(config.shield_ratio * budget_blocks),
-        sink=config.sink,
-        recent=config.recent,
     )
     move_blocks(
         first_page_of_layer=first_pages(caches),

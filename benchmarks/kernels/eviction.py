@@ -45,6 +45,7 @@ from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.device import Device
+from vllm_roco.request_options import RequestPlanner
 
 DTYPE = torch.bfloat16
 CLOSES = 50
@@ -123,10 +124,12 @@ class Step:
         self.seq_lens = torch.zeros(rows, dtype=torch.int32, device=device)
         self.query_starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.buffers = StepBuffers.allocate(rows, live, device)
+        row = RequestPlanner(config, BLOCK_SIZE).plan(None, 1).row
+        self.buffers.eviction_rows.copy_(torch.tensor(row, dtype=torch.int32))
         size = EvictionScratchSize.of(
             rows=rows,
             live_blocks=live,
-            budget_blocks=resident,
+            resident_blocks=resident,
             num_layers=model.num_hidden_layers,
             measure=config.measures,
         )
@@ -134,9 +137,7 @@ class Step:
             torch.empty(size.total, device=device), size
         )
         bound = Caches(page.page_view(cache)[:, None, None] for cache in self.caches)
-        self.eviction = CudaEviction(
-            cast(LayerGroup, bound), spec, config, self.scratch
-        )
+        self.eviction = CudaEviction(cast(LayerGroup, bound), spec, self.scratch)
         self.restore()
         self.set_due(0)
 
@@ -157,7 +158,7 @@ class Step:
     def look(self) -> None:
         """Build the live table, as every step does first."""
         self.buffers.fill(
-            self.block_table, self.seq_lens, self.query_starts, self.schedule
+            self.block_table, self.seq_lens, self.query_starts, BLOCK_SIZE
         )
 
     def close(self) -> None:
@@ -214,6 +215,7 @@ class Step:
                     kv_cache=cache,
                     live_table=self.buffers.live_table,
                     live_lens=self.buffers.live_lens,
+                    measured_lens=self.buffers.measured_lens,
                     evicted_before=self.buffers.evicted_before,
                     statistics=statistics,
                     output=output,

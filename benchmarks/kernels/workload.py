@@ -204,6 +204,7 @@ class Workload:
                 kv_cache=cache,
                 live_table=table,
                 live_lens=self.lengths,
+                measured_lens=self.lengths,
                 evicted_before=self.evicted,
                 statistics=page.statistics_view(cache) if measure else None,
                 output=self.output,

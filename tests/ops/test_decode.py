@@ -50,7 +50,13 @@ def build(
 
 
 def run(
-    case: PagedCase, plan: DecodePlan, *, measure: bool = True, soft_cap: float = 0.0
+    case: PagedCase,
+    plan: DecodePlan,
+    *,
+    measure: bool = True,
+    soft_cap: float = 0.0,
+    measured_lens: torch.Tensor | None = None,
+    max_measured_tokens: int | None = None,
 ) -> torch.Tensor:
     """Run the kernels, which update the case's statistics; return the output."""
     rows, q_heads, head_size = case.query.shape
@@ -60,6 +66,7 @@ def run(
         kv_cache=case.kv_cache,
         live_table=case.live_table,
         live_lens=case.live_lens,
+        measured_lens=case.live_lens if measured_lens is None else measured_lens,
         evicted_before=case.evicted_before,
         statistics=case.statistics if measure else None,
         output=output,
@@ -69,7 +76,7 @@ def run(
                 num_q_heads=q_heads,
                 head_size=head_size,
                 block_size=case.block_size,
-                max_live_tokens=case.max_live_tokens,
+                max_live_tokens=max_measured_tokens or case.max_live_tokens,
                 measure=measure,
             ),
             case.query.device,
@@ -183,3 +190,27 @@ def test_plan_fits_the_device(
     assert plan.splits * plan.tile <= tokens
     assert plan.splits == 1 or rows * 8 * plan.splits <= 4 * device.num_multiprocessors
     assert plan.dependent_launch == (device is H100)
+
+
+@pytest.mark.parametrize("splits", [1, 4])
+def test_rows_that_are_not_measured_may_be_longer_than_the_scratch(
+    splits: int, device: torch.device
+) -> None:
+    """Their sums would lie in those of the next rows."""
+    lengths = [40, 700, 33, 900, 48]
+    case = build(lengths, Heads(4, 2, 32), device)
+    exact = case.expected()
+    before = case.statistics.clone()
+    is_measured = torch.tensor([length < 100 for length in lengths], device=device)
+    output = run(
+        case,
+        DecodePlan(16, splits, num_warps=4, num_stages=2, dependent_launch=False),
+        measured_lens=case.live_lens * is_measured.int(),
+        max_measured_tokens=48,
+    )
+    assert_as_good_as(output, exact.output, exact.output)
+    for row, length in enumerate(lengths):
+        blocks = case.live_table[row, : -(-length // case.block_size)].long()
+        expected = (exact.statistics if is_measured[row] else before)[blocks]
+        found = case.statistics[blocks]
+        torch.testing.assert_close(found, expected, equal_nan=True)

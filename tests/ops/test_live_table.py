@@ -5,10 +5,16 @@ import pytest
 import torch
 
 from vllm_roco import reference
-from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.eviction_row import EvictionRow
+from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 from vllm_roco.ops.live_table import COLUMNS, build_live_table
 
 UNTOUCHED = -7
+
+
+def row_like(schedule: EvictionSchedule) -> EvictionRow:
+    blocks = schedule.budget_blocks, schedule.stride_blocks
+    return EvictionRow(*blocks, schedule.until, 0, 0, 0, 0, 0)
 
 
 def run(
@@ -16,6 +22,7 @@ def run(
     schedule: EvictionSchedule,
     live_width: int,
     device: torch.device,
+    rows: list[EvictionRow] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Build the live table of rows given as (computed before, computed after)."""
     lengths = torch.tensor([after - before for before, after in steps])
@@ -29,6 +36,7 @@ def run(
         for name, shape in {
             "live_table": (len(steps), live_width),
             "live_lens": (len(steps),),
+            "measured_lens": (len(steps),),
             "evicted_before": (len(steps),),
             "evicted_after": (len(steps),),
         }.items()
@@ -37,8 +45,9 @@ def run(
         block_table=table.to(device),
         seq_lens=torch.tensor([n for _, n in steps], dtype=torch.int32, device=device),
         query_start_loc=starts.to(device, torch.int32),
-        budget_blocks=schedule.budget_blocks,
-        stride_blocks=schedule.stride_blocks,
+        rows=torch.tensor(
+            rows or [row_like(schedule)] * len(steps), dtype=torch.int32, device=device
+        ),
         block_size=schedule.block_size,
         **buffers,
     )
@@ -83,6 +92,7 @@ def test_agrees_with_the_schedule(
             block_size=schedule.block_size,
         )
         assert got["live_lens"][i] == live_len
+        assert got["measured_lens"][i] == live_len
         assert got["evicted_before"][i] == evicted
         assert got["evicted_after"][i] == schedule.evicted_blocks(after)
         torch.testing.assert_close(got["live_table"][i, : len(expected)], expected)
@@ -103,3 +113,36 @@ def test_rows_longer_than_one_program(device: torch.device) -> None:
     )
     assert len(expected) > COLUMNS
     torch.testing.assert_close(got["live_table"][0, : len(expected)], expected)
+
+
+def test_every_row_goes_by_its_own(device: torch.device) -> None:
+    """Also those that evict no more, of which nothing is measured, and padding."""
+    size, generator = 16, torch.Generator().manual_seed(3)
+    steps, rows = [(0, 0)], [EvictionRow(1, 1, NEVER, 0, 0, 0, 0, 0)]
+    for _ in range(200):
+        resident, stride, after = torch.randint(1, 12, (3,), generator=generator)
+        length = int(torch.randint(1, 600, (1,), generator=generator))
+        until = [0, length, int(after) * 24, NEVER][len(rows) % 4]
+        before = max(0, length - int(torch.randint(1, 70, (1,), generator=generator)))
+        steps.append((before, length))
+        rows.append(EvictionRow(int(resident), int(stride), until, 0, 0, 0, 0, 0))
+    got = run(
+        steps, EvictionSchedule(block_size=size, budget=16, stride=16), 48, device, rows
+    )
+    for i, ((before, after), row) in enumerate(zip(steps, rows, strict=True)):
+        schedule = row.schedule(size)
+        evicted = schedule.evicted_blocks(before)
+        live_len = after - evicted * size
+        expected = reference.live_row(
+            got["block_table"][i],
+            evicted=evicted,
+            live_len=live_len,
+            budget_blocks=row.resident_blocks,
+            block_size=size,
+        )
+        assert got["live_lens"][i] == live_len
+        assert got["measured_lens"][i] == (live_len if row.measures(before) else 0)
+        assert got["evicted_before"][i] == evicted
+        assert got["evicted_after"][i] == schedule.evicted_blocks(after)
+        torch.testing.assert_close(got["live_table"][i, : len(expected)], expected)
+        assert (got["live_table"][i, len(expected) :] == UNTOUCHED).all()

@@ -132,6 +132,7 @@ class Pages:
             scratch=DecodeScratch.allocate(size, self.device),
             plan=plan,
             scale=SCALE,
+            measured_lens=tables["live_lens"],
             **tables,
         )
 

@@ -9,6 +9,7 @@ import torch
 from tests.rows import row_of
 from vllm_roco import policy, reference
 from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.eviction_row import EvictionRow
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.select_victims import (
@@ -89,10 +90,10 @@ class Group:
             [self.schedule.evicted_blocks(step[which]) for step in self.steps]
         )
 
-    def int32(self, values: list[int]) -> torch.Tensor:
+    def int32(self, values: list[int] | list[EvictionRow]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.live_table.device)
 
-    def expected(self, config: RocoConfig) -> Moves:
+    def expected(self, how: EvictionRow) -> Moves:
         """Return each row's moves, as block ids, by the policy in PyTorch."""
         result: Moves = []
         for row, (before, after) in enumerate(self.steps):
@@ -113,7 +114,7 @@ class Group:
                         after,
                         victims - evicted,
                         BLOCK_SIZE,
-                        row_of(config, BLOCK_SIZE),
+                        how,
                     ),
                     self.schedule.budget_blocks,
                 )
@@ -124,8 +125,15 @@ class Group:
         ids = self.live_table[row].tolist()
         return [(ids[source], ids[target]) for source, target in places]
 
-    def run(self, config: RocoConfig, *, slices: int = 2) -> Moves:
+    def run(
+        self,
+        how: EvictionRow | list[EvictionRow],
+        *,
+        measures: bool = True,
+        slices: int = 2,
+    ) -> Moves:
         """Return each row's moves by the kernels, after checking their count."""
+        hows = how if isinstance(how, list) else [how] * len(self.steps)
         views = [page.statistics_view(cache) for cache in self.caches]
         device = self.live_table.device
         max_moves = self.schedule.budget_blocks
@@ -141,9 +149,12 @@ class Group:
             "moves": moves,
             "num_moves": num_moves,
             "moved": moved,
-            "budget_blocks": self.schedule.budget_blocks,
+            "rows": self.int32(
+                how if isinstance(how, list) else [how] * len(self.steps)
+            ),
+            "block_size": BLOCK_SIZE,
         }
-        if config.measures:
+        if measures:
             select_victims(
                 first_statistics_of_layer=first_statistics(views),
                 stride_statistics_block=views[0].stride(0),
@@ -156,18 +167,10 @@ class Group:
                     self.live_table.shape[1],
                     device=device,
                 ),
-                block_size=BLOCK_SIZE,
-                shield_by_peak=config.shield == "peak",
-                shield_blocks=int(config.shield_ratio * self.schedule.budget_blocks),
-                sink=config.sink,
-                recent=config.recent,
                 **outputs,  # type: ignore[arg-type]
             )
         else:
-            select_oldest(
-                sink_blocks=blocks_of(config.sink, BLOCK_SIZE),
-                **outputs,  # type: ignore[arg-type]
-            )
+            select_oldest(**outputs)  # type: ignore[arg-type]
         counts = num_moves.tolist()
         assert moved.item() == 100 + sum(counts)
         for row, count in enumerate(counts):
@@ -178,9 +181,10 @@ class Group:
         ]
 
 
-def options(schedule: EvictionSchedule, **changes: object) -> RocoConfig:
+def options(schedule: EvictionSchedule, **changes: object) -> EvictionRow:
     sizes = {"budget": schedule.budget, "stride": schedule.stride}
-    return RocoConfig(**{"recent": 16, **sizes, **changes})  # type: ignore[arg-type]
+    config = RocoConfig(**{"recent": 16, **sizes, **changes})  # type: ignore[arg-type]
+    return row_of(config, BLOCK_SIZE)
 
 
 SMALL = EvictionSchedule(block_size=BLOCK_SIZE, budget=12 * 16, stride=4 * 16)
@@ -208,10 +212,10 @@ def test_moves_are_those_of_the_policy(
     shield: str, ratio: float, device: torch.device
 ) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
-    config = options(SMALL, shield=shield, shield_ratio=ratio)
-    expected = group.expected(config)
+    how = options(SMALL, shield=shield, shield_ratio=ratio)
+    expected = group.expected(how)
     assert any(expected)
-    assert group.run(config) == expected
+    assert group.run(how) == expected
 
 
 @pytest.mark.parametrize("distinct", [1, 2])
@@ -221,44 +225,44 @@ def test_ties_go_against_the_older_block(
 ) -> None:
     """With equal ages no count differs, so masses of few values tie exactly."""
     group = Group.build(steps_of(SMALL), SMALL, device, distinct=distinct)
-    config = options(SMALL, shield_ratio=ratio)
-    assert group.run(config) == group.expected(config)
+    how = options(SMALL, shield_ratio=ratio)
+    assert group.run(how) == group.expected(how)
 
 
 def test_heads_without_any_mass(device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
     for cache in group.caches:
         page.statistics_view(cache)[..., : page.NUM_QUERIES] = 0
-    config = options(SMALL)
-    assert group.run(config) == group.expected(config)
+    how = options(SMALL)
+    assert group.run(how) == group.expected(how)
 
 
 def test_protected_blocks_fill_the_budget(device: torch.device) -> None:
     """Only the victims themselves are left to choose from."""
     group = Group.build([(255, 256)], SMALL, device)
-    config = options(SMALL, sink=80, recent=112)
-    assert group.run(config) == group.expected(config)
+    how = options(SMALL, sink=80, recent=112)
+    assert group.run(how) == group.expected(how)
 
 
 @pytest.mark.parametrize("slices", [1, 3, 5])
 def test_slices_of_the_layers(slices: int, device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device, layers=4)
-    config = options(SMALL)
-    assert group.run(config, slices=slices) == group.expected(config)
+    how = options(SMALL)
+    assert group.run(how, slices=slices) == group.expected(how)
 
 
 def test_large_budget(device: torch.device) -> None:
     schedule = EvictionSchedule(block_size=BLOCK_SIZE, budget=1024 * 16, stride=256)
     edge = schedule.budget + schedule.stride
     group = Group.build([(edge - 1, edge)], schedule, device, layers=1, kv_heads=1)
-    config = options(schedule)
-    assert group.run(config) == group.expected(config)
+    how = options(schedule)
+    assert group.run(how) == group.expected(how)
 
 
 @pytest.mark.parametrize("sink", [0, 16, 40, 192])
 def test_recent_moves_are_those_of_the_policy(sink: int, device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device)
-    config = options(SMALL, policy="recent", sink=sink, recent=0)
+    how = options(SMALL, policy="recent", sink=sink, recent=0)
     expected = [
         group.blocks(
             row,
@@ -273,4 +277,30 @@ def test_recent_moves_are_those_of_the_policy(sink: int, device: torch.device) -
         )
         for row, (before, after) in enumerate(group.steps)
     ]
-    assert group.run(config) == expected
+    assert group.run(how, measures=False) == expected
+
+
+@pytest.mark.parametrize("policy", ["h2o", "random", "recent"])
+def test_scores_are_those_of_the_policy(policy: str, device: torch.device) -> None:
+    group = Group.build(steps_of(SMALL), SMALL, device)
+    how = options(SMALL, policy=policy)._replace(seed=12345)
+    expected = group.expected(how)
+    assert any(expected)
+    assert group.run(how) == expected
+    assert expected != group.expected(options(SMALL))
+
+
+def test_every_row_goes_by_its_own(device: torch.device) -> None:
+    """Each of the rows that evict differs from the others in all that it goes by."""
+    step = (SMALL.budget + SMALL.stride - 1, SMALL.budget + SMALL.stride)
+    policies = [
+        options(SMALL),
+        options(SMALL, shield="deviation", shield_ratio=0.3),
+        options(SMALL, policy="h2o", sink=40),
+        options(SMALL, policy="random", recent=0),
+        options(SMALL, policy="recent", sink=0),
+        options(SMALL, sink=64, recent=64),
+    ]
+    group = Group.build([step] * len(policies), SMALL, device)
+    expected = [group.expected(how)[row] for row, how in enumerate(policies)]
+    assert group.run(policies) == expected

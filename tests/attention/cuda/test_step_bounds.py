@@ -22,9 +22,11 @@ MIB = 2**20
 DEFAULT = StepBounds(
     rows=512,
     live_tokens=2048 + 256 - 1 + 8192,
+    evicting_tokens=2048 + 256 - 1 + 8192,
+    measured_tokens=2048 + 256,
     decode_tokens=2048 + 256,
     block_size=16,
-    budget_blocks=128,
+    resident_blocks=128,
     measures=True,
     num_layers=32,
     num_q_heads=32,
@@ -38,8 +40,10 @@ LARGE = dataclasses.replace(
     DEFAULT,
     rows=1024,
     live_tokens=32768 + 4096 - 1 + 16384,
+    evicting_tokens=32768 + 4096 - 1 + 16384,
+    measured_tokens=32768 + 4096,
     decode_tokens=32768 + 4096,
-    budget_blocks=2048,
+    resident_blocks=2048,
     num_q_heads=64,
 )
 """64 heads, a budget of 32K, 16K tokens a step and 1,024 sequences."""
@@ -60,7 +64,11 @@ def test_what_steps_take(bounds: StepBounds, most: int) -> None:
 @pytest.mark.parametrize("policy", ["roco", "recent"])
 def test_bytes_are_those_that_tensors_take(policy: str) -> None:
     bounds = dataclasses.replace(
-        DEFAULT, rows=40, live_tokens=2000, measures=policy == "roco"
+        DEFAULT,
+        rows=40,
+        live_tokens=2000,
+        evicting_tokens=2000,
+        measures=policy == "roco",
     )
     device = torch.device("cpu")
     buffers = StepBuffers.allocate(bounds.rows, bounds.live_blocks, device)
@@ -88,7 +96,7 @@ def test_every_launch_has_room() -> None:
     """Also those with few rows, which split most."""
     size = DEFAULT.decode_scratch(H100)
     heads, head_size = DEFAULT.num_q_heads, DEFAULT.head_size
-    blocks = math.ceil(DEFAULT.decode_tokens / DEFAULT.block_size)
+    blocks = math.ceil(DEFAULT.measured_tokens / DEFAULT.block_size)
     assert size.max_blocks == blocks
     for rows in range(1, DEFAULT.rows + 1):
         plan = DEFAULT.decode_plan(rows, H100)
@@ -110,4 +118,20 @@ def test_bounds_are_those_of_the_configuration() -> None:
     assert bounds.live_tokens == 4096
     assert bounds.decode_tokens == 96
     assert bounds.live_blocks == 256
-    assert (bounds.budget_blocks, bounds.measures) == (4, True)
+    assert (bounds.resident_blocks, bounds.measures) == (4, True)
+
+
+def test_budgets_of_requests_have_room() -> None:
+    options = {"budget": 64, "stride": 32, "max_budget": 512}
+    spec = roco_spec(budget=64, stride=32)
+    for allow_full in (False, True):
+        vllm_config = config_for({**options, "allow_full": allow_full})
+        vllm_config.scheduler_config.max_num_batched_tokens = 1024
+        bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
+        assert bounds.evicting_tokens == 512 + 32 - 1 + 1024
+        # a request that keeps everything is never measured, and has no victims
+        assert bounds.live_tokens == 4096 if allow_full else bounds.evicting_tokens
+        assert bounds.measured_tokens == 512 + 32
+        assert bounds.resident_blocks == 32
+        # splits are for what requests keep that bring no options
+        assert bounds.decode_tokens == 96

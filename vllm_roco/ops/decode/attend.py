@@ -194,7 +194,7 @@ def attend_kernel(
             tl.store(
                 maxima_ptr + tile * GROUP + group,
                 new_max,
-                mask=(group < GROUP) & (tile * TILE < measured),
+                mask=group < tl.where(tile * TILE < measured, GROUP, 0),
             )
 
         values = tl.load(
