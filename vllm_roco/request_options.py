@@ -264,10 +264,19 @@ class RequestPlanner:
     def _tokens(
         self, asked: Mapping[str, Any], name: str, least: int, min_of: int | None = None
     ) -> int:
-        """Return an option in tokens; by default at most `min_of` blocks, if given."""
+        """Return an option in tokens; by default at most the request's own budget.
+
+        Args:
+            asked: What the request brings.
+            name: Of the option.
+            least: That is allowed.
+            min_of: The budget in blocks, if it bounds the option's default.
+        """
         if name not in asked:
             tokens = int(getattr(self.config, name))
-            return tokens if min_of is None else min(tokens, min_of * self.block_size)
+            if min_of is None or "budget" not in asked:
+                return tokens
+            return min(tokens, min_of * self.block_size)
         tokens = asked[name]
         if not _is_integer(tokens, least):
             raise _bad(name, tokens, f"a whole number of tokens, at least {least}")
