@@ -264,19 +264,19 @@ class RequestPlanner:
     def _tokens(
         self, asked: Mapping[str, Any], name: str, least: int, min_of: int | None = None
     ) -> int:
-        """Return an option in tokens.
+        """Return an option in tokens; by default at most the request's own budget.
 
         Args:
             asked: What the request brings.
-            name: The option.
-            least: Its smallest value.
-            min_of: The request's budget in blocks, where only whole blocks are allowed;
-                the default is not above it, if it is below the server's.
+            name: Of the option.
+            least: That is allowed.
+            min_of: The budget in blocks, if it bounds the option's default.
         """
         if name not in asked:
             tokens = int(getattr(self.config, name))
-            budget = self.config.budget if min_of is None else min_of * self.block_size
-            return min(tokens, budget) if budget < self.config.budget else tokens
+            if min_of is None or "budget" not in asked:
+                return tokens
+            return min(tokens, min_of * self.block_size)
         tokens = asked[name]
         if not _is_integer(tokens, least):
             raise _bad(name, tokens, f"a whole number of tokens, at least {least}")
