@@ -185,13 +185,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     ),
     "max-budget": (
         *({"budget": 528}, {}, 100, "budget", 528),
-        "budget = 528 is more than this server's max_budget = 512. Use at most 512, or "
-        "ask the operator to raise max_budget.",
+        (
+            "budget = 528 is more than this server's max_budget = 512. Use at most 512, or "
+            "ask the operator to raise max_budget."
+        ),
     ),
     "max-budget-fraction": (
         *({"budget": 0.9}, {}, 1000, "budget", 0.9),
-        "budget = 0.9 of the prompt's 1000 tokens is more than this server's "
-        "max_budget = 512. Use at most 512,",
+        (
+            "budget = 0.9 of the prompt's 1000 tokens is more than this server's "
+            "max_budget = 512. Use at most 512,"
+        ),
     ),
     # once the prompt is longer it evicts
     "max-budget-short-prompt": (
@@ -200,30 +204,40 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     ),
     "generation": (
         *({"mode": "generation", "budget": 400}, {}, 200, "mode", "'generation'"),
-        "mode = 'generation' keeps the prompt (200 tokens), and budget = 400 comes on "
-        "top: 608 tokens is more than max_budget = 512. Use a budget of at most 304, "
-        'or mode "both".',
+        (
+            "mode = 'generation' keeps the prompt (200 tokens), and budget = 400 comes on "
+            "top: 608 tokens is more than max_budget = 512. Use a budget of at most 304, "
+            'or mode "both".'
+        ),
     ),
     "generation-long-prompt": (
         *({"mode": "generation"}, {}, 500, "mode", "'generation'"),
-        "(500 tokens), and budget = 256 comes on top: 768 tokens is more than "
-        'max_budget = 512. Use mode "both".',
+        (
+            "(500 tokens), and budget = 256 comes on top: 768 tokens is more than "
+            'max_budget = 512. Use mode "both".'
+        ),
     ),
     "stride": (
         *({"budget": 512, "stride": 80}, {}, 100, "stride", 80),
-        "stride = 80 on top of 512 kept tokens is more than this server plans for (576,"
-        " its max_budget and stride). Use a stride of at most 64.",
+        (
+            "stride = 80 on top of 512 kept tokens is more than this server plans for (576,"
+            " its max_budget and stride). Use a stride of at most 64."
+        ),
     ),
     "chunk": (
         *({"chunk": 304}, {}, 100, "chunk", 304),
-        "chunk = 304 is more than a step of this server has room for beside its other "
-        "requests. Use at most 288, or ask the operator to raise "
-        "--max-num-batched-tokens.",
+        (
+            "chunk = 304 is more than a step of this server has room for beside its other "
+            "requests. Use at most 288, or ask the operator to raise "
+            "--max-num-batched-tokens."
+        ),
     ),
     "full": (
         *({"mode": "full"}, {"allow_full": False}, 100, "mode", "'full'"),
-        "mode = 'full' is not allowed by this server (allow_full). Use mode "
-        '"both", "generation" or "auto", or ask the operator.',
+        (
+            "mode = 'full' is not allowed by this server (allow_full). Use mode "
+            '"both", "generation" or "auto", or ask the operator.'
+        ),
     ),
     "prompt": (
         *({"mode": "prompt"}, {"allow_full": False}, 100, "mode", "'prompt'"),
@@ -243,13 +257,17 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     ),
     "policy": (
         *({"policy": "roco"}, {"policy": "recent"}, 100, "policy", "'roco'"),
-        "policy = 'roco' is not served here: the server runs policy 'recent', which "
-        "keeps no statistics. Leave policy out.",
+        (
+            "policy = 'roco' is not served here: the server runs policy 'recent', which "
+            "keeps no statistics. Leave policy out."
+        ),
     ),
     "fraction-of-protected": (
         *({"budget": 0.5, "sink": 512}, {}, 100, "budget", 0.5),
-        "sink and recent alone keep 544 tokens in whole blocks of 16, and a budget of "
-        "0.5 of the prompt keeps a block more",
+        (
+            "sink and recent alone keep 544 tokens in whole blocks of 16, and a budget of "
+            "0.5 of the prompt keeps a block more"
+        ),
     ),
 }
 
