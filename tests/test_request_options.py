@@ -186,7 +186,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "max-budget": (
         *({"budget": 528}, {}, 100, "budget", 528),
         (
-            "budget = 528 is more than this server's max_budget = 512. Use at most 512, or "
+            "budget = 528 is more than this server's max_budget = 512. "
+            "Use at most 512, or "
             "ask the operator to raise max_budget."
         ),
     ),
@@ -205,8 +206,10 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "generation": (
         *({"mode": "generation", "budget": 400}, {}, 200, "mode", "'generation'"),
         (
-            "mode = 'generation' keeps the prompt (200 tokens), and budget = 400 comes on "
-            "top: 608 tokens is more than max_budget = 512. Use a budget of at most 304, "
+            "mode = 'generation' keeps the prompt (200 tokens), and "
+            "budget = 400 comes on "
+            "top: 608 tokens is more than max_budget = 512. Use a budget "
+            "of at most 304, "
             'or mode "both".'
         ),
     ),
@@ -220,14 +223,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "stride": (
         *({"budget": 512, "stride": 80}, {}, 100, "stride", 80),
         (
-            "stride = 80 on top of 512 kept tokens is more than this server plans for (576,"
+            "stride = 80 on top of 512 kept tokens is more than this "
+            "server plans for (576,"
             " its max_budget and stride). Use a stride of at most 64."
         ),
     ),
     "chunk": (
         *({"chunk": 304}, {}, 100, "chunk", 304),
         (
-            "chunk = 304 is more than a step of this server has room for beside its other "
+            "chunk = 304 is more than a step of this server has room for "
+            "beside its other "
             "requests. Use at most 288, or ask the operator to raise "
             "--max-num-batched-tokens."
         ),
@@ -258,14 +263,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "policy": (
         *({"policy": "roco"}, {"policy": "recent"}, 100, "policy", "'roco'"),
         (
-            "policy = 'roco' is not served here: the server runs policy 'recent', which "
+            "policy = 'roco' is not served here: the server runs policy "
+            "'recent', which "
             "keeps no statistics. Leave policy out."
         ),
     ),
     "fraction-of-protected": (
         *({"budget": 0.5, "sink": 512}, {}, 100, "budget", 0.5),
         (
-            "sink and recent alone keep 544 tokens in whole blocks of 16, and a budget of "
+            "sink and recent alone keep 544 tokens in whole blocks of "
+            "16, and a budget of "
             "0.5 of the prompt keeps a block more"
         ),
     ),
