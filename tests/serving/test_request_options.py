@@ -189,7 +189,7 @@ def test_one_bad_request_among_many(server: Server) -> None:
 
 
 def test_several_prompts_and_several_samples(server: Server) -> None:
-    for more in ({"prompt": [PROMPT, "The fox", [1, 2, 3]]}, {"n": 3}):
+    for more in ({"prompt": [PROMPT, "The fox", "A bear"]}, {"n": 3}):
         if "n" in more:
             more["temperature"] = 1
         answer = send(server, {"roco_budget": 128}, **more)
