@@ -46,6 +46,8 @@ def server(
         *("--max-num-seqs", "8"),
         *("--max-num-batched-tokens", "264"),
         *("--num-gpu-blocks-override", "512"),
+        # each checks by itself
+        *("--api-server-count", "2"),
         "--enforce-eager",
     ]
     log = tmp_path_factory.mktemp("server") / "log.txt"
