@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_roco.eviction_row import ROW_KEY, EvictionRow
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.policy import plan_moves
 
@@ -36,6 +38,7 @@ class Page:
         num_tokens: Tokens written so far.
         prefix: Stands for all tokens of the sequence up to the last one written.
         length: Of the sequence when it was last attended to: its statistics' age.
+        is_measured: Whether every query since it was begun is in its statistics.
     """
 
     owner: tuple[str, int]
@@ -43,6 +46,7 @@ class Page:
     num_tokens: int
     prefix: int
     length: int
+    is_measured: bool
 
 
 @dataclass
@@ -56,6 +60,8 @@ class Sequence:
         num_known_tokens: Prompt and sampled tokens.
         row: Block ids by logical block; entries of freed blocks are stale.
         num_runs: How often it was started, less one.
+        schedule: Its eviction arithmetic.
+        chunk: Most prompt tokens in a step, once it evicts.
         alone: What it keeps without any company.
     """
 
@@ -63,6 +69,8 @@ class Sequence:
     prefixes: list[int]
     num_known_tokens: int
     row: list[int]
+    schedule: EvictionSchedule
+    chunk: int
     alone: LoneRun
     num_runs: int = 0
 
@@ -112,8 +120,8 @@ class PagedWorker:
     """Executes steps in the order in which they were scheduled.
 
     Args:
-        schedule: The eviction arithmetic.
-        chunk: Most prompt tokens in a step.
+        schedule: The eviction arithmetic of a sequence without options.
+        chunk: Likewise, most prompt tokens in a step.
     """
 
     def __init__(self, schedule: EvictionSchedule, chunk: int) -> None:
@@ -128,7 +136,6 @@ class PagedWorker:
         self.num_hits = 0
         self.num_shared = 0
         self.num_copies = 0
-        self.most_attended = 0
 
     def execute(self, output: SchedulerOutput) -> tuple[ModelRunnerOutput, Touched]:
         """Run a step and return its sampled tokens and the blocks that it touched."""
@@ -150,6 +157,14 @@ class PagedWorker:
         )
         return result, touched
 
+    def _plan(self, params: SamplingParams | None) -> tuple[EvictionSchedule, int]:
+        """Return how a sequence evicts, from what reaches a worker with it."""
+        options = (params and params.extra_args) or {}
+        schedule, chunk = self._schedule, options.get("roco_chunk", self._chunk)
+        if ROW_KEY in options:
+            schedule = EvictionRow(*options[ROW_KEY]).schedule(schedule.block_size)
+        return schedule, chunk
+
     def _take_rows(self, output: SchedulerOutput) -> None:
         self._starts: dict[str, int] = {}
         self._new: set[str] = set()
@@ -157,12 +172,15 @@ class PagedWorker:
             assert new.prompt_token_ids is not None
             (blocks,) = new.block_ids
             length = len(new.prompt_token_ids)
+            schedule, chunk = self._plan(new.sampling_params)
             sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
                 prefixes=[],
                 num_known_tokens=length,
                 row=list(blocks),
-                alone=LoneRun(length, self._chunk, self._schedule),
+                schedule=schedule,
+                chunk=chunk,
+                alone=LoneRun(length, chunk, schedule),
             )
             for token in new.prompt_token_ids:
                 sequence.append(token)
@@ -199,16 +217,18 @@ class PagedWorker:
         """Take over what a request begins with, which must be of this very prefix."""
         size = self._schedule.block_size
         # who has read all it knows before it evicts begins with any blocks
-        by_block = sequence.num_known_tokens <= self._schedule.max_live_tokens()
+        schedule = sequence.schedule
+        by_block = sequence.num_known_tokens < schedule.next_eviction(0)
         if not by_block:
             assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
-            assert start % self._chunk == 0, "a hit within a chunk"
+            assert start % sequence.chunk == 0, "a hit within a chunk"
         logical = set()
-        for place in self._places(start, start):
+        for place in self._places(schedule, start, start):
             block = sequence.row[place]
             page = self._pages[block]
             assert block not in self._computed, "a block of this step"
             assert page.num_tokens == size
+            assert page.is_measured or not schedule.until, "no statistics"
             assert page.prefix == sequence.prefixes[(page.logical + 1) * size - 1], (
                 "a block of another prefix"
             )
@@ -225,13 +245,14 @@ class PagedWorker:
             assert logical == sequence.alone.after(start), "a hit keeps other blocks"
         self.num_hits += 1
 
-    def _places(self, start: int, end: int) -> list[int]:
+    @staticmethod
+    def _places(schedule: EvictionSchedule, start: int, end: int) -> list[int]:
         """Return where a row has live blocks in a step."""
-        resident = self._schedule.budget_blocks
-        num_blocks = -(-end // self._schedule.block_size)
+        resident = schedule.budget_blocks
+        num_blocks = -(-end // schedule.block_size)
         return [
             *range(min(resident, num_blocks)),
-            *range(resident + self._schedule.evicted_blocks(start), num_blocks),
+            *range(resident + schedule.evicted_blocks(start), num_blocks),
         ]
 
     def _run(self, request_id: str, start: int, end: int) -> dict[int, int]:
@@ -240,8 +261,10 @@ class PagedWorker:
         size = self._schedule.block_size
         if start and request_id in self._new:
             self._adopt(sequence, owner, start)
-        before = self._schedule.evicted_blocks(start)
-        after = self._schedule.evicted_blocks(end)
+        schedule = sequence.schedule
+        is_measured = start < schedule.until
+        before = schedule.evicted_blocks(start)
+        after = schedule.evicted_blocks(end)
         for position in range(start, end):
             block, logical = sequence.row[position // size], position // size
             if position % size:
@@ -251,9 +274,10 @@ class PagedWorker:
                 assert written == expected, "a block was written over"
             prefix = sequence.prefixes[position]
             self._computed.add(block)
-            self._pages[block] = Page(owner, logical, position % size + 1, prefix, end)
+            page = Page(owner, logical, position % size + 1, prefix, end, is_measured)
+            self._pages[block] = page
 
-        places = self._places(start, end)
+        places = self._places(schedule, start, end)
         live = [sequence.row[place] for place in places]
         assert len(set(live)) == len(live), "a block is in two places"
         attended = 0
@@ -265,8 +289,9 @@ class PagedWorker:
             assert page.num_tokens == min(size, end - page.logical * size)
             self._pages[block] = replace(page, length=end)
             attended += page.num_tokens
-        assert attended == self._schedule.live_tokens(end, start)
-        self.most_attended = max(self.most_attended, attended - (end - start))
+        assert attended == schedule.live_tokens(end, start)
+        if end <= schedule.until:
+            assert attended - (end - start) <= schedule.max_live_tokens()
         if after > before:
             self._evict(sequence, live, after - before, end)
         return dict(zip(places, live, strict=True))
@@ -274,7 +299,8 @@ class PagedWorker:
     def _evict(
         self, sequence: Sequence, live: list[int], num_victims: int, end: int
     ) -> None:
-        resident = self._schedule.budget_blocks
+        resident = sequence.schedule.budget_blocks
+        assert all(self._pages[block].is_measured for block in live), "no statistics"
         labels = [self._pages[block].logical for block in live]
         chosen = choose(labels[: resident + num_victims], num_victims, end)
         victims = sorted(labels.index(label) for label in chosen)

@@ -31,6 +31,8 @@ from tests.configs import engine_config
 from tests.kv_cache.specs import one_group
 from tests.paged_worker import STOP_TOKEN, PagedWorker, Touched
 from vllm_roco.config import RocoConfig
+from vllm_roco.eviction_row import ROW_KEY, EvictionRow
+from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.spec import RocoSpec
@@ -74,6 +76,8 @@ class Setup:
         spare_blocks: Blocks of the pool above the bound of one sequence.
         trace: Option of RoCo.
         caching: Whether requests may begin behind prefixes that others have read.
+        max_budget: Option of RoCo, at least `budget`; likewise allow_full.
+        allow_full: See `max_budget`.
     """
 
     budget: int = 16
@@ -85,6 +89,8 @@ class Setup:
     spare_blocks: int = 1000
     trace: str | None = None
     caching: bool = False
+    max_budget: int | None = None
+    allow_full: bool = False
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -95,6 +101,8 @@ class Setup:
             sink=BLOCK_SIZE,
             recent=BLOCK_SIZE,
             trace=self.trace,
+            allow_full=self.allow_full,
+            max_budget=self.max_budget or self.budget,
         )
 
     def spec(self) -> RocoSpec:
@@ -113,7 +121,8 @@ class Setup:
             **changes: Attributes of `SchedulerConfig`.
         """
         spec = self.spec()
-        num_blocks = spec.max_blocks_per_sequence + 1 + self.spare_blocks
+        longer = ((self.max_budget or self.budget) - self.budget) // BLOCK_SIZE
+        num_blocks = spec.max_blocks_per_sequence + longer + 1 + self.spare_blocks
         config = copy.copy(_base_config())
         # numbers of schedulers that are left over are another instance's
         config.instance_id = uuid.uuid4().hex
@@ -290,21 +299,36 @@ class Driver:
 
     def check(self) -> None:
         """Assert what must hold at any time."""
-        manager, schedule = self.manager, self.manager.plans.default.schedule
+        manager = self.manager
         check_integrity(manager)
-        bound = self.setup.spec().max_blocks_per_sequence
         held: set[int] = set()
         for request_id, row in manager.req_to_blocks.items():
             request = self.scheduler.requests[request_id]
             processed = request.num_computed_tokens - request.num_in_flight_tokens
-            gap = sum(block.is_null for block in row)
+            schedule, bound = self.plan_of(request)
+            nulls = [place for place, block in enumerate(row) if block.is_null]
+            first, gap = schedule.budget_blocks, len(nulls)
+            assert nulls == list(range(first, first + gap))
             assert gap <= schedule.evicted_blocks(max(0, processed))
             assert len(row) - gap <= bound
             held.update(block.block_id for block in row if not block.is_null)
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() + len(held) == pool.num_gpu_blocks - 1
-        assert self.worker.most_attended <= schedule.max_live_tokens()
         self._check_in_flight()
+
+    def plan_of(self, request: Request) -> tuple[EvictionSchedule, int]:
+        """Return how a request evicts and the most blocks that it may ever hold."""
+        assert request.sampling_params is not None
+        options = request.sampling_params.extra_args or {}
+        schedule = self.setup.spec().schedule
+        if ROW_KEY in options:
+            schedule = EvictionRow(*options[ROW_KEY]).schedule(BLOCK_SIZE)
+        chunk = options.get("roco_chunk", self.setup.chunk)
+        in_flight = self.setup.max_steps_in_flight * -(-chunk // BLOCK_SIZE)
+        peak = schedule.budget_blocks + schedule.stride_blocks + in_flight + 1
+        most = request.num_prompt_tokens + request.max_tokens
+        final = -(-most // BLOCK_SIZE) - schedule.evicted_blocks(most)
+        return schedule, max(peak, final) if schedule.until else final
 
     def _check_in_flight(self) -> None:
         for (_, _, touched), preemptions in zip(

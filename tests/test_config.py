@@ -31,6 +31,7 @@ def test_options_of_other_plugins_are_left_alone() -> None:
 def test_every_option_is_read() -> None:
     options: dict[str, Any] = {
         "policy": "recent",
+        "mode": "full",
         "shield": "deviation",
         "shield_ratio": 0.25,
         "budget": 640,
@@ -38,6 +39,8 @@ def test_every_option_is_read() -> None:
         "chunk": 128,
         "sink": 32,
         "recent": 48,
+        "max_budget": 1280,
+        "allow_full": True,
         "trace": "trace.jsonl",
     }
     assert options.keys() == {field.name for field in dataclasses.fields(RocoConfig)}
@@ -81,15 +84,17 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError) as error:
         RocoConfig.from_additional_config({"roco": {"buget": 512}})
     assert "unknown option 'buget' = 512" in str(error.value)
-    assert "policy, shield, shield_ratio, budget, stride" in str(error.value)
+    assert "policy, mode, shield, shield_ratio, budget, stride" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("policy", "h2o", '"roco" or "recent"'),
-        ("policy", None, '"roco" or "recent"'),
-        ("policy", ["roco"], '"roco" or "recent"'),
+        ("policy", "tova", '"roco" or "h2o" or "random" or "recent"'),
+        ("policy", None, '"roco" or "h2o" or "random" or "recent"'),
+        ("policy", ["roco"], '"roco" or "h2o" or "random" or "recent"'),
+        ("mode", "prompts", '"both" or "prompt" or "generation" or "auto" or "full"'),
+        ("mode", None, '"both" or "prompt"'),
         ("shield", "mean", '"peak" or "deviation"'),
         ("budget", 0, "a whole number of tokens, at least 1"),
         ("budget", -16, "a whole number of tokens, at least 1"),
@@ -101,6 +106,11 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         ("sink", -1, "a whole number of tokens, at least 0"),
         ("recent", -1, "a whole number of tokens, at least 0"),
         ("recent", None, "a whole number of tokens, at least 0"),
+        ("max_budget", 2032, "a whole number of tokens, at least 2048"),
+        ("max_budget", 4096.0, "a whole number of tokens, at least 2048"),
+        ("max_budget", True, "a whole number of tokens, at least 2048"),
+        ("allow_full", 1, "true or false"),
+        ("allow_full", None, "true or false"),
         ("shield_ratio", -0.01, "a number from 0 to 1"),
         ("shield_ratio", 1.01, "a number from 0 to 1"),
         ("shield_ratio", float("nan"), "a number from 0 to 1"),
@@ -138,8 +148,29 @@ def test_protected_tokens_must_fit_the_budget() -> None:
     assert "32 + 33 = 65 tokens, but must not exceed budget = 64" in str(error.value)
 
 
-def test_only_roco_measures() -> None:
-    assert RocoConfig(policy="roco").measures
+@pytest.mark.parametrize("mode", ["prompt", "full"])
+def test_what_is_generated_is_kept_only_where_that_is_allowed(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"mode = '{mode}' keeps .* Set allow_full"):
+        RocoConfig(mode=mode)
+    assert RocoConfig(mode=mode, allow_full=True).mode == mode
+
+
+def test_prompts_that_are_kept_need_room() -> None:
+    with pytest.raises(ValueError, match=r"no prompt fits in max_budget = 512\. Raise"):
+        RocoConfig(mode="generation", budget=512)
+    assert RocoConfig(mode="generation", budget=512, max_budget=2048).budget == 512
+
+
+@pytest.mark.parametrize(("asked", "most"), [(None, 512), (512, 512), (4096, 4096)])
+def test_requests_may_keep_the_servers_budget_or_what_it_says(
+    asked: int | None, most: int
+) -> None:
+    assert RocoConfig(budget=512, max_budget=asked).max_budget == most
+
+
+def test_all_policies_but_the_newest_blocks_measure() -> None:
+    for policy in ("roco", "h2o", "random"):
+        assert RocoConfig(policy=policy).measures
     assert not RocoConfig(policy="recent").measures
 
 
@@ -150,6 +181,7 @@ def test_only_roco_measures() -> None:
         ({"budget": 2040}, 16, "Use 2032 or 2048, or another --block-size"),
         ({"stride": 8}, 16, "stride = 8 is not a multiple of the block size"),
         ({"stride": 8}, 16, "Use 16, or another --block-size"),
+        ({"max_budget": 4090}, 16, "max_budget = 4090 is not a multiple of the block"),
         ({"chunk": 500}, 16, "Use 496 or 512, or another --block-size"),
         (
             {"budget": 64, "sink": 33, "recent": 17},

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 
 SHAPES = [(16, 1, 1), (16, 4, 2), (16, 3, 5), (32, 8, 1), (1, 7, 3), (128, 2, 2)]
 
@@ -134,3 +136,44 @@ def test_the_bound_on_held_blocks_is_hardly_above_the_worst_case(
     slack = schedule.max_blocks(in_flight) - most
     # a block of one token is never held in part
     assert slack == (1 if schedule.block_size > 1 else 2)
+
+
+@given(schedules, st.integers(0, 400), st.integers(0, 800), st.integers(0, 400))
+def test_nothing_is_evicted_from_a_length_on(
+    schedule: EvictionSchedule, until: int, n: int, more: int
+) -> None:
+    ends = replace(schedule, until=until)
+    evicted = ends.evicted_blocks(n)
+    assert evicted == schedule.evicted_blocks(min(n, until))
+    assert evicted % schedule.stride_blocks == 0
+    assert evicted <= ends.evicted_blocks(n + more)
+    assert ends.evicted_blocks(until + more) == ends.evicted_blocks(until)
+    following = ends.next_eviction(n)
+    assert following == NEVER or following <= until
+    last = min(following, until + more + n) - 1
+    assert ends.evicted_blocks(max(n, last)) == evicted
+    if following < NEVER:
+        assert ends.evicted_blocks(following) > evicted
+
+
+@given(
+    schedules,
+    st.integers(0, 200),
+    st.integers(1, 400),
+    st.integers(1, 3),
+    st.integers(1, 6),
+)
+def test_held_blocks_stay_within_their_bound_when_eviction_ends(
+    schedule: EvictionSchedule,
+    until: int,
+    length: int,
+    steps_in_flight: int,
+    chunk_blocks: int,
+) -> None:
+    ends = replace(schedule, until=until)
+    in_flight = steps_in_flight * chunk_blocks * ends.block_size
+    bound = ends.max_blocks(in_flight, length)
+    for scheduled in range(1, length + 1):
+        allocated = -(-scheduled // ends.block_size)
+        processed = max(0, scheduled - in_flight)
+        assert allocated - ends.evicted_blocks(processed) <= bound

@@ -8,6 +8,9 @@ nobody reads or overwrites another's block, and each request evicts as it does a
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
@@ -32,18 +35,32 @@ STEMS = (
 )
 
 
+# in blocks; None leaves an option to the server
+OPTIONS = st.none() | st.fixed_dictionaries(
+    {"roco_chunk": st.integers(1, 6)},
+    optional={
+        "roco_budget": st.integers(2, 12) | st.sampled_from([0.25, 0.6]),
+        "roco_stride": st.integers(1, 4),
+        "roco_mode": st.sampled_from(["both", "prompt", "generation", "auto", "full"]),
+    },
+)
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Synchronous scheduling, one step at a time."""
 
     asynchronous = False
     max_steps_in_flight = 1
     caching = False
+    has_options = False
 
     def __init__(self) -> None:
         super().__init__()
         self.driver: Driver | None = None
         self.lengths: dict[str, tuple[int, int]] = {}
         self.aborted: set[str] = set()
+        self.chunks: dict[str, int] = {}
+        self.refused: set[str] = set()
 
     @initialize(
         # in blocks: each larger than, equal to or smaller than the others
@@ -69,6 +86,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_steps_in_flight=self.max_steps_in_flight,
                 spare_blocks=spare_blocks,
                 caching=self.caching,
+                allow_full=self.has_options,
+                max_budget=(MAX_PROMPT + 2) + 12 * BLOCK_SIZE
+                if self.has_options
+                else None,
             )
         )
 
@@ -79,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, MAX_OUTPUT),
         ignore_stop=st.booleans(),
         how_often=st.sampled_from([1, 1, 1, 2, 3]),
+        options=OPTIONS,
     )
     def add(
         self,
@@ -88,8 +110,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens: int,
         ignore_stop: bool,
         how_often: int,
+        options: dict[str, Any] | None,
     ) -> None:
         assert self.driver is not None
+        setup = self.driver.setup
+        extra_args: dict[str, Any] | None = None
+        if self.has_options and options:
+            extra_args = {
+                name: value * BLOCK_SIZE if isinstance(value, int) else value
+                for name, value in options.items()
+            }
+            room = self.driver.scheduler.max_num_scheduled_tokens - MAX_NUM_SEQS
+            chunk = min(extra_args["roco_chunk"], room // BLOCK_SIZE * BLOCK_SIZE)
+            extra_args["roco_chunk"] = chunk
+            # a stride of the server's would not fit above every budget
+            extra_args.setdefault("roco_stride", BLOCK_SIZE)
+        before = copy.deepcopy(extra_args)
         for _ in range(how_often):
             shared = stem[: min(num_stem_tokens, num_prompt_tokens)]
             own = [62 + len(self.lengths) % 60] * (num_prompt_tokens - len(shared))
@@ -98,7 +134,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_tokens,
                 prompt=shared + own,
                 ignore_stop=ignore_stop,
+                extra_args=extra_args,
             )
+            assert extra_args == before, "shared by several requests"
+            self.chunks[request_id] = (extra_args or {}).get("roco_chunk", setup.chunk)
+            request = self.driver.scheduler.requests.get(request_id)
+            if request is None:
+                self.refused.add(request_id)
             self.lengths[request_id] = (num_prompt_tokens, max_tokens)
 
     @rule(num_steps=st.integers(1, 40))
@@ -141,8 +183,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_outputs = len(self.driver.outputs[request_id])
             if request_id in self.aborted:
                 continue
+            if request_id in self.refused:
+                assert str(self.driver.finished[request_id].finish_reason) == "error"
+                continue
             reason = str(self.driver.finished[request_id].finish_reason)
             assert num_outputs == max_tokens if reason == "length" else reason == "stop"
+        assert not len(self.driver.scheduler.request_plans)
         self.driver.scheduler.shutdown()
 
     @property
@@ -167,7 +213,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for request_id in self.unfinished:
             num_prompt_tokens, max_tokens = self.lengths[request_id]
             known = num_prompt_tokens + max_tokens
-            total += known // setup.chunk + known // setup.stride + 2 + max_tokens
+            chunk = self.chunks[request_id]
+            stride = BLOCK_SIZE if self.has_options else setup.stride
+            total += known // chunk + known // stride + 2 + max_tokens
         # with steps in flight, some are empty: they only wait for a token
         return total * setup.max_steps_in_flight + 8
 
@@ -210,6 +258,24 @@ class DeepAsyncPrefixMachine(DeepAsyncMachine):
     caching = True
 
 
+class OptionsMachine(SchedulerMachine):
+    """Requests evict as they ask for."""
+
+    has_options = True
+
+
+class AsyncOptionsPrefixMachine(AsyncPrefixMachine):
+    """Likewise, asynchronously and behind prefixes of others."""
+
+    has_options = True
+
+
+class DeepAsyncOptionsPrefixMachine(DeepAsyncPrefixMachine):
+    """Likewise, over two pipeline stages."""
+
+    has_options = True
+
+
 @pytest.mark.parametrize(
     "machine",
     [
@@ -220,6 +286,9 @@ class DeepAsyncPrefixMachine(DeepAsyncMachine):
         PrefixMachine,
         AsyncPrefixMachine,
         DeepAsyncPrefixMachine,
+        OptionsMachine,
+        AsyncOptionsPrefixMachine,
+        DeepAsyncOptionsPrefixMachine,
     ],
     ids=lambda machine: machine.__name__,
 )

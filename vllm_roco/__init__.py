@@ -18,8 +18,9 @@ def register() -> None:
     """Name the backend `ROCO` (entry point `vllm.general_plugins`).
 
     Called in every vLLM process, any number of times, whatever backend is chosen: it
-    only adds a name and imports nothing heavy. Where the platform would run its own
-    attention under that name, the name is not added, so that choosing it is an error.
+    adds a name, and has requests checked that go to RoCo's layers. Where the platform
+    would run its own attention under that name, nothing is done, so that choosing it is
+    an error.
 
     Raises:
         ImportError: vLLM is older than any version that has the hooks.
@@ -31,6 +32,7 @@ def register() -> None:
     )
 
     from vllm_roco import compat
+    from vllm_roco.front_end import check_requests
     from vllm_roco.observability.prometheus import register_collector
 
     compat.check_version()
@@ -42,6 +44,7 @@ def register() -> None:
             )
         return
     register_collector()
+    check_requests()
     if compat.BACKEND_NAME not in AttentionBackendEnum.__members__:
         register_backend(compat.BACKEND_NAME, BACKEND_PATH)
         compat.pickle_backend_by_name()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from typing_extensions import override
 from vllm.logger import init_logger
@@ -15,18 +15,11 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
 from vllm_roco.observability.trace import check_path
-from vllm_roco.request_refusal import trouble_with_seed
 from vllm_roco.scheduler_choice import check_scheduler_class
-from vllm_roco.validation import (
-    is_selected,
-    validated_config,
-)
+from vllm_roco.validation import is_selected, validated_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.inputs import EngineInput
-    from vllm.pooling_params import PoolingParams
-    from vllm.sampling_params import SamplingParams
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -43,9 +36,6 @@ PREFERRED_BLOCK_SIZE = 16
 
 class RocoCpuPlatform(StockPlatform):
     """The stock CPU platform unless a layer's backend is ROCO."""
-
-    _configured: ClassVar[set[bool]] = set()
-    """Whether engines that this process configured have RoCo layers: one or both."""
 
     @classmethod
     @override
@@ -80,10 +70,7 @@ class RocoCpuPlatform(StockPlatform):
     @override
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Check RoCo's options early, and prefer blocks of 16 tokens."""
-        serves_roco = is_selected(vllm_config)
-        if vllm_config.model_config is not None:
-            cls._configured.add(serves_roco)
-        if not serves_roco:
+        if not is_selected(vllm_config):
             additional = vllm_config.additional_config
             if isinstance(additional, Mapping) and NAMESPACE in additional:
                 logger.warning_once(
@@ -103,24 +90,3 @@ class RocoCpuPlatform(StockPlatform):
         if not cache_config.user_specified_block_size:
             cache_config.block_size = PREFERRED_BLOCK_SIZE
             config.check_block_size(PREFERRED_BLOCK_SIZE)
-
-    @classmethod
-    @override
-    def validate_request(
-        cls, processed_inputs: EngineInput, params: SamplingParams | PoolingParams
-    ) -> None:
-        """Refuse a request that would stop the engine, before the engine gets it.
-
-        vLLM does not tell for which engine. If only some of this process's have RoCo
-        layers, their schedulers refuse it.
-
-        Raises:
-            VLLMValidationError: See `vllm_roco.request_refusal.trouble_with_seed`.
-        """
-        # it imports the platform
-        from vllm.exceptions import VLLMValidationError
-
-        super().validate_request(processed_inputs, params)
-        trouble = trouble_with_seed(params)
-        if trouble is not None and cls._configured == {True}:
-            raise VLLMValidationError(trouble)

@@ -66,6 +66,8 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.config.SchedulerConfig": ("max_num_scheduled_tokens",),
     "vllm.v1.engine.async_llm.AsyncLLM": ("vllm_config",),
+    # wrapped
+    "vllm.v1.engine.input_processor.InputProcessor": ("process_inputs", "vllm_config"),
     # its module makes up what it lacks
     "vllm.envs": ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE"),
 }

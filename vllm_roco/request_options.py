@@ -53,20 +53,23 @@ _SCORES = {
 }
 _CHOICES = {"mode": MODES, "policy": POLICIES, "shield": SHIELDS}
 _MAX_INTEGER = 2**31 - 1
+_LONGEST_TEXT = 100
 
 
 class RequestOptionError(ValueError):
     """A request asks for what it cannot have; the others are not concerned.
 
     Attributes:
-        option: Name of the option, without prefix.
-        value: What was asked for.
+        key: The key of `extra_args` that it is about, in the form of one key for each
+            option.
+        value: What was asked for; as text what cannot be printed, or only at length.
     """
 
     def __init__(self, option: str, value: object, message: str) -> None:
         super().__init__(f"roco: {message}")
-        self.option = option
-        self.value = value
+        self.key = PREFIX + option if option in OPTIONS else NAMESPACE
+        is_short = isinstance(value, int | float) and abs(value) <= _MAX_INTEGER
+        self.value = value if is_short else _spell(value)
 
 
 class RequestPlan(NamedTuple):
@@ -95,7 +98,7 @@ def options_in(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     flat = {
         key.removeprefix(PREFIX): value
         for key, value in extra_args.items()
-        if key.startswith(PREFIX)
+        if isinstance(key, str) and key.startswith(PREFIX)
     }
     if NAMESPACE not in extra_args:
         return _known(flat)
@@ -104,13 +107,14 @@ def options_in(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
         raise RequestOptionError(
             NAMESPACE,
             nested,
-            f"the request has both {NAMESPACE} = {nested!r} and "
+            f"the request has both {NAMESPACE} = {_spell(nested)} and "
             f"{PREFIX}{next(iter(flat))}. Use one form for all options.",
         )
     if isinstance(nested, str):
         try:
             nested = json.loads(nested)
-        except ValueError as error:
+        # the second for lists in lists in lists
+        except (ValueError, RecursionError) as error:
             raise _not_a_dictionary(nested) from error
     if not isinstance(nested, Mapping):
         raise _not_a_dictionary(nested)
@@ -121,8 +125,8 @@ def _not_a_dictionary(value: object) -> RequestOptionError:
     return RequestOptionError(
         NAMESPACE,
         value,
-        f"{NAMESPACE} = {value!r} is not a dictionary of options. Use one, over HTTP "
-        'as a JSON string, for example "{\\"budget\\": 512}", or one key for each '
+        f"{NAMESPACE} = {_spell(value)} is not a dictionary of options. Use one, over "
+        'HTTP as a JSON string, for example "{\\"budget\\": 512}", or one key for each '
         f"option, for example {PREFIX}budget.",
     )
 
@@ -131,9 +135,10 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
     for name, value in options.items():
         if name not in OPTIONS:
             raise RequestOptionError(
-                str(name),
+                NAMESPACE,
                 value,
-                f"unknown option {name!r} = {value!r} in a request. Allowed are "
+                f"unknown option {_spell(name)} = {_spell(value)} in a request. "
+                "Allowed are "
                 f"{', '.join(OPTIONS)}. Correct or remove it.",
             )
     return options
@@ -167,9 +172,10 @@ class RequestPlanner:
         """
         asked = options_in(extra_args)
         for name, allowed in _CHOICES.items():
-            if name in asked and asked[name] not in allowed:
-                choice = " or ".join(f'"{value}"' for value in allowed)
-                raise _bad(name, asked[name], choice)
+            value = asked.get(name, allowed[0])
+            if not isinstance(value, str) or value not in allowed:
+                choice = " or ".join(f'"{name}"' for name in allowed)
+                raise _bad(name, value, choice)
         mode = self._mode(asked)
         sink = self._tokens(asked, "sink", 0)
         recent = self._tokens(asked, "recent", 0)
@@ -190,30 +196,30 @@ class RequestPlanner:
             and max(self._blocks(sink), prompt) + self._blocks(recent) <= budget
         ):
             sink = max(sink, num_prompt_tokens)
-        most_protected = self._blocks(sink) + self._blocks(recent)
-        if most_protected > resident:
-            raise RequestOptionError(
-                "budget",
-                asked.get("budget", self.config.budget),
-                f"sink = {sink} and recent = {recent} protect "
-                f"{most_protected * self.block_size} tokens in whole blocks of "
-                f"{self.block_size}, more than the {resident * self.block_size} that "
-                "are kept. Lower them, or raise budget.",
-            )
         until = {FULL: 0, "prompt": num_prompt_tokens}.get(mode, NEVER)
         flags, shield_blocks = self._choice_of_blocks(asked, budget)
         row = EvictionRow(
             resident, stride, until, sink, recent, shield_blocks, flags, _seed(asked)
         )
+        if mode != FULL:
+            # also where this prompt is too short for it to matter: a longer one is not
+            self._check_protected(asked, row)
+            self._check_size(asked, mode, row, num_prompt_tokens)
         if mode == "prompt" and not row.schedule(self.block_size).evicted_blocks(until):
             row = row._replace(until=0)
-        if row.until:
-            self._check_size(asked, mode, row, num_prompt_tokens)
         return RequestPlan(row, chunk)
 
     def _mode(self, asked: Mapping[str, Any]) -> str:
         budget = asked.get("budget")
-        mode: str = asked.get("mode", FULL if budget == FULL else self.config.mode)
+        if "mode" in asked:
+            mode: str = asked["mode"]
+        elif budget == FULL:
+            mode = FULL
+        elif "budget" in asked and self.config.mode == FULL:
+            # who brings a budget where nothing is evicted wants evictions
+            mode = MODES[0]
+        else:
+            mode = self.config.mode
         if budget == FULL and mode != FULL:
             raise RequestOptionError(
                 "mode",
@@ -221,12 +227,20 @@ class RequestPlanner:
                 f'budget = "full" keeps everything, and mode = {mode!r} does not. '
                 "Leave one of them out.",
             )
-        if mode in UNBOUNDED_MODES and not self.config.allow_full:
+        if mode == FULL and "budget" in asked and budget != FULL:
             raise RequestOptionError(
-                "mode",
+                "budget",
+                budget,
+                f"mode = 'full' keeps everything, and budget = {_spell(budget)} does "
+                "not. Leave one of them out.",
+            )
+        if mode in UNBOUNDED_MODES and not self.config.allow_full:
+            key = "mode" if "mode" in asked else "budget"
+            raise RequestOptionError(
+                key,
                 mode,
-                f"mode = {mode!r} is not allowed by this server (allow_full). Use mode "
-                '"both", "generation" or "auto", or ask the operator.',
+                f"{key} = {mode!r} is not allowed by this server (allow_full). Use "
+                'mode "both", "generation" or "auto", or ask the operator.',
             )
         return mode
 
@@ -236,6 +250,16 @@ class RequestPlanner:
         """Return the budget in blocks."""
         budget = asked.get("budget", self.config.budget)
         if isinstance(budget, float) and 0 < budget < 1:
+            least = (protected + 1) * self.block_size
+            if least > self.config.max_budget:
+                raise RequestOptionError(
+                    "budget",
+                    budget,
+                    f"sink and recent alone keep {least - self.block_size} tokens in "
+                    f"whole blocks of {self.block_size}, and a budget of {budget} of "
+                    "the prompt keeps a block more, which is more than this server's "
+                    f"max_budget = {self.config.max_budget}. Lower sink or recent.",
+                )
             blocks = math.ceil(budget * num_prompt_tokens / self.block_size)
             return max(blocks, protected + 1)
         if not _is_integer(budget, 1):
@@ -245,13 +269,19 @@ class RequestPlanner:
                 "a whole number of tokens, at least 1, a fraction of the prompt "
                 'between 0 and 1, or "full"',
             )
+        if budget > _MAX_INTEGER:
+            raise _bad("budget", budget, f"at most {self.config.max_budget}")
         self._check_whole_blocks("budget", budget)
         return int(budget) // self.block_size
 
     def _chunk(self, asked: Mapping[str, Any], budget: int) -> int:
         chunk = self._tokens(asked, "chunk", 1, min_of=budget)
-        if self.max_chunk is not None and chunk > self.max_chunk and "chunk" in asked:
-            most = self.max_chunk // self.block_size * self.block_size
+        if self.max_chunk is None or "chunk" not in asked:
+            return chunk
+        # the server's own may be more, where no prompt is that long
+        most = max(self.max_chunk, self.config.chunk)
+        if chunk > most:
+            most -= most % self.block_size
             raise RequestOptionError(
                 "chunk",
                 chunk,
@@ -264,19 +294,19 @@ class RequestPlanner:
     def _tokens(
         self, asked: Mapping[str, Any], name: str, least: int, min_of: int | None = None
     ) -> int:
-        """Return an option in tokens.
+        """Return an option in tokens; by default at most the request's own budget.
 
         Args:
             asked: What the request brings.
-            name: The option.
-            least: Its smallest value.
-            min_of: The request's budget in blocks, where only whole blocks are allowed;
-                the default is not above it, if it is below the server's.
+            name: Of the option.
+            least: That is allowed.
+            min_of: The budget in blocks, if it bounds the option's default.
         """
         if name not in asked:
             tokens = int(getattr(self.config, name))
-            budget = self.config.budget if min_of is None else min_of * self.block_size
-            return min(tokens, budget) if budget < self.config.budget else tokens
+            if min_of is None or "budget" not in asked:
+                return tokens
+            return min(tokens, min_of * self.block_size)
         tokens = asked[name]
         if not _is_integer(tokens, least):
             raise _bad(name, tokens, f"a whole number of tokens, at least {least}")
@@ -324,6 +354,20 @@ class RequestPlanner:
                 f"({self.block_size} tokens). Use {near}{below + self.block_size}.",
             ) from error
 
+    def _check_protected(self, asked: Mapping[str, Any], row: EvictionRow) -> None:
+        """Raise if a request could not evict down to what it keeps."""
+        size = self.block_size
+        protected = (self._blocks(row.sink) + self._blocks(row.recent)) * size
+        kept = row.resident_blocks * size
+        if protected > kept:
+            raise RequestOptionError(
+                "budget",
+                asked.get("budget", self.config.budget),
+                f"sink = {row.sink} and recent = {row.recent} protect {protected} "
+                f"tokens in whole blocks of {size}, more than the {kept} that are "
+                "kept. Lower them, or raise budget.",
+            )
+
     def _check_size(
         self,
         asked: Mapping[str, Any],
@@ -344,9 +388,9 @@ class RequestPlanner:
                     f"than this server's max_budget = {config.max_budget}. Use at most "
                     f"{config.max_budget}, or ask the operator to raise max_budget.",
                 )
-            prompt = self._blocks(num_prompt_tokens) * size
-            room = config.max_budget - prompt
-            cure = f"a budget of at most {room}, or mode" if room > 0 else "mode"
+            room = config.max_budget - self._blocks(num_prompt_tokens) * size
+            least = max(1, self._blocks(row.recent)) * size
+            cure = f"a budget of at most {room}, or mode" if room >= least else "mode"
             raise RequestOptionError(
                 "mode",
                 mode,
@@ -388,5 +432,17 @@ def _is_integer(value: object, least: int) -> bool:
 
 def _bad(name: str, value: object, allowed: str) -> RequestOptionError:
     return RequestOptionError(
-        name, value, f"{name} = {value!r} is not allowed in a request. Use {allowed}."
+        name,
+        value,
+        f"{name} = {_spell(value)} is not allowed in a request. Use {allowed}.",
     )
+
+
+def _spell(value: object) -> str:
+    """Return a value as a message can hold it, whatever a client has sent."""
+    try:
+        text = repr(value)
+    # a number of too many digits; lists in lists in lists
+    except (ValueError, RecursionError):
+        text = f"<{type(value).__name__}, too long to print>"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."

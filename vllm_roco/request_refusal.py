@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 def trouble_with(request: Request) -> str | None:
     """Return why eviction cannot serve a request, None if it can."""
-    # the CPU platform imports this module
     from vllm.platforms import current_platform
 
     if request.resumable:
@@ -36,7 +35,6 @@ def trouble_with_seed(params: SamplingParams | PoolingParams | None) -> str | No
     Args:
         params: Of the request.
     """
-    # it imports the platform
     from vllm.sampling_params import SamplingParams, SamplingType
 
     if (

@@ -37,6 +37,8 @@ class Setup:
         chunk: Prompt tokens read per step; 0 where the engine decides.
         block_size: Tokens that are kept or go together.
         options: Of the oracle: fields of `EvictionMethod` or `Rule`, name and value.
+        request: Of the plugin: options that each request brings, name and value. The
+            server has its defaults, and `budget` is told for the tables alone.
     """
 
     method: str
@@ -49,6 +51,7 @@ class Setup:
     chunk: int = 0
     block_size: int = 16
     options: tuple[tuple[str, Any], ...] = ()
+    request: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +91,15 @@ class Cell:
         values = dict(fields)
         names = values.keys() & Setup.__annotations__.keys()
         setup = {name: values.pop(name) for name in names}
-        setup["options"] = tuple(map(tuple, setup.get("options", ())))
+        for name in ("options", "request"):
+            setup[name] = tuple(map(tuple, setup.get(name, ())))
         return cls(**values, setup=Setup(**setup))
 
 
 Job = Sequence[Cell]
 """What one process measures, one after another: all with the same engine.
 
-With vLLM, all have the same setup, too.
+With vLLM, all have the same setup, too, but for what requests bring.
 """
 
 

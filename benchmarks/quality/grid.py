@@ -69,6 +69,13 @@ _QUARTERS = (*_HALVES, 0.125)
 _SIXTEENTHS = (*_QUARTERS, 0.0625)
 METHODS = (*(f"roco/{shield}" for shield in SHIELDS), "recent")
 """The plugin's."""
+REQUESTS = {
+    **{mode: (("mode", mode),) for mode in ("both", "prompt", "auto", "generation")},
+    "both, h2o": (("policy", "h2o"),),
+    "both, random": (("policy", "random"),),
+    "generation, random": (("mode", "generation"), ("policy", "random")),
+}
+"""What requests bring beside a budget that is a fraction of their prompt."""
 SWEEPS = (
     Sweep("passkey", 2048, _SIXTEENTHS, 100),
     Sweep("passkey", 4096, _SIXTEENTHS, 100),
@@ -133,6 +140,25 @@ def _search(n: int, *further: Sweep) -> Iterator[tuple[Sweep, Setup]]:
         for sweep in sweeps:
             for ratio in sweep.ratios:
                 yield sweep, policy_setup(name, int(ratio * sweep.context))
+
+
+def _modes() -> Iterator[tuple[Sweep, Setup]]:
+    sweeps = (
+        Sweep("passkey", 2048, _SIXTEENTHS, 100),
+        Sweep("needle", 1024, _QUARTERS, 100),
+        Sweep("needle", 2048, _QUARTERS, 100),
+    )
+    yield from ((sweep, FULL) for sweep in sweeps)
+    for sweep in sweeps:
+        for ratio in sweep.ratios:
+            for method, asked in REQUESTS.items():
+                options = (("budget", ratio), *asked)
+                base = setup_of(METHODS[0], 0, BASE.stride, BASE.chunk)
+                budget = int(ratio * sweep.context)
+                yield (
+                    sweep,
+                    replace(base, method=method, budget=budget, request=options),
+                )
 
 
 def _kvpress() -> Iterator[tuple[Sweep, Setup]]:
@@ -248,6 +274,11 @@ PRESETS = {
         reference=DEFAULT,
         seed=20_000,
     ),
+    "modes": Preset(
+        "every mode at fractions of the prompt, asked of one server by its requests",
+        tuple(_modes()),
+        table="modes",
+    ),
     "kvpress": Preset(
         "needles with kvpress, in an environment of its own: see `with_kvpress`",
         tuple(_kvpress()),
@@ -260,7 +291,8 @@ PRESETS = {
 def jobs(wanted: Iterable[Cell]) -> list[Job]:
     """Group cells into processes, in the order of their first cell.
 
-    An engine of vLLM has one setup and takes long to start, so its cells share it. The
+    An engine of vLLM has one setup and takes long to start, so its cells share it, also
+    with others that differ in what their requests bring. The
     full cache has the most to do and everything waits for it: a context each. Other
     engines take any setup at any time: a context each, too.
     """
@@ -269,6 +301,8 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
         key: object = cell.setup
         if cell.setup == FULL:
             key = (cell.setup, cell.context, cell.task in RULER_TASKS)
+        elif cell.setup.request:
+            key = replace(cell.setup, method="", budget=0, request=())
         elif cell.setup.engine != "vllm":
             key = (cell.setup.engine, cell.context)
         groups.setdefault(key, []).append(cell)

@@ -36,6 +36,7 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": scoring.rows,
     "search": scoring.search_rows,
     "kvpress": scoring.rows,
+    "modes": scoring.rows,
 }
 """What makes each table of the results beside it."""
 

@@ -232,6 +232,23 @@ def kvpress(found: pd.DataFrame) -> str:
     return lines(found, {**columns, "accuracy": _SCORE, "n": "{n}"})
 
 
+def modes(found: pd.DataFrame) -> str:
+    """Return a table of modes and fractions for each task.
+
+    Args:
+        found: Rows of `modes.csv`.
+    """
+    parts = []
+    for _, group in found.groupby(["task", "context"], sort=False):
+        full = matching(group, method="full")
+        swept = group[group["method"] != "full"]
+        (caption,) = texts(full, f"**{{problems}}**, n = {{n}}, full cache {_SCORE}")
+        order = swept.sort_values("budget_ratio", ascending=False)["share"].unique()
+        keys = {"mode": "{method}"}
+        parts.append(grid(swept, keys, "{share}", _SCORE, caption, order))
+    return "\n\n".join(parts)
+
+
 _PARTS: dict[str, Callable[[Scores], str]] = {
     "source": _source,
     "headline": _headline,
@@ -247,5 +264,6 @@ _PARTS: dict[str, Callable[[Scores], str]] = {
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "search": search,
     "kvpress": kvpress,
+    "modes": modes,
 }
 """Tables of CSV files of their own, by their name."""

@@ -42,10 +42,15 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
         arguments |= {"kv_cache_memory_bytes": 2 * 2**30, "gpu_memory_utilization": 0.1}
     if not setup.budget:
         return arguments
-    names = ["policy", "budget", "stride", "chunk"]
+    names = ["policy", "stride", "chunk"]
     if setup.shield:
         names += ["shield", "shield_ratio"]
     options = {name: getattr(setup, name) for name in names}
+    if setup.request:
+        # a prompt that is kept, and a budget of its size
+        options |= {"max_budget": 2 * context, "allow_full": True}
+    else:
+        options["budget"] = setup.budget
     return arguments | {
         "attention_backend": "roco",
         "block_size": setup.block_size,
@@ -67,7 +72,13 @@ class Engine(cells.Engine):
     ) -> list[list[int]]:
         # a long text is to become long, whatever the model thinks
         ignore_eos = cell.task == GENERATION
-        outputs = self._complete(prompts, max_tokens=max_tokens, ignore_eos=ignore_eos)
+        asked = {f"roco_{name}": value for name, value in cell.setup.request}
+        outputs = self._complete(
+            prompts,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            extra_args=asked or None,
+        )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     @override

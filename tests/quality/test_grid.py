@@ -25,6 +25,7 @@ from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
 from benchmarks.quality.run import can_be_swept, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED
+from benchmarks.quality.with_vllm import engine_arguments
 from benchmarks.rows import read
 
 FULL_PRESET = PRESETS["full"]
@@ -104,6 +105,19 @@ def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
 def result(cell: Cell, *scores: float) -> Result:
     metric = "perplexity" if cell.task == PERPLEXITY else "accuracy"
     return Result(cell, {metric: list(scores)}, "gpu", "abc")
+
+
+def test_what_requests_ask_for_shares_one_engine() -> None:
+    asking = [job for job in jobs_of(grid("modes")) if job[0].setup != FULL]
+    assert len(asking) == 1
+    asked = {cell.setup.request for cell in asking[0]}
+    assert (("budget", 0.25), ("mode", "prompt")) in asked
+    arguments = engine_arguments(asking[0][0].setup, 2048)
+    options = arguments["additional_config"]["roco"]
+    assert "budget" not in options
+    # mode "generation" keeps a prompt, and half of its length on top
+    assert options["max_budget"] >= 2048 + 1024
+    assert options["allow_full"]
 
 
 def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:

@@ -7,18 +7,14 @@ Each message says what is wrong, which value, what is allowed and what to do.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-from vllm import LLM, SamplingParams
-from vllm.exceptions import VLLMValidationError
-from vllm.platforms import current_platform
+from vllm import LLM
 from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from tests.refusals.cases import Case, arguments_of, engine_config, refused
 from vllm_roco.attention import backend
-from vllm_roco.cpu_platform import RocoCpuPlatform
 from vllm_roco.scheduler import RocoSchedulerMixin
 
 
@@ -31,7 +27,7 @@ BAD_OPTIONS = {
         ("'budgets' = 64", "Allowed keys are policy, ", "Correct or remove"),
         {"budgets": 64},
     ),
-    "policy": Case(("policy = 'h2o'", '"roco" or "recent"'), {"policy": "h2o"}),
+    "policy": Case(("policy = 'tova'", '"roco" or "h2o" or '), {"policy": "tova"}),
     "shield": Case(("shield = 'mean'", '"peak" or "deviation"'), {"shield": "mean"}),
     "shield-ratio": Case(
         ("shield_ratio = 1.5", "a number from 0 to 1"), {"shield_ratio": 1.5}
@@ -220,23 +216,6 @@ def test_a_trace_is_checked_and_left_alone(llama: Path, tmp_path: Path) -> None:
         engine_config(llama, Case((), {"trace": str(path)}))
     assert not new.exists()
     assert old.read_text() == "{}\n"
-
-
-def test_seeds_are_refused_for_rocos_engines_only(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whichever engine was configured last decided for every engine of a process."""
-    monkeypatch.setattr(RocoCpuPlatform, "_configured", set())
-    prompt: Any = {"type": "token", "prompt_token_ids": [1]}
-    random, greedy = (SamplingParams(seed=7, temperature=t) for t in (1, 0))
-    engine_config(llama, Case(()))
-    current_platform.validate_request(prompt, greedy)
-    with pytest.raises(VLLMValidationError) as error:
-        current_platform.validate_request(prompt, random)
-    refused(str(error.value), Case(("seed = 7", "temperature = 1", "Leave seed out")))
-    # from here on only the engine's scheduler can tell
-    engine_config(llama, Case((), arguments={"attention_backend": None}))
-    current_platform.validate_request(prompt, random)
 
 
 @pytest.mark.parametrize("kind", [PlatformEnum.ROCM, PlatformEnum.XPU])

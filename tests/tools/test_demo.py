@@ -31,11 +31,13 @@ SMALL = [
 
 ROW = re.compile(
     r"^ +(?P<name>passkey|generation \d) +(?P<read>\S+) +(?P<written>\S+)"
-    r" +(?P<held>\S+) +(?P<full>\S+) +\d+%"
+    r" +(?P<budget>\S+) +(?P<held>\S+) +(?P<full>\S+) +\d+%"
     r" +(?P<freed>\S+) +(?P<answer>\S+) +(?P<speed>\S+)",
     re.MULTILINE,
 )
-FOOTER = re.compile(r"^ +by /metrics +(?P<held>\S+) +(?P<freed>\S+) *$", re.MULTILINE)
+FOOTER = re.compile(
+    r"^ +by /metrics +(?P<budget>\S+) +(?P<held>\S+) +(?P<freed>\S+) *$", re.MULTILINE
+)
 
 
 def test_table_and_picture(
@@ -66,15 +68,19 @@ def test_table_and_picture(
         # the last token is written but not read again
         computed = row["read"] + row["written"] - 1
         assert 0 <= row["full"] - computed < 2 * BLOCK_SIZE
-        assert BUDGET <= row["held"] <= BUDGET + STRIDE + CHUNK + BLOCK_SIZE
+        assert row["budget"] <= row["held"]
+        assert row["held"] <= row["budget"] + STRIDE + CHUNK + BLOCK_SIZE
         assert row["freed"] > 0
         assert row["freed"] % (STRIDE // BLOCK_SIZE) == 0
+    # every second generation asks for half of the server's budget
+    assert [row["budget"] for row in numbers] == [BUDGET, BUDGET, BUDGET // 2]
     assert PROMPT_TOKENS - 30 < numbers[0]["read"] <= PROMPT_TOKENS
     assert [row["written"] for row in numbers[1:]] == [TOKENS] * GENERATIONS
-    # what they give back, they give back while they write
+    # what the first one gives back, it gives back while it writes
     assert all(row["read"] <= BUDGET for row in numbers[1:])
     footer = FOOTER.search(done.stdout)
     assert footer is not None
+    assert int(footer["budget"]) == BUDGET
     assert int(footer["held"]) == max(row["held"] for row in numbers)
     assert int(footer["freed"]) == sum(row["freed"] for row in numbers)
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vllm_roco.config import RocoConfig
+from vllm_roco.config import RocoConfig, blocks_of
 
 HOST = "127.0.0.1"
 SMALL_MODEL = "SmolLM2-135M-Instruct"
@@ -61,6 +61,14 @@ class Options(argparse.Namespace):
     tokens: int
     picture: Path
     server_arguments: list[str]
+
+    @property
+    def half_budget(self) -> int:
+        """Half of the budget in whole blocks, or all of it where that is too little."""
+        size, roco = self.block_size, self.roco
+        half = roco.budget // 2 // size * size
+        protected = blocks_of(roco.sink, size) + blocks_of(roco.recent, size)
+        return half if half > protected * size else roco.budget
 
 
 def parse_options(arguments: Sequence[str]) -> Options:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,12 +29,14 @@ class Prompt:
         name: What the table and the picture call it.
         token_ids: The prompt.
         max_tokens: Tokens to write.
+        budget: KV tokens that it may keep.
         passkey: What it has to find; None for a free text.
     """
 
     name: str
     token_ids: list[int]
     max_tokens: int
+    budget: int
     passkey: Passkey | None = None
 
 
@@ -73,8 +76,9 @@ def build_prompts(model: str, options: Options) -> list[list[Prompt]]:
 
     First a short one, so that what the server compiles on first use is not timed; then
     a number hidden in a long text; then generations, which continue the text of the
-    project's license, cut at different lengths up to the budget: what they give back,
-    they give back while they write.
+    project's license, cut at different lengths up to the budget. Every second of them
+    asks for a budget of its own, half of the server's; what the others give back, they
+    give back while they write.
 
     Raises:
         DemoError: The prompt is too short for the passkey task, or the model's
@@ -91,13 +95,17 @@ def build_prompts(model: str, options: Options) -> list[list[Prompt]]:
         raise DemoError(str(error)) from error
     text = tokenizer(_LICENSE.read_text(encoding="utf-8"))["input_ids"]
     count = options.generations
-    lengths = [max(1, options.roco.budget * n // count) for n in range(1, count + 1)]
+    budget = options.roco.budget
+    lengths = [max(1, budget * n // count) for n in range(1, count + 1)]
+    budgets = itertools.cycle((budget, options.half_budget))
     return [
-        [Prompt("warm-up", text[:32], max_tokens=4)],
-        [Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, passkey)],
+        [Prompt("warm-up", text[:32], 4, budget)],
+        [Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, budget, passkey)],
         [
-            Prompt(f"generation {number}", text[:length], options.tokens)
-            for number, length in enumerate(lengths, start=1)
+            Prompt(f"generation {number}", text[:length], options.tokens, own)
+            for number, (length, own) in enumerate(
+                zip(lengths, budgets, strict=False), 1
+            )
         ],
     ]
 
@@ -146,7 +154,10 @@ async def _ask(
         stream=True,
         stream_options={"include_usage": True},
         # a long text is to become long, whatever the model thinks
-        extra_body={"ignore_eos": prompt.passkey is None},
+        extra_body={
+            "ignore_eos": prompt.passkey is None,
+            "vllm_xargs": {"roco_budget": prompt.budget},
+        },
     )
     pieces: list[tuple[float, str]] = []
     request_id, usage = "", None

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.pictures import BLUE, GREY, ORANGE, STYLE, legend, panels
 from tools.demo.measured import Metrics, Sequence
-from tools.demo.requests import Answer
+from tools.demo.requests import Answer, Prompt
 
 _VERDICTS = {True: "[green]right[/]", False: "[red]wrong[/]"}
 
@@ -33,18 +33,19 @@ def build_table(
         padding=0,
         header_style="bold",
         caption_justify="left",
-        caption=f"KV held is in tokens, by whole blocks of {metrics.block_size}; the "
-        f"budget is {metrics.budget_tokens:,}.\n"
+        caption=f"Budget and KV held are in tokens, the latter by whole blocks of "
+        f"{metrics.block_size}.\n"
         "tokens/s is the speed of reading the passkey prompt and of writing the rest.",
     )
     table.add_column("request", "by /metrics", no_wrap=True)
     footers = {
+        "\nbudget": f"{metrics.budget_tokens:,}",
         "peak\nKV held": f"{metrics.peak_sequence_kv_tokens:,}",
         "blocks\nfreed": f"{metrics.freed_blocks:,}",
     }
     for header in (
-        *("tokens\nread", "tokens\nwritten", "peak\nKV held", "full\nattention"),
-        *("\nshare", "blocks\nfreed", "\nanswer", "\ntokens/s"),
+        *("tokens\nread", "tokens\nwritten", "\nbudget", "peak\nKV held"),
+        *("full\nattention", "\nshare", "blocks\nfreed", "\nanswer", "\ntokens/s"),
     ):
         footer = footers.get(header, "")
         table.add_column(header, footer, justify="right", no_wrap=True)
@@ -55,6 +56,7 @@ def build_table(
             answer.prompt.name,
             f"{answer.tokens_read:,}",
             f"{answer.tokens_written:,}",
+            f"{answer.prompt.budget:,}",
             f"{held:,}",
             f"{full:,}",
             f"{held / full:.0%}",
@@ -67,18 +69,17 @@ def build_table(
 
 @matplotlib.rc_context(STYLE)
 def draw_picture(
-    path: Path, titles: Items[str], sequences: Items[Sequence], budget: int
+    path: Path, prompts: Items[Prompt], sequences: Items[Sequence]
 ) -> None:
     """Write a picture with one panel per sequence.
 
     Args:
         path: The file; missing folders are made.
-        titles: Of the panels.
+        prompts: What was asked, one a panel.
         sequences: What to show, in the same order.
-        budget: Tokens kept per sequence.
     """
     figure, axes = panels(len(sequences), columns=4, size=(2.8, 2.4), sharey=True)
-    for panel, title, sequence in zip(axes, titles, sequences, strict=True):
+    for panel, prompt, sequence in zip(axes, prompts, sequences, strict=True):
         seconds = [time - sequence.times[0] for time in sequence.times]
         held, full = sequence.held_tokens, sequence.full_tokens
         panel.fill_between(
@@ -89,8 +90,8 @@ def draw_picture(
             (held, "held with RoCo", {"color": BLUE, "linewidth": 1.8}),
         ):
             panel.step(seconds, tokens, where="post", label=label, **style)
-        panel.axhline(budget, color=ORANGE, linewidth=0.9, label=f"budget {budget:,}")
-        panel.set(title=f"{title}: {max(held):,} instead of {max(full):,}")
+        panel.axhline(prompt.budget, color=ORANGE, linewidth=0.9, label="budget")
+        panel.set(title=f"{prompt.name}: {max(held):,} instead of {max(full):,}")
         panel.set(xlabel="seconds", xlim=(0, None), ylim=(0, None))
         panel.yaxis.set_major_formatter("{x:,.0f}")
         if panel.get_subplotspec().is_first_col():  # type: ignore[union-attr]

@@ -106,8 +106,8 @@ def _serve_and_show(
             console,
             "On a CPU this shows memory, not speed: attention is plain PyTorch there.",
         )
-    names = [answer.prompt.name for answer in answers]
-    draw_picture(options.picture, names, sequences, metrics.budget_tokens)
+    prompts = [answer.prompt for answer in answers]
+    draw_picture(options.picture, prompts, sequences)
     _say(console, f"picture: {options.picture}")
 
 

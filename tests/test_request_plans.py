@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that evict as they ask for, over vLLM's real scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.v1.engine import FinishReason
+
+from tests.scheduler_driver import Driver, Setup
+from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
+from vllm_roco.eviction_row import ROW_KEY
+from vllm_roco.scheduler import describe
+
+OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
+
+
+def held_at_most(driver: Driver, request_id: str) -> int:
+    """Run until nothing is left, and return the most blocks that a request held."""
+    most = 0
+    while driver.scheduler.has_requests() or driver.num_in_flight:
+        driver.step()
+        most = max(most, driver.manager.held_blocks(request_id))
+    return most
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [
+        pytest.param(None, 8, id="default"),
+        pytest.param({"roco_budget": 32}, 12, id="budget"),
+        pytest.param({"roco_mode": "generation"}, 22, id="generation"),
+        pytest.param({"roco_mode": "prompt"}, 25, id="prompt"),
+        pytest.param({"roco_mode": "full"}, 35, id="full"),
+    ],
+)
+def test_each_request_is_held_to_its_own_bound(
+    options: dict[str, Any] | None, most: int
+) -> None:
+    driver = Driver(Setup(**OPEN))
+    driver.add(60, 80)
+    request_id = driver.add(60, 80, extra_args=options)
+    held = held_at_most(driver, request_id)
+    assert most - 2 <= held <= most
+    assert len(driver.outputs[request_id]) == 80
+    assert not len(driver.scheduler.request_plans)
+
+
+def test_workers_are_told_what_differs_alone() -> None:
+    """Parameters are shared between requests, and with whoever asked."""
+    driver = Driver(Setup(**OPEN))
+    extra_args = {"roco_budget": 32, "another": 1}
+    mine = driver.add(60, 5, extra_args=extra_args)
+    same = driver.add(60, 5, extra_args={"roco_budget": 16})
+    assert extra_args == {"roco_budget": 32, "another": 1}
+    params = driver.scheduler.requests[mine].sampling_params
+    assert params is not None and params.extra_args is not None
+    assert params.extra_args.pop(ROW_KEY)[:3] == [8, 2, 2**31 - 1]
+    assert params.extra_args == extra_args
+    params = driver.scheduler.requests[same].sampling_params
+    assert params is not None
+    assert params.extra_args == {"roco_budget": 16}
+
+
+def test_a_plan_survives_preemption() -> None:
+    driver = Driver(Setup(**OPEN))
+    request_id = driver.add(60, 30, extra_args={"roco_budget": 32})
+    for _ in range(15):
+        driver.step()
+    driver.preempt_all()
+    assert driver.scheduler.request_plans.of(request_id).schedule.budget == 32
+    driver.drain(200)
+    assert len(driver.outputs[request_id]) == 30
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"roco_budget": 5000}, {"roco_mode": "full"}, {"roco_row": [1] * 8}],
+    ids=str,
+)
+def test_what_cannot_be_had_is_refused_alone(options: dict[str, Any]) -> None:
+    driver = Driver(Setup())
+    other = driver.add(60, 5)
+    refused = driver.add(60, 5, extra_args=options)
+    driver.drain(50)
+    assert driver.finished[refused].finish_reason is FinishReason.ERROR
+    assert len(driver.outputs[other]) == 5
+
+
+def test_a_request_larger_than_the_cache_is_refused_alone() -> None:
+    """It would have waited for ever."""
+    driver = Driver(Setup(spare_blocks=0, **OPEN))
+    pool = driver.manager.block_pool.num_gpu_blocks - 1
+    tokens = pool * 4
+    fits = driver.add(tokens - 50, 50, extra_args={"roco_mode": "full"})
+    refused = driver.add(tokens - 50, 51, extra_args={"roco_mode": "full"})
+    driver.drain(500)
+    assert driver.finished[refused].finish_reason is FinishReason.ERROR
+    assert len(driver.outputs[fits]) == 50
+
+
+def test_a_budget_larger_than_the_cache_is_refused_at_the_start() -> None:
+    setup = Setup(max_budget=400, spare_blocks=-1)
+    with pytest.raises(ValueError, match="max_budget = 400 lets a request hold 105"):
+        setup.scheduler()
+
+
+def test_the_start_up_line_names_limits() -> None:
+    line = describe(Setup(**OPEN).scheduler())
+    assert "block size 4, max_budget 200, allow_full. A sequence attends" in line
+
+
+def test_a_running_large_chunk_is_not_overtaken_for_ever() -> None:
+    """Prompts of small chunks come without end beside one of a large chunk."""
+    driver = Driver(Setup(max_num_batched_tokens=4 + 24, **OPEN))
+    small = {"roco_chunk": 8}
+    driver.add(200, 1, extra_args=small)
+    large = driver.add(200, 1, extra_args={"roco_chunk": 24})
+    while large not in driver.finished:
+        driver.add(12, 1, extra_args=small)
+        driver.step()
+        assert driver.num_steps < 100, "the large chunk starves"
+    driver.drain(500)
+
+
+def test_who_waits_with_a_large_chunk_is_not_overtaken() -> None:
+    driver = Driver(Setup(max_num_batched_tokens=4 + 24, **OPEN))
+    small = {"roco_chunk": 8}
+    driver.add(200, 1, extra_args=small)
+    for _ in range(2):
+        driver.step()
+    waiting = driver.add(200, 1, extra_args={"roco_chunk": 24})
+    behind = []
+    while not driver.scheduler.requests[waiting].num_computed_tokens:
+        behind.append(driver.add(12, 1, extra_args=small))
+        taken = driver.step()
+        assert taken.get(waiting) or not any(name in taken for name in behind)
+        assert driver.num_steps < 100, "the large chunk starves"
+    driver.drain(500)
+
+
+def test_rows_that_keep_other_blocks_share_no_snapshots() -> None:
+    driver = driver_of(**OPEN)
+    budget = {"extra_args": {"roco_budget": 32, "roco_chunk": 8}}
+    assert hit_of(driver, PROMPT, 1) == 0
+    assert hit_of(driver, PROMPT, 1, **budget) == 0
+    assert hit_of(driver, PROMPT, 1, **budget) == 72
+    assert hit_of(driver, PROMPT, 1) == 72
+    # the same row up to the end of the prompt
+    assert hit_of(driver, PROMPT, 9, extra_args={"roco_mode": "prompt"}) == 72
+
+
+def test_blocks_without_statistics_serve_their_like_alone() -> None:
+    driver = driver_of(**OPEN)
+    full = {"extra_args": {"roco_mode": "full"}}
+    blocks = cache_of(driver).blocks
+
+    def saved(prompt: list[int], max_tokens: int, **more: Any) -> int:
+        before = blocks.num_saved_tokens
+        driver.add(len(prompt), max_tokens, prompt=prompt, **more)
+        driver.drain(500)
+        return blocks.num_saved_tokens - before
+
+    prompt = PROMPT[:20]
+    assert saved(prompt, 1, **full) == 0
+    assert saved(prompt, 30) == 0
+    assert saved(prompt, 1, **full) == 16
+    assert saved(prompt, 30) == 16
+    other = PROMPT[30:50]
+    assert saved(other, 30) == 0
+    # what is measured serves all
+    assert saved(other, 1, **full) == 16
