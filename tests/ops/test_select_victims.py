@@ -149,9 +149,7 @@ class Group:
             "moves": moves,
             "num_moves": num_moves,
             "moved": moved,
-            "rows": self.int32(
-                how if isinstance(how, list) else [how] * len(self.steps)
-            ),
+            "rows": self.int32(hows),
             "block_size": BLOCK_SIZE,
         }
         if measures:
