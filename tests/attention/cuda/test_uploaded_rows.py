@@ -30,6 +30,16 @@ def test_the_buffer_holds_the_steps_rows() -> None:
     assert torch.equal(buffer, rows(8, 8, 8, 8))
 
 
+def test_a_buffer_of_the_profiling_run_can_be_written() -> None:
+    with torch.inference_mode():
+        buffer = torch.zeros(2, NUM_ROW_FIELDS, dtype=torch.int32)
+    uploaded = UploadedRows(buffer, DEFAULT)
+    uploaded.set(rows(1, 2))
+    assert buffer[:, 0].tolist() == [1, 2]
+    uploaded.set(None)
+    assert buffer[:, 0].tolist() == [8, 8]
+
+
 def test_what_has_not_changed_is_not_brought_again() -> None:
     buffer = torch.zeros(2, NUM_ROW_FIELDS, dtype=torch.int32)
     uploaded = UploadedRows(buffer, DEFAULT)

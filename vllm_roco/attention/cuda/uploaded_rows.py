@@ -23,7 +23,7 @@ class UploadedRows:
         self._buffer = buffer
         row = torch.tensor(default, dtype=torch.int32, device=buffer.device)
         self._default = row.expand_as(buffer).contiguous()
-        buffer.copy_(self._default)
+        self._write(self._default)
         # what the buffer begins with; None while all of it is the default
         self._rows: torch.Tensor | None = None
 
@@ -36,9 +36,14 @@ class UploadedRows:
         """
         if rows is None:
             if self._rows is not None:
-                self._buffer.copy_(self._default)
+                self._write(self._default)
         elif self._rows is None or not torch.equal(self._rows, rows):
             # pinned memory is reused when the copy from it is done, not before
             staged = rows.pin_memory() if self._buffer.is_cuda else rows
-            self._buffer[: len(rows)].copy_(staged, non_blocking=True)
+            self._write(staged)
         self._rows = rows
+
+    # vLLM's profiling run, in which the buffer is made, is one of inference
+    @torch.inference_mode()
+    def _write(self, rows: torch.Tensor) -> None:
+        self._buffer[: len(rows)].copy_(rows, non_blocking=True)
