@@ -6,6 +6,7 @@ As `tests/engine/test_request_options.py`, with vLLM's runner for GPUs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 OPTIONS = {"additional_config": {"roco": SERVER}, "max_num_seqs": 20}
 KEPT_BY = ("default", "64", "full")
-"""What is also asked of servers of its own."""
+"""What is also asked of servers that have no other options."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,9 @@ def alone(tiny_llama: Path) -> dict[str, list[Tokens]]:
     for name in KEPT_BY:
         options, arguments = SMALL_BUDGET, server_of(name)
         if name == "full":
-            options, arguments = None, {"attention_backend": "TRITON_ATTN"}
+            # stock Triton attention rounds products of float32 more than this model
+            # stands; `test_equals_stock` compares with it
+            options, arguments = replace(SMALL_BUDGET, budget=1024), {}
         with gpu_engine(tiny_llama, options, **arguments) as engine:
             found[name] = engine.generate_one_by_one(PROMPTS, NUM_NEW)
     return found
