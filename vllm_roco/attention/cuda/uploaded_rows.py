@@ -21,8 +21,9 @@ class UploadedRows:
 
     def __init__(self, buffer: torch.Tensor, default: EvictionRow) -> None:
         self._buffer = buffer
-        row = torch.tensor(default, dtype=torch.int32, device=buffer.device)
-        self._default = row.expand_as(buffer).contiguous()
+        row = torch.tensor(default, dtype=torch.int32, device="cpu")
+        # on the host: vLLM has planned the device's memory when a builder is made
+        self._default = self._staged(row.repeat(len(buffer), 1))
         self._write(self._default)
         # what the buffer begins with; None while all of it is the default
         self._rows: torch.Tensor | None = None
@@ -38,10 +39,12 @@ class UploadedRows:
             if self._rows is not None:
                 self._write(self._default)
         elif self._rows is None or not torch.equal(self._rows, rows):
-            # pinned memory is reused when the copy from it is done, not before
-            staged = rows.pin_memory() if self._buffer.is_cuda else rows
-            self._write(staged)
+            self._write(self._staged(rows))
         self._rows = rows
+
+    def _staged(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows in memory that is reused when copies from it are done."""
+        return rows.pin_memory() if self._buffer.is_cuda else rows
 
     # vLLM's profiling run, in which the buffer is made, is one of inference
     @torch.inference_mode()
