@@ -41,6 +41,7 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.attention.backend.AttentionMetadataBuilder": ("_cudagraph_support",),
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager": (
         "enable_caching",
+        "kv_cache_group_id",
         "max_admission_blocks_per_request",
         "supports_fine_grained_hash_lookup",
     ),
