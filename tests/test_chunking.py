@@ -102,6 +102,13 @@ def test_while_nothing_is_evicted_a_step_may_end_later(
     assert ends == (least, most)
 
 
+def test_who_never_evicts_may_be_read_at_once() -> None:
+    """A prompt that was kept whole was read in chunks all the same."""
+    schedule = EvictionSchedule(block_size=16, budget=64, stride=32, until=0)
+    assert next_step_ends(0, 5000, 5000, 64, schedule) == (64, 5000)
+    assert next_step_ends(4990, 5000, 5000, 64, schedule) == (4992, 5000)
+
+
 @given(shapes, st.integers(1, 500), st.integers(0, 300))
 def test_every_step_gets_ahead_by_a_chunk_at_most(
     shape: tuple[EvictionSchedule, int], prompt: int, outputs: int

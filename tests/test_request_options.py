@@ -20,6 +20,7 @@ from vllm_roco.eviction_row import (
     SCORE_NONE,
     SCORE_RANDOM,
     SCORE_SUM,
+    SHIELD_BY_DEVIATION,
     EvictionRow,
 )
 from vllm_roco.eviction_schedule import NEVER
@@ -216,7 +217,8 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "generation-long-prompt": (
         *({"mode": "generation"}, {}, 500, "mode", "'generation'"),
         (
-            "(500 tokens), and budget = 256 comes on top: 768 tokens is more than "
+            "(500 tokens), and budget = 256 (the server's default) comes on top: "
+            "768 tokens is more than "
             'max_budget = 512. Use mode "both".'
         ),
     ),
@@ -301,7 +303,8 @@ def test_protected_tokens_fit_the_budget() -> None:
     assert row({"budget": 64, "sink": 32}).resident_blocks == 4
     error = refusal({"budget": 64, "sink": 33})
     assert (
-        "sink = 33 and recent = 32 protect 80 tokens in whole blocks of 16, more than "
+        "sink = 33 and recent = 32 (the server's default) protect 80 tokens in whole "
+        "blocks of 16, more than "
         "the 64 that are kept. Lower them, or raise budget."
     ) in str(error)
     assert (error.key, error.value) == ("roco_budget", 64)
@@ -319,7 +322,7 @@ def test_protected_tokens_fit_the_budget() -> None:
         ({"stride": 320}, {"stride_blocks": 20}),
         ({"sink": 0}, {"sink": 0}),
         ({"recent": 100}, {"recent": 100}),
-        ({"shield": "deviation"}, {"flags": SCORE_MEAN | 4}),
+        ({"shield": "deviation"}, {"flags": SCORE_MEAN | SHIELD_BY_DEVIATION}),
         ({"shield_ratio": 0.7}, {"shield_blocks": 11}),
         ({"shield_ratio": 1}, {"shield_blocks": 16}),
         ({"policy": "h2o"}, {"flags": SCORE_SUM, "shield_blocks": 0}),
@@ -401,6 +404,15 @@ def test_generation_keeps_the_prompt(prompt: int) -> None:
 @pytest.mark.parametrize(("prompt", "sink"), [(8, 16), (128, 128), (129, 16)])
 def test_auto_keeps_prompts_of_half_a_budget(prompt: int, sink: int) -> None:
     assert row({"mode": "auto"}, prompt) == row()._replace(sink=sink)
+
+
+@pytest.mark.parametrize("policy", ["roco", "h2o", "recent"])
+def test_what_a_policy_does_not_read_makes_no_other_row(policy: str) -> None:
+    """Requests with other seeds had snapshots of their own."""
+    changed = {"policy": policy, "seed": 7}
+    if policy != "roco":
+        changed["shield"] = "deviation"
+    assert row(changed) == row({"policy": policy})
 
 
 def test_auto_does_not_protect_more_than_there_is() -> None:

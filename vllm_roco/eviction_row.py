@@ -20,8 +20,8 @@ ROW_KEY = "roco_row"
 SCORE_MEAN, SCORE_SUM, SCORE_NONE, SCORE_RANDOM = range(4)
 """By what the second stage chooses: the smallest go first, of equal ones the oldest."""
 
-SCORE_MASK = 3
-SHIELD_BY_DEVIATION = 4
+SCORE_MASK = 7
+SHIELD_BY_DEVIATION = 8
 """Bits of `EvictionRow.flags`."""
 
 

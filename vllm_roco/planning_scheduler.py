@@ -14,7 +14,7 @@ from vllm_roco.eviction_row import ROW_KEY
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.refusing_scheduler import RefusingScheduler
-from vllm_roco.request_options import RequestOptionError
+from vllm_roco.request_options import RequestOptionError, options_in
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 from vllm_roco.validation import request_planner
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
     from vllm_roco.eviction_row import EvictionRow
     from vllm_roco.request_options import RequestPlan
+
+
+_ONE_FOR_ALL = ("both", "full")
+"""Modes in which requests without options have one plan, whatever their prompts."""
 
 
 class PlanningScheduler(RefusingScheduler):
@@ -72,6 +76,12 @@ class PlanningScheduler(RefusingScheduler):
         self._has_one_block_size = all(
             manager.plans is self.request_plans for manager in self.roco_managers
         )
+        if not self._has_one_block_size and self.roco_config.mode not in _ONE_FOR_ALL:
+            raise NotImplementedError(
+                f"roco: mode = {self.roco_config.mode!r} is not supported for this "
+                "model, whose layers have KV cache blocks of several sizes. Use mode "
+                '"both" or "full".'
+            )
 
     @override
     def _trouble_with(self, request: Request) -> str | None:
@@ -90,7 +100,7 @@ class PlanningScheduler(RefusingScheduler):
         if resolved.max_blocks > self._most_blocks:
             return self._too_large(resolved)
         if plan != self._default_plan:
-            if not self._has_one_block_size:
+            if not self._has_one_block_size and options_in(extra_args):
                 return (
                     "roco: options of a request are not supported for this model, "
                     "whose layers have KV cache blocks of several sizes. Leave them "
@@ -111,8 +121,15 @@ class PlanningScheduler(RefusingScheduler):
     def _most_blocks(self) -> int:
         """The most blocks that one sequence can hold in each group."""
         pool = self.kv_cache_manager.block_pool
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        # what a sequence holds in layers of other kinds, where it is bounded
+        others = sum(
+            manager.max_admission_blocks_per_request or 0
+            for manager in managers
+            if manager not in self.roco_managers
+        )
         # all groups take from one pool, and one block is the null block
-        return int(pool.num_gpu_blocks - 1) // len(self.roco_managers)
+        return int(pool.num_gpu_blocks - 1 - others) // len(self.roco_managers)
 
     def _resolved(self, plan: RequestPlan, length: int) -> ResolvedPlan:
         return ResolvedPlan.of(

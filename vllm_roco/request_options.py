@@ -198,8 +198,12 @@ class RequestPlanner:
             sink = max(sink, num_prompt_tokens)
         until = {FULL: 0, "prompt": num_prompt_tokens}.get(mode, NEVER)
         flags, shield_blocks = self._choice_of_blocks(asked, budget)
+        seed = _seed(asked)
+        if flags != SCORE_RANDOM:
+            # rows that come to the same are the same
+            seed = 0
         row = EvictionRow(
-            resident, stride, until, sink, recent, shield_blocks, flags, _seed(asked)
+            resident, stride, until, sink, recent, shield_blocks, flags, seed
         )
         if mode != FULL:
             # also where this prompt is too short for it to matter: a longer one is not
@@ -336,10 +340,12 @@ class RequestPlanner:
         ):
             raise _bad("shield_ratio", ratio, "a number from 0 to 1")
         flags = _SCORES[policy]
+        # the shield is the paper's; the other policies have one stage
+        if policy != "roco":
+            return flags, 0
         if asked.get("shield", self.config.shield) == "deviation":
             flags |= SHIELD_BY_DEVIATION
-        # the shield is the paper's; the other policies have one stage
-        return flags, int(ratio * budget) if policy == "roco" else 0
+        return flags, int(ratio * budget)
 
     def _check_whole_blocks(self, name: str, tokens: int) -> None:
         try:
@@ -363,7 +369,8 @@ class RequestPlanner:
             raise RequestOptionError(
                 "budget",
                 asked.get("budget", self.config.budget),
-                f"sink = {row.sink} and recent = {row.recent} protect {protected} "
+                f"sink = {row.sink}{self._whose(asked, 'sink')} and recent = "
+                f"{row.recent}{self._whose(asked, 'recent')} protect {protected} "
                 f"tokens in whole blocks of {size}, more than the {kept} that are "
                 "kept. Lower them, or raise budget.",
             )
@@ -395,7 +402,8 @@ class RequestPlanner:
                 "mode",
                 mode,
                 f"mode = {mode!r} keeps the prompt ({num_prompt_tokens} tokens), and "
-                f"budget = {budget} comes on top: {resident} tokens is more than "
+                f"budget = {budget}{self._whose(asked, 'budget')} comes on top: "
+                f"{resident} tokens is more than "
                 f'max_budget = {config.max_budget}. Use {cure} "both".',
             )
         stride = row.stride_blocks * size
@@ -408,6 +416,9 @@ class RequestPlanner:
                 f"server plans for ({most}, its max_budget and stride). Use a stride "
                 f"of at most {most - resident}.",
             )
+
+    def _whose(self, asked: Mapping[str, Any], name: str) -> str:
+        return "" if name in asked else " (the server's default)"
 
     def _blocks(self, tokens: int) -> int:
         return blocks_of(tokens, self.block_size)

@@ -190,7 +190,7 @@ def describe(scheduler: RocoSchedulerMixin) -> str:
     config, plan = scheduler.roco_config, scheduler.request_plans.default
     size = plan.schedule.block_size
     policy = config.policy
-    if config.measures:
+    if policy == "roco":
         policy += f" ({config.shield} shield, ratio {config.shield_ratio:g})"
     limits = ""
     if config.mode != "both":

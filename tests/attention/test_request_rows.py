@@ -124,6 +124,14 @@ def test_default_is_the_server_s_and_one_object_serves_an_engine() -> None:
     assert request_rows(config_for(OPTIONS)) is not rows
 
 
+def test_groups_of_other_block_sizes_have_rows_of_their_own() -> None:
+    """The second group got the first one's, twice as many tokens."""
+    config = config_for(OPTIONS)
+    small, large = request_rows(config, 16), request_rows(config, 32)
+    assert small.default.resident_blocks == 2 * large.default.resident_blocks
+    assert request_rows(config, 16) is small
+
+
 def test_rows_go_with_their_engine() -> None:
     config = config_for(OPTIONS)
     request_rows(config)

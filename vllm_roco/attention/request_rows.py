@@ -105,11 +105,12 @@ class RequestRows:
             self._in_dummy_run = False
 
 
-_rows: dict[int, RequestRows] = {}
+# of each engine by its configuration's identity, and by block size
+_rows: dict[int, dict[int, RequestRows]] = {}
 
 
 def request_rows(vllm_config: VllmConfig, block_size: int | None = None) -> RequestRows:
-    """Return the rows of a worker's requests, the same object for an engine's groups.
+    """Return the rows of a worker's requests, the same for groups of one block size.
 
     Args:
         vllm_config: The very object that the model runner has.
@@ -117,13 +118,15 @@ def request_rows(vllm_config: VllmConfig, block_size: int | None = None) -> Requ
     """
     key = id(vllm_config)
     if key not in _rows:
-        size = block_size or vllm_config.cache_config.block_size
-        _rows[key] = RequestRows(
+        _rows[key] = {}
+        weakref.finalize(vllm_config, _rows.pop, key)
+    sizes, size = _rows[key], block_size or vllm_config.cache_config.block_size
+    if size not in sizes:
+        sizes[size] = RequestRows(
             request_planner(vllm_config, size).plan(None, 1).row,
             vllm_config.scheduler_config.max_num_seqs,
         )
-        weakref.finalize(vllm_config, _rows.pop, key)
-    return _rows[key]
+    return sizes[size]
 
 
 def watch_runners() -> None:
@@ -150,29 +153,33 @@ def _wrap(cls: type, name: str, around: Callable[..., Any]) -> None:
 
     @functools.wraps(method)
     def wrapped(runner: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = _rows.get(id(runner.vllm_config))
-        if rows is None:
-            return method(runner, *args, **kwargs)
-        return around(rows, runner, functools.partial(method, runner, *args, **kwargs))
+        call = functools.partial(method, runner, *args, **kwargs)
+        sizes = _rows.get(id(runner.vllm_config))
+        return around(sizes.values(), runner, call) if sizes else call()
 
     wrapped._of_roco = True  # type: ignore[attr-defined]
     setattr(cls, name, wrapped)
 
 
-def _as_dummy(rows: RequestRows, runner: Any, call: Callable[[], Any]) -> Any:
-    return rows.dummy_run(call)
+def _as_dummy(
+    sizes: Iterable[RequestRows], runner: Any, call: Callable[[], Any]
+) -> Any:
+    for rows in sizes:
+        call = functools.partial(rows.dummy_run, call)
+    return call()
 
 
 def _then(
     learn: Callable[[RequestRows, Any, SchedulerOutput], None],
-    rows: RequestRows,
+    sizes: Iterable[RequestRows],
     runner: Any,
     call: functools.partial[Any],
 ) -> Any:
     result = call()
     (step,) = (*call.args[1:], *call.keywords.values())
-    rows.arrive(step)
-    learn(rows, runner, step)
+    for rows in sizes:
+        rows.arrive(step)
+        learn(rows, runner, step)
     return result
 
 

@@ -135,3 +135,8 @@ def test_budgets_of_requests_have_room() -> None:
         assert bounds.resident_blocks == 32
         # splits are for what requests keep that bring no options
         assert bounds.decode_tokens == 96
+    # where the server's own mode keeps more, so are the splits
+    for mode, most in (("full", 4096), ("generation", 544)):
+        vllm_config = config_for({**options, "allow_full": True, "mode": mode})
+        bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
+        assert bounds.decode_tokens == most

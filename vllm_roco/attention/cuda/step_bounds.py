@@ -14,7 +14,7 @@ import torch
 
 from vllm_roco.attention.cuda.eviction import EvictionScratchSize
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
-from vllm_roco.config import blocks_of
+from vllm_roco.config import UNBOUNDED_MODES, blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratchSize, plan_decode
 from vllm_roco.validation import validated_config
 
@@ -34,8 +34,8 @@ class StepBounds:
         live_tokens: Most tokens that a row attends over.
         evicting_tokens: Most that a row attends over from which blocks may go.
         measured_tokens: Most that a row with one query attends over and measures.
-        decode_tokens: Most that a row with one query attends over by the server's own
-            budget.
+        decode_tokens: Most that a row with one query attends over whose request brings
+            no options.
         block_size: Tokens per block.
         resident_blocks: Most resident blocks of a row that evicts.
         measures: Whether statistics are kept.
@@ -83,6 +83,11 @@ class StepBounds:
         config = validated_config(vllm_config)
         # what a step leaves of a request with the largest budget of its own
         after_a_step = config.max_budget + config.stride - 1
+        kept = spec.schedule.max_live_tokens()
+        if config.mode == "generation":
+            kept = after_a_step
+        elif config.mode in UNBOUNDED_MODES:
+            kept = max_model_len
         # the warm-up does not go through the scheduler, so a chunk is no bound here
         evicting = min(max_model_len, after_a_step + scheduler.max_num_batched_tokens)
         return cls(
@@ -91,7 +96,7 @@ class StepBounds:
             evicting_tokens=evicting,
             # a decode starts from what a step leaves and adds one token
             measured_tokens=min(max_model_len, after_a_step + 1),
-            decode_tokens=min(max_model_len, spec.schedule.max_live_tokens() + 1),
+            decode_tokens=min(max_model_len, kept + 1),
             block_size=spec.block_size,
             resident_blocks=config.max_budget // spec.block_size,
             measures=spec.has_statistics,
