@@ -74,10 +74,11 @@ def vllm_version() -> str:
 
 
 def _command() -> str:
-    """Return how this program was called, but for the folder of who called it."""
+    """Return how this program was called, but for the folders of who called it."""
     arguments = sys.argv[1:]
-    if "--out" in arguments[:-1]:
-        arguments[arguments.index("--out") + 1] = "DIR"
+    for place, option in enumerate(arguments[:-1], start=1):
+        if option == "--out" or Path(arguments[place]).is_absolute():
+            arguments[place] = "DIR"
     return f"python -m {_module()} {shlex.join(arguments)}".rstrip()
 
 

@@ -106,6 +106,8 @@ def test_rows_of_another_folder_are_kept(tmp_path: Path) -> None:
 def test_a_command_names_no_folder_of_who_called_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["x", "memory", "--out", "/somebody/s", "--again"])
+    monkeypatch.setattr(
+        "sys.argv", ["x", "memory", "--out", "s", "--model", "/h/m", "-q"]
+    )
     command = environment()["command"]
-    assert command.endswith(" memory --out DIR --again")
+    assert command.endswith(" memory --out DIR --model DIR -q")
