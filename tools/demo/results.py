@@ -34,8 +34,8 @@ def build_table(
         header_style="bold",
         caption_justify="left",
         caption=f"Budget and KV held are in tokens, the latter by whole blocks of "
-        f"{metrics.block_size}.\n"
-        "tokens/s is the speed of reading the passkey prompt and of writing the rest.",
+        f"{metrics.block_size}; full KV is what full attention holds.\n"
+        "tok/s is the speed of reading the passkey prompt and of writing the rest.",
     )
     table.add_column("request", "by /metrics", no_wrap=True)
     footers = {
@@ -45,7 +45,7 @@ def build_table(
     }
     for header in (
         *("tokens\nread", "tokens\nwritten", "\nbudget", "peak\nKV held"),
-        *("full\nattention", "\nshare", "blocks\nfreed", "\nanswer", "\ntokens/s"),
+        *("full\nKV", "\nshare", "blocks\nfreed", "\nanswer", "\ntok/s"),
     ):
         footer = footers.get(header, "")
         table.add_column(header, footer, justify="right", no_wrap=True)
