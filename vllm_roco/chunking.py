@@ -8,7 +8,7 @@ on who else is scheduled. Before it, longer steps come to the same but for round
 
 from __future__ import annotations
 
-from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
+from vllm_roco.eviction_schedule import EvictionSchedule
 
 
 def next_step_ends(
@@ -39,10 +39,8 @@ def next_step_ends(
         end = min(end, num_prompt_tokens)
     else:
         end = min(end, schedule.next_eviction(num_computed_tokens))
-    free = schedule.max_live_tokens()
-    if schedule.next_eviction(0) == NEVER:
-        free = num_tokens
-    elif num_prompt_tokens > free:
+    free = schedule.next_eviction(0) - 1
+    if num_prompt_tokens > free:
         # the chunk that evicts first is a whole one
         free = free // chunk * chunk
     free = min(free, num_tokens)

@@ -198,14 +198,30 @@ def check_whole_blocks(block_size: int, **options: int) -> None:
         ValueError: An option does not fit the block size.
     """
     for key, value in options.items():
-        if value % block_size:
-            below = value // block_size * block_size
-            near = below + block_size
-            choice = f"{below} or {near}" if below else f"{near}"
-            raise ValueError(
-                f"roco: {key} = {value} is not a multiple of the block size "
-                f"({block_size} tokens). Use {choice}, or another --block-size."
-            )
+        if trouble := whole_blocks_trouble(block_size, key, value):
+            raise ValueError(f"roco: {trouble}, or another --block-size.")
+
+
+def whole_blocks_trouble(block_size: int, key: str, value: int) -> str | None:
+    """Return why tokens are no whole blocks, and which would be; None if they are.
+
+    Args:
+        block_size: Tokens per KV block.
+        key: Name of the option.
+        value: Its tokens.
+
+    Returns:
+        Two sentences, of which the second has no end yet.
+    """
+    below = value // block_size * block_size
+    if below == value:
+        return None
+    near = below + block_size
+    choice = f"{below} or {near}" if below else f"{near}"
+    return (
+        f"{key} = {value} is not a multiple of the block size ({block_size} tokens). "
+        f"Use {choice}"
+    )
 
 
 def blocks_of(tokens: int, block_size: int) -> int:
@@ -228,16 +244,24 @@ def _check_choice(key: str, value: object, allowed: tuple[str, ...]) -> None:
         raise _bad(key, value, " or ".join(f'"{name}"' for name in allowed))
 
 
+def is_integer(value: object, least: int) -> bool:
+    """Return whether an option is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_ratio(value: object) -> bool:
+    """Return whether an option is a number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    # so is nan refused
+    return 0 <= value <= 1
+
+
 def _check_integer(key: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_integer(value, least):
         raise _bad(key, value, f"a whole number of tokens, at least {least}")
 
 
 def _check_ratio(key: str, value: object) -> None:
-    # the comparison also refuses nan
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not 0 <= value <= 1
-    ):
+    if not is_ratio(value):
         raise _bad(key, value, "a number from 0 to 1")

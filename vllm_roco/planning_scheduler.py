@@ -19,8 +19,6 @@ from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 from vllm_roco.validation import request_planner
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_row import EvictionRow
@@ -40,14 +38,8 @@ class PlanningScheduler(RefusingScheduler):
         request_plans: What holds for each request.
     """
 
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        kv_cache_config: KVCacheConfig,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.roco_managers = [
             manager
             for manager in self.kv_cache_manager.coordinator.single_type_managers
@@ -60,7 +52,7 @@ class PlanningScheduler(RefusingScheduler):
                 "--attention-backend roco, or leave --scheduler-cls out."
             )
         manager = self.roco_managers[0]
-        self._planner = request_planner(vllm_config, manager.block_size)
+        self._planner = request_planner(self.vllm_config, manager.block_size)
         self.roco_config = self._planner.config
         for manager in self.roco_managers:
             # vLLM may have enlarged the blocks since the options were checked

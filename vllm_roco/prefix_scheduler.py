@@ -11,10 +11,8 @@ from vllm_roco.kv_cache.prefix_cache import PrefixCache
 from vllm_roco.planning_scheduler import PlanningScheduler
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.request import Request
 
 MAX_WAITS_PER_STEP = 64
@@ -33,14 +31,8 @@ class PrefixScheduler(PlanningScheduler):
             snapshot holds nothing.
     """
 
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        kv_cache_config: KVCacheConfig,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.prefix_cache: PrefixCache | None = None
         self._num_left_waiting = 0
         managers = self.kv_cache_manager.coordinator.single_type_managers

@@ -25,7 +25,9 @@ from vllm_roco.config import (
     UNBOUNDED_MODES,
     RocoConfig,
     blocks_of,
-    check_whole_blocks,
+    is_integer,
+    is_ratio,
+    whole_blocks_trouble,
 )
 from vllm_roco.eviction_row import (
     SCORE_MEAN,
@@ -266,7 +268,7 @@ class RequestPlanner:
                 )
             blocks = math.ceil(budget * num_prompt_tokens / self.block_size)
             return max(blocks, protected + 1)
-        if not _is_integer(budget, 1):
+        if not is_integer(budget, 1):
             raise _bad(
                 "budget",
                 budget,
@@ -312,7 +314,7 @@ class RequestPlanner:
                 return tokens
             return min(tokens, min_of * self.block_size)
         tokens = asked[name]
-        if not _is_integer(tokens, least):
+        if not is_integer(tokens, least):
             raise _bad(name, tokens, f"a whole number of tokens, at least {least}")
         if tokens > _MAX_INTEGER:
             raise _bad(name, tokens, f"at most {_MAX_INTEGER}")
@@ -333,11 +335,7 @@ class RequestPlanner:
                 f"{self.config.policy!r}, which keeps no statistics. Leave policy out.",
             )
         ratio = asked.get("shield_ratio", self.config.shield_ratio)
-        if (
-            isinstance(ratio, bool)
-            or not isinstance(ratio, int | float)
-            or not 0 <= ratio <= 1
-        ):
+        if not is_ratio(ratio):
             raise _bad("shield_ratio", ratio, "a number from 0 to 1")
         flags = _SCORES[policy]
         # the shield is the paper's; the other policies have one stage
@@ -348,17 +346,8 @@ class RequestPlanner:
         return flags, int(ratio * budget)
 
     def _check_whole_blocks(self, name: str, tokens: int) -> None:
-        try:
-            check_whole_blocks(self.block_size, **{name: tokens})
-        except ValueError as error:
-            below = tokens // self.block_size * self.block_size
-            near = f"{below} or " if below else ""
-            raise RequestOptionError(
-                name,
-                tokens,
-                f"{name} = {tokens} is not a multiple of the block size "
-                f"({self.block_size} tokens). Use {near}{below + self.block_size}.",
-            ) from error
+        if trouble := whole_blocks_trouble(self.block_size, name, tokens):
+            raise RequestOptionError(name, tokens, f"{trouble}.")
 
     def _check_protected(self, asked: Mapping[str, Any], row: EvictionRow) -> None:
         """Raise if a request could not evict down to what it keeps."""
@@ -432,13 +421,9 @@ def _of_prompt(budget: object, num_prompt_tokens: int) -> str:
 
 def _seed(asked: Mapping[str, Any]) -> int:
     seed = asked.get("seed", 0)
-    if not _is_integer(seed, 0) or seed > _MAX_INTEGER:
+    if not is_integer(seed, 0) or seed > _MAX_INTEGER:
         raise _bad("seed", seed, f"a whole number from 0 to {_MAX_INTEGER}")
     return int(seed)
-
-
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _bad(name: str, value: object, allowed: str) -> RequestOptionError:

@@ -30,7 +30,6 @@ class ResolvedPlan:
         snapshot_key: Stands for all of which depends what is kept once something is
             evicted, the tokens apart.
         first_eviction: The least length at which something is evicted, or `NEVER`.
-        max_whole_tokens: The greatest length at which nothing is evicted.
     """
 
     schedule: EvictionSchedule
@@ -39,12 +38,10 @@ class ResolvedPlan:
     max_blocks: int
     snapshot_key: bytes
     first_eviction: int = field(init=False)
-    max_whole_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        first = self.schedule.next_eviction(0)
-        object.__setattr__(self, "first_eviction", first)
-        object.__setattr__(self, "max_whole_tokens", first - 1)
+        # asked for in each step, and the class is frozen for everybody else
+        object.__setattr__(self, "first_eviction", self.schedule.next_eviction(0))
 
     @classmethod
     def of(

@@ -22,10 +22,8 @@ from vllm_roco.prefix_scheduler import PrefixScheduler
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
-    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -41,18 +39,12 @@ class RocoSchedulerMixin(PrefixScheduler):
 
     ends_roco_chunks = True
 
-    def __init__(
-        self,
-        vllm_config: VllmConfig,
-        kv_cache_config: KVCacheConfig,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # a running prompt waits for tokens that others left too few of
         self._is_held_back = False
         self._observer = Observer(
-            vllm_config, self.roco_config.budget, self.roco_config.trace
+            self.vllm_config, self.roco_config.budget, self.roco_config.trace
         )
         logger.info_once("%s", describe(self))
 

@@ -27,7 +27,7 @@ class Runner:
 
     def __init__(self, vllm_config: Any) -> None:
         self.vllm_config = vllm_config
-        self.rows = request_rows(vllm_config)
+        self.rows = request_rows(vllm_config, vllm_config.cache_config.block_size)
 
     def begin(
         self,
@@ -117,11 +117,11 @@ A, B = [2, 1, 96, 0, 16, 1, 0, 0], [8, 4, 0, 16, 0, 0, 3, 7]
 
 def test_default_is_the_server_s_and_one_object_serves_an_engine() -> None:
     config = config_for({**OPTIONS, "stride": 128, "chunk": 128})
-    rows = request_rows(config)
-    assert rows is request_rows(config)
+    rows = request_rows(config, 16)
+    assert rows is request_rows(config, 16)
     # a stride above the budget is the server's to choose
     assert rows.default[:2] == (4, 8)
-    assert request_rows(config_for(OPTIONS)) is not rows
+    assert request_rows(config_for(OPTIONS), 16) is not rows
 
 
 def test_groups_of_other_block_sizes_have_rows_of_their_own() -> None:
@@ -134,7 +134,7 @@ def test_groups_of_other_block_sizes_have_rows_of_their_own() -> None:
 
 def test_rows_go_with_their_engine() -> None:
     config = config_for(OPTIONS)
-    request_rows(config)
+    request_rows(config, 16)
     key = id(config)
     assert key in module._rows
     del config

@@ -109,24 +109,24 @@ class RequestRows:
 _rows: dict[int, dict[int, RequestRows]] = {}
 
 
-def request_rows(vllm_config: VllmConfig, block_size: int | None = None) -> RequestRows:
+def request_rows(vllm_config: VllmConfig, block_size: int) -> RequestRows:
     """Return the rows of a worker's requests, the same for groups of one block size.
 
     Args:
         vllm_config: The very object that the model runner has.
-        block_size: Tokens per block of the layers that evict, None for vLLM's own.
+        block_size: Tokens per block of the layers that evict.
     """
     key = id(vllm_config)
     if key not in _rows:
         _rows[key] = {}
         weakref.finalize(vllm_config, _rows.pop, key)
-    sizes, size = _rows[key], block_size or vllm_config.cache_config.block_size
-    if size not in sizes:
-        sizes[size] = RequestRows(
-            request_planner(vllm_config, size).plan(None, 1).row,
+    sizes = _rows[key]
+    if block_size not in sizes:
+        sizes[block_size] = RequestRows(
+            request_planner(vllm_config, block_size).plan(None, 1).row,
             vllm_config.scheduler_config.max_num_seqs,
         )
-    return sizes[size]
+    return sizes[block_size]
 
 
 def watch_runners() -> None:

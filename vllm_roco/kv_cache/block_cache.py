@@ -88,7 +88,7 @@ class BlockCache:
 
     def reads_without_eviction(self, request: Request) -> bool:
         """Return whether a request has evicted nothing when all of it is read."""
-        return request.num_tokens <= self._max_whole_tokens(request)
+        return request.num_tokens < self._first_eviction(request)
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.
@@ -250,10 +250,10 @@ class BlockCache:
 
     def _may_evict(self, request: Request) -> bool:
         most = request.num_prompt_tokens + request.max_tokens
-        return most > self._max_whole_tokens(request)
+        return most >= self._first_eviction(request)
 
-    def _max_whole_tokens(self, request: Request) -> int:
-        return self._plans.of(request.request_id).max_whole_tokens
+    def _first_eviction(self, request: Request) -> int:
+        return self._plans.of(request.request_id).first_eviction
 
     def _find_one(
         self, block_hash: BlockHash, *, measured: bool
