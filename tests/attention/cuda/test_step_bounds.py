@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -126,11 +127,15 @@ def test_budgets_of_requests_have_room() -> None:
     spec = roco_spec(budget=64, stride=32)
     for allow_full in (False, True):
         vllm_config = config_for({**options, "allow_full": allow_full})
-        vllm_config.scheduler_config.max_num_batched_tokens = 1024
+        # the configurations of all tests share one
+        scheduler = copy.copy(vllm_config.scheduler_config)
+        scheduler.max_num_batched_tokens = 1024
+        vllm_config.scheduler_config = scheduler
         bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
         assert bounds.evicting_tokens == 512 + 32 - 1 + 1024
         # a request that keeps everything is never measured, and has no victims
-        assert bounds.live_tokens == 4096 if allow_full else bounds.evicting_tokens
+        longest = 4096 if allow_full else bounds.evicting_tokens
+        assert bounds.live_tokens == longest
         assert bounds.measured_tokens == 512 + 32
         assert bounds.resident_blocks == 32
         # splits are for what requests keep that bring no options
