@@ -133,7 +133,7 @@ LAYERS = {
         "gemma2",
         Case(
             ("disable_hybrid_kv_cache_manager = True", "Leave"),
-            {"disable_hybrid_kv_cache_manager": True},
+            arguments={"disable_hybrid_kv_cache_manager": True},
         ),
         {"sliding_window": 64},
     ),
