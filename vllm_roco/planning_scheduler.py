@@ -126,7 +126,9 @@ class PlanningScheduler(RefusingScheduler):
         """The most blocks that one sequence can hold in each group."""
         pool = self.kv_cache_manager.block_pool
         # what a sequence holds in layers of other kinds, whatever its chunk
-        others = self.other_caches.max_blocks(self._planner.max_chunk)
+        others = self.other_caches.max_blocks(
+            self._planner.max_chunk or self.max_model_len
+        )
         # all groups take from one pool, and one block is the null block
         return int(pool.num_gpu_blocks - 1 - others) // len(self.roco_managers)
 
