@@ -113,7 +113,7 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
 @contextlib.contextmanager
 def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
     """Fill every block that is nobody's and no snapshot's with NaN before each step."""
-    pages = [page_view(cache) for cache in engine.kv_caches]
+    pages = [page_view(cache) for cache in engine.kv_caches] + engine.other_kv_caches
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model

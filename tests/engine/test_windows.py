@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from tests.oracle import Options
 from vllm_roco.kv_cache.manager import RocoManager
 
 
-def save_gemma2(folder: Path) -> Path:
+def save_gemma2(folder: Path, **changes: Any) -> Path:
     """Write a model of which every other layer has a window, with random weights."""
     torch.manual_seed(0)
-    config = Gemma2Config(**TINY, sliding_window=64, initializer_range=0.2)
+    shape = TINY | {"sliding_window": 64, "initializer_range": 0.2}
+    config = Gemma2Config(**(shape | changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     return folder
