@@ -19,7 +19,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_roco.eviction_row import ROW_KEY, EvictionRow
-from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 from vllm_roco.policy import plan_moves
 
 STOP_TOKEN = 0
@@ -49,6 +49,21 @@ class Page:
     is_measured: bool
 
 
+@dataclass(frozen=True)
+class WindowPage:
+    """What a page of layers with a window holds.
+
+    Attributes:
+        owner: The request that wrote it and how often it had been preempted.
+        num_tokens: Tokens written so far.
+        content: Stands for all of which the last one's keys and values depend.
+    """
+
+    owner: tuple[str, int]
+    num_tokens: int
+    content: object
+
+
 @dataclass
 class Sequence:
     """A sequence as the worker knows it.
@@ -63,6 +78,8 @@ class Sequence:
         schedule: Its eviction arithmetic.
         chunk: Most prompt tokens in a step, once it evicts.
         alone: What it keeps without any company.
+        window_rows: Likewise block ids, of each group of layers with a window.
+        contents: What stands for keys and values of its tokens in these layers.
     """
 
     num_prompt_tokens: int
@@ -72,12 +89,27 @@ class Sequence:
     schedule: EvictionSchedule
     chunk: int
     alone: LoneRun
+    window_rows: list[list[int]]
+    contents: list[object] = field(default_factory=list)
     num_runs: int = 0
 
     def append(self, token: int) -> None:
         """Take another token."""
         before = self.prefixes[-1] if self.prefixes else 0
         self.prefixes.append(_hash(before, token))
+
+    def content(self, position: int, start: int) -> object:
+        """Return what stands for keys and values behind layers that evict.
+
+        Args:
+            position: Of the token.
+            start: Where the step begins that computes it.
+        """
+        if not self.schedule.evicted_blocks(start):
+            return self.prefixes[position]
+        # what is evicted later does not matter
+        schedule = replace(self.schedule, until=NEVER)
+        return self.prefixes[position], schedule, self.chunk
 
 
 class LoneRun:
@@ -122,12 +154,17 @@ class PagedWorker:
     Args:
         schedule: The eviction arithmetic of a sequence without options.
         chunk: Likewise, most prompt tokens in a step.
+        windows: Tokens in the window of each further group, whose blocks come first.
     """
 
-    def __init__(self, schedule: EvictionSchedule, chunk: int) -> None:
+    def __init__(
+        self, schedule: EvictionSchedule, chunk: int, windows: tuple[int, ...] = ()
+    ) -> None:
         self._schedule = schedule
         self._chunk = chunk
+        self._windows = windows
         self._pages: dict[int, Page] = {}
+        self._window_pages: dict[int, WindowPage] = {}
         self._sequences: dict[str, Sequence] = {}
         # blocks that the step being run has copied to, or computed
         self._copied: set[int] = set()
@@ -148,6 +185,9 @@ class PagedWorker:
         for request_id, num_queries in output.num_scheduled_tokens.items():
             start = self._starts[request_id]
             touched.rows[request_id] = self._run(request_id, start, start + num_queries)
+            touched.windows[request_id] = self._run_windows(
+                request_id, start, start + num_queries
+            )
             sampled.append(self._sample(request_id, start + num_queries))
         request_ids = list(output.num_scheduled_tokens)
         result = ModelRunnerOutput(
@@ -170,14 +210,15 @@ class PagedWorker:
         self._new: set[str] = set()
         for new in output.scheduled_new_reqs:
             assert new.prompt_token_ids is not None
-            (blocks,) = new.block_ids
+            *window_rows, blocks = map(list, new.block_ids)
             length = len(new.prompt_token_ids)
             schedule, chunk = self._plan(new.sampling_params)
             sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
                 prefixes=[],
                 num_known_tokens=length,
-                row=list(blocks),
+                row=blocks,
+                window_rows=window_rows,
                 schedule=schedule,
                 chunk=chunk,
                 alone=LoneRun(length, chunk, schedule),
@@ -192,12 +233,16 @@ class PagedWorker:
             new_blocks = cached.new_block_ids[index]
             if request_id in cached.resumed_req_ids:
                 sequence.row = []
+                sequence.window_rows = [[] for _ in self._windows]
                 sequence.num_runs += 1
                 self._new.add(request_id)
                 sequence.num_known_tokens = (
                     sequence.num_prompt_tokens + cached.num_output_tokens[index]
                 )
-            sequence.row += new_blocks[0] if new_blocks else []
+            *of_windows, of_row = new_blocks or [[] for _ in (*self._windows, 0)]
+            sequence.row += of_row
+            for row, blocks in zip(sequence.window_rows, of_windows, strict=True):
+                row += blocks
             self._starts[request_id] = cached.num_computed_tokens[index]
 
     def _copy_pages(self, output: SchedulerOutput) -> None:
@@ -209,6 +254,8 @@ class PagedWorker:
         assert not set(sources) & set(targets), "a copy of what is being copied"
         pages = [self._pages[block] for block in sources]
         self._pages.update(zip(targets, pages, strict=True))
+        for block in targets:
+            self._window_pages.pop(block, None)
         self._copied = set(targets)
         self.num_copies += len(targets)
         self._computed = set()
@@ -219,6 +266,7 @@ class PagedWorker:
         # who has read all it knows before it evicts begins with any blocks
         schedule = sequence.schedule
         by_block = sequence.num_known_tokens < schedule.next_eviction(0)
+        by_block &= not self._windows
         if not by_block:
             assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
             assert start % sequence.chunk == 0, "a hit within a chunk"
@@ -274,6 +322,7 @@ class PagedWorker:
                 assert written == expected, "a block was written over"
             prefix = sequence.prefixes[position]
             self._computed.add(block)
+            self._window_pages.pop(block, None)
             page = Page(owner, logical, position % size + 1, prefix, end, is_measured)
             self._pages[block] = page
 
@@ -295,6 +344,48 @@ class PagedWorker:
         if after > before:
             self._evict(sequence, live, after - before, end)
         return dict(zip(places, live, strict=True))
+
+    def _run_windows(
+        self, request_id: str, start: int, end: int
+    ) -> list[dict[int, int]]:
+        """Write and read in the groups with a window; return the blocks by place."""
+        sequence = self._sequences[request_id]
+        owner, size = (request_id, sequence.num_runs), self._schedule.block_size
+        chunk = sequence.chunk
+        if request_id in self._new:
+            # as if it had read that in chunks
+            sequence.contents = [
+                sequence.content(position, position // chunk * chunk)
+                for position in range(start)
+            ]
+        sequence.contents += [sequence.content(p, start) for p in range(start, end)]
+        touched = []
+        for window, row in zip(self._windows, sequence.window_rows, strict=True):
+            for position in range(start, end):
+                block = row[position // size]
+                assert block, "a token is written into the null block"
+                if position % size:
+                    before = sequence.contents[position - 1]
+                    expected = WindowPage(owner, position % size, before)
+                    assert self._window_pages[block] == expected, (
+                        "a block of a window was written over"
+                    )
+                content = sequence.contents[position]
+                page = WindowPage(owner, position % size + 1, content)
+                self._window_pages[block] = page
+                self._pages.pop(block, None)
+            places = range(max(0, start - window + 1) // size, -(-end // size))
+            for place in places:
+                page = self._window_pages[row[place]]
+                last = min((place + 1) * size, end) - 1
+                assert page.num_tokens == last % size + 1
+                assert page.content == sequence.contents[last], (
+                    "a window has keys and values of others"
+                )
+                if page.owner != owner:
+                    self.num_shared += 1
+            touched.append({place: row[place] for place in places})
+        return touched
 
     def _evict(
         self, sequence: Sequence, live: list[int], num_victims: int, end: int
@@ -331,9 +422,15 @@ class PagedWorker:
 
 @dataclass
 class Touched:
-    """Blocks that a step reads or writes, by request and place in the row."""
+    """Blocks that a step reads or writes, by request and place in the row.
+
+    Attributes:
+        rows: Of the layers that evict.
+        windows: Of each group of layers with a window.
+    """
 
     rows: dict[str, dict[int, int]] = field(default_factory=dict)
+    windows: dict[str, list[dict[int, int]]] = field(default_factory=dict)
 
 
 def choose(blocks: list[int], count: int, length: int) -> set[int]:

@@ -7,7 +7,7 @@ import copy
 import functools
 import tempfile
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,12 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import EngineCoreOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -78,6 +83,7 @@ class Setup:
         caching: Whether requests may begin behind prefixes that others have read.
         max_budget: Option of RoCo, at least `budget`; likewise allow_full.
         allow_full: See `max_budget`.
+        windows: Tokens in the window of each further group of layers.
     """
 
     budget: int = 16
@@ -91,6 +97,7 @@ class Setup:
     caching: bool = False
     max_budget: int | None = None
     allow_full: bool = False
+    windows: tuple[int, ...] = ()
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -114,21 +121,40 @@ class Setup:
             full, self.roco_config(), self.max_steps_in_flight
         )
 
+    def plan(self, config: VllmConfig) -> KVCacheConfig:
+        """The groups, RoCo's last, with room for one sequence and `spare_blocks`."""
+        spec = self.spec()
+        longer = ((self.max_budget or self.budget) - self.budget) // BLOCK_SIZE
+        num_blocks = spec.max_blocks_per_sequence + longer + 1 + self.spare_blocks
+        groups = []
+        for number, window in enumerate(self.windows):
+            of_window = SlidingWindowSpec(
+                block_size=BLOCK_SIZE,
+                num_kv_heads=1,
+                head_size=8,
+                dtype=spec.dtype,
+                sliding_window=window,
+                page_size_padded=spec.page_size_bytes,
+            )
+            num_blocks += of_window.max_admission_blocks_per_request(
+                config.max_in_flight_tokens, MAX_MODEL_LEN
+            )
+            groups.append(KVCacheGroupSpec([f"window {number}"], of_window))
+        plan = one_group(spec, num_blocks)
+        plan.kv_cache_groups[:0] = groups
+        return plan
+
     def scheduler(self, **changes: Any) -> RocoSchedulerMixin:
         """A scheduler as the engine core builds it.
 
         Args:
             **changes: Attributes of `SchedulerConfig`.
         """
-        spec = self.spec()
-        longer = ((self.max_budget or self.budget) - self.budget) // BLOCK_SIZE
-        num_blocks = spec.max_blocks_per_sequence + longer + 1 + self.spare_blocks
         config = copy.copy(_base_config())
         # numbers of schedulers that are left over are another instance's
         config.instance_id = uuid.uuid4().hex
         config.cache_config = copy.copy(config.cache_config)
         config.cache_config.block_size = BLOCK_SIZE
-        config.cache_config.num_gpu_blocks = num_blocks
         config.cache_config.enable_prefix_caching = self.caching
         config.scheduler_config = copy.copy(config.scheduler_config)
         config.scheduler_config.async_scheduling = self.asynchronous
@@ -137,12 +163,14 @@ class Setup:
         )
         for name, value in changes.items():
             setattr(config.scheduler_config, name, value)
+        plan = self.plan(config)
+        config.cache_config.num_gpu_blocks = plan.num_blocks
         options = self.roco_config()
         config.additional_config = {"roco": vars(options)}
         scheduler = RocoAsyncScheduler if self.asynchronous else RocoScheduler
         return scheduler(
             config,
-            one_group(spec, num_blocks),
+            plan,
             StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
             log_stats=True,
@@ -155,6 +183,7 @@ class Driver:
     Attributes:
         scheduler: The scheduler under test.
         manager: Its block manager.
+        windows: Those of further groups of layers.
         worker: Runs every scheduled step.
         outputs: Tokens of each request so far.
         num_steps: Calls of `schedule`.
@@ -167,7 +196,11 @@ class Driver:
         (manager,) = self.scheduler.roco_managers
         assert isinstance(manager, RocoManager)
         self.manager = manager
-        self.worker = PagedWorker(manager.plans.default.schedule, setup.chunk)
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.windows = [each for each in managers if each is not manager]
+        self.worker = PagedWorker(
+            manager.plans.default.schedule, setup.chunk, setup.windows
+        )
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, EngineCoreOutput] = {}
         self.num_steps = 0
@@ -295,6 +328,7 @@ class Driver:
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
         assert not self.manager.req_to_blocks
+        assert not any(window.req_to_blocks for window in self.windows)
         assert self.manager.held.largest == 0
 
     def check(self) -> None:
@@ -312,8 +346,19 @@ class Driver:
             assert gap <= schedule.evicted_blocks(max(0, processed))
             assert len(row) - gap <= bound
             held.update(block.block_id for block in row if not block.is_null)
+        in_windows = Counter(
+            block.block_id
+            for window in self.windows
+            for row in window.req_to_blocks.values()
+            for block in row
+            if not block.is_null
+        )
         pool = self.scheduler.kv_cache_manager.block_pool
+        assert not held & in_windows.keys()
+        held |= in_windows.keys()
         assert pool.get_num_free_blocks() + len(held) == pool.num_gpu_blocks - 1
+        for block_id, num_rows in in_windows.items():
+            assert pool.blocks[block_id].ref_cnt == num_rows
         self._check_in_flight()
 
     def plan_of(self, request: Request) -> tuple[EvictionSchedule, int]:
@@ -345,3 +390,8 @@ class Driver:
                 row = self.manager.req_to_blocks[request_id]
                 for place, block_id in blocks.items():
                     assert row[place].block_id == block_id, "freed while in flight"
+                of_windows = touched.windows[request_id]
+                for window, blocks in zip(self.windows, of_windows, strict=True):
+                    row = window.req_to_blocks[request_id]
+                    for place, block_id in blocks.items():
+                        assert row[place].block_id == block_id, "freed in a window"

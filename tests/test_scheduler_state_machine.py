@@ -53,6 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     max_steps_in_flight = 1
     caching = False
     has_options = False
+    windows: tuple[int, ...] = ()
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_steps_in_flight=self.max_steps_in_flight,
                 spare_blocks=spare_blocks,
                 caching=self.caching,
+                windows=self.windows,
                 allow_full=self.has_options,
                 max_budget=(MAX_PROMPT + 2) + 12 * BLOCK_SIZE
                 if self.has_options
@@ -276,6 +278,24 @@ class DeepAsyncOptionsPrefixMachine(DeepAsyncPrefixMachine):
     has_options = True
 
 
+class WindowsMachine(PrefixMachine):
+    """Other layers have windows, a shorter one and a longer one than most chunks."""
+
+    windows = (3, 30)
+
+
+class AsyncOptionsWindowsMachine(AsyncOptionsPrefixMachine):
+    """Likewise, asynchronously and with options."""
+
+    windows = (30, 3)
+
+
+class DeepAsyncWindowsMachine(DeepAsyncPrefixMachine):
+    """Likewise, over two pipeline stages."""
+
+    windows = (13,)
+
+
 @pytest.mark.parametrize(
     "machine",
     [
@@ -289,6 +309,9 @@ class DeepAsyncOptionsPrefixMachine(DeepAsyncPrefixMachine):
         OptionsMachine,
         AsyncOptionsPrefixMachine,
         DeepAsyncOptionsPrefixMachine,
+        WindowsMachine,
+        AsyncOptionsWindowsMachine,
+        DeepAsyncWindowsMachine,
     ],
     ids=lambda machine: machine.__name__,
 )

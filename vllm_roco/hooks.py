@@ -52,6 +52,7 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
         "req_states",
         "vllm_config",
     ),
+    "vllm.v1.worker.gpu.model_runner": ("copy_kv_cache_blocks_inplace",),
     "vllm.v1.worker.gpu.states.RequestState": ("req_id_to_index",),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": (
         "_dummy_run",
@@ -59,6 +60,7 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
         "input_batch",
         "vllm_config",
     ),
+    "vllm.v1.worker.gpu_model_runner": ("copy_kv_cache_blocks_inplace",),
     "vllm.v1.worker.gpu_input_batch.InputBatch": ("req_ids",),
     # read by a name in a string, or of what has no type
     "vllm.config.ParallelConfig": (

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
-from vllm_roco.kv_cache.prefix_cache import PrefixCache
+from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
+from vllm_roco.kv_cache.window_manager import WindowManager
 from vllm_roco.planning_scheduler import PlanningScheduler
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.request import Request
 
 MAX_WAITS_PER_STEP = 64
@@ -26,33 +29,48 @@ class PrefixScheduler(PlanningScheduler):
     """Lets requests begin behind prefixes; arguments as in the base class.
 
     Attributes:
-        prefix_cache: The prefixes, None where nothing can be hit: the user switched
-            prefix caching off, or the model has layers with other caches, of which a
-            snapshot holds nothing.
+        prefix_cache: The prefixes, None where nothing can be hit: see
+            `describe_prefix_caching`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.prefix_cache: PrefixCache | None = None
         self._num_left_waiting = 0
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        if self.kv_cache_manager.enable_caching and len(managers) == 1:
+        self._why_none = self._trouble_with_prefixes()
+        if self._why_none is None:
             (self._manager,) = self.roco_managers
             self.prefix_cache = PrefixCache(
                 self._manager.block_pool,
                 self._manager.kv_cache_group_id,
                 self._manager.block_size,
                 self.request_plans,
+                [*map(WindowManager.take_over, self._other_managers)],
             )
             self._manager.share_prefixes(self.prefix_cache)
 
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""
-        if self.prefix_cache is not None:
-            return "on"
+        return self._why_none or "on"
+
+    def _trouble_with_prefixes(self) -> str | None:
+        """Return why no prefix can be hit."""
         if not self.kv_cache_manager.enable_caching:
             return "off (enable_prefix_caching = False)"
-        return "not for this model, whose layers have KV caches of several kinds"
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        others = self._other_managers
+        if len(self.roco_managers) > 1 or not all(map(WindowManager.can_be, others)):
+            return "not for this model, whose layers have KV caches of several kinds"
+        if len({manager.block_size for manager in managers}) > 1:
+            return (
+                "not for this model, whose layers have KV cache blocks of several sizes"
+            )
+        return None
+
+    @property
+    def _other_managers(self) -> list[SingleTypeKVCacheManager]:
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        return [manager for manager in managers if manager not in self.roco_managers]
 
     @override
     def add_request(self, request: Request) -> None:
@@ -120,7 +138,17 @@ class PrefixScheduler(PlanningScheduler):
             hit = None
         if hit is None:
             return manager.empty_kv_cache_blocks, 0, 0, False
-        return manager.create_kv_cache_blocks((hit.row,)), hit.num_tokens, 0, False
+        blocks = manager.create_kv_cache_blocks(self._rows_of(hit, cache))
+        return blocks, hit.num_tokens, 0, False
+
+    def _rows_of(self, hit: Hit, cache: PrefixCache) -> tuple[list[KVCacheBlock], ...]:
+        """Return the rows of a hit in the order of vLLM's groups."""
+        if not hit.windows:
+            return (hit.row,)
+        rows = {self._manager.kv_cache_group_id: hit.row}
+        for manager, row in zip(cache.windows, hit.windows, strict=True):
+            rows[manager.kv_cache_group_id] = row
+        return tuple(rows[group_id] for group_id in sorted(rows))
 
     def _end_of_step(self, request: Request, start: int, end: int) -> int:
         """Return where a prompt step must end for a snapshot, at most `end`."""

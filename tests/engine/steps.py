@@ -121,7 +121,7 @@ def poisoned_free_blocks(
         poison_value: What with, where some layers are not RoCo's and do not stand NaN
             behind the end of a sequence.
     """
-    pages = [page_view(cache) for cache in engine.kv_caches]
+    pages = [page_view(cache) for cache in engine.kv_caches] + engine.other_kv_caches
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model

@@ -16,6 +16,7 @@ from tests.engine.engines import Engine, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
 from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
+from tests.oracle import Options
 from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.scheduler import RocoAsyncScheduler
 
@@ -102,7 +103,7 @@ class TestHits:
     def test_all_at_once(
         self, tiny_llama: Path, policy: str, expected: dict[str, Ending], pool: int
     ) -> None:
-        check_crowd(tiny_llama, policy, expected, pool)
+        check_crowd(tiny_llama, replace(SMALL_BUDGET, policy=policy), expected, pool)
 
     @pytest.mark.parametrize("pool", [512, 46], ids=["large-pool", "small-pool"])
     def test_all_at_once_asynchronously(
@@ -113,18 +114,18 @@ class TestHits:
         pool: int,
         asynchronous: None,
     ) -> None:
-        check_crowd(tiny_llama, policy, expected, pool, RocoAsyncScheduler)
+        options = replace(SMALL_BUDGET, policy=policy)
+        check_crowd(tiny_llama, options, expected, pool, RocoAsyncScheduler)
 
 
 def check_crowd(
     model: Path,
-    policy: str,
+    options: Options,
     expected: dict[str, Ending],
     pool: int,
     scheduler: type | None = None,
 ) -> None:
     """Twice, so that the second crowd begins while snapshots of the first live."""
-    options = replace(SMALL_BUDGET, policy=policy)
     small: dict[str, Any] = dict(
         num_gpu_blocks_override=pool, scheduler_reserve_full_isl=pool > 100
     )

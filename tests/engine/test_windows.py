@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Cohere2Config,
-    Exaone4Config,
-    Gemma2Config,
-    Gemma3TextConfig,
-    Olmo3Config,
-    PreTrainedConfig,
-)
 
 from tests.engine.engines import Engine, running_engine
+from tests.engine.mixed_models import MIXED_MODELS, save_mixed
 from tests.engine.steps import audited_manager, most_held_blocks, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from vllm_roco.scheduler import describe
@@ -30,53 +21,16 @@ pytestmark = pytest.mark.engine
 # vLLM's own attention for CPUs wants blocks of a multiple of 32
 BUDGET = replace(SMALL_BUDGET, block_size=32, sink=32)
 NOBODY_REACHES = replace(BUDGET, budget=1024)
-WINDOW = 64
 PROMPTS = [
     random_prompt(length, seed=length) for length in (20, 70, 96, 150, 210, 333, 480)
 ]
 NUM_NEW = 150
 SMALL_POOL = dict(num_gpu_blocks_override=40, scheduler_reserve_full_isl=False)
 
-SHAPE: dict[str, Any] = dict(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-    max_position_embeddings=1024,
-    initializer_range=0.2,
-)
-HALF = dict(
-    sliding_window=WINDOW,
-    num_hidden_layers=4,
-    layer_types=["sliding_attention", "full_attention"] * 2,
-)
-MODELS: dict[str, PreTrainedConfig] = {
-    "gemma2": Gemma2Config(**SHAPE, **HALF),
-    "gemma3": Gemma3TextConfig(**SHAPE, **HALF),
-    "cohere2": Cohere2Config(**SHAPE, **HALF),
-    "exaone4": Exaone4Config(**SHAPE, **HALF, tie_word_embeddings=False),
-    "olmo3": Olmo3Config(**SHAPE, **HALF, tie_word_embeddings=False),
-    # vLLM then makes three groups of RoCo's layers
-    "mostly-full": Gemma2Config(
-        **SHAPE,
-        **HALF | {"layer_types": ["sliding_attention", *["full_attention"] * 3]},
-    ),
-}
-
-
-def save(config: PreTrainedConfig, folder: Path) -> Path:
-    """Write a model with random weights."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.save_pretrained(folder)
-    return folder
-
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(MODELS["exaone4"], tmp_path_factory.mktemp("mixed"))
+    return save_mixed("exaone4", tmp_path_factory.mktemp("mixed"))
 
 
 def running(model: Path, **arguments: Any) -> Any:
@@ -88,10 +42,10 @@ def num_lost(engine: Engine) -> int:
     return pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MIXED_MODELS)
 def test_below_the_budget_the_tokens_are_stock_vllms(tmp_path: Path, name: str) -> None:
     """Nothing but ROCO is named."""
-    model = save(MODELS[name], tmp_path)
+    model = save_mixed(name, tmp_path)
     with running_engine(model, None) as engine:
         expected = [
             (tokens, pytest.approx(logprob, rel=1e-4))

@@ -11,6 +11,7 @@ import torch
 from typing_extensions import override
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
+from vllm_roco.attention.block_copies import copy_whole_pages
 from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.current_config import remember_vllm_config
 from vllm_roco.attention.layers import name_of, refuse_layer
@@ -64,6 +65,7 @@ class RocoImpl(AttentionImpl[T]):
         self.vllm_config = remember_vllm_config()
         self.config = validated_config(self.vllm_config)
         watch_runners()
+        copy_whole_pages()
         self.page_shape = PageShape(self.num_kv_heads, head_size, self.config.measures)
         self.views = WhileBound(partial(CacheViews.of, shape=self.page_shape))
 

@@ -58,8 +58,10 @@ class BlockCache:
         group_id: vLLM's number of the manager's KV cache group.
         block_size: Tokens per block.
         plans: What holds for each request.
+        is_used: Whether requests are served at all.
 
     Attributes:
+        is_used: Likewise.
         num_hits: Requests that began with blocks found here.
         num_saved_tokens: Tokens that these did not have to read.
     """
@@ -70,6 +72,8 @@ class BlockCache:
         group_id: int,
         block_size: int,
         plans: RequestPlans,
+        *,
+        is_used: bool = True,
     ) -> None:
         self.num_hits = 0
         self.num_saved_tokens = 0
@@ -78,6 +82,7 @@ class BlockCache:
         self._group_ids = [group_id]
         self._block_size = block_size
         self._plans = plans
+        self.is_used = is_used
         # requests whose blocks are hashed, and whether these are private
         self._owners: dict[str, tuple[Request, bool]] = {}
         # those of them that evict in the step being scheduled
@@ -86,9 +91,12 @@ class BlockCache:
         # blocks that are written in the step being scheduled
         self._fresh_blocks: set[int] = set()
 
-    def reads_without_eviction(self, request: Request) -> bool:
-        """Return whether a request has evicted nothing when all of it is read."""
-        return request.num_tokens < self._first_eviction(request)
+    def serves(self, request: Request) -> bool:
+        """Return whether a request leaves its blocks to others, and no snapshots.
+
+        That is one that has evicted nothing when all of it is read.
+        """
+        return self.is_used and request.num_tokens < self._first_eviction(request)
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.
@@ -96,7 +104,7 @@ class BlockCache:
         Not if it evicts while it is read. Nor if it has been preempted and may evict
         later: what it has written must come out as if it had read all by itself.
         """
-        return self.reads_without_eviction(request) and not (
+        return self.serves(request) and not (
             request.num_tokens > request.num_prompt_tokens and self._may_evict(request)
         )
 

@@ -160,9 +160,20 @@ class RocoManager(FullAttentionManager):
             request: The request.
             hit: What it would begin with.
         """
+        assert self.prefix_cache is not None
         plan = self.plans.of(request.request_id)
         blocks = plan.max_blocks_at(request.num_tokens)
         blocks += self._get_num_evictable_blocks(hit.row) - hit.num_shared
+        for manager, row in zip(self.prefix_cache.windows, hit.windows, strict=True):
+            blocks += manager.get_num_blocks_to_allocate(
+                request.request_id,
+                request.num_tokens,
+                row,
+                hit.num_tokens,
+                hit.num_tokens,
+                request.num_tokens,
+                apply_admission_cap=True,
+            )
         return bool(blocks <= self.block_pool.get_num_free_blocks())
 
     def _num_shared(self, request_id: str) -> int:

@@ -4,6 +4,10 @@
 A prompt that evicts while it is read begins with a snapshot: at the ends of its chunks,
 and nowhere else, what a sequence keeps is a function of its tokens alone. One that does
 not may also begin with blocks, see `block_cache`.
+
+Where other layers have a sliding window, a snapshot holds their blocks as well, and all
+prompts begin with snapshots: of one that evicts nothing it is a function of its tokens,
+too, but blocks that are found one by one would have to be there for all layers.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
+    from vllm_roco.kv_cache.window_manager import WindowManager
     from vllm_roco.request_plans import RequestPlans
+
+_UNMEASURED = b"unmeasured"
 
 
 class Hit(NamedTuple):
@@ -37,12 +44,15 @@ class Hit(NamedTuple):
         num_shared: First blocks of the row that the request may hold itself; of the
             others it needs copies.
         snapshot: Hash of the prefix if the blocks are a snapshot's.
+        windows: Rows of the groups of layers with a window, in their order, to be held
+            as they are.
     """
 
     num_tokens: int
     row: list[KVCacheBlock]
     num_shared: int = 0
     snapshot: BlockHash | None = None
+    windows: Sequence[list[KVCacheBlock]] = ()
 
 
 class PrefixCache:
@@ -53,8 +63,10 @@ class PrefixCache:
         group_id: vLLM's number of the manager's KV cache group.
         block_size: Tokens per block.
         plans: What holds for each request.
+        windows: Managers of the groups of layers with a window, with the same blocks.
 
     Attributes:
+        windows: Likewise.
         store: The snapshots, with their counters.
         blocks: The blocks of sequences that have evicted nothing, with theirs.
         num_waits: Requests that have waited for a prefix that another one was reading.
@@ -66,9 +78,13 @@ class PrefixCache:
         group_id: int,
         block_size: int,
         plans: RequestPlans,
+        windows: Sequence[WindowManager] = (),
     ) -> None:
+        self.windows = windows
         self.store = SnapshotStore(block_pool)
-        self.blocks = BlockCache(block_pool, group_id, block_size, plans)
+        self.blocks = BlockCache(
+            block_pool, group_id, block_size, plans, is_used=not windows
+        )
         self.num_waits = 0
         self._null_block = block_pool.null_block
         self._block_size = block_size
@@ -149,7 +165,7 @@ class PrefixCache:
                 self.blocks.count_hit(start)
             else:
                 self.store.count_hit(hit.snapshot, start)
-        if self.blocks.reads_without_eviction(request):
+        if self.blocks.serves(request):
             self.blocks.begin(request)
             return
         places = self._places(request, start)
@@ -219,7 +235,7 @@ class PrefixCache:
             start: Its length before the step.
             end: Its length after the step, as far as everything else is concerned.
         """
-        if self.blocks.reads_without_eviction(request):
+        if self.blocks.serves(request):
             return end
         chunk = self._plans.of(request.request_id).chunk
         most = min(end - 1, request.num_prompt_tokens, self._num_hashed(request))
@@ -242,8 +258,10 @@ class PrefixCache:
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
-                live = self._live(request, rows[request.request_id], length)
-                copies += self.store.publish(prefix, live)
+                request_id = request.request_id
+                live = self._live(request, rows[request_id], length)
+                windows = [w.blocks_at(request_id, length) for w in self.windows]
+                copies += self.store.publish(prefix, live, windows)
         self._found = None
         return copies + self.blocks.end_step(rows)
 
@@ -257,7 +275,13 @@ class PrefixCache:
                 gap = [self._null_block] * schedule.evicted_blocks(length)
                 blocks = snapshot.blocks
                 row = [*blocks[:resident], *gap, *blocks[resident:]]
-                return Hit(length, row, snapshot=prefix)
+                windows = [
+                    manager.row_at(in_window, length)
+                    for manager, in_window in zip(
+                        self.windows, snapshot.windows, strict=True
+                    )
+                ]
+                return Hit(length, row, snapshot=prefix, windows=windows)
         return None
 
     def _is_due(self, request: Request, length: int, prefix: BlockHash) -> bool:
@@ -309,11 +333,12 @@ class PrefixCache:
     def _prefixes(self, request: Request, places: Sequence[int]) -> Sequence[BlockHash]:
         plan = self._plans.of(request.request_id)
         first, key, size = plan.first_eviction, plan.snapshot_key, self._block_size
+        # while nothing is evicted, only the tokens matter
+        early_key = b"" if plan.is_measured or self.blocks.is_used else _UNMEASURED
         hashes = request.block_hashes
         return [
-            hashes[length // size - 1]
-            # while nothing is evicted, only the tokens matter
-            if length < first
-            else BlockHash(hashes[length // size - 1] + key)
+            BlockHash(
+                hashes[length // size - 1] + (early_key if length < first else key)
+            )
             for length in places
         ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen copies of what sequences hold at a place in their prompts.
+"""What sequences hold at a place in their prompts: frozen copies, and full blocks.
 
 Owned by nobody: a snapshot's blocks lie in vLLM's free queue, where they count as free
 memory, are kept in the order of their last use and are taken when memory is short.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
@@ -25,18 +26,35 @@ class Snapshot(NamedTuple):
     """The live blocks of a sequence that has read a prefix and no more.
 
     Attributes:
-        name: What each block bears as its hash while its content is the snapshot's.
-        blocks: Resident blocks, then incoming ones, all full.
+        name: What each copy bears as its hash while its content is the snapshot's.
+        blocks: Copies of resident blocks, then of incoming ones, all full.
+        windows: Of each group of layers with a window the blocks in it, all full. They
+            are no copies, and may be those of a sequence or of other snapshots, too.
+        window_names: What each of these bears as its hash, one group after the other.
     """
 
     name: BlockHashWithGroupId
     blocks: list[KVCacheBlock]
+    windows: Sequence[Sequence[KVCacheBlock]] = ()
+    window_names: Sequence[BlockHashWithGroupId | None] = ()
 
     @property
     def is_whole(self) -> bool:
         """Whether vLLM has handed out none of the blocks, and not reset its cache."""
         name = self.name
-        return all(block.block_hash == name for block in self.blocks)
+        return all(block.block_hash == name for block in self.blocks) and (
+            not self.windows or self.has_windows
+        )
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether the same is true of the blocks in windows."""
+        return all(
+            block.block_hash == name
+            for block, name in zip(
+                chain.from_iterable(self.windows), self.window_names, strict=True
+            )
+        )
 
 
 class SnapshotStore:
@@ -90,13 +108,18 @@ class SnapshotStore:
         self.num_saved_tokens += num_tokens
 
     def publish(
-        self, prefix: BlockHash, live_blocks: Sequence[KVCacheBlock]
+        self,
+        prefix: BlockHash,
+        live_blocks: Sequence[KVCacheBlock],
+        windows: Sequence[Sequence[KVCacheBlock]] = (),
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Make a snapshot of the prefix if there is none and so many blocks are free.
 
         Args:
             prefix: Its hash.
             live_blocks: What a sequence holds that has read it and no more.
+            windows: Likewise in each group of layers with a window, full blocks which
+                are never written again and which nobody else hashes.
 
         Returns:
             Blocks to copy from and to, each with a reference for the copy.
@@ -112,18 +135,26 @@ class SnapshotStore:
         )
         for block in copies:
             block.set_block_hash(name)
+        in_windows = [*chain.from_iterable(windows)]
+        for block in in_windows:
+            # a name stands for what was in the block when it got it
+            if block.block_hash is None:
+                block.set_block_hash(name)
         self._forget_overwritten()
-        self._snapshots[prefix] = Snapshot(name, copies)
+        self._snapshots[prefix] = Snapshot(
+            name, copies, windows, [block.block_hash for block in in_windows]
+        )
         return list(zip(live_blocks, copies, strict=True))
 
     def _forget_overwritten(self) -> None:
         """Drop the oldest snapshots as far as vLLM has begun to hand them out."""
         snapshots = self._snapshots
         while snapshots:
-            prefix = next(iter(snapshots))
-            name, blocks = snapshots[prefix]
-            # the first block is the first of the snapshot in vLLM's free queue
-            if blocks[0].block_hash == name:
+            prefix, snapshot = next(iter(snapshots.items()))
+            # of copies, the first is the first of them in vLLM's free queue
+            if snapshot.blocks[0].block_hash == snapshot.name and (
+                not snapshot.windows or snapshot.has_windows
+            ):
                 return
             del snapshots[prefix]
             self._lost[prefix] = None

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random models of which some layers have a sliding window, one for each family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Cohere2Config,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Olmo3Config,
+    PreTrainedConfig,
+)
+
+WINDOW = 64
+"""Tokens."""
+
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=1024,
+    initializer_range=0.2,
+    sliding_window=WINDOW,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)
+_UNTIED = dict(tie_word_embeddings=False)
+
+MIXED_MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "gemma2": (Gemma2Config, {}),
+    "gemma3": (Gemma3TextConfig, {}),
+    "cohere2": (Cohere2Config, {}),
+    "exaone4": (Exaone4Config, _UNTIED),
+    "olmo3": (Olmo3Config, _UNTIED),
+    # vLLM then makes three groups of RoCo's layers
+    "mostly-full": (
+        Gemma2Config,
+        {"layer_types": ["sliding_attention", *["full_attention"] * 3]},
+    ),
+}
+
+
+def save_mixed(name: str, folder: Path, **changes: Any) -> Path:
+    """Write a float32 model, the same one every time, as a Hugging Face folder.
+
+    Args:
+        name: Of `MIXED_MODELS`.
+        folder: Where to.
+        **changes: Of its configuration.
+    """
+    torch.manual_seed(0)
+    config_class, own = MIXED_MODELS[name]
+    config = config_class(**_SHAPE | own | changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    return folder
