@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -72,6 +73,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe": Qwen3MoeConfig(
         **_SHAPE, **_EXPERTS, num_experts=4, moe_intermediate_size=64, head_dim=32
     ),
+    # as no published one is, without windows
+    "gpt-oss": GptOssConfig(
+        **_SHAPE,
+        **_EXPERTS,
+        num_local_experts=4,
+        head_dim=32,
+        sliding_window=None,
+        layer_types=["full_attention"] * _SHAPE["num_hidden_layers"],
+    ),
 }
 
 
@@ -79,6 +89,10 @@ def save_tiny_model(name: str, folder: Path) -> Path:
     """Write a float32 model, the same one every time, as a Hugging Face folder."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(".sinks"):
+            # sinks that take all, nothing, and a share of attention
+            torch.nn.init.normal_(parameter, std=2)
     model.save_pretrained(folder)
     return folder
 
