@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     GptOssConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -59,6 +60,10 @@ _SHAPE: dict[str, Any] = dict(
     pad_token_id=None,
 )
 _EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2)
+# as no published model with sinks is
+_NO_WINDOWS: dict[str, Any] = dict(
+    sliding_window=None, layer_types=["full_attention"] * _SHAPE["num_hidden_layers"]
+)
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SHAPE),
@@ -73,14 +78,16 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe": Qwen3MoeConfig(
         **_SHAPE, **_EXPERTS, num_experts=4, moe_intermediate_size=64, head_dim=32
     ),
-    # as no published one is, without windows
+    # on a CPU, ranks share an expert by 32
     "gpt-oss": GptOssConfig(
-        **_SHAPE,
+        **{**_SHAPE, "intermediate_size": 64},
         **_EXPERTS,
+        **_NO_WINDOWS,
         num_local_experts=4,
         head_dim=32,
-        sliding_window=None,
-        layer_types=["full_attention"] * _SHAPE["num_hidden_layers"],
+    ),
+    "granite-swa": GraniteSWAConfig(
+        **_SHAPE, **_NO_WINDOWS, attention_multiplier=32**-0.5
     ),
 }
 

@@ -158,9 +158,14 @@ def test_sinks(heads: Heads, splits: int, device: torch.device) -> None:
     check(case, dataclasses.replace(PLAN, splits=splits))
 
 
-def test_sinks_of_half_precision_and_a_soft_cap(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sinks_of_half_precision_and_a_soft_cap(
+    dtype: torch.dtype, device: torch.device
+) -> None:
     """The soft cap is not for sinks."""
-    case = build([90, 17, 1, 0], Heads(6, 3, 64), device, dtype=torch.float16)
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    case = build([90, 17, 1, 0], Heads(6, 3, 64), device, dtype=dtype)
     case.scale *= 20
     case.add_sinks()
     check(case, PLAN, soft_cap=5.0)
