@@ -106,7 +106,7 @@ class Attended:
 
     Attributes:
         output: `[query_len, num_q_heads, head_size]`.
-        lse: `[num_q_heads, query_len]` float32, natural logarithm.
+        lse: `[num_q_heads, query_len]` float32, natural logarithm, sinks included.
         mass: `[query_len, num_kv_heads, blocks]` float32: mean over the query heads of
             a group of the softmax weight in each live block; 0 where nothing is seen.
     """
@@ -124,6 +124,7 @@ def attend(
     live_len: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Attended:
     """Attend causally over a sequence's live blocks, the newest tokens its queries.
@@ -135,6 +136,7 @@ def attend(
         live_len: Tokens in them.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        sinks: `[num_q_heads]`, a logit of each head in the denominator alone, or None.
         dtype: Element type to which weights and output are rounded; the cache's tells
             which error to expect of a kernel with tensor cores.
     """
@@ -150,7 +152,10 @@ def attend(
     position = torch.arange(live_len, device=query.device)
     seen = position <= position[live_len - query_len :, None]
     logits = logits.masked_fill(~seen, float("-inf"))
-    weights = logits.softmax(-1)
+    if sinks is not None:
+        of_sinks = sinks.float()[:, None, None].expand(-1, query_len, 1)
+        logits = torch.cat((logits, of_sinks), -1)
+    weights = logits.softmax(-1)[..., :live_len]
     output = (weights.to(dtype).float() @ values).transpose(0, 1).to(dtype)
 
     padded = weights.new_zeros(num_q_heads, query_len, len(blocks) * block_size)

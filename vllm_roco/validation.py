@@ -2,7 +2,7 @@
 """What of vLLM goes together with RoCo: every refusal at start-up.
 
 Each check names what is wrong, the value, what is allowed and what to do. Refusals that
-need a layer (its window, its sinks) are in `vllm_roco.attention`.
+need a layer (its window, say) are in `vllm_roco.attention`.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ class DenseSequence:
         schedule: EvictionSchedule,
         config: RocoConfig,
         soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         self.length = 0
         self.kept: set[int] = set()
@@ -44,6 +45,7 @@ class DenseSequence:
         self._schedule = schedule
         self._config = config
         self._soft_cap = soft_cap
+        self._sinks = sinks
 
     def begin_behind(self, other: DenseSequence, num_blocks: int) -> None:
         """Begin with another sequence's first blocks, which both then look at.
@@ -104,7 +106,11 @@ class DenseSequence:
                 scores = query[index, heads] @ key[tokens, kv_head].T * scale
                 if self._soft_cap:
                     scores = self._soft_cap * torch.tanh(scores / self._soft_cap)
-                probabilities = scores.softmax(-1)
+                weights = scores.exp()
+                total = weights.sum(-1, keepdim=True)
+                if self._sinks is not None:
+                    total += self._sinks[heads, None].double().exp()
+                probabilities = weights / total
                 output[index, heads] = probabilities @ value[tokens, kv_head]
                 by_token = probabilities.mean(0)
                 for block in seen:

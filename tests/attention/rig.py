@@ -67,6 +67,7 @@ class Shape:
         block_size: Tokens per block.
         layout: Of the cache in memory.
         soft_cap: Of the scores.
+        has_sinks: Whether the model has attention sinks.
         num_layers: Layers in one group.
         budget_blocks: Blocks kept per sequence.
         stride_blocks: Blocks evicted at a time.
@@ -80,6 +81,7 @@ class Shape:
     block_size: int = 16
     layout: KVCacheLayout = KVCacheLayout.LBHNC
     soft_cap: float | None = None
+    has_sinks: bool = False
     num_layers: int = 2
     budget_blocks: int = 3
     stride_blocks: int = 2
@@ -118,6 +120,10 @@ class Rig:
         (group,) = plan.kv_cache_groups
         vllm_config = config_for(options)
         self.scale = shape.head_size**-0.5
+        # all layers have the same
+        self.sinks = None
+        if shape.has_sinks:
+            self.sinks = torch.zeros(shape.num_heads, dtype=shape.dtype)
         with set_current_vllm_config(vllm_config):
             self.layers = [
                 Attention(
@@ -127,6 +133,7 @@ class Rig:
                     shape.num_kv_heads,
                     logits_soft_cap=shape.soft_cap,
                     prefix=name,
+                    sinks=self.sinks,
                 )
                 for name in group.layer_names
             ]
@@ -145,12 +152,19 @@ class Rig:
         self._random = random.Random(seed)
         self._random.shuffle(self._free)
         self._generator = torch.Generator().manual_seed(seed)
+        if self.sinks is not None:
+            # weights are loaded when the layers are there
+            self.sinks.normal_(std=2, generator=self._generator)
 
     def add(self) -> int:
         """Add an empty sequence and return its index."""
         self.sequences.append(
             DenseSequence(
-                self.shape.num_layers, self.schedule, self.config, self.shape.soft_cap
+                self.shape.num_layers,
+                self.schedule,
+                self.config,
+                self.shape.soft_cap,
+                self.sinks,
             )
         )
         self.rows.append([])

@@ -107,11 +107,6 @@ def test_the_builder_refuses_another_spec(vllm_config: VllmConfig) -> None:
             "sharing the KV cache of layer 'model.layers.0.self_attn.attn'",
             id="sharing",
         ),
-        pytest.param(
-            {"sinks": torch.zeros(4)},
-            "attention sinks of the model are not supported",
-            id="sinks",
-        ),
         pytest.param({"unheard": 3}, "the layer option unheard", id="unknown"),
     ],
 )

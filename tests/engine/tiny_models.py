@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
+    GraniteSWAConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -58,6 +60,10 @@ _SHAPE: dict[str, Any] = dict(
     pad_token_id=None,
 )
 _EXPERTS: dict[str, Any] = dict(num_experts_per_tok=2)
+# as no published model with sinks is
+_NO_WINDOWS: dict[str, Any] = dict(
+    sliding_window=None, layer_types=["full_attention"] * _SHAPE["num_hidden_layers"]
+)
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SHAPE),
@@ -72,6 +78,17 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "qwen3-moe": Qwen3MoeConfig(
         **_SHAPE, **_EXPERTS, num_experts=4, moe_intermediate_size=64, head_dim=32
     ),
+    # on a CPU, ranks share an expert by 32
+    "gpt-oss": GptOssConfig(
+        **{**_SHAPE, "intermediate_size": 64},
+        **_EXPERTS,
+        **_NO_WINDOWS,
+        num_local_experts=4,
+        head_dim=32,
+    ),
+    "granite-swa": GraniteSWAConfig(
+        **_SHAPE, **_NO_WINDOWS, attention_multiplier=32**-0.5
+    ),
 }
 
 
@@ -79,6 +96,10 @@ def save_tiny_model(name: str, folder: Path) -> Path:
     """Write a float32 model, the same one every time, as a Hugging Face folder."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(".sinks"):
+            # sinks that take all, nothing, and a share of attention
+            torch.nn.init.normal_(parameter, std=2)
     model.save_pretrained(folder)
     return folder
 

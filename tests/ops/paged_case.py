@@ -47,6 +47,7 @@ class PagedCase:
         live_lens: `[num_rows]` int32.
         evicted_before: `[num_rows]` int32.
         scale: Softmax scale.
+        sinks: `[q_heads]`, or None.
     """
 
     query: torch.Tensor
@@ -56,6 +57,7 @@ class PagedCase:
     live_lens: torch.Tensor
     evicted_before: torch.Tensor
     scale: float
+    sinks: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -125,6 +127,15 @@ class PagedCase:
             scale=heads.head_size**-0.5,
         )
 
+    def add_sinks(self) -> None:
+        """Give every head a sink: some take nearly all, some nearly nothing, one none.
+
+        They follow each other without a pattern that a group could hide.
+        """
+        sinks = torch.tensor([4.0, -3.0, 9.0, 0.5, 6.0, 2.0, -torch.inf])
+        repeated = sinks.repeat(3)[: self.query.shape[1]]
+        self.sinks = repeated.to(self.query.device, self.query.dtype)
+
     @property
     def block_size(self) -> int:
         return self.kv_cache.shape[2]
@@ -167,6 +178,7 @@ class PagedCase:
                 live_len=length,
                 scale=self.scale,
                 soft_cap=soft_cap,
+                sinks=self.sinks,
                 dtype=dtype,
             )
             output[queries] = attended.output.float()

@@ -84,6 +84,7 @@ def run(
         plan=plan,
         scale=case.scale,
         soft_cap=soft_cap,
+        sinks=case.sinks,
     )
     return output
 
@@ -146,6 +147,48 @@ def test_soft_cap_far_beyond_its_bound(device: torch.device) -> None:
     case = build([40], Heads(2, 1, 32), device)
     case.scale *= 1e4
     check(case, PLAN, soft_cap=0.5)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_sinks(heads: Heads, splits: int, device: torch.device) -> None:
+    """Once a head, whatever the number of splits, and of a row's splits with a tile."""
+    case = build([1, 150, 33, 0], heads, device)
+    case.add_sinks()
+    check(case, dataclasses.replace(PLAN, splits=splits))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sinks_of_half_precision_and_a_soft_cap(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """The soft cap is not for sinks."""
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as integers")
+    case = build([90, 17, 1, 0], Heads(6, 3, 64), device, dtype=dtype)
+    case.scale *= 20
+    case.add_sinks()
+    check(case, PLAN, soft_cap=5.0)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_sinks_without_statistics(splits: int, device: torch.device) -> None:
+    case = build([90, 17, 0], Heads(4, 2, 32), device)
+    without = run(case, PLAN, measure=False)
+    case.add_sinks()
+    output = run(case, dataclasses.replace(PLAN, splits=splits), measure=False)
+    exact = case.expected().output
+    torch.testing.assert_close(output, exact)
+    # a kernel that knows nothing of them is far off
+    assert (without - exact).abs().max() > 0.1
+
+
+def test_sinks_far_from_every_logit(device: torch.device) -> None:
+    """2^(sink - logit) overflows, and so does 2^(logit - sink)."""
+    for sink in (1e4, -1e4):
+        case = build([90, 17, 0], Heads(4, 2, 32), device)
+        case.sinks = torch.full((4,), sink, device=device)
+        check(case, PLAN)
 
 
 def test_without_statistics(device: torch.device) -> None:

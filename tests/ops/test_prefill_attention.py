@@ -30,6 +30,7 @@ def check(case: PagedCase, *, soft_cap: float = 0.0) -> None:
         max_query_len=int(case.query_start_loc.diff().max()),
         scale=case.scale,
         soft_cap=soft_cap,
+        sinks=case.sinks,
     )
     assert_as_good_as(output, exact.output, low.output)
     assert_as_good_as(lse, exact.lse, low.lse)
@@ -64,3 +65,19 @@ def test_soft_cap(device: torch.device) -> None:
     case = PagedCase.build([(30, 90), (17, 17)], Heads(4, 2, 32), device)
     case.scale *= 20
     check(case, soft_cap=5.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_sinks(heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
+    rows = [(20, 20), (5, 40), (1, 33), (0, 0)]
+    case = PagedCase.build(rows, heads, device, dtype=dtype)
+    case.add_sinks()
+    check(case)
+
+
+@pytest.mark.parametrize("sink", [1e4, -1e4])
+def test_sinks_far_from_every_logit(sink: float, device: torch.device) -> None:
+    case = PagedCase.build([(30, 90), (17, 17)], Heads(4, 2, 32), device)
+    case.sinks = torch.full((4,), sink, device=device)
+    check(case)

@@ -122,3 +122,9 @@ def test_plan_fits_the_device(
     used = (plan.rows * plan.num_stages + columns) * row_bytes
     assert used <= shared_memory
     assert plan.rows in (16, 32, 64)
+
+
+def test_sinks_are_in_the_log_sum_exp(device: torch.device) -> None:
+    case = PagedCase.build([(30, 90), (17, 17)], Heads(6, 2, 32), device)
+    case.add_sinks()
+    check(case)

@@ -15,7 +15,7 @@ from tests.oracle.victims import Block, choose_victims, find_candidates, score_b
 
 _ATTENTION_NAME = "block_eviction_oracle"
 # each would change which keys a query sees, or how it weighs them
-_UNSUPPORTED_ARGUMENTS = ("sliding_window", "softcap", "s_aux", "position_bias")
+_UNSUPPORTED_ARGUMENTS = ("sliding_window", "softcap", "position_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
+    s_aux: torch.Tensor | None = None,
     live_sequence: LiveSequence | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -196,6 +197,7 @@ def _attention(
         value: [1, kv heads, queries, head size].
         attention_mask: None: causality follows from the positions.
         scaling: Factor on the logits.
+        s_aux: The model's attention sinks, [query heads].
         live_sequence: The sequence, as given to the model's forward.
         arguments: What a kind of attention adds.
 
@@ -215,7 +217,9 @@ def _attention(
         )
     layer_index = module.layer_idx
     assert isinstance(layer_index, int)
-    output = live_sequence.attend(layer_index, query[0], key[0], value[0], scaling)
+    output = live_sequence.attend(
+        layer_index, query[0], key[0], value[0], scaling, s_aux
+    )
     return output[None], None
 
 

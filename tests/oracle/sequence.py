@@ -76,6 +76,7 @@ class LiveSequence:
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attends over the live set, and adds what its blocks received.
 
@@ -85,6 +86,8 @@ class LiveSequence:
             key: The step's own, rotated, float32 [kv heads, queries, head size].
             value: The step's own, float32 [kv heads, queries, head size].
             scale: Factor on the logits.
+            sinks: Of each query head a logit that takes its share of the probability
+                and goes to no token, [query heads].
 
         Returns:
             float32 [queries, query heads, head size].
@@ -105,7 +108,10 @@ class LiveSequence:
             num_kv_heads, -1, num_queries, len(self.positions)
         )
         logits.masked_fill_(~self._visible, -torch.inf)
-        probabilities = logits.softmax(dim=-1)
+        if sinks is not None:
+            of_sinks = sinks.reshape(num_kv_heads, -1, 1, 1)
+            logits = torch.cat((logits, of_sinks.expand(-1, -1, num_queries, 1)), -1)
+        probabilities = logits.softmax(dim=-1)[..., : len(self.positions)]
         output = probabilities.flatten(1, 2) @ layer.values
 
         mass = self.block_mass(probabilities)

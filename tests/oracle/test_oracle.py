@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -56,6 +57,14 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "qwen3-moe": Qwen3MoeConfig(
         **_TINY, **_EXPERTS, num_experts=4, moe_intermediate_size=24, **_WIDE_HEADS
+    ),
+    # as no published one is, without windows
+    "gpt-oss": GptOssConfig(
+        **_TINY,
+        **_EXPERTS,
+        **_WIDE_HEADS,
+        num_local_experts=4,
+        layer_types=["full_attention"] * _TINY["num_hidden_layers"],
     ),
 }
 
@@ -117,7 +126,7 @@ class TestAgainstHuggingFace:
         assert result.peak_live_tokens == PROMPT_LENGTH + NEW_TOKENS - 1
 
     @pytest.mark.parametrize("shield", ["peak", "deviation"])
-    @pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen3", "phi3"])
+    @pytest.mark.parametrize("name", ["llama", "llama-mqa", "qwen3", "phi3", "gpt-oss"])
     def test_evictions_equal_one_masked_pass_over_the_whole_text(
         self, name: str, shield: Shield
     ) -> None:

@@ -137,12 +137,6 @@ LAYERS = {
         ),
         {"sliding_window": 64},
     ),
-    "sinks": Model(
-        "gpt_oss.GptOssForCausalLM",
-        "gpt_oss",
-        Case(("attention sinks of the model", "another --attention-backend")),
-        {"num_local_experts": 2, "num_experts_per_tok": 1},
-    ),
     "kv-sharing": Model(
         "gemma3n.Gemma3nForCausalLM",
         "gemma3n_text",

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _WHAT_TO_DO = {
     "MLA not supported": "multi-head latent attention is not supported",
-    "attention sinks not supported": "attention sinks of the model are not supported",
     "block_size not supported": (
         f"the block size must be a multiple of {KERNEL_BLOCK_SIZE} tokens; change "
         "--block-size"
@@ -104,6 +103,12 @@ class RocoBackend(AttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """The layouts whose pages are contiguous, so that they can have a tail."""
         return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+
+    @classmethod
+    @override
+    def supports_sink(cls) -> bool:
+        """A learned logit in the softmax's denominator, one a query head."""
+        return True
 
     @classmethod
     @override

@@ -32,6 +32,9 @@ class RocoImpl(AttentionImpl[T]):
         vllm_config: The configuration that the layer is built under.
         config: The options.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        sinks: `[num_heads]`, a logit of each query head in the softmax's denominator
+            alone, in the model's dtype; a parameter that is loaded later, to be read at
+            run time. None for none.
         page_shape: What a page of the layer holds.
         views: Views of the cache that vLLM has bound to the layer.
 
@@ -51,6 +54,7 @@ class RocoImpl(AttentionImpl[T]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **extra: Any,
     ) -> None:
         refuse_layer(
@@ -62,6 +66,7 @@ class RocoImpl(AttentionImpl[T]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.soft_cap = float(logits_soft_cap or 0.0)
+        self.sinks = sinks
         self.vllm_config = remember_vllm_config()
         self.config = validated_config(self.vllm_config)
         watch_runners()

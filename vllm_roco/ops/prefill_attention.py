@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.logits import cap_logits, logit_scale
+from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
 
 _LN_2 = tl.constexpr(math.log(2))
 
@@ -26,6 +26,7 @@ COLUMNS = 32
 def _prefill_attention_kernel(
     query_ptr,  # [num_queries, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    sinks_ptr,  # [num_q_heads], base e
     query_start_loc_ptr,  # [num_rows + 1] int32
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
@@ -50,6 +51,7 @@ def _prefill_attention_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     kv_head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -83,6 +85,11 @@ def _prefill_attention_kernel(
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
     accumulated = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    if SINKS:
+        # a key without a value, before all others
+        sink = tl.load(sinks_ptr + head, mask=member < GROUP, other=0.0)
+        running_max = sink.to(tl.float32) * LOG2_E
+        running_sum += 1.0
     last_query = tl.minimum(first_query + QUERIES, query_len)
     for start in tl.range(0, length - query_len + last_query, COLUMNS):
         token = start + tl.arange(0, COLUMNS)
@@ -144,6 +151,7 @@ def prefill_attention(
     max_query_len: int,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend causally over the live tokens, the newest of which are the queries.
 
@@ -155,10 +163,13 @@ def prefill_attention(
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[num_rows]` int32, the step's tokens included.
         output: As `query`, written in place.
-        lse: `[num_q_heads, num_queries]` float32, natural logarithm, written in place.
+        lse: `[num_q_heads, num_queries]` float32, natural logarithm, sinks included,
+            written in place.
         max_query_len: Bound of the rows' query lengths, known on the host.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        sinks: `[num_q_heads]`, contiguous, of any dtype: a logit of each head in the
+            softmax's denominator alone. None for none.
     """
     _, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -169,6 +180,8 @@ def prefill_attention(
     _prefill_attention_kernel[(num_kv_heads, tiles, live_lens.shape[0])](
         query_ptr=query,
         kv_cache_ptr=kv_cache,
+        # without sinks no program touches them
+        sinks_ptr=query if sinks is None else sinks,
         query_start_loc_ptr=query_start_loc,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
@@ -193,6 +206,7 @@ def prefill_attention(
         ROWS=rows,
         COLUMNS=COLUMNS,
         SOFT_CAP=soft_cap != 0.0,
+        SINKS=sinks is not None,
         num_warps=4,
         num_stages=1,
     )

@@ -316,7 +316,7 @@ def measure_prefill(
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V;
             last dimension contiguous. Tokens beyond a row's length are not read.
         lse: `[num_q_heads, num_queries]` float32, natural logarithm, as FlashAttention
-            returns it; last dimension contiguous.
+            returns it, sinks included; last dimension contiguous.
         query_start_loc: `[num_rows + 1]` int32, first query of each row in `query`.
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[num_rows]` int32, the step's tokens included.

@@ -58,6 +58,11 @@ def test_ragged_prompts_then_decodes(layout: Any) -> None:
         pytest.param(Shape(head_size=80), id="head-80"),
         pytest.param(Shape(head_size=128), id="head-128"),
         pytest.param(Shape(soft_cap=1.5), id="soft-cap"),
+        pytest.param(Shape(has_sinks=True, num_heads=6, num_kv_heads=2), id="sinks"),
+        pytest.param(
+            Shape(has_sinks=True, dtype=torch.bfloat16, soft_cap=1.5),
+            id="sinks-bfloat16-soft-cap",
+        ),
         pytest.param(Shape(num_layers=5), id="five-layers"),
         pytest.param(Shape(dtype=torch.bfloat16), id="bfloat16"),
         pytest.param(Shape(dtype=torch.float16, soft_cap=30.0), id="float16"),
@@ -127,7 +132,7 @@ def test_prompts_go_tile_by_tile(
 ) -> None:
     """From one query at a time to everything at once."""
     monkeypatch.setattr(impl, "MAX_SCORES", max_scores)
-    rig = Rig(Shape(num_layers=1, num_heads=2))
+    rig = Rig(Shape(num_layers=1, num_heads=2, has_sinks=True))
     first, second = rig.add(), rig.add()
     rig.step({first: 90})
     rig.step({first: 21, second: 17})
@@ -181,6 +186,21 @@ def test_the_masses_of_all_queries_sum_to_one_each() -> None:
     statistics = statistics_view(rig.caches[0])[rig.rows[sequence]]
     total = statistics[..., MASS_SUM].sum(0)
     torch.testing.assert_close(total, torch.full_like(total, 133.0))
+
+
+def test_what_a_sink_takes_no_key_gets() -> None:
+    """Scores of 0 and sinks of log 2 and log 6: of 4 keys each gets 1/6 and 1/10."""
+    keys = torch.zeros(1, 1, 4, 8)
+    values = torch.ones_like(keys)
+    sinks = torch.tensor([2.0, 6.0]).log()
+    output, probabilities = impl.attend(
+        torch.zeros(1, 1, 2, 8), keys, values, torch.tensor([4]), None, sinks
+    )
+    shares = torch.tensor([1 / 6, 1 / 10])
+    expected = shares.view(1, 1, 2, 1, 1).expand(1, 1, 2, 1, 4)
+    torch.testing.assert_close(probabilities, expected)
+    expected = (4 * shares).view(1, 1, 2, 1).expand(1, 1, 2, 8)
+    torch.testing.assert_close(output, expected)
 
 
 def test_a_profiling_run_gives_zeros() -> None:

@@ -95,6 +95,7 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
                 values[:, :, : blocks * block_size],
                 seen,
                 self.soft_cap or None,
+                self.sinks,
             )
             output[tokens] = result.to(output.dtype)
             if statistics is not None:
@@ -155,6 +156,7 @@ def attend(
     values: torch.Tensor,
     seen: torch.Tensor,
     soft_cap: float | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of consecutive queries at the end of what is seen.
 
@@ -164,10 +166,13 @@ def attend(
         values: Likewise.
         seen: `[num_rows]` int64, keys that the row's last query sees.
         soft_cap: Bound of the scores by `tanh`, or None.
+        sinks: `[num_heads]`, of any dtype: one more score, of a key without a value. Or
+            None.
 
     Returns:
         The output, shaped as `query`, and the probabilities
-        `[num_rows, num_kv_heads, group, num_queries, num_keys]`, both float32.
+        `[num_rows, num_kv_heads, group, num_queries, num_keys]`, both float32. What a
+        sink takes, the probabilities of a query lack.
     """
     num_rows, num_queries, num_heads, head_size = query.shape
     num_kv_heads, num_keys = keys.shape[1], keys.shape[2]
@@ -180,7 +185,10 @@ def attend(
     hidden = torch.arange(num_keys) > last_seen[:, :, None]
     scores = scores.unflatten(2, (group, num_queries))
     scores.masked_fill_(hidden[:, None, None], -torch.inf)
-    probabilities = scores.softmax(-1)
+    if sinks is not None:
+        of_sinks = sinks.float().view(num_kv_heads, group, 1, 1)
+        scores = torch.cat((scores, of_sinks.expand(*scores.shape[:-1], 1)), -1)
+    probabilities = scores.softmax(-1)[..., :num_keys]
     result = probabilities.flatten(2, 3) @ values
     result = result.unflatten(2, (group, num_queries)).permute(0, 3, 1, 2, 4)
     return result.reshape(num_rows, num_queries, num_heads, head_size), probabilities

@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.fa_utils import (
 
 from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
+from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.ops.decode.attention import decode_attention
@@ -47,7 +48,9 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         self.flash_version: int | None = None
         dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
         if dtype in (torch.float16, torch.bfloat16):
-            self.flash_version = get_flash_attn_version(head_size=self.head_size)
+            self.flash_version = get_flash_attn_version(
+                head_size=self.head_size, has_sinks=self.sinks is not None
+            )
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
 
@@ -114,6 +117,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             plan=decodes.plan,
             scale=self.scale,
             soft_cap=self.soft_cap,
+            sinks=self.sinks,
         )
 
     def _prefill(
@@ -141,6 +145,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 max_query_len=prefills.max_query_len,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
+                sinks=self.sinks,
             )
         if views.statistics is not None:
             measure_prefill(
@@ -166,6 +171,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
+        sinks = self.sinks
+        in_flash = sinks is not None and flash_has_sinks(version, sinks.dtype)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
@@ -182,5 +189,6 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             softcap=self.soft_cap,
             return_softmax_lse=True,
             fa_version=version,
+            s_aux=sinks if in_flash else None,
         )
-        return lse
+        return lse if sinks is None or in_flash else add_sinks(output, lse, sinks)

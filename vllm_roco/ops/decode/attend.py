@@ -15,7 +15,7 @@ from vllm_roco.ops.decode.partial_sums import (
     split_range,
     update_statistics,
 )
-from vllm_roco.ops.logits import cap_logits
+from vllm_roco.ops.logits import LOG2_E, cap_logits
 from vllm_roco.ops.statistics import read_statistics
 
 
@@ -56,6 +56,7 @@ def _by_piece(
 def attend_kernel(
     query_ptr,  # [num_rows, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    sinks_ptr,  # [num_q_heads], base e
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     measured_lens_ptr,  # [num_rows] int32
@@ -89,6 +90,7 @@ def attend_kernel(
     UPDATED_BLOCKS: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    SINKS: tl.constexpr,
     MEASURE: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
@@ -151,6 +153,13 @@ def attend_kernel(
     # tile waits for a sum over several warps
     running_sum = tl.zeros([DOT_GROUP, TILE], tl.float32)
     accumulated = tl.zeros([DOT_GROUP, HEAD_PADDED], tl.float32)
+    if SINKS:
+        # a key without a value, before all others; the last split alone has a tile in
+        # every row, and in the others the first tile's decay of 0 takes the sum away
+        sink = tl.load(sinks_ptr + head, mask=group < GROUP, other=0.0)
+        is_last = split == num_splits - 1
+        running_max = tl.where(is_last, sink.to(tl.float32) * LOG2_E, running_max)
+        running_sum += 1.0 / TILE
 
     # block ids are read a tile ahead, so that the loads of K and V depend on no load of
     # their own iteration and are pipelined to the full depth

@@ -55,6 +55,7 @@ def decode_attention(
     plan: DecodePlan,
     scale: float,
     soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attend with one query a row and update the statistics of the blocks it saw.
 
@@ -78,6 +79,8 @@ def decode_attention(
         plan: The launch's layout, see `plan_decode`.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        sinks: `[num_q_heads]`, contiguous, of any dtype: a logit of each head in the
+            softmax's denominator alone. None for none.
     """
     num_rows, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -102,6 +105,8 @@ def decode_attention(
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
         kv_cache_ptr=kv_cache,
+        # without sinks no program touches them
+        sinks_ptr=query if sinks is None else sinks,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         measured_lens_ptr=measured_lens,
@@ -135,6 +140,7 @@ def decode_attention(
         UPDATED_BLOCKS=UPDATED_BLOCKS,
         SPLIT=plan.splits > 1,
         SOFT_CAP=soft_cap != 0.0,
+        SINKS=sinks is not None,
         MEASURE=measure,
         WARPS=warps_of_a_tile,
         PDL=plan.dependent_launch and plan.splits > 1,
