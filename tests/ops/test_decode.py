@@ -84,6 +84,8 @@ def run(
         plan=plan,
         scale=case.scale,
         soft_cap=soft_cap,
+        k_scale=case.k_scale,
+        v_scale=case.v_scale,
     )
     return output
 

@@ -13,8 +13,9 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, Attentio
 
 from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.current_config import remember_vllm_config
-from vllm_roco.attention.layers import name_of, refuse_layer
+from vllm_roco.attention.layers import refuse_layer
 from vllm_roco.attention.request_rows import watch_runners
+from vllm_roco.kv_cache import fp8
 from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.validation import validated_config
 
@@ -31,6 +32,7 @@ class RocoImpl(AttentionImpl[T]):
         vllm_config: The configuration that the layer is built under.
         config: The options.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        is_fp8: Whether the cache holds bytes, see `kv_cache.fp8`.
         page_shape: What a page of the layer holds.
         views: Views of the cache that vLLM has bound to the layer.
 
@@ -60,6 +62,7 @@ class RocoImpl(AttentionImpl[T]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.is_fp8 = kv_cache_dtype in fp8.CACHE_DTYPES
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.vllm_config = remember_vllm_config()
         self.config = validated_config(self.vllm_config)
@@ -117,7 +120,7 @@ class RocoImpl(AttentionImpl[T]):
             self._profile(output.device)
             return output.fill_(0)
         views = self.views.of(kv_cache)
-        self._step(name_of(layer), query, views, attn_metadata, output)
+        self._step(layer, query, views, attn_metadata, output)
         return output
 
     @abstractmethod
@@ -134,7 +137,7 @@ class RocoImpl(AttentionImpl[T]):
     @abstractmethod
     def _step(
         self,
-        layer_name: str,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         step: T,

@@ -27,11 +27,13 @@ from vllm_roco.ops.decode.plan import (
     piece_size,
     pieces_and_tiles,
 )
+from vllm_roco.ops import fp8
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import logit_scale
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
+MIN_WIDTH = 16
 # live blocks whose statistics a program updates at a time: many where it has attended
 # over all of them, few where each is a program of its own
 UPDATED_BLOCKS = 128
@@ -55,6 +57,8 @@ def decode_attention(
     plan: DecodePlan,
     scale: float,
     soft_cap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend with one query a row and update the statistics of the blocks it saw.
 
@@ -64,7 +68,8 @@ def decode_attention(
     Args:
         query: `[num_rows, num_q_heads, head_size]`; last dimension contiguous.
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V;
-            last dimension contiguous, every other stride as it comes.
+            last dimension contiguous, every other stride as it comes. Of the query's
+            dtype, or with scales bytes that are float8 e4m3.
         live_table: `[>= num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[>= num_rows]` int32, this step's token included.
         measured_lens: `[>= num_rows]` int32, the same, or 0 for rows that are not
@@ -78,6 +83,9 @@ def decode_attention(
         plan: The launch's layout, see `plan_decode`.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        k_scale: By what keys are multiplied, float32: one number, or one for each kv
+            head. None, as `v_scale`, for a cache that is not fp8.
+        v_scale: Likewise values.
     """
     num_rows, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -86,6 +94,10 @@ def decode_attention(
     piece = piece_size(block_size, plan.tile)
     max_pieces, max_tiles = pieces_and_tiles(scratch.max_blocks, block_size, plan.tile)
     head_padded = triton.next_power_of_2(head_size)
+    is_fp8 = k_scale is not None and v_scale is not None
+    if is_fp8:
+        kv_cache = kv_cache.view(torch.int16)
+        head_padded = max(2 * MIN_WIDTH, head_padded)
     group_padded = triton.next_power_of_2(group)
     # without statistics no program touches them
     statistics_or_nothing = scratch.partial_lse if statistics is None else statistics
@@ -102,6 +114,8 @@ def decode_attention(
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
         kv_cache_ptr=kv_cache,
+        k_scale_ptr=scratch.partial_lse if k_scale is None else k_scale,
+        v_scale_ptr=scratch.partial_lse if v_scale is None else v_scale,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         measured_lens_ptr=measured_lens,
@@ -118,6 +132,8 @@ def decode_attention(
         stride_cache_block=kv_cache.stride(0),
         stride_cache_head=kv_cache.stride(1),
         stride_cache_token=kv_cache.stride(2),
+        stride_k_scale=fp8.scale_stride(k_scale),
+        stride_v_scale=fp8.scale_stride(v_scale),
         stride_table_row=live_table.stride(0),
         stride_statistics_block=stride_statistics_block,
         stride_output_row=output.stride(0),
@@ -136,6 +152,8 @@ def decode_attention(
         SPLIT=plan.splits > 1,
         SOFT_CAP=soft_cap != 0.0,
         MEASURE=measure,
+        FP8=is_fp8,
+        NATIVE_FP8=is_fp8 and fp8.converts_natively(query.device),
         WARPS=warps_of_a_tile,
         PDL=plan.dependent_launch and plan.splits > 1,
     )
