@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_roco import reference
-from vllm_roco.kv_cache import fp8, page
+from vllm_roco import fp8_cache, reference
+from vllm_roco.kv_cache import page
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,7 @@ class PagedCase:
             scale=heads.head_size**-0.5,
         )
 
-    def in_fp8(
-        self, *, per_head: bool, dtype: torch.dtype | None = None
-    ) -> PagedCase:
+    def in_fp8(self, *, per_head: bool, dtype: torch.dtype | None = None) -> PagedCase:
         """Return the case with keys and values as bytes, with scales far from 1.
 
         Args:
@@ -152,8 +150,8 @@ class PagedCase:
             token_major=self.kv_cache.stride(1) < self.kv_cache.stride(2),
         )
         keys, values = self.kv_cache.chunk(2, -1)
-        cache[..., : content // 2] = fp8.to_bytes(keys, k_scale.view(-1, 1, 1))
-        cache[..., content // 2 :] = fp8.to_bytes(values, v_scale.view(-1, 1, 1))
+        cache[..., : content // 2] = fp8_cache.to_bytes(keys, k_scale.view(-1, 1, 1))
+        cache[..., content // 2 :] = fp8_cache.to_bytes(values, v_scale.view(-1, 1, 1))
         page.statistics_view(cache).copy_(self.statistics)
         page.first_positions_view(cache).copy_(self.first_positions)
         query = self.query.to(dtype or self.query.dtype)
@@ -166,7 +164,7 @@ class PagedCase:
         """Keys and values as numbers, whatever the cache holds."""
         if self.k_scale is None or self.v_scale is None:
             return self.kv_cache
-        return fp8.states_from_bytes(self.kv_cache, self.k_scale, self.v_scale)
+        return fp8_cache.states_from_bytes(self.kv_cache, self.k_scale, self.v_scale)
 
     @property
     def block_size(self) -> int:

@@ -14,7 +14,7 @@ from tests.ops import test_decode as decode
 from tests.ops import test_prefill_attention as prefill_attention
 from tests.ops import test_prefill_mass as prefill_mass
 from tests.ops.paged_case import Heads, PagedCase
-from vllm_roco.kv_cache import fp8
+from vllm_roco import fp8_cache
 from vllm_roco.ops.fp8 import converts_natively, halves, load_scale, unpack
 
 PROMPTS = [(40, 40), (5, 70), (1, 33), (0, 0)]
@@ -48,7 +48,7 @@ def test_every_byte_is_the_number_that_it_stands_for(device: torch.device) -> No
     """Subnormal numbers and both zeros, too."""
     content = torch.arange(256, device=device).to(torch.uint8)
     scale = torch.tensor([0.5], device=device)
-    expected = fp8.from_bytes(content, scale)
+    expected = fp8_cache.from_bytes(content, scale)
     is_number = expected.isfinite()
     assert is_number.sum() == 254
     for native in {False, converts_natively(device)}:

@@ -14,9 +14,7 @@ from tests.ops.paged_case import (
 from vllm_roco.ops.prefill_attention import prefill_attention
 
 
-def run(
-    case: PagedCase, *, soft_cap: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def run(case: PagedCase, *, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel; return the output and the log-sum-exp."""
     num_queries, q_heads, _ = case.query.shape
     output = torch.empty_like(case.query)

@@ -21,6 +21,7 @@ from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import (
     KERNEL_BLOCK_SIZE,
     OTHER_BACKEND_FOR_WINDOWS,
+    OTHER_KV_CACHE_DTYPE,
     validated_config,
 )
 
@@ -40,7 +41,7 @@ _WHAT_TO_DO = {
         "--block-size"
     ),
     "kv_cache_dtype not supported": (
-        "a quantised KV cache is not supported; leave --kv-cache-dtype out"
+        f"this kv_cache_dtype is not supported. {OTHER_KV_CACHE_DTYPE}"
     ),
 }
 
@@ -58,6 +59,8 @@ class RocoBackend(AttentionBackend):
         "auto",
         "float16",
         "bfloat16",
+        "fp8",
+        "fp8_e4m3",
     ]
 
     @staticmethod
@@ -111,6 +114,12 @@ class RocoBackend(AttentionBackend):
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         """The layouts whose pages are contiguous, so that they can have a tail."""
         return (KVCacheLayout.LBHNC, KVCacheLayout.LBNHC)
+
+    @classmethod
+    @override
+    def supports_per_head_quant_scales(cls) -> bool:
+        """Scales of an fp8 cache may be one for each kv head."""
+        return True
 
     @classmethod
     @override

@@ -18,7 +18,7 @@ from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import Batch, RocoCpuMetadata
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import name_of
-from vllm_roco.kv_cache.fp8 import states_from_bytes, to_bytes
+from vllm_roco.fp8_cache import states_from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -73,8 +73,9 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         output: torch.Tensor,
     ) -> None:
         block_size = views.states.shape[2]
-        scales = (layer._k_scale, layer._v_scale) if self.is_fp8 else None
-        keys, values = gather(views.states, batch.table, batch.live_tokens, scales)
+        keys, values = gather(
+            views.states, batch.table, batch.live_tokens, *self._scales(layer)
+        )
         pages, statistics = views.statistics, None
         if (
             pages is not None
@@ -138,7 +139,8 @@ def gather(
     kv_cache: torch.Tensor,
     table: torch.Tensor,
     live_tokens: torch.Tensor,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the live keys and values of a batch, zero behind the live tokens.
 
@@ -148,14 +150,18 @@ def gather(
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
         table: `[num_rows, num_row_blocks]` int64, block ids.
         live_tokens: `[num_rows]` int64.
-        scales: Of keys and of values where the cache holds bytes, see `kv_cache.fp8`.
+        k_scale: Of the keys where the cache holds bytes, see `fp8_cache`.
+        v_scale: Of the values, likewise.
 
     Returns:
         Two tensors `[num_rows, num_kv_heads, num_row_blocks * block_size, head_size]`
         float32.
     """
     states = kv_cache[table].transpose(1, 2).flatten(2, 3)
-    states = states.float() if scales is None else states_from_bytes(states, *scales)
+    if k_scale is None or v_scale is None:
+        states = states.float()
+    else:
+        states = states_from_bytes(states, k_scale, v_scale)
     behind = torch.arange(states.shape[2]) >= live_tokens[:, None]
     states.masked_fill_(behind[:, None, :, None], 0)
     keys, values = states.chunk(2, -1)

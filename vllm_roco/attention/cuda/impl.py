@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from typing_extensions import override
+from vllm._custom_ops import scaled_fp8_quant
 from vllm.v1.attention.backends.fa_utils import (
     flash_attn_varlen_func,
     get_flash_attn_version,
@@ -22,6 +23,7 @@ from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
+from vllm_roco.attention.layers import name_of
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
@@ -43,11 +45,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 "model whose heads have 16 to 256 numbers, a multiple of 8, or use "
                 "another --attention-backend."
             )
-        # None where FlashAttention does not run: our own kernel attends then
-        self.flash_version: int | None = None
-        dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
-        if dtype in (torch.float16, torch.bfloat16):
-            self.flash_version = get_flash_attn_version(head_size=self.head_size)
+        self.flash_version = self._flash_version()
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
 
@@ -79,21 +77,22 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
     @override
     def _step(
         self,
-        layer_name: str,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         step: RocoCudaMetadata,
         output: torch.Tensor,
     ) -> None:
         if step.decodes is not None:
-            self._decode(query, views, output, step.decodes, step.scratch)
+            self._decode(layer, query, views, output, step.decodes, step.scratch)
         if step.prefills is not None:
-            self._prefill(query, views, output, step.prefills)
-        if layer_name == step.eviction.last_layer:
+            self._prefill(layer, query, views, output, step.prefills)
+        if name_of(layer) == step.eviction.last_layer:
             step.eviction.evict(step.step, step.seq_lens)
 
     def _decode(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         output: torch.Tensor,
@@ -101,6 +100,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         scratch: DecodeScratch,
     ) -> None:
         step = decodes.step
+        k_scale, v_scale = self._scales(layer)
         decode_attention(
             query=query[: decodes.num_rows],
             kv_cache=views.states,
@@ -114,10 +114,13 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             plan=decodes.plan,
             scale=self.scale,
             soft_cap=self.soft_cap,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
     def _prefill(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         output: torch.Tensor,
@@ -126,8 +129,9 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         tokens = slice(prefills.first_token, prefills.first_token + prefills.num_tokens)
         query, output = query[tokens], output[tokens]
         step = prefills.step
+        k_scale, v_scale = self._scales(layer)
         if self.flash_version is not None:
-            lse = self._flash(query, views, output, prefills, self.flash_version)
+            lse = self._flash(layer, query, views, output, prefills, self.flash_version)
         else:
             lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
             prefill_attention(
@@ -141,6 +145,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 max_query_len=prefills.max_query_len,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
         if views.statistics is not None:
             measure_prefill(
@@ -156,22 +162,41 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 plan=prefills.plan,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
+                k_scale=k_scale,
             )
 
     def _flash(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         output: torch.Tensor,
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
+        keys, values, written = views.keys, views.values, output
+        descales: dict[str, torch.Tensor] = {}
+        if self.is_fp8:
+            keys, values = (x.view(torch.float8_e4m3fn) for x in (keys, values))
+            query = self._quantised(layer, query)
+            num_rows = len(prefills.step.live_lens)
+            descales = {
+                f"{name}_descale": scale.expand(num_rows, self.num_kv_heads)
+                for name, scale in (
+                    ("q", layer._q_scale),
+                    ("k", layer._k_scale),
+                    ("v", layer._v_scale),
+                )
+            }
+            if output.dtype != torch.bfloat16:
+                # of an fp8 query it writes nothing else
+                written = torch.empty_like(output, dtype=torch.bfloat16)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
-            k=views.keys,
-            v=views.values,
-            out=output,
+            k=keys,
+            v=values,
+            out=written,
             cu_seqlens_q=prefills.query_start_loc,
             max_seqlen_q=prefills.max_query_len,
             seqused_k=prefills.step.live_lens,
@@ -182,5 +207,28 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             softcap=self.soft_cap,
             return_softmax_lse=True,
             fa_version=version,
+            **descales,
         )
+        if written is not output:
+            output.copy_(written)
         return lse
+
+    def _flash_version(self) -> int | None:
+        """Return which FlashAttention attends; None where our own kernel does."""
+        dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
+        if dtype not in (torch.float16, torch.bfloat16):
+            return None
+        version: int | None = get_flash_attn_version(head_size=self.head_size)
+        if self.is_fp8 and (version != 3 or self.head_size % 16):
+            return None
+        return version
+
+    def _quantised(self, layer: AttentionLayer, query: torch.Tensor) -> torch.Tensor:
+        """Return queries as FlashAttention multiplies them with an fp8 cache."""
+        columns = -1
+        if layer._q_scale.numel() > 1:
+            columns = self.num_heads // self.num_kv_heads * self.head_size
+        quantised, _ = scaled_fp8_quant(
+            query.flatten(1), layer._q_scale, group_shape=(-1, columns)
+        )
+        return quantised.view(query.shape)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from vllm_roco.ops import fp8
 from vllm_roco.ops.decode.attend import attend_kernel
 from vllm_roco.ops.decode.combine import combine_kernel
 from vllm_roco.ops.decode.plan import (
@@ -27,7 +28,6 @@ from vllm_roco.ops.decode.plan import (
     piece_size,
     pieces_and_tiles,
 )
-from vllm_roco.ops import fp8
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import logit_scale
 
