@@ -113,7 +113,7 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
 @contextlib.contextmanager
 def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
     """Fill every block that is nobody's and no snapshot's with NaN before each step."""
-    pages = [page_view(cache) for cache in engine.kv_caches]
+    pages = [page_view(cache).view(torch.int8) for cache in engine.kv_caches]
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model
@@ -127,7 +127,8 @@ def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
         unused = [x.block_id for x in free if x.block_hash is None]
         blocks = torch.tensor([pool.null_block.block_id, *unused])
         for layer in pages:
-            layer[blocks] = math.nan
+            # all bits set is not a number in every dtype
+            layer[blocks] = -1
 
     poison()
     with pytest.MonkeyPatch.context() as patch:
