@@ -33,6 +33,9 @@ pytestmark = pytest.mark.engine
 
 CROWD = [random_prompt(n, seed=n) for n in (20, 70, 96, 150, 210, 333)]
 NUM_NEW = 150
+SEEDS = {230: 230, 33: 33, 129: 1129, 80: 80}
+"""Prompts that the oracle continues without a tie, by their lengths."""
+NEVER = replace(SMALL_BUDGET, budget=1024)
 
 
 def scales_of(layer: int, *, per_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +94,7 @@ def test_tokens_and_kept_blocks_are_the_oracles(
     tiny_llama_for_oracle: PreTrainedModel,
 ) -> None:
     options = replace(TINY_BUDGET, policy=policy)
-    prompts = [random_prompt(length, seed=length) for length in (230, 33, 129, 80)]
+    prompts = [random_prompt(length, seed) for length, seed in SEEDS.items()]
     num_new = options.budget + 40
     with oracle_in_fp8(per_head=per_head):
         expected = [
@@ -106,6 +109,18 @@ def test_tokens_and_kept_blocks_are_the_oracles(
     ):
         together = engine.generate(prompts, num_new)
     assert_agreement(prompts, together, kept, expected)
+
+
+def test_a_budget_that_nobody_reaches_is_stock_fp8(tiny_llama: Path) -> None:
+    """Which vLLM offers on CPUs with AVX-512 alone; its scales are 1."""
+    if not torch.cpu._is_avx512_supported():
+        pytest.skip("vLLM's own attention has no fp8 cache on this CPU")
+    with running_engine(tiny_llama, None, kv_cache_dtype="fp8") as engine:
+        expected = engine.generate(CROWD, NUM_NEW)
+    with running_engine(tiny_llama, None) as engine:
+        assert engine.generate(CROWD, NUM_NEW) != expected
+    with running_engine(tiny_llama, NEVER, kv_cache_dtype="fp8") as engine:
+        assert engine.generate(CROWD, NUM_NEW) == expected
 
 
 def test_freed_blocks_preemption_and_asynchronous_scheduling(
