@@ -48,9 +48,7 @@ def scales_of(layer: int, *, per_head: bool) -> tuple[torch.Tensor, torch.Tensor
 def running_fp8(
     model: Path, options: Options, *, per_head: bool = False, **arguments: Any
 ) -> Iterator[Engine]:
-    with running_engine(
-        model, options, kv_cache_dtype="fp8", **arguments
-    ) as engine:
+    with running_engine(model, options, kv_cache_dtype="fp8", **arguments) as engine:
         for number, layer in enumerate(engine.layers.values()):
             layer._k_scale, layer._v_scale = scales_of(number, per_head=per_head)
         assert {cache.dtype for cache in engine.kv_caches} == {torch.uint8}
