@@ -33,7 +33,7 @@ def paged_cache(
         num_kv_heads: KV heads.
         block_size: Tokens per page.
         head_size: Numbers per head.
-        dtype: Element type.
+        dtype: Element type; uint8 for the bytes of an fp8 cache.
         device: Where it lives.
         token_major: Whether a page holds `[token, head]` (vLLM's LBNHC), not
             `[head, token]` (LBHNC).
@@ -44,13 +44,13 @@ def paged_cache(
     """
     states = (num_kv_heads, block_size, 2 * head_size)
     tail = page.statistics_bytes(num_kv_heads) // dtype.itemsize
-    nan = torch.full(
-        (num_blocks * (math.prod(states) + tail),),
-        float("nan"),
-        dtype=torch.float32,
-        device=device,
-    )
-    return paged_view(nan.to(dtype), num_blocks, states, tail, token_major=token_major)
+    count = num_blocks * (math.prod(states) + tail)
+    if dtype == torch.uint8:
+        # not a number as float8 and, four of them, as float32
+        nan = torch.full((count,), 0xFF, dtype=dtype, device=device)
+    else:
+        nan = torch.full((count,), float("nan"), device=device).to(dtype)
+    return paged_view(nan, num_blocks, states, tail, token_major=token_major)
 
 
 def paged_view(

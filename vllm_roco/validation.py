@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_roco import fp8_cache
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import RocoConfig
 from vllm_roco.request_options import RequestPlanner
@@ -23,7 +24,13 @@ _OTHER_MODEL = "Serve a model with layers of full attention"
 _OWN_BACKEND = ("MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2OmniForCausalLM")
 """Architectures whose layers never ask for the backend that the user named."""
 
-_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
+KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *fp8_cache.CACHE_DTYPES)
+"""What `--kv-cache-dtype` may be."""
+
+OTHER_KV_CACHE_DTYPE = (
+    "Use --kv-cache-dtype bfloat16, or fp8, also where the checkpoint asks for another"
+)
+"""What to do about the others, which a checkpoint can choose as well."""
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
@@ -150,9 +157,14 @@ def _refuse_features(vllm_config: VllmConfig) -> None:
         raise _refuse("enable_dbo", True, "Leave --enable-dbo out")
     if parallel.ubatch_size > 1:
         raise _refuse("ubatch_size", parallel.ubatch_size, "Use 0")
-    if cache.cache_dtype not in _KV_CACHE_DTYPES:
-        allowed = ", ".join(_KV_CACHE_DTYPES)
-        raise _refuse("kv_cache_dtype", cache.cache_dtype, f"Use one of {allowed}")
+    if cache.cache_dtype not in KV_CACHE_DTYPES:
+        raise _refuse("kv_cache_dtype", cache.cache_dtype, OTHER_KV_CACHE_DTYPE)
+    if skipped := cache.kv_cache_dtype_skip_layers:
+        raise _refuse(
+            "kv_cache_dtype_skip_layers",
+            skipped,
+            "Leave --kv-cache-dtype-skip-layers out",
+        )
     if cache.kv_sharing_fast_prefill:
         raise _refuse(
             "kv_sharing_fast_prefill", True, "Leave --kv-sharing-fast-prefill out"

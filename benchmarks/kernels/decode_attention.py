@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention with statistics against FlashAttention 3 without.
+"""Decode attention with statistics against FlashAttention 3 without, and with fp8.
 
     python -m benchmarks.kernels.decode_attention --out benchmarks/results
 
@@ -7,10 +7,10 @@ Needs one Hopper GPU, vLLM and, for its column, xformers. FlashAttention 3 is ta
 its best: vLLM's own call with scheduler metadata, the fastest page size of 16 to 256,
 page layout and bound of splits for each shape. All sides run in CUDA graphs over a
 permuted block table and a cold L2 cache, in turns. Every shape is checked against the
-float32 reference before it is timed.
+float32 reference before it is timed, and once more over an fp8 cache.
 
 Writes `decode_attention.csv` (microseconds, medians; `_low` and `_high` are the 20 %
-and 80 % quantiles; `ratio` is flash_us / roco_us), and versions into
+and 80 % quantiles; `ratio` is flash_us / roco_us, `fp8_ratio` roco_us / roco_fp8_us), and versions into
 `provenance.json`.
 """
 
@@ -43,14 +43,19 @@ def measure(
 ) -> dict[str, object]:
     """Check and time one shape; return its row of the table."""
     shape = workload.shape
-    plan = shape.plan(Device.of(torch.device("cuda", 0)))
+    device = Device.of(torch.device("cuda", 0))
+    plan = shape.plan(device)
     pages: dict[str, Any] = {"block_size": BLOCK_SIZE, "token_major": token_major}
+    in_fp8 = workload.over(fp8=True)
+    plan_fp8 = in_fp8.shape.plan(device)
+    in_fp8.check(plan_fp8, **pages)
     workload.check(plan, **pages)
     _, flash = best_flash(workload)
     variants: dict[str, list[Call]] = {
         "flash": workload.flash(**flash),
         "roco": workload.roco(plan, **pages),
         "roco_no_stats": workload.roco(plan, measure=False, **pages),
+        "roco_fp8": in_fp8.roco(plan_fp8, **pages),
     }
     note = ""
     try:
@@ -61,18 +66,22 @@ def measure(
         note = f"xformers: {error}".splitlines()[0][:120]
     timings = interleaved(variants, rounds=5, milliseconds=40)
     roco = timings["roco"].median
-    row: dict[str, object] = {"gpu": gpu, **asdict(shape), "block_size": BLOCK_SIZE}
-    for name in ("flash", "xformers", "roco", "roco_no_stats"):
+    work = asdict(shape)
+    del work["fp8"]
+    row: dict[str, object] = {"gpu": gpu, **work, "block_size": BLOCK_SIZE}
+    for name in ("flash", "xformers", "roco", "roco_no_stats", "roco_fp8"):
         absent = dict.fromkeys((f"{name}_us", f"{name}_low", f"{name}_high"))
         row |= timings[name].columns(name) if name in timings else absent
     speed = shape.kv_bytes / (roco * 1e-6)
     return {
         **row,
         "ratio": round(timings["flash"].median / roco, 3),
+        "fp8_ratio": round(roco / timings["roco_fp8"].median, 3),
         "copy_bandwidth_fraction": round(speed / bandwidth, 3),
         **{f"flash_{name}": value for name, value in flash.items()},
         "roco_token_major": token_major,
         **{f"plan_{name}": value for name, value in asdict(plan).items()},
+        **{f"plan_fp8_{name}": value for name, value in asdict(plan_fp8).items()},
         "note": note,
     }
 
@@ -81,12 +90,14 @@ def main() -> None:
     """Run the command line."""
     parser = command(__doc__, time_limit=540)
     parser.add_argument("--token-major", action="store_true")
+    parser.add_argument("--shapes", type=int, nargs="*", help="indices into SHAPES")
     arguments = parser.parse_args()
     facts = environment()
     bandwidth = copy_bandwidth()
-    pool = allocate_pool(SHAPES)
+    shapes = [SHAPES[i] for i in arguments.shapes] if arguments.shapes else SHAPES
+    pool = allocate_pool(shapes)
     measured: list[dict[str, object]] = []
-    for shape in within(arguments.time_limit, SHAPES):
+    for shape in within(arguments.time_limit, shapes):
         workload = Workload(shape, pool)
         row = measure(
             workload, facts["gpu"], bandwidth, token_major=arguments.token_major

@@ -106,7 +106,8 @@ def compile_all(shapes: list[Shape], multiprocessors: int) -> None:
         for plan in wanted:
             kernel = (plan.tile, plan.num_warps, plan.num_stages)
             kernels.setdefault(kernel, []).append(plan)
-        jobs += [(Shape(2, 128, *heads), todo) for todo in kernels.values()]
+        small = Shape(2, 128, *heads, fp8=shapes[0].fp8)
+        jobs += [(small, todo) for todo in kernels.values()]
     workers = min(len(jobs), max(1, (os.cpu_count() or 2) - 2))
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
@@ -126,7 +127,8 @@ def best_flash(workload: Workload) -> tuple[float, dict[str, Any]]:
 def sweep(workload: Workload, multiprocessors: int) -> dict[str, Any]:
     """Time every plan of one shape, and changes to the best one."""
     shape = workload.shape
-    flash_us, flash = best_flash(workload)
+    # others' kernels have no fp8 cache here
+    flash_us, flash = best_flash(workload.over(fp8=False))
 
     def timed(plan: DecodePlan, **options: Any) -> float:
         return median_of(workload.roco(plan, **options), MILLISECONDS)
@@ -194,6 +196,7 @@ def main() -> None:
     """Run the command line."""
     parser = command(__doc__, time_limit=480)
     parser.add_argument("--shapes", type=int, nargs="*", help="indices into SHAPES")
+    parser.add_argument("--fp8", action="store_true", help="over an fp8 cache")
     parser.add_argument(
         "--score", action="store_true", help="score what DIR has, without a GPU"
     )
@@ -204,6 +207,7 @@ def main() -> None:
         return
     start = time.monotonic()
     shapes = [SHAPES[i] for i in arguments.shapes] if arguments.shapes else SHAPES
+    shapes = [replace(shape, fp8=arguments.fp8) for shape in shapes]
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
 
     compile_all(shapes, multiprocessors)

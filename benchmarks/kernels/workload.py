@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of a model's attention layers, for each kernel that can do it.
 
-All kernels read the same memory, through views of their own: only shapes and strides
+Those of others have no fp8 cache here. All kernels read the same memory, through views of their own: only shapes and strides
 decide how fast they are. Pages lie in random order.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 import triton
 
 from benchmarks.kernels.measuring import COLD_BYTES
-from vllm_roco import reference
+from vllm_roco import fp8_cache, reference
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import (
@@ -47,6 +47,7 @@ class Shape:
         kv_heads: KV heads.
         head_size: Numbers per head.
         query_len: Queries of each sequence, its newest tokens.
+        fp8: Whether keys and values are bytes.
     """
 
     batch: int
@@ -55,10 +56,12 @@ class Shape:
     kv_heads: int
     head_size: int
     query_len: int = 1
+    fp8: bool = False
 
     def __str__(self) -> str:
         heads = "/".join(map(str, self.heads))
-        return f"{self.batch} x {self.query_len} of {self.context}, {heads}"
+        cache = ", fp8" if self.fp8 else ""
+        return f"{self.batch} x {self.query_len} of {self.context}, {heads}{cache}"
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -66,10 +69,15 @@ class Shape:
         return self.q_heads, self.kv_heads, self.head_size
 
     @property
+    def cache_dtype(self) -> torch.dtype:
+        """Element type of keys and values in memory."""
+        return torch.uint8 if self.fp8 else DTYPE
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that a layer's attention has to read."""
         tokens = self.batch * self.context
-        return tokens * self.kv_heads * 2 * self.head_size * DTYPE.itemsize
+        return tokens * self.kv_heads * 2 * self.head_size * self.cache_dtype.itemsize
 
     @property
     def layers(self) -> int:
@@ -91,7 +99,7 @@ class Shape:
             num_kv_heads=self.kv_heads,
             head_size=self.head_size,
             max_live_tokens=self.context,
-            dtype=DTYPE,
+            dtype=self.cache_dtype,
             device=device,
         )
 
@@ -116,8 +124,9 @@ SHAPES = [Shape(*work, *heads) for heads in HEADS for work in WORK]
 
 
 def allocate_pool(shapes: list[Shape]) -> torch.Tensor:
-    """Return memory that holds every layer of any one of the shapes."""
-    numel = max(shape.layers * shape.layer_numel for shape in shapes)
+    """Return memory that holds every layer of any one of the shapes, fp8 or not."""
+    every = [replace(shape, fp8=fp8) for shape in shapes for fp8 in (False, True)]
+    numel = max(shape.layers * shape.layer_numel for shape in every)
     return torch.empty(numel, dtype=DTYPE, device="cuda")
 
 
@@ -131,6 +140,7 @@ class Workload:
 
     def __init__(self, shape: Shape, pool: torch.Tensor) -> None:
         self.shape = shape
+        self._whole_pool = pool
         self.pool = pool[: shape.layers * shape.layer_numel]
         self.pool.normal_()
         device = pool.device
@@ -150,6 +160,11 @@ class Workload:
             shape.batch + 1, dtype=torch.int32, device=device
         )
         self.scale = shape.head_size**-0.5
+        self.kv_scale = torch.tensor(0.5, device=device) if shape.fp8 else None
+
+    def over(self, *, fp8: bool) -> Workload:
+        """Return the same work over a cache of the other kind, in the same memory."""
+        return Workload(replace(self.shape, fp8=fp8), self._whole_pool)
 
     def table(self, block_size: int) -> torch.Tensor:
         """Return `[batch, blocks]` int32, the pages in random order."""
@@ -164,11 +179,15 @@ class Workload:
         """Yield each layer's `[num_blocks, kv_heads, block_size, 2 * head_size]`."""
         shape = self.shape
         states = (shape.kv_heads, block_size, 2 * shape.head_size)
-        tail = page.statistics_bytes(shape.kv_heads) // DTYPE.itemsize
+        tail = page.statistics_bytes(shape.kv_heads) // shape.cache_dtype.itemsize
         blocks = shape.batch * triton.cdiv(shape.context, block_size)
         for memory in self.pool.split(shape.layer_numel):
             cache = reference.paged_view(
-                memory, blocks, states, tail * has_statistics, token_major=token_major
+                memory.view(shape.cache_dtype),
+                blocks,
+                states,
+                tail * has_statistics,
+                token_major=token_major,
             )
             if has_statistics:
                 page.statistics_view(cache).zero_()
@@ -211,6 +230,8 @@ class Workload:
                 scratch=scratch,
                 plan=plan,
                 scale=self.scale,
+                k_scale=self.kv_scale,
+                v_scale=self.kv_scale,
             )
             for cache in self.caches(
                 block_size, token_major=token_major, has_statistics=True
@@ -352,6 +373,9 @@ class Workload:
             token_major: Whether the page is `[token, head]`.
         """
         self.pool.normal_()
+        if self.shape.fp8:
+            # of every size below 2
+            self.pool.view(torch.uint8).random_().bitwise_and_(0xBF)
         table = self.table(block_size)
         pages: dict[str, Any] = {"block_size": block_size, "token_major": token_major}
         cache = next(self.caches(**pages, has_statistics=True))
@@ -361,11 +385,14 @@ class Workload:
         statistics = page.statistics_view(cache)
         if not self.output.isfinite().all():
             raise AssertionError(f"{self.shape}: {plan} leaves NaN in the output")
+        states = cache
+        if self.kv_scale is not None:
+            states = fp8_cache.states_from_bytes(cache, self.kv_scale, self.kv_scale)
         for row in sorted({0, self.shape.batch // 2, self.shape.batch - 1}):
             exact, low = (
                 reference.attend(
                     query=self.query[row : row + 1],
-                    kv_cache=cache,
+                    kv_cache=states,
                     blocks=table[row],
                     live_len=self.shape.context,
                     scale=self.scale,

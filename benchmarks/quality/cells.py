@@ -36,6 +36,7 @@ class Setup:
         stride: Tokens evicted at a time.
         chunk: Prompt tokens read per step; 0 where the engine decides.
         block_size: Tokens that are kept or go together.
+        kv_cache_dtype: Of vLLM; `auto` is the model's.
         options: Of the oracle: fields of `EvictionMethod` or `Rule`, name and value.
         request: Of the plugin: options that each request brings, name and value. The
             server has its defaults, and `budget` is told for the tables alone.
@@ -50,6 +51,7 @@ class Setup:
     stride: int = 0
     chunk: int = 0
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     options: tuple[tuple[str, Any], ...] = ()
     request: tuple[tuple[str, Any], ...] = ()
 

@@ -161,6 +161,23 @@ def _modes() -> Iterator[tuple[Sweep, Setup]]:
                 )
 
 
+def _fp8() -> Iterator[tuple[Sweep, Setup]]:
+    """Yield both caches at every budget: at the same memory, fp8 keeps twice as much."""
+    sweeps = [sweep for sweep in SWEEPS if sweep.task in ("passkey", "needle")]
+    for sweep in sweeps:
+        yield sweep, FULL
+        yield sweep, _in_fp8(FULL)
+    for sweep in sweeps:
+        for ratio in sweep.ratios:
+            setup = _at_budget(METHODS[0], sweep, ratio)
+            yield from ((sweep, setup), (sweep, _in_fp8(setup)))
+
+
+def _in_fp8(setup: Setup) -> Setup:
+    method = f"{setup.method}, fp8 cache"
+    return replace(setup, method=method, kv_cache_dtype="fp8")
+
+
 def _kvpress() -> Iterator[tuple[Sweep, Setup]]:
     sweep = Sweep("needle", 1024, _HALVES, 16)
     yield sweep, replace(FULL, engine="kvpress")
@@ -278,6 +295,11 @@ PRESETS = {
         "every mode at fractions of the prompt, asked of one server by its requests",
         tuple(_modes()),
         table="modes",
+    ),
+    "fp8": Preset(
+        "an fp8 KV cache beside the model's own, with and without a budget",
+        tuple(_fp8()),
+        table="fp8",
     ),
     "kvpress": Preset(
         "needles with kvpress, in an environment of its own: see `with_kvpress`",

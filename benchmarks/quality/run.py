@@ -37,6 +37,7 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "search": scoring.search_rows,
     "kvpress": scoring.rows,
     "modes": scoring.rows,
+    "fp8": scoring.rows,
 }
 """What makes each table of the results beside it."""
 

@@ -238,13 +238,26 @@ def modes(found: pd.DataFrame) -> str:
     Args:
         found: Rows of `modes.csv`.
     """
+    return _beside_full(found, "mode")
+
+
+def fp8(found: pd.DataFrame) -> str:
+    """Return a table of caches and budgets for each task.
+
+    Args:
+        found: Rows of `fp8.csv`.
+    """
+    return _beside_full(found, "kept")
+
+
+def _beside_full(found: pd.DataFrame, title: str) -> str:
     parts = []
     for _, group in found.groupby(["task", "context"], sort=False):
         full = matching(group, method="full")
         swept = group[group["method"] != "full"]
         (caption,) = texts(full, f"**{{problems}}**, n = {{n}}, full cache {_SCORE}")
         order = swept.sort_values("budget_ratio", ascending=False)["share"].unique()
-        keys = {"mode": "{method}"}
+        keys = {title: "{method}"}
         parts.append(grid(swept, keys, "{share}", _SCORE, caption, order))
     return "\n\n".join(parts)
 
@@ -265,5 +278,6 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "search": search,
     "kvpress": kvpress,
     "modes": modes,
+    "fp8": fp8,
 }
 """Tables of CSV files of their own, by their name."""

@@ -30,6 +30,7 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
         "max_num_seqs": MAX_NUM_SEQS,
         "max_num_batched_tokens": 8192,
         "enable_prefix_caching": False,
+        "kv_cache_dtype": setup.kv_cache_dtype,
         # compiling takes longer than any cell
         "compilation_config": {
             "mode": 0,

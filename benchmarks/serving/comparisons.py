@@ -77,11 +77,12 @@ def _beside_baselines(found: pd.DataFrame, work: list[str]) -> pd.DataFrame:
 
 def _engine(backend: str, kv_cache_dtype: str, policy: str) -> tuple[str, int]:
     """Return what a reader calls an engine, and its place behind the baseline."""
+    name, rank = backend, 0
     if policy:
-        return ("roco, policy: recent", 2) if policy == "recent" else ("roco", 3)
+        name, rank = ("roco, policy: recent", 2) if policy == "recent" else ("roco", 4)
     if kv_cache_dtype == "auto":
-        return backend, 0
-    return f"{backend}, {kv_cache_dtype} KV cache", 1
+        return name, rank
+    return f"{name}, {kv_cache_dtype} KV cache", rank + 1
 
 
 def ratio(

@@ -186,6 +186,8 @@ def decode_ratio(axes: Axes, measured: pd.DataFrame) -> None:
 
 def _colour(engine: str) -> str:
     """Return the colour of an engine: stock vLLM grey, RoCo blue."""
+    if engine.startswith("roco, fp8"):
+        return DARK_BLUE
     if engine.startswith("roco"):
         return PALE_BLUE if "," in engine else BLUE
     return PALE_GREY if "," in engine else GREY

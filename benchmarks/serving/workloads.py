@@ -14,6 +14,7 @@ VARIANTS: dict[str, tuple[str, str | None]] = {
     "stock-fp8": ("fp8", None),
     "recent": ("auto", "recent"),
     "roco": ("auto", "roco"),
+    "roco-fp8": ("fp8", "roco"),
 }
 """The engines of a comparison, by dtype of the KV cache and by RoCo's policy.
 
@@ -93,7 +94,7 @@ WORKLOADS = {
         stride=128,
         # a prompt in two steps
         chunk=512,
-        variants=("stock", "stock-fp8", "recent", "roco"),
+        variants=("stock", "stock-fp8", "recent", "roco", "roco-fp8"),
         gpu_memory_utilization=(0.5, 0.4, 0.3, 0.25),
     ),
     "no-pressure": Workload(
@@ -116,6 +117,7 @@ WORKLOADS = {
         model="qwen2.5-7b",
         batches=(Requests(64, 512, 8192),),
         budget=1024,
+        variants=("stock", "stock-fp8", "recent", "roco", "roco-fp8"),
         # and vLLM's null block
         kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN,
     ),

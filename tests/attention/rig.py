@@ -23,6 +23,7 @@ from tests.configs import engine_config
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.cpu.metadata import RocoCpuMetadata, RocoCpuMetadataBuilder
 from vllm_roco.config import RocoConfig
+from vllm_roco.fp8_cache import from_bytes, to_bytes
 from vllm_roco.kv_cache.page import (
     MASS_PEAK,
     MASS_SQUARES,
@@ -72,6 +73,8 @@ class Shape:
         budget_blocks: Blocks kept per sequence.
         stride_blocks: Blocks evicted at a time.
         options: Further options of RoCo.
+        scales: Of an fp8 cache, of keys and of values: a number each, or one for each
+            kv head. None for a cache of the activations' type.
     """
 
     num_heads: int = 4
@@ -86,6 +89,7 @@ class Shape:
     budget_blocks: int = 3
     stride_blocks: int = 2
     options: dict[str, Any] = field(default_factory=dict)
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class Rig:
@@ -112,13 +116,17 @@ class Rig:
             block_size=size,
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
-            dtype=shape.dtype,
+            dtype=shape.dtype if shape.scales is None else torch.uint8,
             **options,
         )
         self.schedule = spec.schedule
         plan = one_group(spec, num_blocks, shape.num_layers)
         (group,) = plan.kv_cache_groups
         vllm_config = config_for(options)
+        cache_config = copy.copy(vllm_config.cache_config)
+        if shape.scales is not None:
+            cache_config.cache_dtype = "fp8"
+        vllm_config.cache_config = cache_config
         self.scale = shape.head_size**-0.5
         # all layers have the same
         self.sinks = None
@@ -131,12 +139,15 @@ class Rig:
                     shape.head_size,
                     self.scale,
                     shape.num_kv_heads,
+                    cache_config=cache_config,
                     logits_soft_cap=shape.soft_cap,
                     prefix=name,
                     sinks=self.sinks,
                 )
                 for name in group.layer_names
             ]
+        for layer in self.layers if shape.scales else ():
+            layer._k_scale, layer._v_scale = shape.scales
         bound = bind_caches(plan, shape.layout)
         for layer, cache in zip(self.layers, bound, strict=True):
             layer.kv_cache = cache
@@ -272,8 +283,14 @@ class Rig:
     ) -> torch.Tensor:
         outputs, first = [], 0
         for index, num_queries in queries.items():
-            own = [x[first : first + num_queries].double() for x in states]
-            outputs.append(self.sequences[index].attend(layer, *own, self.scale))
+            query, *written = (x[first : first + num_queries].double() for x in states)
+            if self.shape.scales is not None:
+                written = [
+                    from_bytes(to_bytes(x, by), by).double()
+                    for x, by in zip(written, self._scales, strict=True)
+                ]
+            sequence = self.sequences[index]
+            outputs.append(sequence.attend(layer, query, *written, self.scale))
             first += num_queries
         return torch.cat(outputs)
 
@@ -310,7 +327,8 @@ class Rig:
         for layer, cache in enumerate(self.caches):
             found = set()
             for block in live:
-                logical = self._logical_of(sequence, layer, cache[block])
+                page = self._numbers(cache[block])
+                logical = self._logical_of(sequence, layer, page)
                 found.add(logical)
                 if logical >= num_shared:
                     num_queries = sequence.length - logical * size
@@ -323,13 +341,26 @@ class Rig:
                 states = torch.cat(
                     (sequence.keys[layer][tokens], sequence.values[layer][tokens]), -1
                 ).transpose(0, 1)
-                assert torch.equal(cache[block][:, : states.shape[1]].double(), states)
+                assert torch.equal(page[:, : states.shape[1]], states)
             assert found == sequence.kept
+
+    @property
+    def _scales(self) -> tuple[torch.Tensor, ...]:
+        assert self.shape.scales is not None
+        return tuple(scale.view(-1, 1) for scale in self.shape.scales)
+
+    def _numbers(self, page: torch.Tensor) -> torch.Tensor:
+        """Return `[num_kv_heads, block_size, 2 * head_size]` float64."""
+        if self.shape.scales is None:
+            return page.double()
+        parts = zip(page.chunk(2, -1), self._scales, strict=True)
+        numbers = [from_bytes(part, by.view(-1, 1, 1)) for part, by in parts]
+        return torch.cat(numbers, -1).double()
 
     def _logical_of(
         self, sequence: DenseSequence, layer: int, page: torch.Tensor
     ) -> int:
-        first_token = page[:, 0, : self.shape.head_size].double()
+        first_token = page[:, 0, : self.shape.head_size]
         size = self.shape.block_size
         (match,) = [
             logical

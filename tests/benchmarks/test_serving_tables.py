@@ -73,7 +73,7 @@ def test_the_newest_comparison_counts(tmp_path: Path) -> None:
 
 def test_report(tmp_path: Path) -> None:
     rows = served("r-kv-stress", "abc", stock=100, recent=150, roco=148)
-    rows += served("r-kv-stress", "abc", **{"stock-fp8": 120})
+    rows += served("r-kv-stress", "abc", **{"stock-fp8": 120, "roco-fp8": 160})
     write(tmp_path / "serving.csv", rows)
     times = {"iterations": 5, "ttft_low_ms": 9, "ttft_high_ms": 31}
     cases = prefill.runs([512, 1024])
@@ -95,7 +95,8 @@ def test_report(tmp_path: Path) -> None:
     assert shown == {"r-kv-stress", "throughput", "prefill"}
     text = " ".join("".join(found.values()).split())
     assert "FLASH_ATTN, fp8 KV cache | 120 | 1.200 |" in text
-    assert "| 50 % | 100 (1.00) | 120 (1.20) | 150 (1.50) | 148 (1.48) |" in text
+    ratios = "100 (1.00) | 120 (1.20) | 150 (1.50) | 148 (1.48) | 160 (1.60)"
+    assert f"| 50 % | {ratios} |" in text
     assert "| roco | 148 | 1.480 | 10 | 2.00 | 8 | 0 |" in text
     assert "| 1 x 16384 | roco | 2048 | 1024 | 45.0 (9.0 to 31.0) | 1.500 | 2 |" in text
 

@@ -111,17 +111,18 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
 
 
 @contextlib.contextmanager
-def poisoned_free_blocks(
-    engine: Engine, poison_value: float = math.nan
-) -> Iterator[None]:
+def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
     """Fill every block that is nobody's and no snapshot's before each step.
 
-    Args:
-        engine: An engine in this process.
-        poison_value: What with, where some layers are not RoCo's and do not stand NaN
-            behind the end of a sequence.
+    Where some layers are not RoCo's, with a large number: they do not stand what is
+    none behind the end of a sequence.
     """
-    pages = [page_view(cache) for cache in engine.kv_caches] + engine.other_kv_caches
+    others = engine.other_kv_caches
+    pages = [page_view(cache) for cache in engine.kv_caches]
+    if not others:
+        pages = [page.view(torch.int8) for page in pages]
+    # all bits set is not a number in every dtype
+    poison_value = 1e4 if others else -1
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model
@@ -134,7 +135,7 @@ def poisoned_free_blocks(
         free = pool.free_block_queue.get_all_free_blocks()
         unused = [x.block_id for x in free if x.block_hash is None]
         blocks = torch.tensor([pool.null_block.block_id, *unused])
-        for layer in pages:
+        for layer in [*pages, *others]:
             layer[blocks] = poison_value
 
     poison()

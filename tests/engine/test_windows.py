@@ -89,7 +89,7 @@ def test_freed_blocks_are_nobodys(
     if steps_in_flight == 2:
         request.getfixturevalue("asynchronous")
     with running(mixed, **pool) as engine:
-        with audited_manager(engine) as steps, poisoned_free_blocks(engine, 1e4):
+        with audited_manager(engine) as steps, poisoned_free_blocks(engine):
             tokens = engine.generate(PROMPTS, NUM_NEW)
         assert tokens == expected
         assert bool(steps.preemptions) == bool(pool), "the pool has the wrong size"

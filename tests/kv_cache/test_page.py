@@ -51,6 +51,7 @@ specs = pytest.mark.parametrize(
         pytest.param(spec_of(3, 80, 16, torch.bfloat16), id="bfloat16-3x80"),
         pytest.param(spec_of(1, 64, 32, torch.float16), id="float16-1x64"),
         pytest.param(spec_of(9, 128, 128, torch.bfloat16), id="bfloat16-9x128"),
+        pytest.param(spec_of(3, 80, 16, torch.uint8), id="fp8-3x80"),
     ],
 )
 

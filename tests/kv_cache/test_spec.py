@@ -219,10 +219,13 @@ def test_a_short_sequence_needs_no_more_than_its_length(
     assert spec.max_memory_usage_bytes(vllm_config) == 11 * spec.page_size_bytes
 
 
-def plan(vllm_config: VllmConfig, num_blocks: int) -> KVCacheConfig:
-    spec = roco_spec()
+def plan(
+    vllm_config: VllmConfig, num_blocks: int, dtype: torch.dtype = torch.float32
+) -> KVCacheConfig:
+    """Plan the memory of so many blocks of float32."""
+    spec = roco_spec(dtype=dtype)
     specs: dict[str, KVCacheSpec] = {"layers.0": spec, "layers.1": spec}
-    memory = num_blocks * 2 * spec.page_size_bytes
+    memory = num_blocks * 2 * roco_spec().page_size_bytes
     return plan_kv_cache(vllm_config, specs, memory)
 
 
@@ -237,6 +240,31 @@ def test_maximum_concurrency_counts_by_the_bound(vllm_config: VllmConfig) -> Non
     planned = plan(vllm_config, 111)
     concurrency = get_max_concurrency_for_kv_cache_config(vllm_config, planned)
     assert concurrency == pytest.approx(10, abs=0.2)
+
+
+def test_an_fp8_cache_holds_what_its_pages_say(vllm_config: VllmConfig) -> None:
+    """Half of bfloat16's K and V, and statistics that are as large as ever.
+
+    16 tokens of 8 heads of 128 numbers: about twice as many sequences.
+    """
+    of_a_model: dict[str, Any] = dict(num_kv_heads=8, head_size=128)
+    pages = [
+        roco_spec(dtype=dtype, **of_a_model).page_size_bytes
+        for dtype in (torch.bfloat16, torch.uint8)
+    ]
+    tail = statistics_bytes(8)
+    assert pages == [64 * 1024 + tail, 32 * 1024 + tail]
+    assert 1.98 < pages[0] / pages[1] < 2
+    concurrency = [
+        get_max_concurrency_for_kv_cache_config(
+            vllm_config, plan(vllm_config, 1000, dtype)
+        )
+        for dtype in (torch.bfloat16, torch.uint8)
+    ]
+    small = roco_spec(dtype=torch.bfloat16), roco_spec(dtype=torch.uint8)
+    assert concurrency[1] / concurrency[0] == pytest.approx(
+        small[0].page_size_bytes / small[1].page_size_bytes, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(

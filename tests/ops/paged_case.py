@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_roco import reference
+from vllm_roco import fp8_cache, reference
 from vllm_roco.kv_cache import page
 
 
@@ -48,6 +48,8 @@ class PagedCase:
         evicted_before: `[num_rows]` int32.
         scale: Softmax scale.
         sinks: `[q_heads]`, or None.
+        k_scale: Of keys, None unless the cache is fp8.
+        v_scale: Of values, likewise.
     """
 
     query: torch.Tensor
@@ -58,6 +60,8 @@ class PagedCase:
     evicted_before: torch.Tensor
     scale: float
     sinks: torch.Tensor | None = None
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     @classmethod
     def build(
@@ -136,6 +140,43 @@ class PagedCase:
         repeated = sinks.repeat(3)[: self.query.shape[1]]
         self.sinks = repeated.to(self.query.device, self.query.dtype)
 
+    def in_fp8(self, *, per_head: bool, dtype: torch.dtype | None = None) -> PagedCase:
+        """Return the case with keys and values as bytes, with scales far from 1.
+
+        Args:
+            per_head: Whether each kv head has scales of its own.
+            dtype: Element type of the query, if another.
+        """
+        num_blocks, num_kv_heads, block_size, content = self.kv_cache.shape
+        device = self.kv_cache.device
+        own = torch.arange(num_kv_heads if per_head else 1, device=device)
+        k_scale, v_scale = 0.03 * (own + 1.0), 0.7 / (own + 1.0)
+        cache = reference.paged_cache(
+            num_blocks=num_blocks,
+            num_kv_heads=num_kv_heads,
+            block_size=block_size,
+            head_size=content // 2,
+            dtype=torch.uint8,
+            device=device,
+            token_major=self.kv_cache.stride(1) < self.kv_cache.stride(2),
+        )
+        keys, values = self.kv_cache.chunk(2, -1)
+        cache[..., : content // 2] = fp8_cache.to_bytes(keys, k_scale.view(-1, 1, 1))
+        cache[..., content // 2 :] = fp8_cache.to_bytes(values, v_scale.view(-1, 1, 1))
+        page.statistics_view(cache).copy_(self.statistics)
+        page.first_positions_view(cache).copy_(self.first_positions)
+        query = self.query.to(dtype or self.query.dtype)
+        return replace(
+            self, query=query, kv_cache=cache, k_scale=k_scale, v_scale=v_scale
+        )
+
+    @property
+    def states(self) -> torch.Tensor:
+        """Keys and values as numbers, whatever the cache holds."""
+        if self.k_scale is None or self.v_scale is None:
+            return self.kv_cache
+        return fp8_cache.states_from_bytes(self.kv_cache, self.k_scale, self.v_scale)
+
     @property
     def block_size(self) -> int:
         return self.kv_cache.shape[2]
@@ -165,7 +206,7 @@ class PagedCase:
         lse = torch.zeros(self.query.shape[1], len(self.query), device=output.device)
         statistics = self.statistics.clone()
         first_positions = self.first_positions.clone()
-        starts = self.query_start_loc.tolist()
+        starts, states = self.query_start_loc.tolist(), self.states
         for row, length in enumerate(self.live_lens.tolist()):
             queries = slice(starts[row], starts[row + 1])
             if length == 0:
@@ -173,7 +214,7 @@ class PagedCase:
             blocks = self.live_table[row, : -(-length // self.block_size)]
             attended = reference.attend(
                 query=self.query[queries],
-                kv_cache=self.kv_cache,
+                kv_cache=states,
                 blocks=blocks,
                 live_len=length,
                 scale=self.scale,

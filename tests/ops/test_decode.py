@@ -85,6 +85,8 @@ def run(
         scale=case.scale,
         soft_cap=soft_cap,
         sinks=case.sinks,
+        k_scale=case.k_scale,
+        v_scale=case.v_scale,
     )
     return output
 

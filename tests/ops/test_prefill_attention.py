@@ -14,11 +14,11 @@ from tests.ops.paged_case import (
 from vllm_roco.ops.prefill_attention import prefill_attention
 
 
-def check(case: PagedCase, *, soft_cap: float = 0.0) -> None:
-    exact = case.expected(soft_cap=soft_cap)
-    low = case.expected(soft_cap=soft_cap, dtype=case.query.dtype)
+def run(case: PagedCase, *, soft_cap: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the kernel; return the output and the log-sum-exp."""
+    num_queries, q_heads, _ = case.query.shape
     output = torch.empty_like(case.query)
-    lse = torch.empty_like(exact.lse)
+    lse = torch.empty(q_heads, num_queries, device=case.query.device)
     prefill_attention(
         query=case.query,
         kv_cache=case.kv_cache,
@@ -31,7 +31,16 @@ def check(case: PagedCase, *, soft_cap: float = 0.0) -> None:
         scale=case.scale,
         soft_cap=soft_cap,
         sinks=case.sinks,
+        k_scale=case.k_scale,
+        v_scale=case.v_scale,
     )
+    return output, lse
+
+
+def check(case: PagedCase, *, soft_cap: float = 0.0) -> None:
+    exact = case.expected(soft_cap=soft_cap)
+    low = case.expected(soft_cap=soft_cap, dtype=case.query.dtype)
+    output, lse = run(case, soft_cap=soft_cap)
     assert_as_good_as(output, exact.output, low.output)
     assert_as_good_as(lse, exact.lse, low.lse)
 

@@ -9,6 +9,7 @@ import triton
 
 from tests.ops.paged_case import (
     HEADS,
+    Expected,
     Heads,
     PagedCase,
     boundary_lengths,
@@ -18,9 +19,13 @@ from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill, plan_prefil
 
 
 def check(
-    case: PagedCase, *, soft_cap: float = 0.0, plan: PrefillPlan | None = None
+    case: PagedCase,
+    *,
+    soft_cap: float = 0.0,
+    plan: PrefillPlan | None = None,
+    exact: Expected | None = None,
 ) -> None:
-    exact = case.expected(soft_cap=soft_cap)
+    exact = exact or case.expected(soft_cap=soft_cap)
     measure_prefill(
         query=case.query,
         kv_cache=case.kv_cache,
@@ -40,6 +45,7 @@ def check(
         ),
         scale=case.scale,
         soft_cap=soft_cap,
+        k_scale=case.k_scale,
     )
     case.check_tails(exact)
 

@@ -144,9 +144,22 @@ BAD_SETTINGS = {
         arguments={"enable_dbo": True},
     ),
     "ubatch": Case(("ubatch_size = 2", "Use 0"), arguments={"ubatch_size": 2}),
-    "fp8": Case(
-        ("kv_cache_dtype = 'fp8'", "auto, float16, bfloat16"),
-        arguments={"kv_cache_dtype": "fp8"},
+    **{
+        name: Case(
+            (f"kv_cache_dtype = '{name}'", "Use --kv-cache-dtype bfloat16, or fp8"),
+            arguments={"kv_cache_dtype": name},
+        )
+        for name in (
+            *("fp8_e5m2", "fp8_inc", "fp8_per_token_head", "int8_per_token_head"),
+            *("nvfp4", "turboquant_4bit_nc", "ultraquant_4bit"),
+        )
+    },
+    "fp8-of-some-layers": Case(
+        (
+            "kv_cache_dtype_skip_layers = ['1']",
+            "Leave --kv-cache-dtype-skip-layers out",
+        ),
+        arguments={"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]},
     ),
     "diffusion": Case(
         ("is a diffusion model", "Serve a model of"),
@@ -185,6 +198,12 @@ def test_sequences_shorter_than_a_chunk_need_no_room_for_one(
         {"max_num_seqs": max_num_seqs, "max_num_batched_tokens": tokens},
     )
     assert engine_config(llama, case).scheduler_config.max_num_batched_tokens == tokens
+
+
+@pytest.mark.parametrize("name", ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"])
+def test_other_kv_cache_dtypes_are_accepted(llama: Path, name: str) -> None:
+    case = Case((), arguments={"kv_cache_dtype": name})
+    assert engine_config(llama, case).cache_config.cache_dtype == name
 
 
 def test_a_scheduler_with_the_mixin_is_accepted(llama: Path) -> None:

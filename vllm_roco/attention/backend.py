@@ -18,7 +18,11 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm_roco.attention.current_config import current_vllm_config
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import KERNEL_BLOCK_SIZE, validated_config
+from vllm_roco.validation import (
+    KERNEL_BLOCK_SIZE,
+    OTHER_KV_CACHE_DTYPE,
+    validated_config,
+)
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -32,7 +36,7 @@ _WHAT_TO_DO = {
         "--block-size"
     ),
     "kv_cache_dtype not supported": (
-        "a quantised KV cache is not supported; leave --kv-cache-dtype out"
+        f"this kv_cache_dtype is not supported. {OTHER_KV_CACHE_DTYPE}"
     ),
 }
 
@@ -50,6 +54,8 @@ class RocoBackend(AttentionBackend):
         "auto",
         "float16",
         "bfloat16",
+        "fp8",
+        "fp8_e4m3",
     ]
 
     @staticmethod
@@ -108,6 +114,12 @@ class RocoBackend(AttentionBackend):
     @override
     def supports_sink(cls) -> bool:
         """A learned logit in the softmax's denominator, one a query head."""
+        return True
+
+    @classmethod
+    @override
+    def supports_per_head_quant_scales(cls) -> bool:
+        """Scales of an fp8 cache may be one for each kv head."""
         return True
 
     @classmethod

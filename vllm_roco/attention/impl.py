@@ -11,10 +11,11 @@ import torch
 from typing_extensions import override
 from vllm.v1.attention.backend import AttentionImpl, AttentionMetadata, AttentionType
 
+from vllm_roco import fp8_cache
 from vllm_roco.attention.block_copies import copy_whole_pages
 from vllm_roco.attention.bound_caches import CacheViews, WhileBound
 from vllm_roco.attention.current_config import remember_vllm_config
-from vllm_roco.attention.layers import name_of, refuse_layer
+from vllm_roco.attention.layers import refuse_layer
 from vllm_roco.attention.request_rows import watch_runners
 from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.validation import validated_config
@@ -35,6 +36,7 @@ class RocoImpl(AttentionImpl[T]):
         sinks: `[num_heads]`, a logit of each query head in the softmax's denominator
             alone, in the model's dtype; a parameter that is loaded later, to be read at
             run time. None for none.
+        is_fp8: Whether the cache holds bytes, see `fp8_cache`.
         page_shape: What a page of the layer holds.
         views: Views of the cache that vLLM has bound to the layer.
 
@@ -65,6 +67,7 @@ class RocoImpl(AttentionImpl[T]):
         self.scale = float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
+        self.is_fp8 = kv_cache_dtype in fp8_cache.CACHE_DTYPES
         self.soft_cap = float(logits_soft_cap or 0.0)
         self.sinks = sinks
         self.vllm_config = remember_vllm_config()
@@ -73,6 +76,12 @@ class RocoImpl(AttentionImpl[T]):
         copy_whole_pages()
         self.page_shape = PageShape(self.num_kv_heads, head_size, self.config.measures)
         self.views = WhileBound(partial(CacheViews.of, shape=self.page_shape))
+
+    def _scales(
+        self, layer: AttentionLayer
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Return by what keys and values are multiplied; None unless they are bytes."""
+        return (layer._k_scale, layer._v_scale) if self.is_fp8 else (None, None)
 
     def do_kv_cache_update(
         self,
@@ -124,7 +133,7 @@ class RocoImpl(AttentionImpl[T]):
             self._profile(output.device)
             return output.fill_(0)
         views = self.views.of(kv_cache)
-        self._step(name_of(layer), query, views, attn_metadata, output)
+        self._step(layer, query, views, attn_metadata, output)
         return output
 
     @abstractmethod
@@ -141,7 +150,7 @@ class RocoImpl(AttentionImpl[T]):
     @abstractmethod
     def _step(
         self,
-        layer_name: str,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         step: T,

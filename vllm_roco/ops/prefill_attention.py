@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of prompt rows over the live table where FlashAttention does not run.
 
-FlashAttention wants 16-bit numbers. This kernel takes float32 as well; it is there to
-check a model in full precision, and not tuned for speed.
+FlashAttention wants 16-bit numbers, and takes an fp8 cache on Hopper alone. This kernel
+takes float32 and fp8 everywhere; it is not tuned for speed.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.fp8 import load_scale, scale_stride, unpack
 from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
 
 _LN_2 = tl.constexpr(math.log(2))
@@ -27,6 +28,8 @@ def _prefill_attention_kernel(
     query_ptr,  # [num_queries, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
     sinks_ptr,  # [num_q_heads], base e
+    k_scale_ptr,  # [1] or [num_kv_heads] float32, with FP8
+    v_scale_ptr,  # likewise
     query_start_loc_ptr,  # [num_rows + 1] int32
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
@@ -39,6 +42,8 @@ def _prefill_attention_kernel(
     stride_cache_block,
     stride_cache_head,
     stride_cache_token,
+    stride_k_scale,
+    stride_v_scale,
     stride_output_token,
     stride_output_head,
     stride_lse_head,
@@ -52,6 +57,7 @@ def _prefill_attention_kernel(
     COLUMNS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     kv_head = tl.program_id(0).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -82,6 +88,10 @@ def _prefill_attention_kernel(
         other=0.0,
     )
 
+    v_scale = 1.0
+    if FP8:
+        logit_scale *= load_scale(k_scale_ptr, stride_k_scale, kv_head, False)
+        v_scale = load_scale(v_scale_ptr, stride_v_scale, kv_head, False)
     running_max = tl.full([ROWS], float("-inf"), tl.float32)
     running_sum = tl.zeros([ROWS], tl.float32)
     accumulated = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
@@ -105,8 +115,11 @@ def _prefill_attention_kernel(
         )
         content_mask = present[:, None] & (dim < HEAD_SIZE)[None, :]
         # [COLUMNS, HEAD_PADDED]
-        keys = tl.load(content_ptr, mask=content_mask, other=0.0)
-        values = tl.load(content_ptr + HEAD_SIZE, mask=content_mask, other=0.0)
+        keys = tl.load(content_ptr, mask=content_mask, other=0)
+        values = tl.load(content_ptr + HEAD_SIZE, mask=content_mask, other=0)
+        if FP8:
+            keys = unpack(keys, query.dtype)
+            values = unpack(values, query.dtype)
         logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
         if SOFT_CAP:
             logits = cap_logits(logits, soft_cap)
@@ -129,7 +142,7 @@ def _prefill_attention_kernel(
         output_ptr
         + (query_token * stride_output_token + head * stride_output_head)[:, None]
         + dim[None, :],
-        (accumulated / running_sum[:, None]).to(output_ptr.dtype.element_ty),
+        (accumulated * v_scale / running_sum[:, None]).to(output_ptr.dtype.element_ty),
         mask=row_mask,
     )
     tl.store(
@@ -152,13 +165,16 @@ def prefill_attention(
     scale: float,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend causally over the live tokens, the newest of which are the queries.
 
     Args:
         query: `[num_queries, num_q_heads, head_size]`; last dimension contiguous.
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V;
-            last dimension contiguous. Tokens beyond a row's length are not read.
+            last dimension contiguous. Tokens beyond a row's length are not read. Of the
+            query's dtype, or with scales bytes that are float8 e4m3.
         query_start_loc: `[num_rows + 1]` int32, first query of each row in `query`.
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[num_rows]` int32, the step's tokens included.
@@ -168,8 +184,11 @@ def prefill_attention(
         max_query_len: Bound of the rows' query lengths, known on the host.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
-        sinks: `[num_q_heads]`, contiguous, of any dtype: a logit of each head in the
-            softmax's denominator alone. None for none.
+        kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
+        # without sinks no program touches them
+        sinks_ptr=query if sinks is None else sinks,
+        k_scale_ptr=lse if k_scale is None else k_scale,
+        v_scale_ptr=lse if v_scale is None else v_scale,
     """
     _, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -179,9 +198,9 @@ def prefill_attention(
     tiles = triton.cdiv(max_query_len, rows // group_padded)
     _prefill_attention_kernel[(num_kv_heads, tiles, live_lens.shape[0])](
         query_ptr=query,
-        kv_cache_ptr=kv_cache,
-        # without sinks no program touches them
-        sinks_ptr=query if sinks is None else sinks,
+        kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
+        k_scale_ptr=lse if k_scale is None else k_scale,
+        v_scale_ptr=lse if v_scale is None else v_scale,
         query_start_loc_ptr=query_start_loc,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
@@ -194,6 +213,8 @@ def prefill_attention(
         stride_cache_block=kv_cache.stride(0),
         stride_cache_head=kv_cache.stride(1),
         stride_cache_token=kv_cache.stride(2),
+        stride_k_scale=scale_stride(k_scale),
+        stride_v_scale=scale_stride(v_scale),
         stride_output_token=output.stride(0),
         stride_output_head=output.stride(1),
         stride_lse_head=lse.stride(0),
@@ -207,6 +228,7 @@ def prefill_attention(
         COLUMNS=COLUMNS,
         SOFT_CAP=soft_cap != 0.0,
         SINKS=sinks is not None,
+        FP8=k_scale is not None,
         num_warps=4,
         num_stages=1,
     )

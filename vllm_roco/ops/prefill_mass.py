@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_roco.ops.device import Device
+from vllm_roco.ops.fp8 import load_scale, scale_stride, unpack
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
 from vllm_roco.ops.statistics import read_statistics, write_statistics
@@ -99,6 +100,7 @@ def _by_lane(
 def _prefill_mass_kernel(
     query_ptr,  # [num_queries, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    k_scale_ptr,  # [1] or [num_kv_heads] float32, with FP8
     lse_ptr,  # [num_q_heads, num_queries] float32, natural logarithm
     query_start_loc_ptr,  # [num_rows + 1] int32
     live_table_ptr,  # [num_rows, live_width] int32
@@ -112,6 +114,7 @@ def _prefill_mass_kernel(
     stride_cache_block,
     stride_cache_head,
     stride_cache_token,
+    stride_k_scale,
     stride_lse_head,
     stride_table_row,
     stride_statistics_block,
@@ -123,6 +126,7 @@ def _prefill_mass_kernel(
     BLOCKS: tl.constexpr,
     ROWS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FP8: tl.constexpr,
 ):
     kv_head = tl.program_id(0).to(tl.int64)
     first_index = tl.program_id(1) * BLOCKS
@@ -152,8 +156,11 @@ def _prefill_mass_kernel(
         + (block * stride_cache_block + offset * stride_cache_token)[:, None]
         + dim[None, :],
         mask=present[:, None] & (dim < HEAD_SIZE)[None, :],
-        other=0.0,
+        other=0,
     )
+    if FP8:
+        keys = unpack(keys, query_ptr.dtype.element_ty)
+        logit_scale *= load_scale(k_scale_ptr, stride_k_scale, kv_head, False)
 
     # one place for the two queries of a tile that a thread holds: the places are put
     # together once, at the end, so that no tile waits for a sum over several threads
@@ -266,7 +273,7 @@ def plan_prefill(
     Args:
         head_size: Numbers per head.
         block_size: Tokens per block.
-        dtype: Element type of query and cache.
+        dtype: Element type of the query, in which keys are multiplied.
         device: Where the kernel runs.
 
     Raises:
@@ -308,13 +315,15 @@ def measure_prefill(
     plan: PrefillPlan,
     scale: float,
     soft_cap: float = 0.0,
+    k_scale: torch.Tensor | None = None,
 ) -> None:
     """Add the attention mass of a step's prompt rows to the statistics.
 
     Args:
         query: `[num_queries, num_q_heads, head_size]`; last dimension contiguous.
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V;
-            last dimension contiguous. Tokens beyond a row's length are not read.
+            last dimension contiguous. Tokens beyond a row's length are not read. Of the
+            query's dtype, or with a scale bytes that are float8 e4m3.
         lse: `[num_q_heads, num_queries]` float32, natural logarithm, as FlashAttention
             returns it, sinks included; last dimension contiguous.
         query_start_loc: `[num_rows + 1]` int32, first query of each row in `query`.
@@ -328,6 +337,8 @@ def measure_prefill(
         plan: The launch's tiles, see `plan_prefill`.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
+        k_scale: By what keys are multiplied, float32: one number, or one for each kv
+            head. None for a cache that is not fp8.
     """
     _, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -340,7 +351,8 @@ def measure_prefill(
         (num_kv_heads, triton.cdiv(max_blocks, blocks), num_rows),
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
-        kv_cache_ptr=kv_cache,
+        kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
+        k_scale_ptr=lse if k_scale is None else k_scale,
         lse_ptr=lse,
         query_start_loc_ptr=query_start_loc,
         live_table_ptr=live_table,
@@ -354,6 +366,7 @@ def measure_prefill(
         stride_cache_block=kv_cache.stride(0),
         stride_cache_head=kv_cache.stride(1),
         stride_cache_token=kv_cache.stride(2),
+        stride_k_scale=scale_stride(k_scale),
         stride_lse_head=lse.stride(0),
         stride_table_row=live_table.stride(0),
         stride_statistics_block=statistics.stride(0),
@@ -365,4 +378,5 @@ def measure_prefill(
         BLOCKS=blocks,
         ROWS=plan.rows,
         SOFT_CAP=soft_cap != 0.0,
+        FP8=k_scale is not None,
     )

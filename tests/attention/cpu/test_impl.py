@@ -92,6 +92,35 @@ def test_prompts_and_decodes_over_several_evictions(shape: Shape) -> None:
 
 
 @pytest.mark.parametrize(
+    "scales",
+    [
+        pytest.param((torch.tensor(0.02), torch.tensor([3.0])), id="tensor"),
+        pytest.param(
+            (torch.tensor([0.5, 0.01]), torch.tensor([0.01, 2.0])), id="heads"
+        ),
+    ],
+)
+@pytest.mark.parametrize("policy", ["roco", "recent"])
+@pytest.mark.parametrize("layout", RocoBackend.supported_kv_cache_layouts())
+def test_an_fp8_cache_is_attended_measured_and_evicted_by_what_it_holds(
+    scales: tuple[torch.Tensor, torch.Tensor], policy: str, layout: Any
+) -> None:
+    """Some numbers are too large for the smaller scales, and are the largest then."""
+    shape = Shape(
+        layout=layout,
+        dtype=torch.bfloat16,
+        scales=scales,
+        options={"policy": policy},
+    )
+    run_ragged(Rig(shape), EDGES, 3)
+    rig = Rig(shape)
+    sequence = rig.add()
+    for num_queries in (60, 16, 40, 7, *[1] * 40):
+        rig.step({sequence: num_queries})
+    assert rig.schedule.evicted_blocks(rig.sequences[sequence].length) > 0
+
+
+@pytest.mark.parametrize(
     "options",
     [
         {"shield_ratio": 0},

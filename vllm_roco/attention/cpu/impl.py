@@ -17,6 +17,8 @@ from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cpu.eviction import evict
 from vllm_roco.attention.cpu.metadata import Batch, RocoCpuMetadata
 from vllm_roco.attention.impl import RocoImpl
+from vllm_roco.attention.layers import name_of
+from vllm_roco.fp8_cache import states_from_bytes, to_bytes
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionLayer
@@ -40,33 +42,40 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
         block_size = views.states.shape[2]
         used = (slot_mapping >= 0).nonzero().flatten()
         slots = slot_mapping[used]
-        new = torch.cat((key[used], value[used]), -1)
+        key, value = key[used], value[used]
+        if self.is_fp8:
+            key = to_bytes(key, layer._k_scale.view(-1, 1))
+            value = to_bytes(value, layer._v_scale.view(-1, 1))
+        new = torch.cat((key, value), -1)
         views.states[slots // block_size, :, slots % block_size] = new
 
     @override
     def _step(
         self,
-        layer_name: str,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         step: RocoCpuMetadata,
         output: torch.Tensor,
     ) -> None:
         for batch in step.batches:
-            self._attend(query, views, batch, output)
+            self._attend(layer, query, views, batch, output)
         step.num_layers_done += 1
-        if layer_name == step.layers.last:
+        if name_of(layer) == step.layers.last:
             self._evict(step)
 
     def _attend(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         batch: Batch,
         output: torch.Tensor,
     ) -> None:
         block_size = views.states.shape[2]
-        keys, values = gather(views.states, batch.table, batch.live_tokens)
+        keys, values = gather(
+            views.states, batch.table, batch.live_tokens, *self._scales(layer)
+        )
         pages, statistics = views.statistics, None
         if (
             pages is not None
@@ -128,7 +137,11 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
 
 
 def gather(
-    kv_cache: torch.Tensor, table: torch.Tensor, live_tokens: torch.Tensor
+    kv_cache: torch.Tensor,
+    table: torch.Tensor,
+    live_tokens: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the live keys and values of a batch, zero behind the live tokens.
 
@@ -138,12 +151,18 @@ def gather(
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
         table: `[num_rows, num_row_blocks]` int64, block ids.
         live_tokens: `[num_rows]` int64.
+        k_scale: Of the keys where the cache holds bytes, see `fp8_cache`.
+        v_scale: Of the values, likewise.
 
     Returns:
         Two tensors `[num_rows, num_kv_heads, num_row_blocks * block_size, head_size]`
         float32.
     """
-    states = kv_cache[table].transpose(1, 2).flatten(2, 3).float()
+    states = kv_cache[table].transpose(1, 2).flatten(2, 3)
+    if k_scale is None or v_scale is None:
+        states = states.float()
+    else:
+        states = states_from_bytes(states, k_scale, v_scale)
     behind = torch.arange(states.shape[2]) >= live_tokens[:, None]
     states.masked_fill_(behind[:, None, :, None], 0)
     keys, values = states.chunk(2, -1)

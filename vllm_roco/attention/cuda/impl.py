@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from typing_extensions import override
+from vllm._custom_ops import scaled_fp8_quant
 from vllm.v1.attention.backends.fa_utils import (
     flash_attn_varlen_func,
     get_flash_attn_version,
@@ -23,6 +24,7 @@ from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadat
 from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
+from vllm_roco.attention.layers import name_of
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
@@ -44,13 +46,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 "model whose heads have 16 to 256 numbers, a multiple of 8, or use "
                 "another --attention-backend."
             )
-        # None where FlashAttention does not run: our own kernel attends then
-        self.flash_version: int | None = None
-        dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
-        if dtype in (torch.float16, torch.bfloat16):
-            self.flash_version = get_flash_attn_version(
-                head_size=self.head_size, has_sinks=self.sinks is not None
-            )
+        self.flash_version = self._flash_version()
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
 
@@ -82,21 +78,22 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
     @override
     def _step(
         self,
-        layer_name: str,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         step: RocoCudaMetadata,
         output: torch.Tensor,
     ) -> None:
         if step.decodes is not None:
-            self._decode(query, views, output, step.decodes, step.scratch)
+            self._decode(layer, query, views, output, step.decodes, step.scratch)
         if step.prefills is not None:
-            self._prefill(query, views, output, step.prefills)
-        if layer_name == step.eviction.last_layer:
+            self._prefill(layer, query, views, output, step.prefills)
+        if name_of(layer) == step.eviction.last_layer:
             step.eviction.evict(step.step, step.seq_lens)
 
     def _decode(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         output: torch.Tensor,
@@ -104,6 +101,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         scratch: DecodeScratch,
     ) -> None:
         step = decodes.step
+        k_scale, v_scale = self._scales(layer)
         decode_attention(
             query=query[: decodes.num_rows],
             kv_cache=views.states,
@@ -118,10 +116,13 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             scale=self.scale,
             soft_cap=self.soft_cap,
             sinks=self.sinks,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
     def _prefill(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         output: torch.Tensor,
@@ -130,8 +131,9 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         tokens = slice(prefills.first_token, prefills.first_token + prefills.num_tokens)
         query, output = query[tokens], output[tokens]
         step = prefills.step
+        k_scale, v_scale = self._scales(layer)
         if self.flash_version is not None:
-            lse = self._flash(query, views, output, prefills, self.flash_version)
+            lse = self._flash(layer, query, views, output, prefills, self.flash_version)
         else:
             lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
             prefill_attention(
@@ -146,6 +148,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 scale=self.scale,
                 soft_cap=self.soft_cap,
                 sinks=self.sinks,
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
         if views.statistics is not None:
             measure_prefill(
@@ -161,10 +165,12 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 plan=prefills.plan,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
+                k_scale=k_scale,
             )
 
     def _flash(
         self,
+        layer: AttentionLayer,
         query: torch.Tensor,
         views: CacheViews,
         output: torch.Tensor,
@@ -172,13 +178,35 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         version: int,
     ) -> torch.Tensor:
         sinks = self.sinks
-        in_flash = sinks is not None and flash_has_sinks(version, sinks.dtype)
+        # in FlashAttention they are not tried together with an fp8 cache
+        in_flash = (
+            sinks is not None
+            and not self.is_fp8
+            and flash_has_sinks(version, sinks.dtype)
+        )
+        keys, values, written = views.keys, views.values, output
+        descales: dict[str, Any] = {}
+        if self.is_fp8:
+            keys, values = (x.view(torch.float8_e4m3fn) for x in (keys, values))
+            query = self._quantised(layer, query)
+            num_rows = len(prefills.step.live_lens)
+            descales = {
+                f"{name}_descale": scale.expand(num_rows, self.num_kv_heads)
+                for name, scale in (
+                    ("q", layer._q_scale),
+                    ("k", layer._k_scale),
+                    ("v", layer._v_scale),
+                )
+            }
+            if output.dtype != torch.bfloat16:
+                # of an fp8 query it writes nothing else
+                written = torch.empty_like(output, dtype=torch.bfloat16)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
-            k=views.keys,
-            v=views.values,
-            out=output,
+            k=keys,
+            v=values,
+            out=written,
             cu_seqlens_q=prefills.query_start_loc,
             max_seqlen_q=prefills.max_query_len,
             seqused_k=prefills.step.live_lens,
@@ -190,5 +218,30 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             return_softmax_lse=True,
             fa_version=version,
             s_aux=sinks if in_flash else None,
+            **descales,
         )
+        if written is not output:
+            output.copy_(written)
         return lse if sinks is None or in_flash else add_sinks(output, lse, sinks)
+
+    def _flash_version(self) -> int | None:
+        """Return which FlashAttention attends; None where our own kernel does."""
+        dtype = cast("torch.dtype", self.vllm_config.model_config.dtype)
+        if dtype not in (torch.float16, torch.bfloat16):
+            return None
+        version: int | None = get_flash_attn_version(
+            head_size=self.head_size, has_sinks=self.sinks is not None
+        )
+        if self.is_fp8 and (version != 3 or self.head_size % 16):
+            return None
+        return version
+
+    def _quantised(self, layer: AttentionLayer, query: torch.Tensor) -> torch.Tensor:
+        """Return queries as FlashAttention multiplies them with an fp8 cache."""
+        columns = -1
+        if layer._q_scale.numel() > 1:
+            columns = self.num_heads // self.num_kv_heads * self.head_size
+        quantised, _ = scaled_fp8_quant(
+            query.flatten(1), layer._q_scale, group_shape=(-1, columns)
+        )
+        return quantised.view(query.shape)

@@ -143,7 +143,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         self._prefill_plan = plan_prefill(
             head_size=spec.head_size,
             block_size=spec.block_size,
-            dtype=spec.dtype,
+            dtype=cast("torch.dtype", vllm_config.model_config.dtype),
             device=hardware,
         )
         self._plans = [

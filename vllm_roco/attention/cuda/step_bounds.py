@@ -43,7 +43,7 @@ class StepBounds:
         num_q_heads: Query heads of a layer on this rank.
         num_kv_heads: KV heads of a layer on this rank.
         head_size: Numbers per head.
-        dtype: Element type of query and cache.
+        dtype: Element type of the cache; of the query where that is float32.
     """
 
     rows: int
@@ -80,6 +80,7 @@ class StepBounds:
         scheduler = vllm_config.scheduler_config
         captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         max_model_len = vllm_config.model_config.max_model_len
+        model_dtype = vllm_config.model_config.dtype
         config = validated_config(vllm_config)
         # what a step leaves of a request with the largest budget of its own
         after_a_step = config.max_budget + config.stride - 1
@@ -104,7 +105,7 @@ class StepBounds:
             num_q_heads=num_q_heads,
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
-            dtype=spec.dtype,
+            dtype=torch.float32 if model_dtype == torch.float32 else spec.dtype,
         )
 
     @property

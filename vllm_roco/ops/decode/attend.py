@@ -15,6 +15,7 @@ from vllm_roco.ops.decode.partial_sums import (
     split_range,
     update_statistics,
 )
+from vllm_roco.ops.fp8 import halves, load_scale, query_for_halves
 from vllm_roco.ops.logits import LOG2_E, cap_logits
 from vllm_roco.ops.statistics import read_statistics
 
@@ -55,8 +56,10 @@ def _by_piece(
 @triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "max_tiles"])
 def attend_kernel(
     query_ptr,  # [num_rows, num_q_heads, head_size]
-    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]
+    kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size], FP8 in pairs
     sinks_ptr,  # [num_q_heads], base e
+    k_scale_ptr,  # [1] or [num_kv_heads] float32, with FP8
+    v_scale_ptr,  # likewise
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     measured_lens_ptr,  # [num_rows] int32
@@ -73,6 +76,8 @@ def attend_kernel(
     stride_cache_block,
     stride_cache_head,
     stride_cache_token,
+    stride_k_scale,
+    stride_v_scale,
     stride_table_row,
     stride_statistics_block,
     stride_output_row,
@@ -92,6 +97,8 @@ def attend_kernel(
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
     MEASURE: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -110,21 +117,25 @@ def attend_kernel(
     if SPLIT and first_tile >= last_tile:
         return
 
+    # numbers that lie in one element of the cache
+    PACKED: tl.constexpr = 2 if FP8 else 1
+    WIDTH: tl.constexpr = HEAD_SIZE // PACKED
+    WIDTH_PADDED: tl.constexpr = HEAD_PADDED // PACKED
     group = tl.arange(0, DOT_GROUP)
-    dim = tl.arange(0, HEAD_PADDED)
+    dim = tl.arange(0, WIDTH_PADDED)
     token = _token_order(TILE, PIECE, WARPS)
     head = kv_head * GROUP + group
-    query_mask = (group < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
+    query_mask = (group < GROUP)[:, None] & (dim < WIDTH)[None, :]
 
-    # [DOT_GROUP, HEAD_PADDED]
-    query = tl.load(
-        query_ptr
-        + row * stride_query_row
-        + head[:, None] * stride_query_head
-        + dim[None, :],
-        mask=query_mask,
-        other=0.0,
-    )
+    # [DOT_GROUP, WIDTH_PADDED]
+    query_ptr += row * stride_query_row
+    query_ptrs = query_ptr + head[:, None] * stride_query_head + PACKED * dim[None, :]
+    query = tl.load(query_ptrs, mask=query_mask, other=0.0)
+    if FP8:
+        second_query = tl.load(query_ptrs + 1, mask=query_mask, other=0.0)
+        query, second_query, factor = query_for_halves(query, second_query)
+        k_scale = load_scale(k_scale_ptr, stride_k_scale, kv_head, NATIVE_FP8)
+        logit_scale *= k_scale * factor[:, None]
     keys_ptr = kv_cache_ptr + kv_head * stride_cache_head
     table_ptr = live_table_ptr + row * stride_table_row
     max_sums = max_pieces + max_tiles
@@ -152,7 +163,9 @@ def attend_kernel(
     # a sum for each place in the tile: they are added up once, at the end, so that no
     # tile waits for a sum over several warps
     running_sum = tl.zeros([DOT_GROUP, TILE], tl.float32)
-    accumulated = tl.zeros([DOT_GROUP, HEAD_PADDED], tl.float32)
+    accumulated = tl.zeros([DOT_GROUP, WIDTH_PADDED], tl.float32)
+    if FP8:
+        second_accumulated = tl.zeros([DOT_GROUP, WIDTH_PADDED], tl.float32)
     if SINKS:
         # a key without a value, before all others; the last split alone has a tile in
         # every row, and in the others the first tile's decay of 0 takes the sum away
@@ -177,13 +190,25 @@ def attend_kernel(
 
         content_ptr = keys_ptr + slot[:, None] + dim[None, :]
         content_mask = visible[:, None]
-        if HEAD_PADDED != HEAD_SIZE:
-            content_mask &= (dim < HEAD_SIZE)[None, :]
-        # keys and values are loaded alike, [TILE, HEAD_PADDED], to share addresses
+        if WIDTH_PADDED != WIDTH:
+            content_mask &= (dim < WIDTH)[None, :]
+        # keys and values are loaded alike, [TILE, WIDTH_PADDED], to share addresses
         keys = tl.load(
-            content_ptr, mask=content_mask, other=0.0, eviction_policy="evict_first"
+            content_ptr, mask=content_mask, other=0, eviction_policy="evict_first"
         )
-        logits = tl.dot(query, tl.trans(keys), input_precision="ieee") * logit_scale
+        if FP8:
+            keys, second = halves(keys, NATIVE_FP8)
+            second = second.to(query.dtype)
+            logits = tl.dot(second_query, tl.trans(second), input_precision="ieee")
+            logits = tl.dot(
+                query,
+                tl.trans(keys.to(query.dtype)),
+                acc=logits,
+                input_precision="ieee",
+            )
+        else:
+            logits = tl.dot(query, tl.trans(keys), input_precision="ieee")
+        logits *= logit_scale
         if SOFT_CAP:
             logits = cap_logits(logits, soft_cap)
         logits = tl.where(visible[None, :], logits, float("-inf"))
@@ -207,11 +232,20 @@ def attend_kernel(
             )
 
         values = tl.load(
-            content_ptr + HEAD_SIZE,
+            content_ptr + WIDTH,
             mask=content_mask,
-            other=0.0,
+            other=0,
             eviction_policy="evict_first",
         )
+        if FP8:
+            values, second = halves(values, NATIVE_FP8)
+            values = values.to(query.dtype)
+            second_accumulated = tl.dot(
+                weights.to(query.dtype),
+                second.to(query.dtype),
+                acc=second_accumulated * decay[:, None],
+                input_precision="ieee",
+            )
         accumulated = tl.dot(
             weights.to(values.dtype),
             values,
@@ -220,6 +254,11 @@ def attend_kernel(
         )
         running_max = new_max
 
+    if FP8:
+        v_scale = load_scale(v_scale_ptr, stride_v_scale, kv_head, NATIVE_FP8)
+        accumulated = tl.interleave(accumulated, second_accumulated) * v_scale
+        dim = tl.arange(0, HEAD_PADDED)
+        query_mask = (group < GROUP)[:, None] & (dim < HEAD_SIZE)[None, :]
     # the largest logit alone adds 1 to the sum, so only an empty row is changed here
     total = tl.sum(running_sum, 1)
     normalised = accumulated / tl.maximum(total, 1.0)[:, None]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from vllm_roco.ops import fp8
 from vllm_roco.ops.decode.attend import attend_kernel
 from vllm_roco.ops.decode.combine import combine_kernel
 from vllm_roco.ops.decode.plan import (
@@ -32,6 +33,7 @@ from vllm_roco.ops.logits import logit_scale
 
 # tensor cores multiply at least 16 rows
 MIN_GROUP = 16
+MIN_WIDTH = 16
 # live blocks whose statistics a program updates at a time: many where it has attended
 # over all of them, few where each is a program of its own
 UPDATED_BLOCKS = 128
@@ -56,6 +58,8 @@ def decode_attention(
     scale: float,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Attend with one query a row and update the statistics of the blocks it saw.
 
@@ -65,7 +69,8 @@ def decode_attention(
     Args:
         query: `[num_rows, num_q_heads, head_size]`; last dimension contiguous.
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`, K then V;
-            last dimension contiguous, every other stride as it comes.
+            last dimension contiguous, every other stride as it comes. Of the query's
+            dtype, or with scales bytes that are float8 e4m3.
         live_table: `[>= num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[>= num_rows]` int32, this step's token included.
         measured_lens: `[>= num_rows]` int32, the same, or 0 for rows that are not
@@ -81,6 +86,9 @@ def decode_attention(
         soft_cap: Bound of the logits' soft cap, 0 for none.
         sinks: `[num_q_heads]`, contiguous, of any dtype: a logit of each head in the
             softmax's denominator alone. None for none.
+        k_scale: By what keys are multiplied, float32: one number, or one for each kv
+            head. None, as `v_scale`, for a cache that is not fp8.
+        v_scale: Likewise values.
     """
     num_rows, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -89,6 +97,10 @@ def decode_attention(
     piece = piece_size(block_size, plan.tile)
     max_pieces, max_tiles = pieces_and_tiles(scratch.max_blocks, block_size, plan.tile)
     head_padded = triton.next_power_of_2(head_size)
+    is_fp8 = k_scale is not None and v_scale is not None
+    if is_fp8:
+        kv_cache = kv_cache.view(torch.int16)
+        head_padded = max(2 * MIN_WIDTH, head_padded)
     group_padded = triton.next_power_of_2(group)
     # without statistics no program touches them
     statistics_or_nothing = scratch.partial_lse if statistics is None else statistics
@@ -107,6 +119,8 @@ def decode_attention(
         kv_cache_ptr=kv_cache,
         # without sinks no program touches them
         sinks_ptr=query if sinks is None else sinks,
+        k_scale_ptr=scratch.partial_lse if k_scale is None else k_scale,
+        v_scale_ptr=scratch.partial_lse if v_scale is None else v_scale,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         measured_lens_ptr=measured_lens,
@@ -123,6 +137,8 @@ def decode_attention(
         stride_cache_block=kv_cache.stride(0),
         stride_cache_head=kv_cache.stride(1),
         stride_cache_token=kv_cache.stride(2),
+        stride_k_scale=fp8.scale_stride(k_scale),
+        stride_v_scale=fp8.scale_stride(v_scale),
         stride_table_row=live_table.stride(0),
         stride_statistics_block=stride_statistics_block,
         stride_output_row=output.stride(0),
@@ -142,6 +158,8 @@ def decode_attention(
         SOFT_CAP=soft_cap != 0.0,
         SINKS=sinks is not None,
         MEASURE=measure,
+        FP8=is_fp8,
+        NATIVE_FP8=is_fp8 and fp8.converts_natively(query.device),
         WARPS=warps_of_a_tile,
         PDL=plan.dependent_launch and plan.splits > 1,
     )

@@ -173,7 +173,7 @@ def plan_decode(
         num_kv_heads: KV heads of the layer on this rank.
         head_size: Numbers per head.
         max_live_tokens: Bound of the rows' live lengths.
-        dtype: Element type of query and cache.
+        dtype: Element type of the cache.
         device: Where the kernels run.
     """
     token_bytes = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
