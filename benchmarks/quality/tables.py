@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -232,11 +233,12 @@ def kvpress(found: pd.DataFrame) -> str:
     return lines(found, {**columns, "accuracy": _SCORE, "n": "{n}"})
 
 
-def modes(found: pd.DataFrame) -> str:
-    """Return a table of modes and fractions for each task.
+def _by_task(key: str, found: pd.DataFrame) -> str:
+    """Return a table of methods and shares kept for each task.
 
     Args:
-        found: Rows of `modes.csv`.
+        key: What the table calls the methods.
+        found: Rows.
     """
     parts = []
     for _, group in found.groupby(["task", "context"], sort=False):
@@ -244,7 +246,7 @@ def modes(found: pd.DataFrame) -> str:
         swept = group[group["method"] != "full"]
         (caption,) = texts(full, f"**{{problems}}**, n = {{n}}, full cache {_SCORE}")
         order = swept.sort_values("budget_ratio", ascending=False)["share"].unique()
-        keys = {"mode": "{method}"}
+        keys = {key: "{method}"}
         parts.append(grid(swept, keys, "{share}", _SCORE, caption, order))
     return "\n\n".join(parts)
 
@@ -264,6 +266,7 @@ _PARTS: dict[str, Callable[[Scores], str]] = {
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "search": search,
     "kvpress": kvpress,
-    "modes": modes,
+    "modes": partial(_by_task, "mode"),
+    "windows": partial(_by_task, "method"),
 }
 """Tables of CSV files of their own, by their name."""
