@@ -11,7 +11,8 @@ import multiprocessing
 
 __version__ = "0.1.0"
 
-BACKEND_PATH = "vllm_roco.attention.backend.RocoBackend"
+BACKEND_PATH = "vllm_roco.attention.selection.ROCO"
+"""What vLLM asks about a layer when `ROCO` was named."""
 
 
 def register() -> None:

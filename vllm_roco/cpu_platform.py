@@ -16,7 +16,7 @@ from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
 from vllm_roco.observability.trace import check_path
 from vllm_roco.scheduler_choice import check_scheduler_class
-from vllm_roco.validation import is_selected, validated_config
+from vllm_roco.validation import has_windows, is_selected, validated_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -32,6 +32,9 @@ else:
 logger = init_logger(f"vllm.{__name__}")
 
 PREFERRED_BLOCK_SIZE = 16
+MIXED_BLOCK_SIZE = 32
+"""Tokens. The smallest blocks of vLLM's own attention on CPUs, which serves layers with
+a window: with blocks of one size, no page of either is padded."""
 
 
 class RocoCpuPlatform(StockPlatform):
@@ -54,7 +57,9 @@ class RocoCpuPlatform(StockPlatform):
             return super().get_attn_backend_cls(
                 selected_backend, attn_selector_config, num_heads
             )
-        reasons = selected_backend.get_class().validate_configuration(
+        # as vLLM's CUDA platform does, see `attention.selection`
+        chooser = selected_backend.get_class()
+        reasons = chooser.validate_configuration(
             # a CPU has none, and RoCo's checks do not ask for it
             device_capability=None,  # type: ignore[arg-type]
             **attn_selector_config._asdict(),
@@ -64,12 +69,12 @@ class RocoCpuPlatform(StockPlatform):
                 f"roco: an attention layer of this model is refused: "
                 f"{'; '.join(reasons)}. Or use another --attention-backend."
             )
-        return selected_backend.get_path()
+        return ".".join(chooser.full_cls_name())
 
     @classmethod
     @override
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Check RoCo's options early, and prefer blocks of 16 tokens."""
+        """Check RoCo's options early, and prefer small blocks."""
         if not is_selected(vllm_config):
             additional = vllm_config.additional_config
             if isinstance(additional, Mapping) and NAMESPACE in additional:
@@ -88,5 +93,7 @@ class RocoCpuPlatform(StockPlatform):
         super().check_and_update_config(vllm_config)
         cache_config = vllm_config.cache_config
         if not cache_config.user_specified_block_size:
-            cache_config.block_size = PREFERRED_BLOCK_SIZE
-            config.check_block_size(PREFERRED_BLOCK_SIZE)
+            mixed = has_windows(vllm_config)
+            size = MIXED_BLOCK_SIZE if mixed else PREFERRED_BLOCK_SIZE
+            cache_config.block_size = size
+            config.check_block_size(size)

@@ -19,12 +19,9 @@ if TYPE_CHECKING:
 KERNEL_BLOCK_SIZE = 16
 """Tokens. Block sizes are multiples of it, so that RoCo sees vLLM's own blocks."""
 
-OTHER_BACKEND_FOR_WINDOWS = (
-    "Give these layers another backend, on a CPU with "
-    "--attention-config.backend_per_kind.sliding_window CPU_ATTN, on CUDA with "
-    "FLASH_ATTN"
-)
-"""What to do about sliding-window layers."""
+_OTHER_MODEL = "Serve a model with layers of full attention"
+_OWN_BACKEND = ("MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2OmniForCausalLM")
+"""Architectures whose layers never ask for the backend that the user named."""
 
 _KV_CACHE_DTYPES = ("auto", "float16", "bfloat16")
 
@@ -34,6 +31,36 @@ def is_selected(vllm_config: VllmConfig) -> bool:
     attention = vllm_config.attention_config
     chosen = [attention.backend, *attention.backend_per_kind.values()]
     return any(member is not None and member.name == BACKEND_NAME for member in chosen)
+
+
+def has_windows(vllm_config: VllmConfig) -> bool:
+    """Return whether the model may have sliding-window layers beside others."""
+    model = vllm_config.model_config
+    return model is not None and model.get_sliding_window() is not None
+
+
+def check_windows(vllm_config: VllmConfig) -> None:
+    """Refuse what a model with sliding-window layers cannot be served with.
+
+    Raises:
+        NotImplementedError: Every layer has a window.
+        ValueError: Layers of several kinds are to have caches of one kind.
+    """
+    # vLLM sets it only if the window holds for all layers that name no other
+    window = vllm_config.cache_config.sliding_window
+    if window is not None:
+        raise NotImplementedError(
+            f"roco: every layer of the model has a sliding window of {window} tokens, "
+            "so its KV cache is bounded already and there is nothing to evict. Leave "
+            "--attention-backend roco out, or serve a model with layers of full "
+            "attention."
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        raise ValueError(
+            "roco: disable_hybrid_kv_cache_manager = True is not allowed for a model "
+            "with sliding-window layers beside layers that keep a budget: their caches "
+            "are of different kinds. Leave --disable-hybrid-kv-cache-manager out."
+        )
 
 
 def validated_config(vllm_config: VllmConfig) -> RocoConfig:
@@ -90,6 +117,15 @@ def _refuse(what: str, value: object, instead: str) -> NotImplementedError:
 def _refuse_features(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
+    kinds = vllm_config.attention_config.backend_per_kind
+    for kind, backend in kinds.items():
+        if kind != "full_attention" and backend and backend.name == BACKEND_NAME:
+            raise _refuse(
+                f"backend_per_kind.{kind}",
+                backend.name,
+                "Leave it out: RoCo keeps a budget in layers of full attention, and "
+                "leaves others to the backend that vLLM chooses for them",
+            )
     if (speculative := vllm_config.speculative_config) is not None:
         raise _refuse(
             "speculative_config", speculative.method, "Leave --speculative-config out"
@@ -129,20 +165,28 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
         return
     if model.runner_type != "generate":
         raise _refuse("runner", model.runner_type, "Serve a model that generates text")
+    if model.is_mm_prefix_lm:
+        # vLLM drops this where a deployment takes text alone
+        raise NotImplementedError(
+            f"roco: model = {model.model!r} attends to multimodal inputs in both "
+            "directions, which is not supported. Serve its text alone with "
+            "--language-model-only, or use another --attention-backend."
+        )
     reasons = {
         "is an encoder-decoder model": model.is_encoder_decoder,
         "has multi-head latent attention (MLA)": model.use_mla,
         "has state-space (Mamba) layers": model.is_hybrid or model.is_attention_free,
         "has chunked-local attention": model.attention_chunk_size is not None,
-        "attends to multimodal inputs in both directions": model.is_mm_prefix_lm,
+        "has layers that bring an attention backend of their own": bool(
+            set(model.architectures) & set(_OWN_BACKEND)
+        ),
         "is a diffusion model": vllm_config.diffusion_config is not None,
     }
     for reason, applies in reasons.items():
         if applies:
             raise NotImplementedError(
                 f"roco: model = {model.model!r} {reason}, which is not supported. "
-                "Serve a model of full-attention decoder layers, or use another "
-                "--attention-backend."
+                f"{_OTHER_MODEL}, or use another --attention-backend."
             )
 
 

@@ -98,11 +98,6 @@ def test_the_builder_refuses_another_spec(vllm_config: VllmConfig) -> None:
     [
         pytest.param({"alibi_slopes": [0.5] * 4}, "ALiBi", id="ALiBi"),
         pytest.param(
-            {"per_layer_sliding_window": 128},
-            "sliding-window layers are not supported. Give these layers another",
-            id="window",
-        ),
-        pytest.param(
             {"attn_type": AttentionType.ENCODER_ONLY},
             "attention type AttentionType.ENCODER_ONLY not supported",
             id="encoder",

@@ -46,7 +46,7 @@ class Model:
         return save_config(folder, self.model_type, architecture, **self.changes)
 
 
-OTHER_MODEL = "Serve a model of"
+OTHER_MODEL = "Serve a model with layers of full attention"
 MAMBA = Case(("has state-space (Mamba) layers", OTHER_MODEL))
 
 MODELS = {
@@ -87,8 +87,13 @@ MODELS = {
     "multimodal-prefix": Model(
         "llama.LlamaForCausalLM",
         "llama",
-        Case(("attends to multimodal inputs in both directions", OTHER_MODEL)),
+        Case(("multimodal inputs in both directions", "--language-model-only")),
         {"is_mm_prefix_lm": True},
+    ),
+    "own-backend": Model(
+        "mimo_v2.MiMoV2ForCausalLM",
+        "llama",
+        Case(("bring an attention backend of their own", OTHER_MODEL)),
     ),
     "chunked-local": Model(
         "llama4.Llama4ForCausalLM",
@@ -117,10 +122,19 @@ LAYERS = {
         Case(("ALiBi", "is not supported", "another --attention-backend")),
         {"n_layer": 1, "n_head": 4},
     ),
-    "sliding-window": Model(
+    "windows-only": Model(
         "mistral.MistralForCausalLM",
         "mistral",
-        Case(("sliding-window layers", "backend_per_kind", "CPU_ATTN")),
+        Case(("every layer", "sliding window of 64 tokens", "Leave")),
+        {"sliding_window": 64},
+    ),
+    "one-kind-of-cache": Model(
+        "gemma2.Gemma2ForCausalLM",
+        "gemma2",
+        Case(
+            ("disable_hybrid_kv_cache_manager = True", "Leave"),
+            arguments={"disable_hybrid_kv_cache_manager": True},
+        ),
         {"sliding_window": 64},
     ),
     "sinks": Model(

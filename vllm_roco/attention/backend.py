@@ -18,11 +18,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm_roco.attention.current_config import current_vllm_config
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import (
-    KERNEL_BLOCK_SIZE,
-    OTHER_BACKEND_FOR_WINDOWS,
-    validated_config,
-)
+from vllm_roco.validation import KERNEL_BLOCK_SIZE, validated_config
 
 if TYPE_CHECKING:
     from vllm.config.cache import CacheDType
@@ -30,9 +26,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 _WHAT_TO_DO = {
-    "sliding window not supported": (
-        f"sliding-window layers are not supported. {OTHER_BACKEND_FOR_WINDOWS}"
-    ),
     "MLA not supported": "multi-head latent attention is not supported",
     "attention sinks not supported": "attention sinks of the model are not supported",
     "block_size not supported": (

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
-from vllm_roco.validation import OTHER_BACKEND_FOR_WINDOWS
+
+logger = init_logger(f"vllm.{__name__}")
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +29,22 @@ def roco_layers(vllm_config: VllmConfig) -> list[Attention]:
     """Return this worker's layers whose backend is RoCo, in the order of the model."""
     every = get_layers_from_vllm_config(vllm_config, Attention)
     return [x for x in every.values() if x.attn_backend.get_name() == BACKEND_NAME]
+
+
+def describe_other_layers(vllm_config: VllmConfig) -> str | None:
+    """Return who serves which of this worker's layers, None if RoCo serves all."""
+    every = get_layers_from_vllm_config(vllm_config, Attention).values()
+    others = {
+        layer.attn_backend.get_name()
+        for layer in every
+        if layer.attn_backend.get_name() != BACKEND_NAME
+    }
+    if not others:
+        return None
+    return (
+        f"RoCo keeps a budget in {len(roco_layers(vllm_config))} of {len(every)} "
+        f"layers; the others have a sliding window and use {', '.join(sorted(others))}."
+    )
 
 
 class LayerGroup:
@@ -52,6 +70,8 @@ class LayerGroup:
                 f"roco: a model whose layers have different numbers of query heads "
                 f"({heads}) is not supported. Use another --attention-backend."
             )
+        if (others := describe_other_layers(vllm_config)) is not None:
+            logger.info_once("%s", others)
         self._layers = [
             every[name] for name in sorted(layer_names, key=extract_layer_index)
         ]
@@ -122,10 +142,7 @@ def refuse_layer(
     if alibi_slopes is not None:
         refuse("ALiBi (a moved block's place no longer tells its position)")
     if sliding_window is not None:
-        refuse(
-            f"a sliding-window layer (sliding_window = {sliding_window})",
-            OTHER_BACKEND_FOR_WINDOWS,
-        )
+        refuse(f"a sliding-window layer (sliding_window = {sliding_window})")
     if attn_type != AttentionType.DECODER:
         refuse(f"attention type {attn_type!r}")
     if kv_sharing_target_layer_name is not None:

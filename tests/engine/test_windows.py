@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the refusal of sliding-window layers advises works."""
+"""Models of which some layers have a sliding window and keep no budget."""
 
 from __future__ import annotations
 
@@ -40,16 +40,15 @@ def budget_of(tokens: int) -> Options:
 
 
 @pytest.mark.engine
-def test_windows_with_another_backend_are_served(tmp_path: Path) -> None:
-    """One table is evicted, the other is not."""
+def test_windows_are_left_to_vllm(tmp_path: Path) -> None:
+    """One table is evicted, the other is not; nothing but ROCO is named."""
     model = save_gemma2(tmp_path)
-    windows = {"attention_config": {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}}
     prompts = [random_prompt(length, seed=length) for length in (30, 150)]
     with running_engine(model, None, max_model_len=512) as engine:
         expected = engine.generate_one_by_one(prompts, 60)
-    with running_engine(model, budget_of(512), max_model_len=512, **windows) as engine:
+    with running_engine(model, budget_of(512), max_model_len=512) as engine:
         assert engine.generate_one_by_one(prompts, 60) == expected
-    with running_engine(model, budget_of(96), max_model_len=512, **windows) as engine:
+    with running_engine(model, budget_of(96), max_model_len=512) as engine:
         engine.generate(prompts, 60)
         managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
         (roco,) = [m for m in managers if isinstance(m, RocoManager)]
