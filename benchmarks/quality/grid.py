@@ -17,6 +17,7 @@ from benchmarks.quality.cells import (
 from benchmarks.quality.policies import DEFAULT, POLICIES
 from benchmarks.quality.policies import setup as policy_setup
 from benchmarks.quality.tasks import FIRST_REPORT_SEED, RULER_TASKS
+from tools.packaged_models import GEMMA_3, SMOLLM2
 from vllm_roco.config import SHIELDS, RocoConfig
 
 BASE = RocoConfig(chunk=512)
@@ -55,6 +56,7 @@ class Preset:
         table: Name of the file that its rows go to.
         reference: The method without which the others tell nothing.
         seed: Of every task.
+        model: One of `tools.packaged_models`.
     """
 
     about: str
@@ -62,6 +64,7 @@ class Preset:
     table: str = "quality"
     reference: str = FULL.method
     seed: int = FIRST_REPORT_SEED
+    model: str = SMOLLM2
 
 
 _HALVES = (0.5, 0.25)
@@ -176,6 +179,12 @@ def _fp8() -> Iterator[tuple[Sweep, Setup]]:
 def _in_fp8(setup: Setup) -> Setup:
     method = f"{setup.method}, fp8 cache"
     return replace(setup, method=method, kv_cache_dtype="fp8")
+
+
+def _windows() -> Iterator[tuple[Sweep, Setup]]:
+    sweeps = tuple(Sweep("passkey", context, _HALVES, 100) for context in (2048, 4096))
+    yield from ((sweep, FULL) for sweep in sweeps)
+    yield from _against_budget(sweeps, (METHODS[0], "recent"))
 
 
 def _kvpress() -> Iterator[tuple[Sweep, Setup]]:
@@ -300,6 +309,12 @@ PRESETS = {
         "an fp8 KV cache beside the model's own, with and without a budget",
         tuple(_fp8()),
         table="fp8",
+    ),
+    "windows": Preset(
+        "passkeys in a model most of whose layers have a window",
+        tuple(_windows()),
+        table="windows",
+        model=GEMMA_3,
     ),
     "kvpress": Preset(
         "needles with kvpress, in an environment of its own: see `with_kvpress`",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -26,11 +25,8 @@ from benchmarks.quality.grid import (
 )
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
-from tools.smollm2 import smollm2_path
+from tools.packaged_models import PACKAGED_MODELS, find_model
 
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-MODEL_VARIABLE = "VLLM_ROCO_SMOLLM2"
-"""Folder of the default model, for a host that cannot make it."""
 Results = Mapping[Cell, Result]
 ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": scoring.rows,
@@ -38,6 +34,7 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "kvpress": scoring.rows,
     "modes": scoring.rows,
     "fp8": scoring.rows,
+    "windows": scoring.rows,
 }
 """What makes each table of the results beside it."""
 
@@ -45,8 +42,8 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
 def run(arguments: argparse.Namespace) -> None:
     """Measure what the full cache can do, or all of a preset without one."""
     preset = PRESETS[arguments.preset]
-    model = arguments.model or os.environ.get(MODEL_VARIABLE) or str(smollm2_path())
-    name = Path(model).resolve().name if arguments.model else DEFAULT_MODEL
+    model = arguments.model or preset.model
+    name = model if model in PACKAGED_MODELS else Path(model).resolve().name
     seed = preset.seed if arguments.seed is None else arguments.seed
     grid = cells(preset, model=name, seed=seed, n=arguments.n)
     wanted = [cell for cell in grid if _is_wanted(cell, preset, arguments)]
@@ -58,6 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         return
 
+    if model in PACKAGED_MODELS:
+        model = str(find_model(model))
     facts = machine.environment_elsewhere()
     commit = arguments.commit or facts["commit"]
     workplace = jobs.Workplace(model, commit, path, folder / "quality_logs")

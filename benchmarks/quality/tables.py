@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -232,32 +233,20 @@ def kvpress(found: pd.DataFrame) -> str:
     return lines(found, {**columns, "accuracy": _SCORE, "n": "{n}"})
 
 
-def modes(found: pd.DataFrame) -> str:
-    """Return a table of modes and fractions for each task.
+def _by_task(key: str, found: pd.DataFrame) -> str:
+    """Return a table of methods and shares kept for each task.
 
     Args:
-        found: Rows of `modes.csv`.
+        key: What the table calls the methods.
+        found: Rows.
     """
-    return _beside_full(found, "mode")
-
-
-def fp8(found: pd.DataFrame) -> str:
-    """Return a table of caches and budgets for each task.
-
-    Args:
-        found: Rows of `fp8.csv`.
-    """
-    return _beside_full(found, "kept")
-
-
-def _beside_full(found: pd.DataFrame, title: str) -> str:
     parts = []
     for _, group in found.groupby(["task", "context"], sort=False):
         full = matching(group, method="full")
         swept = group[group["method"] != "full"]
         (caption,) = texts(full, f"**{{problems}}**, n = {{n}}, full cache {_SCORE}")
         order = swept.sort_values("budget_ratio", ascending=False)["share"].unique()
-        keys = {title: "{method}"}
+        keys = {key: "{method}"}
         parts.append(grid(swept, keys, "{share}", _SCORE, caption, order))
     return "\n\n".join(parts)
 
@@ -277,7 +266,8 @@ _PARTS: dict[str, Callable[[Scores], str]] = {
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "search": search,
     "kvpress": kvpress,
-    "modes": modes,
-    "fp8": fp8,
+    "modes": partial(_by_task, "mode"),
+    "windows": partial(_by_task, "method"),
+    "fp8": partial(_by_task, "kept"),
 }
 """Tables of CSV files of their own, by their name."""

@@ -106,7 +106,7 @@ def main(command: list[str]) -> int:
         serve_workloads,
     )
     from benchmarks.serving.jobs import Session
-    from tools.smollm2 import smollm2_path
+    from tools.packaged_models import SMOLLM2, find_model
 
     facts = environment_elsewhere()
     commit = arguments.commit or facts["commit"]
@@ -114,7 +114,7 @@ def main(command: list[str]) -> int:
     session = Session(arguments.out, facts, arguments.time_limit)
     if arguments.task == "scheduler":
         return session.run(scheduling.TABLE, scheduling.jobs())
-    tokenizer = arguments.tokenizer or str(smollm2_path())
+    tokenizer = arguments.tokenizer or str(find_model(SMOLLM2))
     common = [f"--tokenizer={tokenizer}", *engine_arguments]
     match arguments.task:
         case "profile":

@@ -19,6 +19,7 @@ import torch
 from vllm import LLM, ModelRegistry, SamplingParams, envs
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.attention import Attention
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -120,6 +121,7 @@ class Engine:
         *,
         priorities: list[int] | None = None,
         extra_args: Sequence[dict[str, Any]] | None = None,
+        adapter: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **sampling: Any,
     ) -> list[RequestOutput]:
         """Generate for all prompts at once; no token ends a sequence early."""
@@ -139,6 +141,7 @@ class Engine:
             params,
             use_tqdm=False,
             priority=priorities,
+            lora_request=adapter,
         )
 
     def complete(
@@ -159,10 +162,12 @@ class Engine:
         return [tuple(output.token_ids) for output in outputs]
 
     def generate_one_by_one(
-        self, prompts: Sequence[Prompt], max_tokens: int
+        self, prompts: Sequence[Prompt], max_tokens: int, **arguments: Any
     ) -> list[tuple[int, ...]]:
         """Return the generated tokens of all prompts, each sent alone."""
-        return [self.generate([prompt], max_tokens)[0] for prompt in prompts]
+        return [
+            self.generate([prompt], max_tokens, **arguments)[0] for prompt in prompts
+        ]
 
 
 def roco_arguments(options: Options) -> dict[str, Any]:

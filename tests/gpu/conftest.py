@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,6 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.engine.tiny_models import load_for_oracle, save_tiny_model
-from tools.smollm2 import smollm2_path
-
-MODEL_VARIABLE = "VLLM_ROCO_SMOLLM2"
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """SmolLM2-135M-Instruct as a folder, which a host without network is told of."""
-    folder = os.environ.get(MODEL_VARIABLE)
-    return Path(folder) if folder else smollm2_path()
 
 
 @pytest.fixture(scope="session")

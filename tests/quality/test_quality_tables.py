@@ -81,9 +81,8 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     assert "passkey 2,048 at 12.5 %: 0.25 at 16, 0.25 at 32" in text
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
-    assert missing == {
-        f"quality_{name}" for name in ("search", "kvpress", "modes", "fp8")
-    }
+    others = ("search", "kvpress", "modes", "windows", "fp8")
+    assert missing == {f"quality_{name}" for name in others}
 
 
 def test_nothing_is_shown_of_nothing(tmp_path: Path) -> None:

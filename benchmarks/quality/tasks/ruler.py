@@ -22,7 +22,7 @@ from typing import Any
 import numpy
 
 from benchmarks.quality.tasks.problem import Problem
-from tools.smollm2 import smollm2_path
+from tools.packaged_models import SMOLLM2, find_model
 
 RULER_TASKS = (
     "niah_single_1",
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=50_000)
     arguments = parser.parse_args()
 
-    tokenizer = str(smollm2_path())
+    tokenizer = str(find_model(SMOLLM2))
     with lzma.open(PROBLEMS, "wt", encoding="utf-8", preset=9) as file:
         for name in RULER_TASKS:
             for context in CONTEXTS:
