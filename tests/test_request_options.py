@@ -113,7 +113,7 @@ def test_bad_forms_are_refused(extra_args: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestOptionError) as error:
         PLANNER.plan(extra_args, 100)
     assert says in str(error.value)
-    assert error.value.key == "roco"
+    assert error.value.parameter == "roco"
 
 
 # values
@@ -156,7 +156,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD_VALUES)
 def test_bad_values_are_refused(name: str, value: Any, allowed: str) -> None:
     error = refusal({name: value})
-    assert error.key == f"roco_{name}"
+    assert error.parameter == f"roco_{name}"
     assert str(error).startswith(f"roco: {name} = ")
     assert str(error).endswith(f" is not allowed in a request. Use {allowed}.")
     if len(repr(value)) <= 100:
@@ -296,7 +296,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     error = refusal(options, prompt, **server)
     assert says in str(error)
-    assert (error.key, error.value) == (f"roco_{name}", value)
+    assert (error.parameter, error.value) == (f"roco_{name}", value)
 
 
 def test_protected_tokens_fit_the_budget() -> None:
@@ -307,7 +307,7 @@ def test_protected_tokens_fit_the_budget() -> None:
         "blocks of 16, more than "
         "the 64 that are kept. Lower them, or raise budget."
     ) in str(error)
-    assert (error.key, error.value) == ("roco_budget", 64)
+    assert (error.parameter, error.value) == ("roco_budget", 64)
 
 
 # what each option does
@@ -561,8 +561,11 @@ def test_any_options_are_a_plan_or_a_refusal(
         assert message.startswith("roco: ")
         assert len(message) < 700
         # a client can be told
-        f"{message} {error.key} {error.value}".encode()
-        assert error.key == NAMESPACE or error.key.removeprefix(PREFIX) in OPTIONS
+        f"{message} {error.parameter} {error.value}".encode()
+        assert (
+            error.parameter == NAMESPACE
+            or error.parameter.removeprefix(PREFIX) in OPTIONS
+        )
     else:
         check_limits(server, planned, prompt)
 

@@ -62,14 +62,14 @@ class RequestOptionError(ValueError):
     """A request asks for what it cannot have; the others are not concerned.
 
     Attributes:
-        key: The key of `extra_args` that it is about, in the form of one key for each
-            option.
+        parameter: The key of `extra_args` that it is about, in the form of one key for
+            each option.
         value: What was asked for; as text what cannot be printed, or only at length.
     """
 
     def __init__(self, option: str, value: object, message: str) -> None:
         super().__init__(f"roco: {message}")
-        self.key = PREFIX + option if option in OPTIONS else NAMESPACE
+        self.parameter = PREFIX + option if option in OPTIONS else NAMESPACE
         is_short = isinstance(value, int | float) and abs(value) <= _MAX_INTEGER
         self.value = value if is_short else _spell(value)
 

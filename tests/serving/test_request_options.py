@@ -42,10 +42,11 @@ def server(
         *("--dtype", "float32"),
         *("--attention-backend", "roco"),
         *("--additional-config", json.dumps({"roco": options})),
-        *("--max-model-len", "1024"),
+        *("--max-model-len", "4096"),
         *("--max-num-seqs", "8"),
         *("--max-num-batched-tokens", "264"),
-        *("--num-gpu-blocks-override", "512"),
+        # less than the longest request may come to hold
+        *("--num-gpu-blocks-override", "129"),
         # each checks by itself
         *("--api-server-count", "2"),
         "--enforce-eager",
@@ -169,6 +170,29 @@ def test_the_prompts_length_counts(server: Server) -> None:
         *("keeps the prompt (500 tokens)", "Use a budget of at most 512"),
     )
     assert error["param"] == "roco_mode"
+
+
+def test_what_could_never_fit_is_refused(server: Server) -> None:
+    """It was an HTTP 500, and the message was in the log alone."""
+    full = {"roco_mode": "full"}
+    prompt = list(range(100, 200))
+    # whichever of the API servers is asked
+    for _ in range(8):
+        error = refused(
+            send(server, full, prompt=prompt, max_tokens=3000),
+            "max_tokens = 3000 after a prompt of 100 tokens may hold 194 blocks of 16",
+            "the KV cache has 128",
+            "Use a max_tokens of at most 1948, or mode",
+        )
+        assert error["param"] == "max_tokens"
+    error = refused(
+        send(server, full, prompt=prompt * 30, max_tokens=1),
+        *("a prompt of 3000 tokens", "together at most 2048"),
+    )
+    assert error["param"] == "prompt"
+    assert server.is_healthy()
+    assert send(server, full, prompt=prompt).status_code == 200
+    assert send(server, {}, prompt=prompt * 30).status_code == 200
 
 
 def test_a_nested_dictionary_is_vllms_own_error(server: Server) -> None:
