@@ -11,6 +11,7 @@ from vllm.v1.engine import FinishReason
 from tests.scheduler_driver import Driver, Setup
 from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
 from vllm_roco.eviction_row import ROW_KEY
+from vllm_roco.observability.metrics import read_engines
 from vllm_roco.scheduler import describe
 
 OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
@@ -98,6 +99,31 @@ def test_a_request_larger_than_the_cache_is_refused_alone() -> None:
     driver.drain(500)
     assert driver.finished[refused].finish_reason is FinishReason.ERROR
     assert len(driver.outputs[fits]) == 50
+
+
+def test_bounds_are_counted_as_requests_are_taken() -> None:
+    """Each once, and none of a request that is refused."""
+    driver = Driver(Setup(spare_blocks=0, **OPEN))
+    config = driver.scheduler.vllm_config
+    for options, tokens in [
+        (None, 36),
+        ({"roco_budget": 32}, 52),
+        ({"roco_mode": "generation"}, 96),
+        ({"roco_mode": "prompt"}, 100),
+        ({"roco_mode": "full"}, 140),
+        ({"roco_budget": 5000}, 0),
+        ({"roco_mode": "full", "roco_sink": -1}, 0),
+    ]:
+        before = read_engines(config.instance_id)[0].request_bounds
+        driver.add(60, 80, extra_args=options)
+        after = read_engines(config.instance_id)[0].request_bounds
+        assert after.total - before.total == tokens
+        assert sum(after.counts) - sum(before.counts) == bool(tokens)
+    for _ in range(10):
+        driver.step()
+    driver.preempt_all()
+    driver.drain(2000)
+    assert read_engines(config.instance_id)[0].request_bounds == after
 
 
 def test_a_budget_larger_than_the_cache_is_refused_at_the_start() -> None:

@@ -108,6 +108,12 @@ class PlanningScheduler(RefusingScheduler):
         super()._free_blocks(request)
         self.request_plans.drop(request.request_id)
 
+    def most_tokens_held(self, request: Request) -> int:
+        """Return the most KV tokens that a request may hold, in whole blocks."""
+        plan = self.request_plans.of(request.request_id)
+        length = self._sizes.length(request.num_prompt_tokens, request.max_tokens)
+        return plan.max_blocks_at(length) * plan.schedule.block_size
+
     @property
     def _most_blocks(self) -> int:
         """The most blocks that one sequence can hold in each group."""

@@ -42,6 +42,10 @@ class RequestSizes:
     max_steps_in_flight: int
     max_model_len: int
 
+    def length(self, num_prompt_tokens: int, max_tokens: int) -> int:
+        """Return the most tokens that there will be, those of the prompt included."""
+        return min(num_prompt_tokens + max_tokens, self.max_model_len)
+
     def resolve(
         self,
         plan: RequestPlan,
@@ -64,7 +68,7 @@ class RequestSizes:
             plan,
             self.block_size,
             self.max_steps_in_flight,
-            min(num_prompt_tokens + max_tokens, self.max_model_len),
+            self.length(num_prompt_tokens, max_tokens),
         )
         if num_blocks is not None and resolved.max_blocks > num_blocks:
             raise _too_large(resolved, num_prompt_tokens, max_tokens, num_blocks)

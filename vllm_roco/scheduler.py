@@ -49,6 +49,13 @@ class RocoSchedulerMixin(PrefixScheduler):
         logger.info_once("%s", describe(self))
 
     @override
+    def add_request(self, request: Request) -> None:
+        """Take a request, or refuse it, and show how much it may come to hold."""
+        super().add_request(request)
+        if request.request_id in self.requests:
+            self._observer.count_request(self.most_tokens_held(request))
+
+    @override
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
