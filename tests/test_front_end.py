@@ -102,6 +102,24 @@ def test_blocks_that_the_engine_has_made_larger_count(folder: Path) -> None:
         process(ours, extra_args={"roco_budget": 48})
 
 
+def test_every_setting_that_bounds_a_chunk_is_named(folder: Path) -> None:
+    """One of them was, whichever it was that bounded."""
+    ours = processor(folder)
+    scheduler = ours.vllm_config.scheduler_config
+    scheduler.long_prefill_token_threshold = 320
+    scheduler.max_num_scheduled_tokens = 416
+    batch = "--max-num-batched-tokens less --max-num-seqs (508)"
+    step = "--max-num-scheduled-tokens less --max-num-seqs (412)"
+    for chunk, says in [
+        (336, "more than --long-prefill-token-threshold (320). Use at most 320, or"),
+        (416, f"more than {step} and --long-prefill-token-threshold (320). Use at"),
+        (512, f"more than {batch}, {step} and --long-prefill-token-threshold (320)."),
+    ]:
+        with pytest.raises(VLLMValidationError) as error:
+            process(ours, extra_args={"roco_chunk": chunk})
+        assert says in str(error.value)
+
+
 def test_what_could_never_fit_is_refused(folder: Path) -> None:
     """The scheduler alone refused it, with an HTTP 500."""
     ours = processor(folder, allow_full=True)

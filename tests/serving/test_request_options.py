@@ -135,6 +135,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"roco_stride": [16]}, "roco_stride", "stride = [16] is not allowed"),
     ({"roco_chunk": 512}, "roco_chunk", "Use at most 256, or ask the operator"),
     ({"roco_sink": -1}, "roco_sink", "at least 0"),
+    ({"roco_seed": 7}, "roco_seed", "seed = 7 would do nothing"),
+    ({"roco_mode": "full", "roco_stride": 64}, "roco_stride", "nothing is evicted"),
     ({"roco_mode": "none"}, "roco_mode", '"both" or "prompt" or'),
     ({"roco_row": [0]}, "roco", "unknown option 'row'"),
     ({"roco": "{}", "roco_sink": 0}, "roco", "Use one form for all options"),
