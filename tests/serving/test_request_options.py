@@ -283,6 +283,7 @@ def test_whatever_is_asked_for_is_a_200_or_a_400(server: Server) -> None:
         if sent is neighbour:
             text = answer.json()["choices"][0]["text"]
             assert text == alone.json()["choices"][0]["text"]
+    print(f"{NUM_FUZZED} requests with options, {len(answers)} in all: {dict(codes)}")
     # both happen often
     assert min(codes[200], codes[400]) >= NUM_FUZZED // 8, codes
     assert server.is_healthy()
