@@ -15,9 +15,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
-from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.observability.observer import Observer
 from vllm_roco.prefix_scheduler import PrefixScheduler
+from vllm_roco.request_plans import most_blocks_by_default
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -208,15 +208,14 @@ def describe(scheduler: RocoSchedulerMixin) -> str:
 
 def _bounds(scheduler: RocoSchedulerMixin) -> str:
     config, plan = scheduler.roco_config, scheduler.request_plans.default
-    held = plan.max_blocks * plan.schedule.block_size
-    if config.mode in UNBOUNDED_MODES:
+    size = plan.schedule.block_size
+    steps_in_flight = scheduler.roco_managers[0].max_steps_in_flight
+    held = size * most_blocks_by_default(
+        config, size, steps_in_flight, scheduler.max_model_len
+    )
+    if config.most_kept is None:
         return f"keeps what it generates, and holds at most {held} tokens of KV cache"
-    attended = plan.schedule.max_live_tokens()
-    if config.mode == "generation":
-        # the default plan is that of the shortest prompt
-        longer = config.max_budget - plan.schedule.budget
-        attended, held = attended + longer, held + longer
     return (
-        f"attends over at most {attended} tokens after a step and holds at most "
-        f"{held} tokens of KV cache"
+        f"attends over at most {config.most_kept + config.stride - 1} tokens after a "
+        f"step and holds at most {held} tokens of KV cache"
     )
