@@ -253,11 +253,29 @@ def any_value(draw: random.Random, depth: int = 0) -> Any:
     return draw.choice([*numbers, *numbers, draw.choice(words), draw.choice(others)])
 
 
+ALLOWED: dict[str, list[Any]] = {
+    "budget": [16, 64, 128, 256, 512, 1024, 0.1, 0.5, "full"],
+    "stride": [16, 32, 64],
+    "chunk": [16, 64, 256],
+    "sink": [0, 16, 50],
+    "recent": [0, 32, 50],
+    "mode": ["both", "prompt", "generation", "auto", "full"],
+    "policy": ["roco", "h2o", "random", "recent"],
+    "shield": ["peak", "deviation"],
+    "shield_ratio": [0, 0.3, 1],
+    "seed": [0, 7],
+}
+"""What is good of each option, though not together with anything else."""
+
+
 def any_options(draw: random.Random) -> dict[str, Any]:
-    names = [*OPTIONS, *OPTIONS, "row", "buget", "max_budget"]
-    options = {
-        draw.choice(names): any_value(draw) for _ in range(draw.choice([1, 1, 2, 3]))
-    }
+    number = draw.choice([1, 1, 2, 3])
+    if draw.random() < 0.5:
+        names = [draw.choice(OPTIONS) for _ in range(number)]
+        options = {name: draw.choice(ALLOWED[name]) for name in names}
+    else:
+        names = [*OPTIONS, *OPTIONS, "row", "buget", "max_budget"]
+        options = {draw.choice(names): any_value(draw) for _ in range(number)}
     if draw.random() < 0.3:
         return {"roco": json.dumps(options)}
     return {f"roco_{name}": value for name, value in options.items()}
