@@ -68,8 +68,8 @@ class RocoSchedulerMixin(PrefixScheduler):
         each step. So a waiting request is refused memory instead, which ends that loop
         on all of them.
         """
-        is_running = request.status == RequestStatus.RUNNING
-        if self._is_held_back and not is_running:
+        # what is asked of every decode comes first, and is little
+        if self._is_held_back and request.status != RequestStatus.RUNNING:
             return self._refuse_memory(request, num_new_tokens)
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + 1 >= known:
@@ -93,7 +93,7 @@ class RocoSchedulerMixin(PrefixScheduler):
             return allowed
         if allowed >= least - num_computed_tokens:
             return max(0, allowed)
-        if is_running:
+        if request.status == RequestStatus.RUNNING:
             # others leave room for the chunk of the server's default, no larger one
             self._is_held_back |= plan.chunk > self.request_plans.default.chunk
             return 0
