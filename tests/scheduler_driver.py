@@ -9,7 +9,7 @@ import tempfile
 import uuid
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.configs import engine_config
 from tests.kv_cache.specs import one_group
 from tests.paged_worker import STOP_TOKEN, PagedWorker, Touched
-from vllm_roco.config import RocoConfig
+from vllm_roco.config import UNBOUNDED_MODES, RocoConfig
 from vllm_roco.eviction_row import ROW_KEY, EvictionRow
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.integrity import check_integrity
@@ -84,6 +84,7 @@ class Setup:
         max_budget: Option of RoCo, at least `budget`; likewise allow_full.
         allow_full: See `max_budget`.
         windows: Tokens in the window of each further group of layers.
+        mode: Option of RoCo.
     """
 
     budget: int = 16
@@ -98,6 +99,7 @@ class Setup:
     max_budget: int | None = None
     allow_full: bool = False
     windows: tuple[int, ...] = ()
+    mode: str = "both"
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -110,6 +112,7 @@ class Setup:
             trace=self.trace,
             allow_full=self.allow_full,
             max_budget=self.max_budget or self.budget,
+            mode=self.mode,
         )
 
     def spec(self) -> RocoSpec:
@@ -366,6 +369,9 @@ class Driver:
         assert request.sampling_params is not None
         options = request.sampling_params.extra_args or {}
         schedule = self.setup.spec().schedule
+        if self.setup.mode in UNBOUNDED_MODES:
+            # who evicts in such a mode has a row
+            schedule = replace(schedule, until=0)
         if ROW_KEY in options:
             schedule = EvictionRow(*options[ROW_KEY]).schedule(BLOCK_SIZE)
         chunk = options.get("roco_chunk", self.setup.chunk)

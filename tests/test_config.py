@@ -215,3 +215,12 @@ def test_blocks_of_is_the_least_number_that_holds_the_tokens(block_size: int) ->
         blocks = blocks_of(tokens, block_size)
         assert blocks * block_size >= tokens
         assert (blocks - 1) * block_size < tokens
+
+
+@pytest.mark.parametrize(
+    ("mode", "kept"),
+    [("both", 64), ("auto", 64), ("generation", 256), ("prompt", None), ("full", None)],
+)
+def test_what_a_mode_keeps(mode: str, kept: int | None) -> None:
+    config = RocoConfig(budget=64, max_budget=256, mode=mode, allow_full=True)
+    assert config.most_kept == kept

@@ -102,6 +102,78 @@ def test_blocks_that_the_engine_has_made_larger_count(folder: Path) -> None:
         process(ours, extra_args={"roco_budget": 48})
 
 
+def test_every_setting_that_bounds_a_chunk_is_named(folder: Path) -> None:
+    """One of them was, whichever it was that bounded."""
+    ours = processor(folder)
+    scheduler = ours.vllm_config.scheduler_config
+    scheduler.long_prefill_token_threshold = 320
+    scheduler.max_num_scheduled_tokens = 416
+    batch = "--max-num-batched-tokens less --max-num-seqs (508)"
+    step = "--max-num-scheduled-tokens less --max-num-seqs (412)"
+    for chunk, says in [
+        (336, "more than --long-prefill-token-threshold (320). Use at most 320, or"),
+        (416, f"more than {step} and --long-prefill-token-threshold (320). Use at"),
+        (512, f"more than {batch}, {step} and --long-prefill-token-threshold (320)."),
+    ]:
+        with pytest.raises(VLLMValidationError) as error:
+            process(ours, extra_args={"roco_chunk": chunk})
+        assert says in str(error.value)
+
+
+def test_what_could_never_fit_is_refused(folder: Path) -> None:
+    """The scheduler alone refused it, with an HTTP 500."""
+    ours = processor(folder, allow_full=True)
+    config = ours.vllm_config
+    full = {"max_tokens": 150, "extra_args": {"roco_mode": "full"}}
+    # no engine has told yet what it has
+    process(ours, 20, **full)
+    # one block is vLLM's null block
+    config.cache_config.num_gpu_blocks = 1 + 10
+    process(ours, 10, **full)
+    process(ours, 40, max_tokens=4000, extra_args={"roco_budget": 64, "roco_chunk": 16})
+    with pytest.raises(VLLMValidationError) as error:
+        process(ours, 11, **full)
+    assert str(error.value).startswith(
+        "roco: max_tokens = 150 after a prompt of 11 tokens may hold 11 blocks of 16 "
+        "tokens, but the KV cache has 10, so the request could never be served to its "
+        'end. Use a max_tokens of at most 149, or mode "both".'
+    )
+    assert (error.value.parameter, error.value.value) == ("max_tokens", 150)
+    # without options as well
+    with pytest.raises(VLLMValidationError, match="or a smaller budget, stride or"):
+        process(ours, 40, max_tokens=4000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "blocks"),
+    [
+        ({}, 21),
+        ({"data_parallel_size": 2, "data_parallel_rank_local": None}, 2 * 21 + 1),
+        ({"data_parallel_size": 2, "data_parallel_rank_local": 0}, 21),
+        (
+            {
+                **{"data_parallel_size": 3, "data_parallel_rank_local": None},
+                "data_parallel_external_lb": True,
+            },
+            21,
+        ),
+    ],
+    ids=["one", "internal", "offline", "external"],
+)
+def test_each_engine_has_blocks_of_its_own(
+    folder: Path, changes: dict[str, Any], blocks: int
+) -> None:
+    """vLLM tells a front end the sum over the engines that it talks to."""
+    ours = processor(folder, allow_full=True)
+    for name, value in changes.items():
+        setattr(ours.vllm_config.parallel_config, name, value)
+    ours.vllm_config.cache_config.num_gpu_blocks = blocks
+    full = {"extra_args": {"roco_mode": "full"}}
+    process(ours, 300, max_tokens=20, **full)
+    with pytest.raises(VLLMValidationError, match="max_tokens of at most 20, or"):
+        process(ours, 300, max_tokens=21, **full)
+
+
 def test_requests_are_checked_once_however_often_plugins_load(folder: Path) -> None:
     before = InputProcessor.process_inputs
     vllm_roco.register()

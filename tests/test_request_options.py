@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,8 @@ SIZE = 16
 SERVER = RocoConfig(
     budget=256, stride=64, chunk=128, max_budget=512, allow_full=True, shield_ratio=0.5
 )
-PLANNER = RequestPlanner(SERVER, SIZE, max_chunk=300)
+LIMITS = {"--one less --another": 300, "--third": 400}
+PLANNER = RequestPlanner(SERVER, SIZE, LIMITS)
 MOST_INTEGER = 2**31 - 1
 
 
@@ -113,7 +115,7 @@ def test_bad_forms_are_refused(extra_args: dict[str, Any], says: str) -> None:
     with pytest.raises(RequestOptionError) as error:
         PLANNER.plan(extra_args, 100)
     assert says in str(error.value)
-    assert error.value.key == "roco"
+    assert error.value.parameter == "roco"
 
 
 # values
@@ -156,7 +158,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "value", "allowed"), BAD_VALUES)
 def test_bad_values_are_refused(name: str, value: Any, allowed: str) -> None:
     error = refusal({name: value})
-    assert error.key == f"roco_{name}"
+    assert error.parameter == f"roco_{name}"
     assert str(error).startswith(f"roco: {name} = ")
     assert str(error).endswith(f" is not allowed in a request. Use {allowed}.")
     if len(repr(value)) <= 100:
@@ -195,9 +197,27 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "max-budget-fraction": (
         *({"budget": 0.9}, {}, 1000, "budget", 0.9),
         (
-            "budget = 0.9 of the prompt's 1000 tokens is more than this server's "
-            "max_budget = 512. Use at most 512,"
+            "budget = 0.9 of the prompt's 1000 tokens (912 in whole blocks of 16) is "
+            "more than this server's max_budget = 512. Use at most 512 tokens, or "
+            "0.512 of this prompt, or ask the operator to raise max_budget."
         ),
+    ),
+    "max-budget-fraction-of-a-very-long-prompt": (
+        *({"budget": 0.9}, {}, 1_000_000, "budget", 0.9),
+        "max_budget = 512. Use at most 512 tokens, or ask",
+    ),
+    "generation-fraction": (
+        *({"mode": "generation", "budget": 0.9}, {}, 300, "mode", "'generation'"),
+        (
+            "mode = 'generation' keeps the prompt (300 tokens), and budget = 0.9 of "
+            "the prompt's 300 tokens (272 in whole blocks of 16) comes on top: 576 "
+            "tokens is more than max_budget = 512. Use a budget of at most 208 tokens, "
+            'or 0.693 of this prompt, or mode "both".'
+        ),
+    ),
+    "generation-fraction-beside-protected": (
+        *({"mode": "generation", "budget": 0.5}, {}, 460, "mode", "'generation'"),
+        "Use a budget of at most 48 tokens, or mode",
     ),
     # once the prompt is longer it evicts
     "max-budget-short-prompt": (
@@ -233,10 +253,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
     "chunk": (
         *({"chunk": 304}, {}, 100, "chunk", 304),
         (
-            "chunk = 304 is more than a step of this server has room for "
-            "beside its other "
-            "requests. Use at most 288, or ask the operator to raise "
-            "--max-num-batched-tokens."
+            "chunk = 304 is more than a step of this server has room for beside its "
+            "other requests: more than --one less --another (300). Use at most 288, or "
+            "ask the operator to raise it."
+        ),
+    ),
+    "chunk-by-two-limits": (
+        *({"chunk": 416}, {}, 100, "chunk", 416),
+        (
+            "more than --one less --another (300) and --third (400). Use at most 288, "
+            "or ask the operator to raise them."
         ),
     ),
     "full": (
@@ -296,7 +322,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     error = refusal(options, prompt, **server)
     assert says in str(error)
-    assert (error.key, error.value) == (f"roco_{name}", value)
+    assert (error.parameter, error.value) == (f"roco_{name}", value)
 
 
 def test_protected_tokens_fit_the_budget() -> None:
@@ -307,7 +333,7 @@ def test_protected_tokens_fit_the_budget() -> None:
         "blocks of 16, more than "
         "the 64 that are kept. Lower them, or raise budget."
     ) in str(error)
-    assert (error.key, error.value) == ("roco_budget", 64)
+    assert (error.parameter, error.value) == ("roco_budget", 64)
 
 
 # what each option does
@@ -363,7 +389,7 @@ def test_chunks(options: dict[str, Any], chunk: int) -> None:
 
 def test_the_servers_own_chunk_is_always_allowed() -> None:
     """Where no prompt is as long as a chunk, steps may be shorter than one."""
-    short = dataclasses.replace(PLANNER, max_chunk=100)
+    short = dataclasses.replace(PLANNER, chunk_limits={"--one": 100})
     assert short.plan({"roco_chunk": 128}, 50).chunk == 128
     with pytest.raises(RequestOptionError, match="Use at most 128, or"):
         short.plan({"roco_chunk": 144}, 50)
@@ -406,13 +432,90 @@ def test_auto_keeps_prompts_of_half_a_budget(prompt: int, sink: int) -> None:
     assert row({"mode": "auto"}, prompt) == row()._replace(sink=sink)
 
 
-@pytest.mark.parametrize("policy", ["roco", "h2o", "recent"])
+@pytest.mark.parametrize("policy", ["h2o", "random", "recent"])
 def test_what_a_policy_does_not_read_makes_no_other_row(policy: str) -> None:
     """Requests with other seeds had snapshots of their own."""
-    changed = {"policy": policy, "seed": 7}
-    if policy != "roco":
-        changed["shield"] = "deviation"
-    assert row(changed) == row({"policy": policy})
+    server = {"shield": "deviation", "shield_ratio": 0.9}
+    assert row({"policy": policy}, **server) == row({"policy": policy})
+
+
+EVICTS_NOTHING = "for nothing is evicted: "
+IDLE: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    # options, server, what does nothing, message
+    (
+        *({"seed": 7}, {}, "seed"),
+        (
+            "roco: seed = 7 would do nothing, for policy = 'roco' (the server's "
+            'default) does not read it. Leave seed out, or use policy "random".'
+        ),
+    ),
+    ({"seed": 7, "policy": "h2o"}, {}, "seed", "for policy = 'h2o' does not read it"),
+    *[
+        (
+            *({"shield": "deviation", "policy": policy}, {}, "shield"),
+            f"for policy = '{policy}' does not read it. Leave shield out, or use",
+        )
+        for policy in ("h2o", "random", "recent")
+    ],
+    (
+        *({"shield_ratio": 0.3}, {"policy": "h2o"}, "shield_ratio"),
+        "policy = 'h2o' (the server's default) does not read it. Leave shield_",
+    ),
+    # a policy that would read it cannot be had
+    (
+        *({"shield": "deviation"}, {"policy": "recent"}, "shield"),
+        "(the server's default) does not read it. Leave shield out.",
+    ),
+    *[
+        (
+            *({name: value, "mode": "full"}, {}, name),
+            f"{EVICTS_NOTHING}mode = 'full'. Leave {name} out, or ask for a mode that",
+        )
+        for name, value in [
+            *[("stride", 32), ("sink", 0), ("recent", 0), ("policy", "h2o")],
+            *[("shield", "deviation"), ("shield_ratio", 0.3), ("seed", 7)],
+        ]
+    ],
+    (
+        *({"sink": 4, "budget": "full"}, {}, "sink"),
+        f"{EVICTS_NOTHING}budget = 'full'. Leave sink out,",
+    ),
+    (
+        *({"stride": 32}, {"mode": "full"}, "stride"),
+        f"{EVICTS_NOTHING}mode = 'full' (the server's default). Leave stride out,",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "server", "name", "says"), IDLE, ids=str)
+def test_what_would_do_nothing_is_refused(
+    options: dict[str, Any], server: dict[str, Any], name: str, says: str
+) -> None:
+    """It was taken in silence, and whoever had asked for it could not tell."""
+    error = refusal(options, **server)
+    assert says in str(error)
+    assert str(error).startswith(f"roco: {name} = {options[name]!r} would do nothing, ")
+    assert error.parameter == f"roco_{name}"
+
+
+@pytest.mark.parametrize(
+    ("options", "server"),
+    [
+        ({"seed": 0}, {}),
+        ({"shield": "peak", "shield_ratio": 0.5, "policy": "h2o"}, {}),
+        ({"mode": "full", "stride": 64, "sink": 16, "policy": "roco", "seed": 0}, {}),
+        ({"recent": 32, "budget": "full"}, {}),
+        ({"stride": 64}, {"mode": "full"}),
+        ({"stride": 32, "budget": 64}, {"mode": "full"}),
+        # this one does: it is the least that a step reads
+        ({"mode": "full", "chunk": 64}, {}),
+    ],
+    ids=str,
+)
+def test_what_the_server_has_anyway_is_taken(
+    options: dict[str, Any], server: dict[str, Any]
+) -> None:
+    row(options, **server)
 
 
 def test_auto_does_not_protect_more_than_there_is() -> None:
@@ -431,7 +534,6 @@ def test_a_budget_where_the_server_keeps_everything_evicts() -> None:
     """It was left unused in silence."""
     assert row(mode="full").until == 0
     assert row({"budget": 128}, mode="full") == row({"budget": 128})
-    assert row({"stride": 32}, mode="full").until == 0
     assert row({"budget": "full"}, mode="full") == row(mode="full")
 
 
@@ -442,11 +544,29 @@ def test_the_servers_mode_is_the_default(mode: str) -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "prompt", "blocks"),
-    [(0.5, 320, 10), (0.5, 321, 11), (0.999, 512, 32), (0.25, 1000, 16)],
+    [
+        *[(0.5, 320, 10), (0.5, 321, 11), (0.999, 512, 32), (0.25, 1000, 16)],
+        # 112 tokens; in binary a little more, which was a block more
+        (0.07, 1600, 7),
+    ],
 )
 def test_a_fraction_is_of_the_prompt(fraction: float, prompt: int, blocks: int) -> None:
     for mode in ("both", "prompt", "auto"):
         assert row({"budget": fraction, "mode": mode}, prompt).resident_blocks == blocks
+
+
+@given(
+    st.one_of(
+        st.tuples(st.just("both"), st.integers(513, 200_000)),
+        st.tuples(st.just("generation"), st.integers(260, 500)),
+    )
+)
+def test_the_fraction_that_is_told_can_be_had(request: tuple[str, int]) -> None:
+    mode, prompt = request
+    asked = {"budget": 0.999, "mode": mode}
+    told = re.search(r"or (0\.\d+) of this prompt", str(refusal(asked, prompt)))
+    if told is not None:
+        row({**asked, "budget": float(told[1])}, prompt)
 
 
 @pytest.mark.parametrize("fraction", [1e-300, 0.001, 0.01])
@@ -535,7 +655,7 @@ def check_limits(server: RequestPlanner, planned: RequestPlan, prompt: int) -> N
     assert all(0 <= number <= MOST_INTEGER for number in row)
     assert min(row.resident_blocks, row.stride_blocks) >= 1
     assert planned.chunk % SIZE == 0
-    assert SIZE <= planned.chunk <= max(server.max_chunk or 0, config.chunk)
+    assert SIZE <= planned.chunk <= max(*server.chunk_limits.values(), config.chunk)
     assert row.until in (0, prompt, NEVER)
     if row.until:
         resident = row.resident_blocks * SIZE
@@ -561,8 +681,11 @@ def test_any_options_are_a_plan_or_a_refusal(
         assert message.startswith("roco: ")
         assert len(message) < 700
         # a client can be told
-        f"{message} {error.key} {error.value}".encode()
-        assert error.key == NAMESPACE or error.key.removeprefix(PREFIX) in OPTIONS
+        f"{message} {error.parameter} {error.value}".encode()
+        assert (
+            error.parameter == NAMESPACE
+            or error.parameter.removeprefix(PREFIX) in OPTIONS
+        )
     else:
         check_limits(server, planned, prompt)
 

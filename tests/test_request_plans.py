@@ -6,11 +6,17 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from vllm.v1.engine import FinishReason
 
 from tests.scheduler_driver import Driver, Setup
 from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
+from vllm_roco.config import MODES
 from vllm_roco.eviction_row import ROW_KEY
+from vllm_roco.observability.metrics import read_engines
+from vllm_roco.request_options import RequestOptionError, RequestPlanner
+from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler import describe
 
 OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
@@ -100,6 +106,31 @@ def test_a_request_larger_than_the_cache_is_refused_alone() -> None:
     assert len(driver.outputs[fits]) == 50
 
 
+def test_bounds_are_counted_as_requests_are_taken() -> None:
+    """Each once, and none of a request that is refused."""
+    driver = Driver(Setup(spare_blocks=0, **OPEN))
+    config = driver.scheduler.vllm_config
+    for options, tokens in [
+        (None, 36),
+        ({"roco_budget": 32}, 52),
+        ({"roco_mode": "generation"}, 96),
+        ({"roco_mode": "prompt"}, 100),
+        ({"roco_mode": "full"}, 140),
+        ({"roco_budget": 5000}, 0),
+        ({"roco_mode": "full", "roco_sink": -1}, 0),
+    ]:
+        before = read_engines(config.instance_id)[0].request_bounds
+        driver.add(60, 80, extra_args=options)
+        after = read_engines(config.instance_id)[0].request_bounds
+        assert after.total - before.total == tokens
+        assert sum(after.counts) - sum(before.counts) == bool(tokens)
+    for _ in range(10):
+        driver.step()
+    driver.preempt_all()
+    driver.drain(2000)
+    assert read_engines(config.instance_id)[0].request_bounds == after
+
+
 def test_a_budget_larger_than_the_cache_is_refused_at_the_start() -> None:
     setup = Setup(max_budget=400, spare_blocks=-1)
     with pytest.raises(ValueError, match="max_budget = 400 lets a request hold 105"):
@@ -109,6 +140,75 @@ def test_a_budget_larger_than_the_cache_is_refused_at_the_start() -> None:
 def test_the_start_up_line_names_limits() -> None:
     line = describe(Setup(**OPEN).scheduler())
     assert "block size 4, max_budget 200, allow_full. A sequence attends" in line
+
+
+KEEPS = "A sequence keeps what it generates, and holds at most 1024 tokens of KV cache."
+
+
+@pytest.mark.parametrize(
+    ("mode", "says"),
+    [
+        # a stride, a chunk and a block above the budget of 16 tokens, or of 200
+        (
+            "both",
+            "A sequence attends over at most 23 tokens after a step and holds at ",
+        ),
+        ("both", "holds at most 36 tokens of KV cache."),
+        ("auto", "block size 4, mode auto, max_budget 200, allow_full. A sequence att"),
+        (
+            "auto",
+            "attends over at most 23 tokens after a step and holds at most 36 tok",
+        ),
+        (
+            "generation",
+            "attends over at most 207 tokens after a step and holds at most",
+        ),
+        ("generation", "holds at most 220 tokens of KV cache."),
+        ("prompt", f"block size 4, mode prompt, max_budget 200, allow_full. {KEEPS}"),
+        ("full", f"block size 4, mode full, max_budget 200, allow_full. {KEEPS}"),
+    ],
+)
+def test_the_start_up_line_tells_what_a_mode_keeps(mode: str, says: str) -> None:
+    assert says in describe(Setup(mode=mode, **OPEN).scheduler())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_start_up_line_tells_what_is_held(mode: str) -> None:
+    """Not more, and of a long sequence nearly that much.
+
+    A chunk of it is there for prompts that evict while they are read.
+    """
+    driver = Driver(Setup(mode=mode, **OPEN))
+    line = describe(driver.scheduler)
+    told = int(line.partition("holds at most ")[2].split()[0])
+    prompt, answer = {"prompt": (20, 1000), "generation": (180, 200)}.get(
+        mode, (900, 120)
+    )
+    held = 4 * held_at_most(driver, driver.add(prompt, answer))
+    assert told - 16 <= held <= told
+
+
+def test_the_start_up_line_does_not_tell_more_than_a_sequence_has() -> None:
+    """In mode `generation` it told what `max_budget` lets a longer one hold."""
+    setup = Setup(mode="generation", max_budget=2000)
+    assert "holds at most 1024 tokens of KV cache" in describe(setup.scheduler())
+
+
+@given(
+    st.sampled_from(MODES), st.integers(1, 400), st.integers(1, 400), st.integers(1, 3)
+)
+def test_no_request_holds_more_than_the_default_of_a_mode(
+    mode: str, prompt: int, answer: int, steps: int
+) -> None:
+    config = Setup(mode=mode, **OPEN).roco_config()
+    try:
+        plan = RequestPlanner(config, 4).plan(None, prompt)
+    except RequestOptionError:
+        # the prompt is too long for its mode
+        assert (mode, prompt > 180) == ("generation", True)
+        return
+    most = most_blocks_by_default(config, 4, steps, 800)
+    assert ResolvedPlan.of(plan, 4, steps, prompt + answer).max_blocks <= most
 
 
 def test_a_running_large_chunk_is_not_overtaken_for_ever() -> None:

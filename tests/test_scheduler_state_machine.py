@@ -125,8 +125,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             room = self.driver.scheduler.max_num_scheduled_tokens - MAX_NUM_SEQS
             chunk = min(extra_args["roco_chunk"], room // BLOCK_SIZE * BLOCK_SIZE)
             extra_args["roco_chunk"] = chunk
-            # a stride of the server's would not fit above every budget
-            extra_args.setdefault("roco_stride", BLOCK_SIZE)
+            if extra_args.get("roco_mode") == "full":
+                extra_args.pop("roco_stride", None)
+            else:
+                # a stride of the server's would not fit above every budget
+                extra_args.setdefault("roco_stride", BLOCK_SIZE)
         before = copy.deepcopy(extra_args)
         for _ in range(how_often):
             shared = stem[: min(num_stem_tokens, num_prompt_tokens)]

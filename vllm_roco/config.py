@@ -155,6 +155,17 @@ class RocoConfig:
         """Whether attention statistics are kept (not so for `policy="recent"`)."""
         return self.policy != "recent"
 
+    @property
+    def most_kept(self) -> int | None:
+        """Most tokens that evictions leave of a request without options.
+
+        The longest prompt that is served counts in mode `"generation"`. None where a
+        sequence keeps what it generates, so that its length alone is a bound.
+        """
+        if self.mode in UNBOUNDED_MODES:
+            return None
+        return self.max_budget if self.mode == "generation" else self.budget
+
     def check_block_size(self, block_size: int) -> None:
         """Raise unless budget, stride and chunk are whole blocks.
 

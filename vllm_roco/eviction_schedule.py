@@ -97,3 +97,17 @@ class EvictionSchedule:
         all_blocks = blocks_of(num_tokens, self.block_size)
         kept = all_blocks - self.evicted_blocks(num_tokens)
         return min(all_blocks, max(most, kept))
+
+    def max_tokens_in(self, num_blocks: int, max_in_flight_tokens: int) -> int:
+        """Return the greatest length that `num_blocks` suffice for.
+
+        The inverse of `max_blocks`, for lengths from `until` on if that is one.
+
+        Args:
+            num_blocks: Blocks that a sequence can have.
+            max_in_flight_tokens: As in `max_blocks`.
+        """
+        evicted = 0
+        if self.max_blocks(max_in_flight_tokens) <= num_blocks:
+            evicted = self.evicted_blocks(NEVER)
+        return (num_blocks + evicted) * self.block_size

@@ -19,9 +19,11 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_roco.request_options import RequestOptionError, RequestPlanner
 from vllm_roco.request_refusal import trouble_with_seed
+from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.validation import is_selected, request_planner
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
 _stock_process_inputs = InputProcessor.process_inputs
@@ -59,12 +61,41 @@ def _check(processor: InputProcessor, request: EngineCoreRequest) -> None:
     length = length_from_prompt_token_ids_or_embeds(
         request.prompt_token_ids, request.prompt_embeds
     )
+    config = processor.vllm_config
+    planner = _planner(processor)
+    sizes = RequestSizes(
+        planner.block_size,
+        config.max_concurrent_batches,
+        config.model_config.max_model_len,
+    )
+    # vLLM has put a number where there was none
+    assert params.max_tokens is not None
     try:
-        _planner(processor).plan(params.extra_args, length)
-    except RequestOptionError as error:
+        plan = planner.plan(params.extra_args, length)
+        sizes.resolve(plan, length, params.max_tokens, _num_blocks(config))
+    except (RequestOptionError, RequestTooLargeError) as error:
         raise VLLMValidationError(
-            str(error), parameter=error.key, value=error.value
+            str(error), parameter=error.parameter, value=error.value
         ) from error
+
+
+def _num_blocks(config: VllmConfig) -> int | None:
+    """Return the most blocks that a request can have, None while nobody has told.
+
+    Of a model with caches of several kinds it is less; the scheduler alone knows that.
+    """
+    # each engine says it when it is ready, and vLLM adds them up
+    blocks = config.cache_config.num_gpu_blocks
+    if not blocks:
+        return None
+    parallel = config.parallel_config
+    engines = parallel.data_parallel_size
+    if parallel.data_parallel_rank_local is not None:
+        engines = 1
+    elif parallel.local_engines_only:
+        engines = parallel.data_parallel_size_local
+    # one is vLLM's null block
+    return blocks // engines - 1
 
 
 def _planner(processor: InputProcessor) -> RequestPlanner:

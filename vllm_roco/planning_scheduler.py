@@ -17,13 +17,13 @@ from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.refusing_scheduler import RefusingScheduler
 from vllm_roco.request_options import RequestOptionError, options_in
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
+from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.validation import request_planner
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_row import EvictionRow
-    from vllm_roco.request_options import RequestPlan
 
 
 _ONE_FOR_ALL = ("both", "full")
@@ -61,6 +61,9 @@ class PlanningScheduler(RefusingScheduler):
             # vLLM may have enlarged the blocks since the options were checked
             self.roco_config.check_block_size(manager.block_size)
         self.max_steps_in_flight = manager.max_steps_in_flight
+        self._sizes = RequestSizes(
+            manager.block_size, self.max_steps_in_flight, self.max_model_len
+        )
         self._default_plan = self._planner.plan(None, 1)
         self.other_caches = OtherCaches(
             (
@@ -72,9 +75,7 @@ class PlanningScheduler(RefusingScheduler):
             self.max_model_len,
         )
         self._check_pool()
-        self.request_plans = RequestPlans(
-            self._resolved(self._default_plan, self.max_model_len)
-        )
+        self.request_plans = self._default_plans(manager.block_size)
         for manager in self.roco_managers:
             manager.serve(self._plans_for(manager))
         self._has_one_block_size = all(
@@ -97,12 +98,11 @@ class PlanningScheduler(RefusingScheduler):
         extra_args = None if params is None else params.extra_args
         try:
             plan = self._planner.plan(extra_args, request.num_prompt_tokens)
-        except RequestOptionError as error:
+            resolved = self._sizes.resolve(
+                plan, request.num_prompt_tokens, request.max_tokens, self._most_blocks
+            )
+        except (RequestOptionError, RequestTooLargeError) as error:
             return str(error)
-        length = request.num_prompt_tokens + request.max_tokens
-        resolved = self._resolved(plan, min(length, self.max_model_len))
-        if resolved.max_blocks > self._most_blocks:
-            return self._too_large(resolved)
         if plan != self._default_plan:
             if not self._has_one_block_size and options_in(extra_args):
                 return (
@@ -121,31 +121,36 @@ class PlanningScheduler(RefusingScheduler):
         super()._free_blocks(request)
         self.request_plans.drop(request.request_id)
 
+    def most_tokens_held(self, request: Request) -> int:
+        """Return the most KV tokens that a request may hold, in whole blocks."""
+        plan = self.request_plans.of(request.request_id)
+        length = self._sizes.length(request.num_prompt_tokens, request.max_tokens)
+        return plan.max_blocks_at(length) * plan.schedule.block_size
+
     @property
     def _most_blocks(self) -> int:
         """The most blocks that one sequence can hold in each group."""
         pool = self.kv_cache_manager.block_pool
         # what a sequence holds in layers of other kinds, whatever its chunk
-        others = self.other_caches.max_blocks(
-            self._planner.max_chunk or self.max_model_len
-        )
+        chunk = self.scheduler_config.max_num_batched_tokens
+        others = self.other_caches.max_blocks(chunk)
         # all groups take from one pool, and one block is the null block
         return int(pool.num_gpu_blocks - 1 - others) // len(self.roco_managers)
 
-    def _resolved(self, plan: RequestPlan, length: int) -> ResolvedPlan:
-        return ResolvedPlan.of(
-            plan, self._planner.block_size, self.max_steps_in_flight, length
+    def _default_plans(self, block_size: int) -> RequestPlans:
+        """Return a book without entries; rows are in blocks of one size."""
+        plan = replace(self._planner, block_size=block_size).plan(None, 1)
+        return RequestPlans(
+            ResolvedPlan.of(
+                plan, block_size, self.max_steps_in_flight, self.max_model_len
+            )
         )
 
     def _plans_for(self, manager: RocoManager) -> RequestPlans:
-        """Return the book that a manager reads; rows are in blocks of one size."""
-        size = manager.block_size
-        if size == self._planner.block_size:
+        """Return the book that a manager reads."""
+        if manager.block_size == self._planner.block_size:
             return self.request_plans
-        default = replace(self._planner, block_size=size).plan(None, 1)
-        return RequestPlans(
-            ResolvedPlan.of(default, size, self.max_steps_in_flight, self.max_model_len)
-        )
+        return self._default_plans(manager.block_size)
 
     def _check_pool(self) -> None:
         """Raise if a request that evicts could hold more than there is."""
@@ -164,14 +169,6 @@ class PlanningScheduler(RefusingScheduler):
                 "Lower max_budget, or raise --gpu-memory-utilization or "
                 "--kv-cache-memory-bytes."
             )
-
-    def _too_large(self, plan: ResolvedPlan) -> str:
-        return (
-            f"roco: the request may hold {plan.max_blocks} blocks of "
-            f"{plan.schedule.block_size} tokens, but the KV cache has "
-            f"{self._most_blocks}, so it could never be served to its end. Shorten "
-            "the prompt, or lower max_tokens, budget or chunk."
-        )
 
 
 def _tell_workers(request: Request, row: EvictionRow) -> None:

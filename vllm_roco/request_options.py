@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from vllm_roco.config import (
@@ -53,6 +54,15 @@ _SCORES = {
     "random": SCORE_RANDOM,
     "recent": SCORE_NONE,
 }
+_OF_EVICTION = (
+    *("stride", "sink", "recent"),
+    *("shield", "shield_ratio", "policy", "seed"),
+)
+"""What a request that evicts nothing has no use for."""
+
+_READERS = {"shield": "roco", "shield_ratio": "roco", "seed": "random"}
+"""The policy that reads an option, of those that not all read."""
+
 _CHOICES = {"mode": MODES, "policy": POLICIES, "shield": SHIELDS}
 _MAX_INTEGER = 2**31 - 1
 _LONGEST_TEXT = 100
@@ -62,14 +72,14 @@ class RequestOptionError(ValueError):
     """A request asks for what it cannot have; the others are not concerned.
 
     Attributes:
-        key: The key of `extra_args` that it is about, in the form of one key for each
-            option.
+        parameter: The key of `extra_args` that it is about, in the form of one key for
+            each option.
         value: What was asked for; as text what cannot be printed, or only at length.
     """
 
     def __init__(self, option: str, value: object, message: str) -> None:
         super().__init__(f"roco: {message}")
-        self.key = PREFIX + option if option in OPTIONS else NAMESPACE
+        self.parameter = PREFIX + option if option in OPTIONS else NAMESPACE
         is_short = isinstance(value, int | float) and abs(value) <= _MAX_INTEGER
         self.value = value if is_short else _spell(value)
 
@@ -153,12 +163,13 @@ class RequestPlanner:
     Attributes:
         config: The server's options, which are the defaults and the limits.
         block_size: Tokens per KV block.
-        max_chunk: Most prompt tokens of one request in a step, or None.
+        chunk_limits: Most prompt tokens of one request in a step, by what sets the
+            limit, in words for the operator.
     """
 
     config: RocoConfig
     block_size: int
-    max_chunk: int | None = None
+    chunk_limits: Mapping[str, int] = field(default_factory=dict)
 
     def plan(
         self, extra_args: Mapping[str, Any] | None, num_prompt_tokens: int
@@ -201,9 +212,7 @@ class RequestPlanner:
         until = {FULL: 0, "prompt": num_prompt_tokens}.get(mode, NEVER)
         flags, shield_blocks = self._choice_of_blocks(asked, budget)
         seed = _seed(asked)
-        if flags != SCORE_RANDOM:
-            # rows that come to the same are the same
-            seed = 0
+        self._check_uses(asked, mode)
         row = EvictionRow(
             resident, stride, until, sink, recent, shield_blocks, flags, seed
         )
@@ -266,8 +275,9 @@ class RequestPlanner:
                     "the prompt keeps a block more, which is more than this server's "
                     f"max_budget = {self.config.max_budget}. Lower sink or recent.",
                 )
-            blocks = math.ceil(budget * num_prompt_tokens / self.block_size)
-            return max(blocks, protected + 1)
+            # as it is written: in binary, 0.07 of 1,600 is more than 112
+            tokens = Fraction(repr(budget)) * num_prompt_tokens
+            return max(math.ceil(tokens / self.block_size), protected + 1)
         if not is_integer(budget, 1):
             raise _bad(
                 "budget",
@@ -282,18 +292,20 @@ class RequestPlanner:
 
     def _chunk(self, asked: Mapping[str, Any], budget: int) -> int:
         chunk = self._tokens(asked, "chunk", 1, min_of=budget)
-        if self.max_chunk is None or "chunk" not in asked:
+        # the server's own may be more than a limit, where no prompt is that long
+        if "chunk" not in asked or chunk <= self.config.chunk:
             return chunk
-        # the server's own may be more, where no prompt is that long
-        most = max(self.max_chunk, self.config.chunk)
-        if chunk > most:
+        over = {what: most for what, most in self.chunk_limits.items() if chunk > most}
+        if over:
+            most = max(min(over.values()), self.config.chunk)
             most -= most % self.block_size
+            limits = _listed([f"{what} ({least})" for what, least in over.items()])
             raise RequestOptionError(
                 "chunk",
                 chunk,
                 f"chunk = {chunk} is more than a step of this server has room for "
-                f"beside its other requests. Use at most {most}, or ask the operator "
-                "to raise --max-num-batched-tokens.",
+                f"beside its other requests: more than {limits}. Use at most {most}, "
+                f"or ask the operator to raise {'it' if len(over) == 1 else 'them'}.",
             )
         return chunk
 
@@ -345,6 +357,34 @@ class RequestPlanner:
             flags |= SHIELD_BY_DEVIATION
         return flags, int(ratio * budget)
 
+    def _check_uses(self, asked: Mapping[str, Any], mode: str) -> None:
+        """Raise if an option would do nothing, and is not the server's own anyway."""
+        policy = asked.get("policy", self.config.policy)
+        for name, value in asked.items():
+            if value == (0 if name == "seed" else getattr(self.config, name)):
+                continue
+            if mode == FULL and name in _OF_EVICTION:
+                why = "nothing is evicted: "
+                if "mode" in asked:
+                    why += "mode = 'full'"
+                elif "budget" in asked:
+                    why += "budget = 'full'"
+                else:
+                    why += "mode = 'full' (the server's default)"
+                other = "ask for a mode that evicts"
+            elif policy != (reader := _READERS.get(name, policy)):
+                why = f"policy = {policy!r}{self._whose(asked, 'policy')} does not "
+                why += "read it"
+                other = f'use policy "{reader}"' if self.config.measures else ""
+            else:
+                continue
+            cure = f"Leave {name} out{f', or {other}' if other else ''}."
+            raise RequestOptionError(
+                name,
+                value,
+                f"{name} = {_spell(value)} would do nothing, for {why}. {cure}",
+            )
+
     def _check_whole_blocks(self, name: str, tokens: int) -> None:
         if trouble := whole_blocks_trouble(self.block_size, name, tokens):
             raise RequestOptionError(name, tokens, f"{trouble}.")
@@ -376,24 +416,37 @@ class RequestPlanner:
         resident = row.resident_blocks * size
         if resident > config.max_budget:
             budget = asked.get("budget", config.budget)
+            prompt = self._blocks(num_prompt_tokens) if mode == "generation" else 0
+            room = config.max_budget - prompt * size
+            told, allowed = f"budget = {budget}", str(room)
+            if isinstance(budget, float):
+                told += f" of the prompt's {num_prompt_tokens} tokens"
+                told += f" ({resident - prompt * size} in whole blocks of {size})"
+                allowed += " tokens"
+                # a fraction keeps a block beside what is protected
+                protected = self._blocks(self._tokens(asked, "sink", 0))
+                protected += self._blocks(row.recent)
+                thousandths = 1000 * room // num_prompt_tokens
+                if room > protected * size and 0 < thousandths < 1000:
+                    allowed += f", or {thousandths / 1000} of this prompt"
             if mode != "generation":
                 raise RequestOptionError(
                     "budget",
                     budget,
-                    f"budget = {budget}{_of_prompt(budget, num_prompt_tokens)} is more "
-                    f"than this server's max_budget = {config.max_budget}. Use at most "
-                    f"{config.max_budget}, or ask the operator to raise max_budget.",
+                    f"{told} is more than this server's max_budget = "
+                    f"{config.max_budget}. Use at most {allowed}, or ask the operator "
+                    "to raise max_budget.",
                 )
-            room = config.max_budget - self._blocks(num_prompt_tokens) * size
             least = max(1, self._blocks(row.recent)) * size
-            cure = f"a budget of at most {room}, or mode" if room >= least else "mode"
+            cure = (
+                f"a budget of at most {allowed}, or mode" if room >= least else "mode"
+            )
             raise RequestOptionError(
                 "mode",
                 mode,
                 f"mode = {mode!r} keeps the prompt ({num_prompt_tokens} tokens), and "
-                f"budget = {budget}{self._whose(asked, 'budget')} comes on top: "
-                f"{resident} tokens is more than "
-                f'max_budget = {config.max_budget}. Use {cure} "both".',
+                f"{told}{self._whose(asked, 'budget')} comes on top: {resident} tokens "
+                f'is more than max_budget = {config.max_budget}. Use {cure} "both".',
             )
         stride = row.stride_blocks * size
         most = config.max_budget + config.stride
@@ -413,10 +466,8 @@ class RequestPlanner:
         return blocks_of(tokens, self.block_size)
 
 
-def _of_prompt(budget: object, num_prompt_tokens: int) -> str:
-    if isinstance(budget, float):
-        return f" of the prompt's {num_prompt_tokens} tokens"
-    return ""
+def _listed(parts: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(parts[:-1]), parts[-1]) if part)
 
 
 def _seed(asked: Mapping[str, Any]) -> int:

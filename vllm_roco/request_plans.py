@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
+from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.request_options import RequestPlan
 
@@ -82,6 +83,23 @@ def _snapshot_key(plan: RequestPlan) -> bytes:
     # a place of a snapshot lies in the prompt, where all that evict go on evicting
     row = plan.row._replace(until=plan.chunk)
     return _INTEGERS.pack(*row)
+
+
+def most_blocks_by_default(
+    config: RocoConfig, block_size: int, max_steps_in_flight: int, max_model_len: int
+) -> int:
+    """Return the most blocks that a request without options ever holds.
+
+    Args:
+        config: The server's options.
+        block_size: Tokens per block.
+        max_steps_in_flight: Steps that may be scheduled but not yet processed.
+        max_model_len: Most tokens of a request.
+    """
+    if config.most_kept is None:
+        return blocks_of(max_model_len, block_size)
+    schedule = EvictionSchedule(block_size, config.most_kept, config.stride)
+    return schedule.max_blocks(max_steps_in_flight * config.chunk, max_model_len)
 
 
 class RequestPlans:

@@ -15,9 +15,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
-from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.observability.observer import Observer
 from vllm_roco.prefix_scheduler import PrefixScheduler
+from vllm_roco.request_plans import most_blocks_by_default
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -49,6 +49,13 @@ class RocoSchedulerMixin(PrefixScheduler):
         logger.info_once("%s", describe(self))
 
     @override
+    def add_request(self, request: Request) -> None:
+        """Take a request, or refuse it, and show how much it may come to hold."""
+        super().add_request(request)
+        if request.request_id in self.requests:
+            self._observer.count_request(self.most_tokens_held(request))
+
+    @override
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
@@ -61,8 +68,8 @@ class RocoSchedulerMixin(PrefixScheduler):
         each step. So a waiting request is refused memory instead, which ends that loop
         on all of them.
         """
-        is_running = request.status == RequestStatus.RUNNING
-        if self._is_held_back and not is_running:
+        # what is asked of every decode comes first, and is little
+        if self._is_held_back and request.status != RequestStatus.RUNNING:
             return self._refuse_memory(request, num_new_tokens)
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + 1 >= known:
@@ -87,7 +94,7 @@ class RocoSchedulerMixin(PrefixScheduler):
             return allowed
         if allowed >= least - num_computed_tokens:
             return max(0, allowed)
-        if is_running:
+        if request.status == RequestStatus.RUNNING:
             # others leave room for the chunk of the server's default, no larger one
             self._is_held_back |= plan.chunk > self.request_plans.default.chunk
             return 0
@@ -203,17 +210,16 @@ def describe(scheduler: RocoSchedulerMixin) -> str:
 
 def _bounds(scheduler: RocoSchedulerMixin) -> str:
     config, plan = scheduler.roco_config, scheduler.request_plans.default
-    held = plan.max_blocks * plan.schedule.block_size
-    if config.mode in UNBOUNDED_MODES:
+    size = plan.schedule.block_size
+    steps_in_flight = scheduler.roco_managers[0].max_steps_in_flight
+    held = size * most_blocks_by_default(
+        config, size, steps_in_flight, scheduler.max_model_len
+    )
+    if config.most_kept is None:
         return f"keeps what it generates, and holds at most {held} tokens of KV cache"
-    attended = plan.schedule.max_live_tokens()
-    if config.mode == "generation":
-        # the default plan is that of the shortest prompt
-        longer = config.max_budget - plan.schedule.budget
-        attended, held = attended + longer, held + longer
     return (
-        f"attends over at most {attended} tokens after a step and holds at most "
-        f"{held} tokens of KV cache"
+        f"attends over at most {config.most_kept + config.stride - 1} tokens after a "
+        f"step and holds at most {held} tokens of KV cache"
     )
 
 

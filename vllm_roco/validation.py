@@ -101,17 +101,24 @@ def request_planner(vllm_config: VllmConfig, block_size: int) -> RequestPlanner:
         NotImplementedError: Likewise.
     """
     scheduler = vllm_config.scheduler_config
-    limits = [
-        scheduler.max_num_batched_tokens - scheduler.max_num_seqs,
-        scheduler.long_prefill_token_threshold or None,
-    ]
-    if scheduler.max_num_scheduled_tokens is not None:
-        limits.append(scheduler.max_num_scheduled_tokens - scheduler.max_num_seqs)
+    limits = {}
+    for name in ("max_num_batched_tokens", "max_num_scheduled_tokens"):
+        if (tokens := getattr(scheduler, name)) is not None:
+            limits[f"{_flag(name)} less --max-num-seqs"] = (
+                tokens - scheduler.max_num_seqs
+            )
+    if threshold := scheduler.long_prefill_token_threshold:
+        limits[_flag("long_prefill_token_threshold")] = threshold
     return RequestPlanner(
         config=validated_config(vllm_config),
         block_size=block_size,
-        max_chunk=min(limit for limit in limits if limit is not None),
+        chunk_limits=limits,
     )
+
+
+def _flag(name: str) -> str:
+    """Return how a setting is called on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _refuse(what: str, value: object, instead: str) -> NotImplementedError:
@@ -238,6 +245,6 @@ def _check_scheduling(vllm_config: VllmConfig, config: RocoConfig) -> None:
                 f"roco: {name} = {limit} is less than max_num_seqs + chunk = "
                 f"{scheduler.max_num_seqs} + {chunk} = {needed}, so running "
                 "sequences could keep prompts waiting for ever. Use "
-                f"--{name.replace('_', '-')} {needed} or more, or lower "
+                f"{_flag(name)} {needed} or more, or lower "
                 "--max-num-seqs or roco's chunk."
             )

@@ -219,6 +219,31 @@ def test_a_short_sequence_needs_no_more_than_its_length(
     assert spec.max_memory_usage_bytes(vllm_config) == 11 * spec.page_size_bytes
 
 
+@pytest.mark.parametrize(
+    ("mode", "blocks"),
+    [
+        # B + S + chunk + 1 in blocks
+        ("both", 4 + 2 + 4 + 1),
+        ("auto", 4 + 2 + 4 + 1),
+        # the budget and the longest prompt that is served
+        ("generation", 16 + 2 + 4 + 1),
+        # all tokens of the longest sequence
+        ("prompt", 256),
+        ("full", 256),
+    ],
+)
+def test_the_bytes_of_a_sequence_are_those_of_the_servers_mode(
+    vllm_config: VllmConfig, mode: str, blocks: int
+) -> None:
+    options = {**OPTIONS, "max_budget": 256, "allow_full": True, "mode": mode}
+    vllm_config.additional_config = {"roco": options}
+    spec = roco_spec()
+    for max_model_len, most in ((4096, blocks), (160, min(10, blocks)), (1, 1)):
+        vllm_config.model_config.max_model_len = max_model_len
+        taken = spec.max_memory_usage_bytes(vllm_config)
+        assert taken == most * spec.page_size_bytes
+
+
 def plan(
     vllm_config: VllmConfig, num_blocks: int, dtype: torch.dtype = torch.float32
 ) -> KVCacheConfig:

@@ -20,8 +20,13 @@ from typing import Literal
 
 import pytest
 
-from tests.observability.publishing import prefix_counts, publisher
-from vllm_roco.observability.families import PREFIX_FAMILIES, PrefixCounts
+from tests.observability.publishing import distribution, prefix_counts, publisher
+from vllm_roco.observability.families import (
+    PREFIX_FAMILIES,
+    REQUEST_BOUND,
+    Distribution,
+    PrefixCounts,
+)
 from vllm_roco.observability.metrics import RocoMetrics, get_metrics, read_engines
 from vllm_roco.observability.publisher import MovedBlocks
 
@@ -81,6 +86,7 @@ def test_a_new_engine_shows_zeros() -> None:
     assert metrics.freed_blocks == metrics.moved_blocks == 0
     assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 0
     assert metrics.prefix_cache == PrefixCounts()
+    assert metrics.request_bounds == distribution()
 
 
 def test_every_field_of_the_prefix_counts_is_a_metric() -> None:
@@ -130,6 +136,27 @@ def test_engines_are_summed_and_sorted() -> None:
     assert metrics.budget_tokens == 64
     assert metrics.engines[1].prefix_cache == prefix_counts(3)
     assert metrics.prefix_cache == prefix_counts(5)
+
+
+def test_bounds_of_requests_are_counted() -> None:
+    with (
+        contextlib.closing(publisher(engine=0)) as first,
+        contextlib.closing(publisher(engine=1)) as second,
+    ):
+        sizes = [16, 128, 129, 4368, 2**20, 2**20 + 16]
+        for size in sizes:
+            first.count_request(size)
+        second.count_request(128)
+        metrics = RocoMetrics(engines=read_engines())
+    assert metrics.engines[0].request_bounds == distribution(*sizes)
+    assert metrics.engines[1].request_bounds == distribution(128)
+    assert metrics.request_bounds == distribution(*sizes, 128)
+    counts = dict(zip(REQUEST_BOUND.labels, metrics.request_bounds.counts, strict=True))
+    assert {bound: count for bound, count in counts.items() if count} == {
+        **{"128.0": 3, "256.0": 1, "8192.0": 1, "1.048576e+06": 1, "+Inf": 1}
+    }
+    assert isinstance(metrics.request_bounds, Distribution)
+    assert metrics.request_bounds.total == sum(sizes) + 128
 
 
 def test_instances_are_told_apart() -> None:
@@ -234,7 +261,7 @@ def test_another_programs_engines_are_not_ours(directory: Path) -> None:
     ):
         assert other.stdout is not None
         assert other.stdout.readline() == "1\n"
-        assert len(list(directory.iterdir())) == 4
+        assert len(list(directory.iterdir())) == 6
         assert len(read_engines()) == 1
         other.communicate("\n")
     # the other one never closed its publisher: its exit did
@@ -253,7 +280,7 @@ def test_a_killed_engine_is_not_read_and_is_swept(
         while read_engines():
             assert time.monotonic() < deadline, "a killed engine is still read"
     leftovers = set(directory.iterdir())
-    assert len(leftovers) == 2
+    assert len(leftovers) == 3
     with contextlib.closing(publisher(engine=7)):
         assert [engine.engine for engine in read_engines()] == [7]
         assert leftovers.isdisjoint(directory.iterdir())
@@ -294,7 +321,7 @@ def test_a_reader_never_sees_half_a_number() -> None:
 
 def test_closing_removes_the_files_and_may_be_repeated(directory: Path) -> None:
     owned = publisher()
-    assert len(list(directory.iterdir())) == 2
+    assert len(list(directory.iterdir())) == 3
     owned.close()
     owned.close()
     assert list(directory.iterdir()) == []

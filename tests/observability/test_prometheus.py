@@ -18,10 +18,15 @@ from vllm.v1.metrics.prometheus import (
     get_prometheus_registry,
     unregister_vllm_metrics,
 )
-from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
+from vllm.v1.metrics.reader import (
+    Counter,
+    Gauge,
+    Histogram,
+    get_metrics_snapshot,
+)
 
 from tests.observability.publishing import prefix_counts, publisher, run_engine
-from vllm_roco.observability.families import PrefixCounts
+from vllm_roco.observability.families import REQUEST_BOUND, PrefixCounts
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.observability.prometheus import RocoCollector, register_collector
 from vllm_roco.observability.publisher import MovedBlocks
@@ -42,6 +47,7 @@ PREFIX_COUNTERS = {
     )
 }
 LIVE = "vllm:roco_prefix_live_snapshots"
+BOUND = "vllm:roco_request_bound_tokens"
 
 
 @pytest.fixture
@@ -59,10 +65,16 @@ def scrape(registry: Collector) -> Samples:
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:
             if sample.name.startswith("vllm:roco"):
+                name = sample.name
+                if name.startswith(BOUND):
+                    assert family.type == "histogram"
+                    if (bound := sample.labels.pop("le", None)) is not None:
+                        name += f" {bound}"
+                else:
+                    is_counter = name in {FREED, MOVED} | PREFIX_COUNTERS
+                    assert family.type == ("counter" if is_counter else "gauge")
                 assert set(sample.labels) == {"model_name", "engine"}
-                is_counter = sample.name in {FREED, MOVED} | PREFIX_COUNTERS
-                assert family.type == ("counter" if is_counter else "gauge")
-                key = sample.name, sample.labels["engine"]
+                key = name, sample.labels["engine"]
                 assert key not in samples, "a repeated line fails the whole scrape"
                 samples[key] = sample.value
     return samples
@@ -79,6 +91,16 @@ def of_prefixes(counts: PrefixCounts, engine: str) -> Samples:
         "vllm:roco_prefix_saved_tokens_total": counts.saved_tokens,
         "vllm:roco_prefix_waits_total": counts.waits,
     }
+    return {(name, engine): number for name, number in lines.items()}
+
+
+def of_bounds(engine: str, *sizes: int) -> Samples:
+    """Return the lines that stand for requests with such bounds."""
+    lines: dict[str, float] = {
+        f"{BOUND}_bucket {label}": sum(size <= float(label) for size in sizes)
+        for label in REQUEST_BOUND.labels
+    }
+    lines |= {f"{BOUND}_count": len(sizes), f"{BOUND}_sum": sum(sizes)}
     return {(name, engine): number for name, number in lines.items()}
 
 
@@ -112,8 +134,11 @@ def test_a_scrape_shows_the_newest_numbers() -> None:
     registry.register(RocoCollector())
     with contextlib.closing(publisher(engine=3)) as owned:
         moved = MovedBlocks("1", 3)
+        bounds: list[int] = []
         for freed_blocks, moved_blocks, tokens in ((2, 1, 96), (5, 3, 80)):
             counts = prefix_counts(freed_blocks)
+            bounds.append(2 * tokens)
+            owned.count_request(bounds[-1])
             owned.publish(freed_blocks, tokens)
             owned.publish_prefixes(counts)
             moved.add(moved_blocks - read_engines()[0].moved_blocks)
@@ -124,6 +149,7 @@ def test_a_scrape_shows_the_newest_numbers() -> None:
                 (PEAK, "3"): 96,
                 (BUDGET, "3"): 64,
                 **of_prefixes(counts, "3"),
+                **of_bounds("3", *bounds),
             }
     assert scrape(registry) == {}
 
@@ -164,12 +190,18 @@ def test_vllm_reads_them_offline_too() -> None:
     register_collector()
     with contextlib.closing(publisher()) as owned:
         owned.publish(5, 80)
+        owned.count_request(200)
         snapshot = {metric.name: metric for metric in get_metrics_snapshot()}
     labels = {"model_name": "m", "engine": "0"}
     assert snapshot[FREED.removesuffix("_total")] == Counter(
         FREED.removesuffix("_total"), labels, 5
     )
     assert snapshot[MAX] == Gauge(MAX, labels, 80.0)
+    bounds = snapshot[BOUND]
+    assert isinstance(bounds, Histogram)
+    assert (bounds.labels, bounds.count, bounds.sum) == (labels, 1, 200)
+    assert bounds.buckets["128.0"] == 0
+    assert bounds.buckets["256.0"] == bounds.buckets["+Inf"] == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -178,7 +210,9 @@ def test_several_api_servers_show_each_engine_once(method: Method) -> None:
     # each API server has such a registry; they must agree
     servers = [get_prometheus_registry() for _ in range(2)]
     with running_engine(method, 0) as first, running_engine(method, 1) as second:
+        seen: list[int] = []
         for times, freed_blocks in enumerate((2, 7), start=1):
+            seen.append(16 * freed_blocks)
             tell(first, freed_blocks)
             tell(second, 10 * freed_blocks)
             expected = {
@@ -194,6 +228,8 @@ def test_several_api_servers_show_each_engine_once(method: Method) -> None:
                 (BUDGET, "1"): 64,
                 **of_prefixes(prefix_counts(freed_blocks), "0"),
                 **of_prefixes(prefix_counts(10 * freed_blocks), "1"),
+                **of_bounds("0", *seen),
+                **of_bounds("1", *(10 * size for size in seen)),
             }
             assert [scrape(server) for server in servers] == [expected, expected]
 
@@ -206,7 +242,7 @@ def test_the_shared_files_are_not_those_of_other_metrics(
         names = sorted(path.name for path in multiprocess_directory.iterdir())
         assert not directory.exists()
     kinds = [name.partition("_roco-")[0] for name in names]
-    assert kinds == ["counter", "counter", "gauge_max", "gauge_max"]
+    assert kinds == ["counter"] * 2 + ["gauge_max"] * 2 + ["histogram"] * 2
     assert list(multiprocess_directory.iterdir()) == []
 
 
@@ -216,6 +252,6 @@ def test_programs_read_the_shared_directory_too(multiprocess_directory: Path) ->
         moved = MovedBlocks("1", 0)
         owned.publish(5, 80)
         moved.add(3)
-        assert len(list(multiprocess_directory.iterdir())) == 3
+        assert len(list(multiprocess_directory.iterdir())) == 4
         (metrics,) = read_engines()
     assert (metrics.freed_blocks, metrics.moved_blocks) == (5, 3)

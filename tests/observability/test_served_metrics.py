@@ -42,11 +42,18 @@ FREED_PER_REQUEST = SCHEDULE.evicted_blocks(len(PROMPT) + NUM_NEW_TOKENS - 1)
 # two chunks are in flight under asynchronous scheduling
 MOST_TOKENS = 16 * SCHEDULE.max_blocks(2 * CHUNK)
 
+WHOLE = 16 * 9
+"""Of prompt and answer, in whole blocks: less than the most of a longer sequence."""
+
 FREED = "vllm:roco_freed_blocks_total"
 MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
 BUDGET = "vllm:roco_budget_tokens"
+BOUNDS = (REQUESTS, BOUND) = (
+    "vllm:roco_request_bound_tokens_count",
+    "vllm:roco_request_bound_tokens_sum",
+)
 LIVE = "vllm:roco_prefix_live_snapshots"
 PUBLISHED = "vllm:roco_prefix_published_snapshots_total"
 DEAD = "vllm:roco_prefix_dead_snapshots_total"
@@ -102,12 +109,14 @@ class Server:
             for sample in family.samples:
                 if sample.name.startswith("vllm:roco"):
                     assert sample.labels["model_name"] == "the-model"
+                    if "le" in sample.labels:
+                        continue
                     key = sample.name, int(sample.labels["engine"])
                     assert key not in samples
                     samples[key] = sample.value
         return {
             name: [samples[name, engine] for engine in range(NUM_ENGINES)]
-            for name in (FREED, MOVED, MAX, PEAK, BUDGET, *PREFIX)
+            for name in (FREED, MOVED, MAX, PEAK, BUDGET, *BOUNDS, *PREFIX)
         }
 
     def complete(self, prompt: list[int], num_new_tokens: int) -> None:
@@ -197,7 +206,7 @@ def test_a_server_shows_what_the_budget_does(
             MAX: zeros,
             PEAK: zeros,
             BUDGET: budgets,
-            **dict.fromkeys(PREFIX, zeros),
+            **dict.fromkeys((*BOUNDS, *PREFIX), zeros),
         }
         with ThreadPoolExecutor(NUM_REQUESTS) as pool:
             done = [
@@ -223,6 +232,9 @@ def test_a_server_shows_what_the_budget_does(
         assert moved <= freed
         assert bool(moved) == bool(freed)
     assert scrapes[0][MAX] == zeros
+    assert sum(scrapes[0][REQUESTS]) == NUM_REQUESTS
+    assert sum(scrapes[0][BOUND]) == NUM_REQUESTS * WHOLE
+    assert both[REQUESTS] == NUM_REQUESTS + NUM_ENGINES + 1
     assert OPTIONS["budget"] < max(scrapes[0][PEAK]) <= MOST_TOKENS
     # all but the first of an engine
     short = {name: sum(scrapes[0][name]) for name in PREFIX}
@@ -258,6 +270,8 @@ def test_an_llm_tells_what_the_budget_did(smollm2: Path, tmp_path: Path) -> None
     (engine,) = json.loads(line.removeprefix("METRICS"))["engines"]
     assert engine["engine"] == 0
     assert engine["budget_tokens"] == OPTIONS["budget"]
+    counts, total = engine["request_bounds"]
+    assert (sum(counts), total) == (NUM_REQUESTS, NUM_REQUESTS * WHOLE)
     # a tuple in JSON
     counts = dict(zip(PREFIX, engine["prefix_cache"], strict=True))
     assert counts[BLOCK_HITS] == NUM_REQUESTS - 1

@@ -42,10 +42,11 @@ def server(
         *("--dtype", "float32"),
         *("--attention-backend", "roco"),
         *("--additional-config", json.dumps({"roco": options})),
-        *("--max-model-len", "1024"),
+        *("--max-model-len", "4096"),
         *("--max-num-seqs", "8"),
         *("--max-num-batched-tokens", "264"),
-        *("--num-gpu-blocks-override", "512"),
+        # less than the longest request may come to hold
+        *("--num-gpu-blocks-override", "129"),
         # each checks by itself
         *("--api-server-count", "2"),
         "--enforce-eager",
@@ -134,6 +135,8 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"roco_stride": [16]}, "roco_stride", "stride = [16] is not allowed"),
     ({"roco_chunk": 512}, "roco_chunk", "Use at most 256, or ask the operator"),
     ({"roco_sink": -1}, "roco_sink", "at least 0"),
+    ({"roco_seed": 7}, "roco_seed", "seed = 7 would do nothing"),
+    ({"roco_mode": "full", "roco_stride": 64}, "roco_stride", "nothing is evicted"),
     ({"roco_mode": "none"}, "roco_mode", '"both" or "prompt" or'),
     ({"roco_row": [0]}, "roco", "unknown option 'row'"),
     ({"roco": "{}", "roco_sink": 0}, "roco", "Use one form for all options"),
@@ -169,6 +172,29 @@ def test_the_prompts_length_counts(server: Server) -> None:
         *("keeps the prompt (500 tokens)", "Use a budget of at most 512"),
     )
     assert error["param"] == "roco_mode"
+
+
+def test_what_could_never_fit_is_refused(server: Server) -> None:
+    """It was an HTTP 500, and the message was in the log alone."""
+    full = {"roco_mode": "full"}
+    prompt = list(range(100, 200))
+    # whichever of the API servers is asked
+    for _ in range(8):
+        error = refused(
+            send(server, full, prompt=prompt, max_tokens=3000),
+            "max_tokens = 3000 after a prompt of 100 tokens may hold 194 blocks of 16",
+            "the KV cache has 128",
+            "Use a max_tokens of at most 1948, or mode",
+        )
+        assert error["param"] == "max_tokens"
+    error = refused(
+        send(server, full, prompt=prompt * 30, max_tokens=1),
+        *("a prompt of 3000 tokens", "together at most 2048"),
+    )
+    assert error["param"] == "prompt"
+    assert server.is_healthy()
+    assert send(server, full, prompt=prompt).status_code == 200
+    assert send(server, {}, prompt=prompt * 30).status_code == 200
 
 
 def test_a_nested_dictionary_is_vllms_own_error(server: Server) -> None:
@@ -227,11 +253,29 @@ def any_value(draw: random.Random, depth: int = 0) -> Any:
     return draw.choice([*numbers, *numbers, draw.choice(words), draw.choice(others)])
 
 
+ALLOWED: dict[str, list[Any]] = {
+    "budget": [16, 64, 128, 256, 512, 1024, 0.1, 0.5, "full"],
+    "stride": [16, 32, 64],
+    "chunk": [16, 64, 256],
+    "sink": [0, 16, 50],
+    "recent": [0, 32, 50],
+    "mode": ["both", "prompt", "generation", "auto", "full"],
+    "policy": ["roco", "h2o", "random", "recent"],
+    "shield": ["peak", "deviation"],
+    "shield_ratio": [0, 0.3, 1],
+    "seed": [0, 7],
+}
+"""What is good of each option, though not together with anything else."""
+
+
 def any_options(draw: random.Random) -> dict[str, Any]:
-    names = [*OPTIONS, *OPTIONS, "row", "buget", "max_budget"]
-    options = {
-        draw.choice(names): any_value(draw) for _ in range(draw.choice([1, 1, 2, 3]))
-    }
+    number = draw.choice([1, 1, 2, 3])
+    if draw.random() < 0.5:
+        names = [draw.choice(OPTIONS) for _ in range(number)]
+        options = {name: draw.choice(ALLOWED[name]) for name in names}
+    else:
+        names = [*OPTIONS, *OPTIONS, "row", "buget", "max_budget"]
+        options = {draw.choice(names): any_value(draw) for _ in range(number)}
     if draw.random() < 0.3:
         return {"roco": json.dumps(options)}
     return {f"roco_{name}": value for name, value in options.items()}
@@ -257,6 +301,7 @@ def test_whatever_is_asked_for_is_a_200_or_a_400(server: Server) -> None:
         if sent is neighbour:
             text = answer.json()["choices"][0]["text"]
             assert text == alone.json()["choices"][0]["text"]
+    print(f"{NUM_FUZZED} requests with options, {len(answers)} in all: {dict(codes)}")
     # both happen often
     assert min(codes[200], codes[400]) >= NUM_FUZZED // 8, codes
     assert server.is_healthy()

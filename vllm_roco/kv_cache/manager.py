@@ -123,7 +123,8 @@ class RocoManager(FullAttentionManager):
         (`scheduler_reserve_full_isl`). A request that begins with a hit needs what it
         will hold but does not share, and for the copies the blocks of the hit as well.
         """
-        if request_id == self._refused_id:
+        # a running request asks in each step
+        if self._refused_id is not None and request_id == self._refused_id:
             self._refused_id = None
             return self.block_pool.num_gpu_blocks + 1
         if apply_admission_cap:
@@ -235,21 +236,25 @@ class RocoManager(FullAttentionManager):
                 "hold more than its bound. Leave --scheduler-cls out, or derive your "
                 "class from vllm_roco.scheduler.RocoSchedulerMixin."
             )
-        blocks: list[KVCacheBlock] = []
-        num_shared = self._adopted.pop(request_id, None)
-        if num_shared is not None:
-            blocks = self._replace_by_copies(request_id, num_shared)
-        blocks += super().allocate_new_blocks(
+        copies: list[KVCacheBlock] = []
+        num_shared = 0
+        if request_id in self._adopted:
+            num_shared = self._adopted.pop(request_id)
+            copies = self._replace_by_copies(request_id, num_shared)
+        blocks = super().allocate_new_blocks(
             request_id, num_tokens, num_tokens_main_model
         )
+        if copies:
+            blocks = copies + blocks
         if blocks:
             if not self.held.of(request_id):
                 self._admit(request_id)
-            self._count(request_id, len(blocks) + (num_shared or 0))
+            self._count(request_id, len(blocks) + num_shared)
         if (
-            self.prefix_cache is not None
+            # of one that has evicted nothing, the first
+            num_tokens >= self._next_evictions.get(request_id, NEVER)
+            and self.prefix_cache is not None
             and self.prefix_cache.blocks.is_owner(request_id)
-            and num_tokens >= self.plans.of(request_id).first_eviction
         ):
             self.prefix_cache.blocks.withdraw(request_id)
         return blocks

@@ -15,16 +15,11 @@ from vllm.v1.kv_cache_spec_registry import (
     register_kv_cache_spec,
 )
 
-from vllm_roco.config import (
-    UNBOUNDED_MODES,
-    RocoConfig,
-    blocks_of,
-    check_whole_blocks,
-)
+from vllm_roco.config import RocoConfig, check_whole_blocks
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import PageShape
-from vllm_roco.request_plans import ResolvedPlan
+from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler_choice import use_roco_scheduler
 
 if TYPE_CHECKING:
@@ -151,15 +146,13 @@ class RocoSpec(AttentionSpec):
         use_roco_scheduler(vllm_config)
         # read here, not stored: the automatic fit varies it
         max_model_len = vllm_config.model_config.max_model_len
-        all_blocks = blocks_of(max_model_len, self.block_size)
-        config = RocoConfig.from_additional_config(vllm_config.additional_config)
-        if config.mode in UNBOUNDED_MODES:
-            return all_blocks * self.page_size_bytes
-        blocks = self.max_blocks_per_sequence
-        if config.mode == "generation":
-            # the longest prompt that is served stays whole
-            blocks += (config.max_budget - config.budget) // self.block_size
-        return min(all_blocks, blocks) * self.page_size_bytes
+        blocks = most_blocks_by_default(
+            RocoConfig.from_additional_config(vllm_config.additional_config),
+            self.block_size,
+            self.max_steps_in_flight,
+            max_model_len,
+        )
+        return blocks * self.page_size_bytes
 
     @classmethod
     @override

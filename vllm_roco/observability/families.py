@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, NamedTuple, get_type_hints
 
 from prometheus_client.mmap_dict import mmap_key
+from prometheus_client.utils import floatToGoString
 
 LABELS = ("model_name", "engine")
 
@@ -41,6 +42,69 @@ class Family:
         )
 
 
+@dataclass(frozen=True)
+class Histogram:
+    """One metric that is a distribution.
+
+    Attributes:
+        name: What its lines on `/metrics` begin with.
+        field: Where it is in `EngineMetrics`.
+        documentation: One sentence for `/metrics`.
+        bounds: The greatest number of each bucket but the last, which has none.
+    """
+
+    name: str
+    field: str
+    documentation: str
+    bounds: tuple[int, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """The bounds as `/metrics` spells them, that of the last bucket included."""
+        return [floatToGoString(bound) for bound in (*self.bounds, float("inf"))]
+
+    @property
+    def bucket_names(self) -> list[str]:
+        """What a file calls the buckets, see `bucket_name`."""
+        return [bucket_name(f"{self.name}_bucket", label) for label in self.labels]
+
+    @property
+    def sum_name(self) -> str:
+        """What a file calls the sum of all that was counted."""
+        return f"{self.name}_sum"
+
+    def keys(self, model_name: str, engine: int) -> tuple[list[str], str]:
+        """Return what a file of prometheus_client calls the buckets and their sum."""
+        names, values = list(LABELS), [model_name, str(engine)]
+        bucket = f"{self.name}_bucket"
+        buckets = [
+            mmap_key(
+                self.name, bucket, [*names, "le"], [*values, label], self.documentation
+            )
+            for label in self.labels
+        ]
+        sum_key = mmap_key(self.name, self.sum_name, names, values, self.documentation)
+        return buckets, sum_key
+
+
+def bucket_name(sample_name: str, label: str) -> str:
+    """Return a name that tells the buckets of a histogram apart."""
+    return f'{sample_name}{{le="{label}"}}'
+
+
+class Distribution(NamedTuple):
+    """How often each size was counted.
+
+    Attributes:
+        counts: Of each bucket alone, in the order of `Histogram.bounds`, those beyond
+            the last bound at the end.
+        total: The sum of all sizes.
+    """
+
+    counts: tuple[int, ...]
+    total: int
+
+
 FREED_BLOCKS = Family(
     "vllm:roco_freed_blocks",
     "freed_blocks",
@@ -69,6 +133,12 @@ BUDGET = Family(
     "KV tokens that RoCo keeps per sequence (the option budget).",
 )
 BUDGET_FAMILIES = (FREED_BLOCKS, MOVED_BLOCKS, MAX_SEQUENCE, PEAK_SEQUENCE, BUDGET)
+REQUEST_BOUND = Histogram(
+    "vllm:roco_request_bound_tokens",
+    "request_bounds",
+    "Most KV tokens that each request may come to hold, in whole blocks.",
+    bounds=tuple(2**power for power in range(7, 21)),
+)
 
 
 class Meaning(NamedTuple):
@@ -122,3 +192,4 @@ PREFIX_FAMILIES = tuple(_prefix_families())
 """One for each field of `PrefixCounts`, in their order."""
 
 FAMILIES = (*BUDGET_FAMILIES, *PREFIX_FAMILIES)
+"""All that are one number."""

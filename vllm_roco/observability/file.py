@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 from prometheus_client.mmap_dict import MmapedDict
 
+from vllm_roco.observability.families import bucket_name
 from vllm_roco.observability.file_names import FileName
 from vllm_roco.observability.places import Place, places
 
@@ -33,7 +34,14 @@ _MOST_TRIES = 100
 
 
 class Number(NamedTuple):
-    """One number of a file."""
+    """One number of a file.
+
+    Attributes:
+        sample_name: What it is called, of a histogram's bucket with `bucket_name`.
+        model_name: Served name of the model.
+        engine: Data-parallel index of the engine core.
+        value: The number.
+    """
 
     sample_name: str
     model_name: str
@@ -224,4 +232,6 @@ def _has_owner(path: Path, *, remove_if_not: bool = False) -> bool:
 
 def _number(key: str, value: float) -> Number:
     _, sample_name, labels, _ = json.loads(key)
+    if (bound := labels.get("le")) is not None:
+        sample_name = bucket_name(sample_name, bound)
     return Number(sample_name, labels["model_name"], int(labels["engine"]), int(value))

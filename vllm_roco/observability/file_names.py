@@ -29,7 +29,7 @@ class FileName:
     prometheus_client reads the kind of the numbers from what precedes `roco`.
 
     Attributes:
-        kind: `counter` or `gauge_max`.
+        kind: `counter`, `gauge_max` or `histogram`.
         process: The engine core's process.
         parent: The process that started it: the front end, if that is another one.
         instance: The vLLM instance.
@@ -89,7 +89,8 @@ class FileName:
 
 _DIGEST = f"[0-9a-f]{{{_DIGITS}}}"
 _PATTERN = re.compile(
-    rf"(?P<kind>counter|gauge_max)_roco-(?P<process>{_DIGEST})-(?P<parent>{_DIGEST})-"
+    rf"(?P<kind>counter|gauge_max|histogram)_roco-"
+    rf"(?P<process>{_DIGEST})-(?P<parent>{_DIGEST})-"
     rf"(?P<instance>{_DIGEST})-(?P<engine>\d+)-(?P<core>{_DIGEST})-"
     rf"(?P<writer>core|{_DIGEST})\.db"
 )

@@ -12,6 +12,8 @@ from vllm_roco.observability.families import (
     BUDGET_FAMILIES,
     FAMILIES,
     PREFIX_FAMILIES,
+    REQUEST_BOUND,
+    Distribution,
     PrefixCounts,
 )
 from vllm_roco.observability.file import find_files, read_file
@@ -38,6 +40,8 @@ class EngineMetrics:
         max_sequence_kv_tokens: Most KV tokens that one running sequence holds now,
             in whole blocks.
         peak_sequence_kv_tokens: Most KV tokens that one sequence ever held.
+        request_bounds: How many KV tokens requests may come to hold at most, in
+            whole blocks: their own bounds, each counted when the request is taken.
         prefix_cache: What the prefix cache did; zeros where it is off.
     """
 
@@ -48,6 +52,7 @@ class EngineMetrics:
     moved_blocks: int
     max_sequence_kv_tokens: int
     peak_sequence_kv_tokens: int
+    request_bounds: Distribution
     prefix_cache: PrefixCounts
 
 
@@ -85,6 +90,13 @@ class RocoMetrics:
     def peak_sequence_kv_tokens(self) -> int:
         """Most KV tokens that one sequence of any engine ever held."""
         return max(engine.peak_sequence_kv_tokens for engine in self.engines)
+
+    @property
+    def request_bounds(self) -> Distribution:
+        """Most KV tokens that requests may come to hold, of all engines."""
+        bounds = [engine.request_bounds for engine in self.engines]
+        counts = zip(*(each.counts for each in bounds), strict=True)
+        return Distribution(tuple(map(sum, counts)), sum(each.total for each in bounds))
 
     @property
     def prefix_cache(self) -> PrefixCounts:
@@ -145,6 +157,10 @@ def read_engines(instance_id: str | None = None) -> tuple[EngineMetrics, ...]:
         EngineMetrics(
             model_name=labels[core][0],
             engine=labels[core][1],
+            request_bounds=Distribution(
+                tuple(numbers[name] for name in REQUEST_BOUND.bucket_names),
+                numbers[REQUEST_BOUND.sum_name],
+            ),
             prefix_cache=PrefixCounts(
                 *(numbers[family.sample_name] for family in PREFIX_FAMILIES)
             ),
@@ -153,5 +169,6 @@ def read_engines(instance_id: str | None = None) -> tuple[EngineMetrics, ...]:
         for core, numbers in sums.items()
         # neither a worker's number alone, nor an engine core that just starts or ends
         if all(family.sample_name in numbers for family in FAMILIES)
+        and REQUEST_BOUND.sum_name in numbers
     ]
     return tuple(sorted(engines, key=lambda metrics: metrics.engine))

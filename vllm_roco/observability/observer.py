@@ -58,6 +58,11 @@ class Observer:
         except (OSError, ValueError) as error:
             self._end_metrics(error)
 
+    def count_request(self, bound_tokens: int) -> None:
+        """Show one request more, see `MetricsPublisher.count_request`."""
+        if self._publisher is not None:
+            self._publisher.count_request(bound_tokens)
+
     def publish_prefixes(self, counts: PrefixCounts) -> None:
         """Show new numbers of the prefix cache."""
         if self._publisher is not None:

@@ -19,9 +19,20 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from prometheus_client import REGISTRY
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
-from vllm_roco.observability.families import FAMILIES, LABELS, Family
+from vllm_roco.observability.families import (
+    FAMILIES,
+    LABELS,
+    REQUEST_BOUND,
+    Distribution,
+    Family,
+)
 from vllm_roco.observability.metrics import RocoMetrics, read_engines
 
 
@@ -32,12 +43,13 @@ class RocoCollector:
     unregister it when it builds its loggers.
     """
 
-    def describe(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    def describe(self) -> Iterator[Metric]:
         """Yield the metrics without samples: the names that this collector owns."""
         for family in FAMILIES:
             yield _empty(family)
+        yield _histogram()
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         """Yield the metrics; nothing while no engine uses the ROCO backend."""
         labels = attrgetter(*LABELS)
         engines = sorted(read_engines(), key=labels)
@@ -54,6 +66,13 @@ class RocoCollector:
             for (model_name, engine), metrics in groups.items():
                 metric.add_metric([model_name, str(engine)], number_of(metrics))
             yield metric
+        histogram = _histogram()
+        for (model_name, engine), metrics in groups.items():
+            bounds = metrics.request_bounds
+            histogram.add_metric(
+                [model_name, str(engine)], _buckets(bounds), bounds.total
+            )
+        yield histogram
 
 
 @functools.cache
@@ -65,3 +84,14 @@ def register_collector() -> None:
 def _empty(family: Family) -> CounterMetricFamily | GaugeMetricFamily:
     kind = CounterMetricFamily if family.is_counter else GaugeMetricFamily
     return kind(family.name, family.documentation, labels=LABELS)
+
+
+def _histogram() -> HistogramMetricFamily:
+    family = REQUEST_BOUND
+    return HistogramMetricFamily(family.name, family.documentation, labels=LABELS)
+
+
+def _buckets(distribution: Distribution) -> list[tuple[str, float]]:
+    """Return each bound and how many are not above it."""
+    sums = itertools.accumulate(distribution.counts)
+    return list(zip(REQUEST_BOUND.labels, sums, strict=True))

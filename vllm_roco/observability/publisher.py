@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from bisect import bisect_left
 from collections.abc import Mapping
 
 from vllm_roco.observability.families import (
@@ -20,6 +21,7 @@ from vllm_roco.observability.families import (
     MOVED_BLOCKS,
     PEAK_SEQUENCE,
     PREFIX_FAMILIES,
+    REQUEST_BOUND,
     PrefixCounts,
 )
 from vllm_roco.observability.file import NumbersFile, find_files, read_file, sweep
@@ -32,7 +34,7 @@ CHECK_SECONDS = 1.0
 
 
 class MetricsPublisher:
-    """The engine core's side: owns two files and writes its numbers.
+    """The engine core's side: owns three files and writes its numbers.
 
     Not thread-safe: one thread, the scheduler's, publishes.
 
@@ -67,7 +69,13 @@ class MetricsPublisher:
         prefix_keys = [family.key(model_name, engine) for family in PREFIX_FAMILIES]
         for family, key in zip(PREFIX_FAMILIES, prefix_keys, strict=True):
             (counts if family.is_counter else sizes)[key] = 0
-        self._counters, self._gauges = _open(counter, counts, sizes)
+        self._bucket_keys, self._bounds_key = REQUEST_BOUND.keys(model_name, engine)
+        # of each bucket, and the sum at the end
+        self._bounds = [0] * (len(self._bucket_keys) + 1)
+        buckets = dict.fromkeys((*self._bucket_keys, self._bounds_key), 0)
+        self._counters, self._gauges, self._buckets = self._files = _open(
+            counter, {"counter": counts, "gauge_max": sizes, "histogram": buckets}
+        )
         self._prefix_numbers = [
             (self._counters if key in counts else self._gauges, key)
             for key in prefix_keys
@@ -101,8 +109,21 @@ class MetricsPublisher:
         now = time.monotonic()
         if now >= self._due:
             self._due = now + CHECK_SECONDS
-            self._counters.keep()
-            self._gauges.keep()
+            for file in self._files:
+                file.keep()
+
+    def count_request(self, bound_tokens: int) -> None:
+        """Show one request more; as `publish`, but never raises.
+
+        Args:
+            bound_tokens: Most KV tokens that it may come to hold.
+        """
+        bounds = self._bounds
+        bucket = bisect_left(REQUEST_BOUND.bounds, bound_tokens)
+        bounds[bucket] += 1
+        bounds[-1] += bound_tokens
+        self._buckets.set(self._bucket_keys[bucket], bounds[bucket])
+        self._buckets.set(self._bounds_key, bounds[-1])
 
     def publish_prefixes(self, counts: PrefixCounts) -> None:
         """Show new numbers of the prefix cache; as `publish`, but never raises."""
@@ -118,8 +139,8 @@ class MetricsPublisher:
 
     def close(self) -> None:
         """Remove the files. Closing twice is harmless."""
-        self._counters.close()
-        self._gauges.close()
+        for file in self._files:
+            file.close()
 
 
 class MovedBlocks:
@@ -189,17 +210,21 @@ class MovedBlocks:
 
 
 def _open(
-    counter: FileName, counts: Mapping[str, float], sizes: Mapping[str, float]
-) -> tuple[NumbersFile, NumbersFile]:
-    """Return the two files of an engine core, in the best place that takes them."""
-    gauge = dataclasses.replace(counter, kind="gauge_max")
+    counter: FileName, numbers: Mapping[str, Mapping[str, float]]
+) -> list[NumbersFile]:
+    """Return the files of an engine core, in the best place that takes them.
+
+    Args:
+        counter: What the file of counters is called.
+        numbers: What is in each file, by the file's kind.
+    """
     troubles = []
     for place in places():
         try:
-            files = (
-                NumbersFile(place, counter, counts),
-                NumbersFile(place, gauge, sizes),
-            )
+            files = [
+                NumbersFile(place, dataclasses.replace(counter, kind=kind), of_kind)
+                for kind, of_kind in numbers.items()
+            ]
         except OSError as error:
             troubles.append(str(error))
             continue

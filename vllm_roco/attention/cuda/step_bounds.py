@@ -14,7 +14,7 @@ import torch
 
 from vllm_roco.attention.cuda.eviction import EvictionScratchSize
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
-from vllm_roco.config import UNBOUNDED_MODES, blocks_of
+from vllm_roco.config import blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratchSize, plan_decode
 from vllm_roco.validation import validated_config
 
@@ -84,20 +84,18 @@ class StepBounds:
         config = validated_config(vllm_config)
         # what a step leaves of a request with the largest budget of its own
         after_a_step = config.max_budget + config.stride - 1
-        kept = spec.schedule.max_live_tokens()
-        if config.mode == "generation":
-            kept = after_a_step
-        elif config.mode in UNBOUNDED_MODES:
-            kept = max_model_len
+        decoding = max_model_len
+        if config.most_kept is not None:
+            # a decode starts from what a step leaves and adds one token
+            decoding = min(max_model_len, config.most_kept + config.stride)
         # the warm-up does not go through the scheduler, so a chunk is no bound here
         evicting = min(max_model_len, after_a_step + scheduler.max_num_batched_tokens)
         return cls(
             rows=max(scheduler.max_num_seqs, captured),
             live_tokens=max_model_len if config.allow_full else evicting,
             evicting_tokens=evicting,
-            # a decode starts from what a step leaves and adds one token
             measured_tokens=min(max_model_len, after_a_step + 1),
-            decode_tokens=min(max_model_len, kept + 1),
+            decode_tokens=decoding,
             block_size=spec.block_size,
             resident_blocks=config.max_budget // spec.block_size,
             measures=spec.has_statistics,
