@@ -49,5 +49,5 @@ def _log_probabilities(engine: Engine) -> dict[tuple[int, ...], list[float]]:
                 completion.token_ids, completion.logprobs, strict=True
             )
         ]
-        for completion in engine.complete(PROMPTS, NUM_NEW, logprobs=0)
+        for completion in engine.complete(PROMPTS, NUM_NEW, logprobs=1)
     }
