@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models with sliding windows in graphs, asynchronously, beside vLLM's own choice.
+
+As `tests/engine/test_windows.py` and `test_prefix_cache_windows.py`, with vLLM's runner
+for GPUs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.final_pages import run_to_the_end
+from tests.engine.mixed_models import save_mixed
+from tests.engine.steps import audited_manager, poisoned_free_blocks
+from tests.engine.test_prefix_cache import (
+    NUM_NEW,
+    PROMPTS,
+    alone,
+    assert_same,
+    assert_whole,
+)
+from tests.engine.tiny_models import SMALL_BUDGET
+from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.engine,
+    pytest.mark.usefixtures("engine_lock"),
+]
+
+RUNS: dict[str, dict[str, Any]] = {
+    "eager": dict(EAGER, async_scheduling=False),
+    "full-graphs-async": dict(FULL_GRAPHS, async_scheduling=True),
+}
+ROWS = [{"roco_budget": 64}, {"roco_mode": "prompt"}, {}, {"roco_policy": "h2o"}]
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["exaone4", "mostly-full"])
+def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> None:
+    """Freed blocks are poisoned, others have options of their own and prefixes hit."""
+    model = save_mixed(name, tmp_path)
+    prompts = list(PROMPTS.values())
+    work = [prompt for prompt in prompts for _ in ROWS]
+    rows = ROWS * len(prompts)
+    with gpu_engine(model, SMALL_BUDGET, **EAGER) as engine:
+        names = {layer.attn_backend.get_name() for layer in engine.layers.values()}
+        assert len(names) == 2 and "ROCO" in names
+        expected = [
+            engine.generate([prompt], NUM_NEW, extra_args=[row])[0]
+            for prompt, row in zip(work, rows, strict=True)
+        ]
+    assert len(set(expected)) > len(prompts)
+    caching = {**RUNS[run], "enable_prefix_caching": True, "max_num_seqs": 32}
+    with gpu_engine(model, SMALL_BUDGET, **caching) as engine:
+        with poisoned_free_blocks(engine):
+            for _ in range(2):
+                found = engine.generate(work, NUM_NEW, extra_args=rows)
+                assert found == expected
+        freed = sum(each.num_freed_blocks for each in engine.scheduler.roco_managers)
+        assert freed > 0
+        pool = engine.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_hits_change_no_byte(tmp_path: Path, run: str) -> None:
+    model = save_mixed("exaone4", tmp_path)
+    with gpu_engine(model, SMALL_BUDGET, **RUNS[run]) as engine:
+        expected = alone(engine)
+    caching = {**RUNS[run], "enable_prefix_caching": True}
+    with (
+        gpu_engine(model, SMALL_BUDGET, **caching) as engine,
+        audited_manager(engine),
+        poisoned_free_blocks(engine),
+    ):
+        found = alone(engine)
+        crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
+        assert_whole(engine)
+    assert any(found[name].num_cached_tokens for name in PROMPTS)
+    for ending, name in zip(crowd, PROMPTS, strict=True):
+        assert_same(found[name], expected[name])
+        assert_same(ending, expected[name])
