@@ -8,10 +8,11 @@ every shape and boundary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from vllm_roco import policy, reference
+from vllm_roco import fp8_cache, policy, reference
 from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
@@ -31,6 +32,9 @@ HEAD_SIZE = 64
 WIDTH = 12
 """Blocks of a row."""
 SCALE = HEAD_SIZE**-0.5
+
+Scales = tuple[torch.Tensor, torch.Tensor]
+"""Of the keys and of the values of an fp8 cache."""
 
 
 def check_live_table(device: torch.device, dtype: torch.dtype) -> None:
@@ -68,11 +72,17 @@ def check_live_table(device: torch.device, dtype: torch.dtype) -> None:
     assert torch.equal(live_table[0, : len(expected)], expected)
 
 
-def check_decode(device: torch.device, dtype: torch.dtype) -> None:
+def check_decode(
+    device: torch.device, dtype: torch.dtype, *, in_fp8: bool = False
+) -> None:
     """Raise AssertionError unless decode attends and measures as PyTorch does."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9,)
     for splits in (1, 3):
         cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
+        scales = None
+        if in_fp8:
+            cache, scales = _in_fp8(cache)
+        k_scale, v_scale = scales or (None, None)
         query = _randn((1, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
         # the newest token begins a block
         length = (WIDTH - 1) * BLOCK_SIZE + 1
@@ -103,13 +113,21 @@ def check_decode(device: torch.device, dtype: torch.dtype) -> None:
             ),
             plan=plan,
             scale=SCALE,
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
-        _assert_step(query, cache, table[0], length, output)
+        _assert_step(query, cache, table[0], length, output, scales)
 
 
-def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
+def check_prefill(
+    device: torch.device, dtype: torch.dtype, *, in_fp8: bool = False
+) -> None:
     """Raise AssertionError unless prompts are attended and measured as by PyTorch."""
     cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
+    scales = None
+    if in_fp8:
+        cache, scales = _in_fp8(cache)
+    k_scale, v_scale = scales or (None, None)
     query_len, length = 40, WIDTH * BLOCK_SIZE - 5
     query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
     statistics = page.statistics_view(cache)
@@ -125,6 +143,8 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
         lse=lse,
         max_query_len=query_len,
         scale=SCALE,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     measure_prefill(
         query=query,
@@ -143,8 +163,9 @@ def check_prefill(device: torch.device, dtype: torch.dtype) -> None:
             device=Device.of(device) if device.type == "cuda" else H100,
         ),
         scale=SCALE,
+        k_scale=k_scale,
     )
-    _assert_step(query, cache, table[0], length, output)
+    _assert_step(query, cache, table[0], length, output, scales)
 
 
 def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
@@ -211,6 +232,8 @@ CHECKS: dict[str, Callable[[torch.device, torch.dtype], None]] = {
     "live table": check_live_table,
     "decode": check_decode,
     "prefill": check_prefill,
+    "decode, fp8 cache": partial(check_decode, in_fp8=True),
+    "prefill, fp8 cache": partial(check_prefill, in_fp8=True),
     "eviction": check_eviction,
 }
 """Name to a function of device and element type that raises AssertionError."""
@@ -222,12 +245,16 @@ def _assert_step(
     blocks: torch.Tensor,
     length: int,
     output: torch.Tensor,
+    scales: Scales | None,
 ) -> None:
     """Compare one sequence's first step with float32, by the error of the dtype."""
+    states = kv_cache
+    if scales is not None:
+        states = fp8_cache.states_from_bytes(kv_cache, *scales)
     exact, low = (
         reference.attend(
             query=query,
-            kv_cache=kv_cache,
+            kv_cache=states,
             blocks=blocks,
             live_len=length,
             scale=SCALE,
@@ -254,6 +281,12 @@ def _assert_step(
 
 
 def _cache(device: torch.device, dtype: torch.dtype, num_blocks: int) -> torch.Tensor:
+    cache = _pages(device, dtype, num_blocks)
+    cache.copy_(_randn(tuple(cache.shape), device, dtype))
+    return cache
+
+
+def _pages(device: torch.device, dtype: torch.dtype, num_blocks: int) -> torch.Tensor:
     cache = reference.paged_cache(
         num_blocks=num_blocks,
         num_kv_heads=NUM_KV_HEADS,
@@ -263,8 +296,22 @@ def _cache(device: torch.device, dtype: torch.dtype, num_blocks: int) -> torch.T
         device=device,
     )
     page.page_view(cache).zero_()
-    cache.copy_(_randn(tuple(cache.shape), device, dtype))
     return cache
+
+
+def _in_fp8(cache: torch.Tensor) -> tuple[torch.Tensor, Scales]:
+    """Return keys and values as bytes, with scales for each kv head, and the scales."""
+    heads = 1.0 + torch.arange(NUM_KV_HEADS, device=cache.device)
+    scales = 0.03 * heads, 0.7 / heads
+    content = _pages(cache.device, torch.uint8, len(cache))
+    parts = zip(cache.chunk(2, -1), scales, strict=True)
+    content.copy_(
+        torch.cat(
+            [fp8_cache.to_bytes(part, scale.view(-1, 1, 1)) for part, scale in parts],
+            -1,
+        )
+    )
+    return content, scales
 
 
 def _randn(

@@ -10,8 +10,8 @@ permuted block table and a cold L2 cache, in turns. Every shape is checked again
 float32 reference before it is timed, and once more over an fp8 cache.
 
 Writes `decode_attention.csv` (microseconds, medians; `_low` and `_high` are the 20 %
-and 80 % quantiles; `ratio` is flash_us / roco_us, `fp8_ratio` roco_us / roco_fp8_us), and versions into
-`provenance.json`.
+and 80 % quantiles; `ratio` is flash_us / roco_us, `fp8_ratio` roco_us / roco_fp8_us),
+and versions into `provenance.json`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One step of a model's attention layers, for each kernel that can do it.
 
-Those of others have no fp8 cache here. All kernels read the same memory, through views of their own: only shapes and strides
-decide how fast they are. Pages lie in random order.
+All kernels read the same memory, through views of their own: only shapes and strides
+decide how fast they are. Pages lie in random order. An fp8 cache is for ours alone.
 """
 
 from __future__ import annotations

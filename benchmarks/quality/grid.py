@@ -165,7 +165,7 @@ def _modes() -> Iterator[tuple[Sweep, Setup]]:
 
 
 def _fp8() -> Iterator[tuple[Sweep, Setup]]:
-    """Yield both caches at every budget; in the same memory, fp8 keeps twice as much."""
+    """Yield both caches at every budget: in the same memory, fp8 keeps twice that."""
     sweeps = [sweep for sweep in SWEEPS if sweep.task in ("passkey", "needle")]
     for sweep in sweeps:
         yield sweep, FULL

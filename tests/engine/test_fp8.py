@@ -24,6 +24,7 @@ from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.test_prefix_cache import JUNCTION, LAST, PROMPTS, assert_same
 from tests.engine.test_request_options import OWN, SERVER, generate, server_of
 from tests.engine.tiny_models import SMALL_BUDGET, TINY_BUDGET, random_prompt
+from tests.model_configs import save_config
 from tests.oracle import Options
 from tests.oracle import generate as generate_by_oracle
 from tests.oracle.sequence import LiveSequence
@@ -35,7 +36,6 @@ CROWD = [random_prompt(n, seed=n) for n in (20, 70, 96, 150, 210, 333)]
 NUM_NEW = 150
 SEEDS = {230: 230, 33: 33, 129: 1129, 80: 80}
 """Prompts that the oracle continues without a tie, by their lengths."""
-NEVER = replace(SMALL_BUDGET, budget=1024)
 
 
 def scales_of(layer: int, *, per_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,16 +109,39 @@ def test_tokens_and_kept_blocks_are_the_oracles(
     assert_agreement(prompts, together, kept, expected)
 
 
-def test_a_budget_that_nobody_reaches_is_stock_fp8(tiny_llama: Path) -> None:
-    """Which vLLM offers on CPUs with AVX-512 alone; its scales are 1."""
-    if not torch.cpu._is_avx512_supported():
-        pytest.skip("vLLM's own attention has no fp8 cache on this CPU")
-    with running_engine(tiny_llama, None, kv_cache_dtype="fp8") as engine:
-        expected = engine.generate(CROWD, NUM_NEW)
-    with running_engine(tiny_llama, None) as engine:
-        assert engine.generate(CROWD, NUM_NEW) != expected
-    with running_engine(tiny_llama, NEVER, kv_cache_dtype="fp8") as engine:
-        assert engine.generate(CROWD, NUM_NEW) == expected
+@pytest.mark.parametrize("strategy", ["tensor", "attn_head"])
+def test_a_checkpoint_turns_it_on_by_itself(strategy: str, tmp_path: Path) -> None:
+    """It was refused, with the advice to leave an option out that nobody had given."""
+    scheme = dict(
+        num_bits=8, type="float", strategy=strategy, symmetric=True, dynamic=False
+    )
+    model = save_config(
+        tmp_path,
+        "llama",
+        "LlamaForCausalLM",
+        quantization_config={
+            "quant_method": "compressed-tensors",
+            "format": "dense",
+            "config_groups": {},
+            "ignore": [],
+            "kv_cache_scheme": scheme,
+        },
+    )
+    for dtype, held in (("auto", torch.uint8), ("bfloat16", torch.bfloat16)):
+        with running_engine(
+            model,
+            TINY_BUDGET,
+            load_format="dummy",
+            dtype="bfloat16",
+            max_model_len=256,
+            kv_cache_dtype=dtype,
+        ) as engine:
+            assert {cache.dtype for cache in engine.kv_caches} == {held}
+            heads = 2 if strategy == "attn_head" else 1
+            for layer in engine.layers.values():
+                assert layer._k_scale.numel() == heads
+            engine.generate([random_prompt(150, seed=1)], 40)
+            assert engine.manager.num_freed_blocks > 0
 
 
 def test_freed_blocks_preemption_and_asynchronous_scheduling(

@@ -2,8 +2,8 @@
 """Keys and values of one byte each: float8 e4m3, times a scale on the device.
 
 Every such number is one of float16 and of bfloat16 as well, so that what is read from
-the cache is exact. Its bits, shifted to their places in a float16, are the number
-times 2^-8; GPUs of compute capability 8.9 and above have an instruction for it.
+the cache is exact. Its bits, shifted to their places in a float16, are the number times
+2^-8. GPUs of compute capability 8.9 and above have an instruction for it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def load_scale(
     kv_head,
     NATIVE: tl.constexpr,
 ):
-    """Return by what numbers of `halves` or, not native, of `unpack` are multiplied."""
+    """Return by what numbers of `halves`, or if not native of `unpack`, are scaled."""
     scale = tl.load(scale_ptr + kv_head * stride_scale)
     if not NATIVE:
         scale *= _SHIFTED

@@ -185,19 +185,14 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             and flash_has_sinks(version, sinks.dtype)
         )
         keys, values, written = views.keys, views.values, output
-        descales: dict[str, Any] = {}
+        q_descale = k_descale = v_descale = None
         if self.is_fp8:
             keys, values = (x.view(torch.float8_e4m3fn) for x in (keys, values))
             query = self._quantised(layer, query)
-            num_rows = len(prefills.step.live_lens)
-            descales = {
-                f"{name}_descale": scale.expand(num_rows, self.num_kv_heads)
-                for name, scale in (
-                    ("q", layer._q_scale),
-                    ("k", layer._k_scale),
-                    ("v", layer._v_scale),
-                )
-            }
+            by_row_and_head = len(prefills.step.live_lens), self.num_kv_heads
+            q_descale = layer._q_scale.expand(by_row_and_head)
+            k_descale = layer._k_scale.expand(by_row_and_head)
+            v_descale = layer._v_scale.expand(by_row_and_head)
             if output.dtype != torch.bfloat16:
                 # of an fp8 query it writes nothing else
                 written = torch.empty_like(output, dtype=torch.bfloat16)
@@ -218,7 +213,9 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             return_softmax_lse=True,
             fa_version=version,
             s_aux=sinks if in_flash else None,
-            **descales,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
         )
         if written is not output:
             output.copy_(written)
