@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets vLLM copy whole pages where the caches of several kinds of layers overlap.
 
-Layers of several KV cache groups lie in the same memory, each with a view of its own. Of
-views that begin at one address vLLM copies only the first, in the order of layers; but
-RoCo's pages are the longest, for they have statistics behind keys and values.
+Layers of several KV cache groups lie in the same memory, each with a view of its own.
+Of views that begin at one address vLLM copies only the first, in the order of layers;
+but RoCo's pages are the longest, for they have statistics behind keys and values.
 """
 
 from __future__ import annotations
