@@ -33,18 +33,19 @@ _SHAPE: dict[str, Any] = dict(
     sliding_window=WINDOW,
     layer_types=["sliding_attention", "full_attention"] * 2,
 )
+_GEMMA = dict(query_pre_attn_scalar=32)
 _UNTIED = dict(tie_word_embeddings=False)
 
 MIXED_MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "gemma2": (Gemma2Config, {}),
-    "gemma3": (Gemma3TextConfig, {}),
+    "gemma2": (Gemma2Config, _GEMMA),
+    "gemma3": (Gemma3TextConfig, _GEMMA),
     "cohere2": (Cohere2Config, {}),
     "exaone4": (Exaone4Config, _UNTIED),
     "olmo3": (Olmo3Config, _UNTIED),
     # vLLM then makes three groups of RoCo's layers
     "mostly-full": (
         Gemma2Config,
-        {"layer_types": ["sliding_attention", *["full_attention"] * 3]},
+        {**_GEMMA, "layer_types": ["sliding_attention", *["full_attention"] * 3]},
     ),
 }
 
@@ -61,5 +62,8 @@ def save_mixed(name: str, folder: Path, **changes: Any) -> Path:
     config_class, own = MIXED_MODELS[name]
     config = config_class(**_SHAPE | own | changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if config.tie_word_embeddings:
+        # large ones, which are the output's as well, repeat the last token for ever
+        model.get_input_embeddings().weight.data *= 0.02
     model.save_pretrained(folder)
     return folder

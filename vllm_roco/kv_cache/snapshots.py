@@ -42,14 +42,7 @@ class Snapshot(NamedTuple):
     def is_whole(self) -> bool:
         """Whether vLLM has handed out none of the blocks, and not reset its cache."""
         name = self.name
-        return all(block.block_hash == name for block in self.blocks) and (
-            not self.windows or self.has_windows
-        )
-
-    @property
-    def has_windows(self) -> bool:
-        """Whether the same is true of the blocks in windows."""
-        return all(
+        return all(block.block_hash == name for block in self.blocks) and all(
             block.block_hash == name
             for block, name in zip(
                 chain.from_iterable(self.windows), self.window_names, strict=True
@@ -151,10 +144,9 @@ class SnapshotStore:
         snapshots = self._snapshots
         while snapshots:
             prefix, snapshot = next(iter(snapshots.items()))
-            # of copies, the first is the first of them in vLLM's free queue
-            if snapshot.blocks[0].block_hash == snapshot.name and (
-                not snapshot.windows or snapshot.has_windows
-            ):
+            # the first copy is the first of the snapshot in vLLM's free queue: blocks
+            # in windows are freed later, when these have moved on
+            if snapshot.blocks[0].block_hash == snapshot.name:
                 return
             del snapshots[prefix]
             self._lost[prefix] = None
