@@ -184,11 +184,11 @@ def prefill_attention(
         max_query_len: Bound of the rows' query lengths, known on the host.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
-        kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
-        # without sinks no program touches them
-        sinks_ptr=query if sinks is None else sinks,
-        k_scale_ptr=lse if k_scale is None else k_scale,
-        v_scale_ptr=lse if v_scale is None else v_scale,
+        sinks: `[num_q_heads]`, contiguous, of any dtype: a logit of each head in the
+            softmax's denominator alone. None for none.
+        k_scale: By what keys are multiplied, float32: one number, or one for each kv
+            head. None, as `v_scale`, for a cache that is not fp8.
+        v_scale: Likewise values.
     """
     _, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -199,6 +199,8 @@ def prefill_attention(
     _prefill_attention_kernel[(num_kv_heads, tiles, live_lens.shape[0])](
         query_ptr=query,
         kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
+        # without sinks no program touches them
+        sinks_ptr=query if sinks is None else sinks,
         k_scale_ptr=lse if k_scale is None else k_scale,
         v_scale_ptr=lse if v_scale is None else v_scale,
         query_start_loc_ptr=query_start_loc,
