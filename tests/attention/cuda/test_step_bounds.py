@@ -151,7 +151,7 @@ def test_budgets_of_requests_have_room() -> None:
     ("model", "tiled"), [(torch.float32, torch.float32), (torch.bfloat16, torch.uint8)]
 )
 def test_tiles_of_an_fp8_cache(model: torch.dtype, tiled: torch.dtype) -> None:
-    """Its numbers are multiplied as float32 where the query is, without tensor cores."""
+    """Its numbers become float32 where the query is, which fills larger tiles."""
     vllm_config = config_for({"budget": 64, "stride": 32})
     vllm_config.model_config = copy.copy(vllm_config.model_config)
     vllm_config.model_config.dtype = model
