@@ -214,7 +214,7 @@ def test_masses_of_a_step_add_up_to_one(device: torch.device) -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("head_size", [64, 80, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("device", [H100, SMALL, TINY], ids=["H100", "99", "64 KiB"])
 def test_plan_fits_the_device(
     rows: int, head_size: int, dtype: torch.dtype, device: Device

@@ -145,3 +145,16 @@ def test_budgets_of_requests_have_room() -> None:
         vllm_config = config_for({**options, "allow_full": True, "mode": mode})
         bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
         assert bounds.decode_tokens == most
+
+
+@pytest.mark.parametrize(
+    ("model", "tiled"), [(torch.float32, torch.float32), (torch.bfloat16, torch.uint8)]
+)
+def test_tiles_of_an_fp8_cache(model: torch.dtype, tiled: torch.dtype) -> None:
+    """Its numbers become float32 where the query is, which fills larger tiles."""
+    vllm_config = config_for({"budget": 64, "stride": 32})
+    vllm_config.model_config = copy.copy(vllm_config.model_config)
+    vllm_config.model_config.dtype = model
+    spec = roco_spec(budget=64, stride=32, dtype=torch.uint8)
+    bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
+    assert bounds.dtype == tiled
