@@ -17,7 +17,11 @@ from tests.engine.engines import Engine, Prompt, roco_arguments, running_engine
 from tests.engine.steps import audited_manager
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 
-pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.usefixtures("engine_lock"),
+]
 
 NUM_NEW = 100
 SERVER = {
