@@ -62,7 +62,7 @@ def test_the_longest_that_is_told_is_the_longest_that_fits(
             ),
         ),
         (
-            *("full", 700, 10, 40, "prompt"),
+            *("full", 700, 10, 40, "input_tokens"),
             (
                 "a prompt of 700 tokens with max_tokens = 10 may hold 45 blocks of 16 "
                 "tokens, but the KV cache has 40, so the request could never be "
@@ -72,7 +72,17 @@ def test_the_longest_that_is_told_is_the_longest_that_fits(
         ),
         # the budget, the stride, a chunk and a block come to 11
         ("prompt", 1000, 200, 12, "max_tokens", "at most 120, or mode"),
-        ("both", 300, 200, 10, "prompt", "at most 160, or a smaller budget, stride or"),
+        (
+            "both",
+            300,
+            200,
+            10,
+            "input_tokens",
+            "160, or a smaller budget, stride or ch",
+        ),
+        ("prompt", 300, 200, 10, "input_tokens", "stride or chunk, or mode"),
+        # here is no eviction that would need less
+        ("full", 100, 200, 10, "max_tokens", 'at most 60, or mode "both".'),
         ("generation", 300, 200, 29, "max_tokens", "at most 164, or a smaller budget"),
     ],
 )

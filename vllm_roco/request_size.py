@@ -86,12 +86,12 @@ def _too_large(
         what = f"max_tokens = {max_tokens} after a prompt of {num_prompt_tokens} tokens"
         cure = f"a max_tokens of at most {room}"
     else:
-        parameter, value = "prompt", num_prompt_tokens
+        parameter, value = "input_tokens", num_prompt_tokens
         what = f"a prompt of {num_prompt_tokens} tokens with max_tokens = {max_tokens}"
         cure = f"a prompt and a max_tokens of together at most {longest}"
-    if schedule.until == NEVER:
+    if schedule.until and schedule.max_blocks(plan.max_in_flight_tokens) > num_blocks:
         cure += ", or a smaller budget, stride or chunk"
-    else:
+    if schedule.until != NEVER:
         cure += ', or mode "both"'
     return RequestTooLargeError(
         parameter,

@@ -51,6 +51,6 @@ def test_what_could_never_fit_is_refused(tiny_llama: Path) -> None:
         full = SamplingParams(max_tokens=4, extra_args={"roco_mode": "full"})
         with pytest.raises(VLLMValidationError, match="the KV cache has 19") as error:
             engine.llm.generate([prompt], full, use_tqdm=False)
-        assert (error.value.parameter, error.value.value) == ("prompt", 320)
+        assert (error.value.parameter, error.value.value) == ("input_tokens", 320)
         assert not engine.llm.llm_engine.has_unfinished_requests()
         assert generate(engine, {}, {}) == [expected] * 2

@@ -191,7 +191,7 @@ def test_what_could_never_fit_is_refused(server: Server) -> None:
         send(server, full, prompt=prompt * 30, max_tokens=1),
         *("a prompt of 3000 tokens", "together at most 2048"),
     )
-    assert error["param"] == "prompt"
+    assert error["param"] == "input_tokens"
     assert server.is_healthy()
     assert send(server, full, prompt=prompt).status_code == 200
     assert send(server, {}, prompt=prompt * 30).status_code == 200
