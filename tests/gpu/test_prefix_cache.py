@@ -23,8 +23,10 @@ from tests.engine.test_prefix_cache import (
     assert_same,
     assert_whole,
 )
+from tests.engine.test_windows import save_gemma2
 from tests.engine.tiny_models import SMALL_BUDGET
 from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+from tests.oracle import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,12 +44,28 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", ["roco", "recent"])
 @pytest.mark.parametrize("run", RUNS)
 def test_hits_change_no_byte(tiny_llama: Path, run: str, policy: str) -> None:
-    options = replace(SMALL_BUDGET, policy=policy)
-    with gpu_engine(tiny_llama, options, **RUNS[run]) as engine:
+    check_hits(tiny_llama, replace(SMALL_BUDGET, policy=policy), RUNS[run])
+
+
+@pytest.mark.parametrize("window", [40, 150])
+@pytest.mark.parametrize("run", RUNS)
+def test_hits_behind_windows_change_no_byte(
+    tmp_path: Path, run: str, window: int
+) -> None:
+    model = save_gemma2(
+        tmp_path,
+        sliding_window=window,
+        num_hidden_layers=4,
+        max_position_embeddings=1024,
+    )
+    check_hits(model, SMALL_BUDGET, RUNS[run])
+
+
+def check_hits(model: Path, options: Options, run: dict[str, Any]) -> None:
+    with gpu_engine(model, options, **run) as engine:
         expected = alone(engine)
-    caching = {**RUNS[run], "enable_prefix_caching": True}
     with (
-        gpu_engine(tiny_llama, options, **caching) as engine,
+        gpu_engine(model, options, **run, enable_prefix_caching=True) as engine,
         audited_manager(engine),
         poisoned_free_blocks(engine),
     ):
