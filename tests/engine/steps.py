@@ -111,14 +111,17 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
 
 
 @contextlib.contextmanager
-def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
+def poisoned_free_blocks(
+    engine: Engine, poison_value: float = math.nan
+) -> Iterator[None]:
     """Fill every block that is nobody's and no snapshot's before each step.
 
-    With NaN, but with a number that shows where layers are left to vLLM, for
-    its attention on CPUs multiplies what it masks by zero.
+    Args:
+        engine: An engine in this process.
+        poison_value: What with, where some layers are not RoCo's and do not stand NaN
+            behind the end of a sequence.
     """
-    poison_value = 1e6 if engine.other_kv_caches else math.nan
-    pages = [page_view(cache) for cache in engine.kv_caches] + engine.other_kv_caches
+    pages = [page_view(cache) for cache in engine.kv_caches]
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model

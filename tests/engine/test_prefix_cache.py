@@ -6,6 +6,7 @@ In float32 the tokens and every byte of its live pages are the same.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,7 @@ def check_crowd(
     expected: dict[str, Ending],
     pool: int,
     scheduler: type | None = None,
+    poison_value: float = math.nan,
 ) -> None:
     """Twice, so that the second crowd begins while snapshots of the first live."""
     small: dict[str, Any] = dict(
@@ -132,7 +134,7 @@ def check_crowd(
     with (
         running_engine(model, options, enable_prefix_caching=True, **small) as engine,
         audited_manager(engine) as steps,
-        poisoned_free_blocks(engine),
+        poisoned_free_blocks(engine, poison_value),
     ):
         assert scheduler is None or isinstance(engine.scheduler, scheduler)
         for _ in range(2):

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 from vllm.outputs import RequestOutput
 
 from tests.engine.engines import Engine, Prompt, roco_arguments, running_engine
@@ -28,8 +30,8 @@ from tests.engine.test_prefix_cache import (
     assert_whole,
     check_crowd,
 )
-from tests.engine.test_windows import save_gemma2
 from tests.engine.tiny_models import SMALL_BUDGET
+from tests.model_configs import TINY
 from vllm_roco.kv_cache.window_manager import WindowManager
 from vllm_roco.scheduler import RocoAsyncScheduler
 
@@ -47,18 +49,37 @@ ROWS: list[dict[str, Any] | None] = [
 """Options of requests, of which none may have another's snapshots past an eviction."""
 
 
+POISON = 1e6
+"""Nobody would overlook it, and vLLM's attention for CPUs multiplies it by zero."""
+
+
+def save_with_windows(folder: Path, window: int) -> Path:
+    """Write a model of which every other layer has a window, with random weights."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **TINY
+        | dict(
+            sliding_window=window,
+            # two of each kind: the caches of a single one would be all of the memory
+            num_hidden_layers=4,
+            max_position_embeddings=1024,
+            query_pre_attn_scalar=32,
+            initializer_range=0.2,
+        )
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # large ones, which are the output's as well, repeat the last token for ever
+    model.get_input_embeddings().weight.data *= 0.02
+    model.save_pretrained(folder)
+    return folder
+
+
 # shorter than a chunk of 64 tokens, longer, and never left
 @pytest.fixture(scope="module", params=[40, 150, 1000])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    return save_gemma2(
-        tmp_path_factory.mktemp("gemma2"),
-        sliding_window=request.param,
-        # two of each kind: the caches of a single one would be all of the memory
-        num_hidden_layers=4,
-        max_position_embeddings=1024,
-    )
+    return save_with_windows(tmp_path_factory.mktemp("gemma2"), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +93,7 @@ def test_one_by_one(model: Path, expected: dict[str, Ending]) -> None:
     with (
         running_engine(model, BUDGET, enable_prefix_caching=True) as engine,
         audited_manager(engine),
-        poisoned_free_blocks(engine),
+        poisoned_free_blocks(engine, POISON),
     ):
         managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
         assert [type(manager) is WindowManager for manager in managers].count(True) == 1
@@ -100,7 +121,7 @@ def test_one_by_one(model: Path, expected: dict[str, Ending]) -> None:
 def test_all_at_once_asynchronously(
     model: Path, expected: dict[str, Ending], pool: int, asynchronous: None
 ) -> None:
-    check_crowd(model, BUDGET, expected, pool, RocoAsyncScheduler)
+    check_crowd(model, BUDGET, expected, pool, RocoAsyncScheduler, POISON)
 
 
 def outputs_of(engine: Engine, prompt: Prompt, row: Any) -> RequestOutput:
@@ -110,7 +131,7 @@ def outputs_of(engine: Engine, prompt: Prompt, row: Any) -> RequestOutput:
 
 def test_rows_have_snapshots_of_their_own(tmp_path: Path) -> None:
     """What a window holds depends on what was evicted in front of it."""
-    model = save_gemma2(tmp_path, num_hidden_layers=4, max_position_embeddings=1024)
+    model = save_with_windows(tmp_path, 64)
     server = roco_arguments(BUDGET)["additional_config"]["roco"]
     server |= {"max_budget": 512, "allow_full": True}
     arguments: dict[str, Any] = {"additional_config": {"roco": server}}

@@ -6,6 +6,7 @@ As `tests/engine/test_prefix_cache.py`, with graphs and vLLM's runner for GPUs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from tests.engine.test_prefix_cache import (
     assert_same,
     assert_whole,
 )
-from tests.engine.test_windows import save_gemma2
+from tests.engine.test_prefix_cache_windows import POISON, save_with_windows
 from tests.engine.tiny_models import SMALL_BUDGET
 from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
 from tests.oracle import Options
@@ -52,22 +53,21 @@ def test_hits_change_no_byte(tiny_llama: Path, run: str, policy: str) -> None:
 def test_hits_behind_windows_change_no_byte(
     tmp_path: Path, run: str, window: int
 ) -> None:
-    model = save_gemma2(
-        tmp_path,
-        sliding_window=window,
-        num_hidden_layers=4,
-        max_position_embeddings=1024,
-    )
-    check_hits(model, SMALL_BUDGET, RUNS[run])
+    check_hits(save_with_windows(tmp_path, window), SMALL_BUDGET, RUNS[run], POISON)
 
 
-def check_hits(model: Path, options: Options, run: dict[str, Any]) -> None:
+def check_hits(
+    model: Path,
+    options: Options,
+    run: dict[str, Any],
+    poison_value: float = math.nan,
+) -> None:
     with gpu_engine(model, options, **run) as engine:
         expected = alone(engine)
     with (
         gpu_engine(model, options, **run, enable_prefix_caching=True) as engine,
         audited_manager(engine),
-        poisoned_free_blocks(engine),
+        poisoned_free_blocks(engine, poison_value),
     ):
         found = alone(engine)
         crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
