@@ -129,6 +129,8 @@ class Setup:
         spec = self.spec()
         longer = ((self.max_budget or self.budget) - self.budget) // BLOCK_SIZE
         num_blocks = spec.max_blocks_per_sequence + longer + 1 + self.spare_blocks
+        in_flight = self.max_steps_in_flight
+        in_flight *= config.scheduler_config.max_num_batched_tokens
         groups = []
         for number, window in enumerate(self.windows):
             of_window = SlidingWindowSpec(
@@ -140,7 +142,7 @@ class Setup:
                 page_size_padded=spec.page_size_bytes,
             )
             num_blocks += of_window.max_admission_blocks_per_request(
-                config.max_in_flight_tokens, MAX_MODEL_LEN
+                in_flight, MAX_MODEL_LEN
             )
             groups.append(KVCacheGroupSpec([f"window {number}"], of_window))
         plan = one_group(spec, num_blocks)

@@ -27,6 +27,7 @@ STEPS = [
     "tests/test_eviction_schedule.py",
     "tests/test_scheduler*.py",
     "tests/test_prefix_scheduler.py",
+    "tests/test_window_prefixes.py",
     "tests/test_request_plans.py",
     "tests/test_block_sharing.py",
     "tests/kv_cache/test_*.py",

@@ -27,7 +27,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from tests.oracle import Options
-from vllm_roco.attention.impl import RocoImpl
+from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.manager import RocoManager
 
 Prompt = Sequence[int]
@@ -66,9 +66,9 @@ class Engine:
 
     @property
     def manager(self) -> RocoManager:
-        """The block manager of the layers that evict."""
+        """The block manager of RoCo's only KV cache group."""
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
-        (manager,) = [each for each in managers if isinstance(each, RocoManager)]
+        (manager,) = [one for one in managers if isinstance(one, RocoManager)]
         return manager
 
     def cached_blocks(self, prompt: Prompt) -> list[int]:
@@ -95,16 +95,7 @@ class Engine:
         return [
             layer.impl.page_shape.states_view(layer.kv_cache)
             for layer in self.layers.values()
-            if isinstance(layer.impl, RocoImpl)
-        ]
-
-    @property
-    def other_kv_caches(self) -> list[torch.Tensor]:
-        """Caches of the layers that are left to vLLM, `[num_blocks, ...]`."""
-        return [
-            layer.kv_cache
-            for layer in self.layers.values()
-            if not isinstance(layer.impl, RocoImpl)
+            if layer.attn_backend is RocoBackend
         ]
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.engine.final_pages import run_to_the_end
+from tests.engine.mixed_models import save_mixed
 from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.test_prefix_cache import (
     JUNCTION,
@@ -25,6 +26,7 @@ from tests.engine.test_prefix_cache import (
 )
 from tests.engine.tiny_models import SMALL_BUDGET
 from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+from tests.oracle import Options
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,12 +44,27 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("policy", ["roco", "recent"])
 @pytest.mark.parametrize("run", RUNS)
 def test_hits_change_no_byte(tiny_llama: Path, run: str, policy: str) -> None:
-    options = replace(SMALL_BUDGET, policy=policy)
-    with gpu_engine(tiny_llama, options, **RUNS[run]) as engine:
+    check_hits(tiny_llama, replace(SMALL_BUDGET, policy=policy), RUNS[run])
+
+
+@pytest.mark.parametrize("window", [40, 150])
+@pytest.mark.parametrize("run", RUNS)
+def test_hits_behind_windows_change_no_byte(
+    tmp_path: Path, run: str, window: int
+) -> None:
+    model = save_mixed("gemma2", tmp_path, sliding_window=window)
+    check_hits(model, SMALL_BUDGET, RUNS[run])
+
+
+def check_hits(
+    model: Path,
+    options: Options,
+    run: dict[str, Any],
+) -> None:
+    with gpu_engine(model, options, **run) as engine:
         expected = alone(engine)
-    caching = {**RUNS[run], "enable_prefix_caching": True}
     with (
-        gpu_engine(tiny_llama, options, **caching) as engine,
+        gpu_engine(model, options, **run, enable_prefix_caching=True) as engine,
         audited_manager(engine),
         poisoned_free_blocks(engine),
     ):

@@ -12,15 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.engine.final_pages import run_to_the_end
 from tests.engine.mixed_models import save_mixed
-from tests.engine.steps import audited_manager, poisoned_free_blocks
+from tests.engine.steps import poisoned_free_blocks
 from tests.engine.test_prefix_cache import (
     NUM_NEW,
     PROMPTS,
-    alone,
-    assert_same,
-    assert_whole,
 )
 from tests.engine.tiny_models import SMALL_BUDGET
 from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
@@ -64,23 +60,3 @@ def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> N
         assert freed > 0
         pool = engine.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_hits_change_no_byte(tmp_path: Path, run: str) -> None:
-    model = save_mixed("exaone4", tmp_path)
-    with gpu_engine(model, SMALL_BUDGET, **RUNS[run]) as engine:
-        expected = alone(engine)
-    caching = {**RUNS[run], "enable_prefix_caching": True}
-    with (
-        gpu_engine(model, SMALL_BUDGET, **caching) as engine,
-        audited_manager(engine),
-        poisoned_free_blocks(engine),
-    ):
-        found = alone(engine)
-        crowd = run_to_the_end(engine, list(PROMPTS.values()), NUM_NEW)
-        assert_whole(engine)
-    assert any(found[name].num_cached_tokens for name in PROMPTS)
-    for ending, name in zip(crowd, PROMPTS, strict=True):
-        assert_same(found[name], expected[name])
-        assert_same(ending, expected[name])
