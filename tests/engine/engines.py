@@ -27,6 +27,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from tests.oracle import Options
+from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.manager import RocoManager
 
 Prompt = Sequence[int]
@@ -65,8 +66,9 @@ class Engine:
 
     @property
     def manager(self) -> RocoManager:
-        """The block manager of the only KV cache group."""
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        """The block manager of RoCo's only KV cache group."""
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (manager,) = [one for one in managers if isinstance(one, RocoManager)]
         return manager
 
     def cached_blocks(self, prompt: Prompt) -> list[int]:
@@ -93,6 +95,7 @@ class Engine:
         return [
             layer.impl.page_shape.states_view(layer.kv_cache)
             for layer in self.layers.values()
+            if layer.attn_backend is RocoBackend
         ]
 
     @property

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,20 @@ pytestmark = [
 def test_the_default_policy_finds_it(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     with gpu_engine(smollm2, PEAK, **ARGUMENTS, num_gpu_blocks_override=2048) as engine:
+        assert keys_found(engine, tokenizer, passkeys(tokenizer)) >= 15
+
+
+def test_layers_with_a_window_are_flash_attentions(gemma_3: Path) -> None:
+    """Two backends share the blocks, the steps and the graphs of decodes."""
+    tokenizer = AutoTokenizer.from_pretrained(gemma_3)
+    arguments = {**ARGUMENTS, "async_scheduling": True}
+    with gpu_engine(gemma_3, PEAK, **arguments) as engine:
+        backends = [layer.attn_backend.get_name() for layer in engine.layers.values()]
+        assert Counter(backends) == {"FLASH_ATTN": 15, "ROCO": 3}
+        config = engine.core.vllm_config
+        # vLLM lowers it to what every backend can do
+        assert config.compilation_config.cudagraph_mode.name == "FULL_DECODE_ONLY"
+        assert config.scheduler_config.async_scheduling
         assert keys_found(engine, tokenizer, passkeys(tokenizer)) >= 15
 
 
