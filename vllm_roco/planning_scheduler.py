@@ -13,6 +13,7 @@ from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.eviction_row import ROW_KEY
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
+from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.refusing_scheduler import RefusingScheduler
 from vllm_roco.request_options import RequestOptionError, options_in
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
@@ -36,6 +37,8 @@ class PlanningScheduler(RefusingScheduler):
         roco_config: The options.
         roco_managers: The block managers of the RoCo groups.
         request_plans: What holds for each request.
+        other_caches: What sequences hold in layers that are not RoCo's.
+        max_steps_in_flight: Steps that may be scheduled but not yet processed.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,8 +60,17 @@ class PlanningScheduler(RefusingScheduler):
         for manager in self.roco_managers:
             # vLLM may have enlarged the blocks since the options were checked
             self.roco_config.check_block_size(manager.block_size)
-        self._max_steps_in_flight = manager.max_steps_in_flight
+        self.max_steps_in_flight = manager.max_steps_in_flight
         self._default_plan = self._planner.plan(None, 1)
+        self.other_caches = OtherCaches(
+            (
+                manager
+                for manager in self.kv_cache_manager.coordinator.single_type_managers
+                if manager not in self.roco_managers
+            ),
+            self.max_steps_in_flight,
+            self.max_model_len,
+        )
         self._check_pool()
         self.request_plans = RequestPlans(
             self._resolved(self._default_plan, self.max_model_len)
@@ -113,19 +125,16 @@ class PlanningScheduler(RefusingScheduler):
     def _most_blocks(self) -> int:
         """The most blocks that one sequence can hold in each group."""
         pool = self.kv_cache_manager.block_pool
-        managers = self.kv_cache_manager.coordinator.single_type_managers
-        # what a sequence holds in layers of other kinds, where it is bounded
-        others = sum(
-            manager.max_admission_blocks_per_request or 0
-            for manager in managers
-            if manager not in self.roco_managers
+        # what a sequence holds in layers of other kinds, whatever its chunk
+        others = self.other_caches.max_blocks(
+            self._planner.max_chunk or self.max_model_len
         )
         # all groups take from one pool, and one block is the null block
         return int(pool.num_gpu_blocks - 1 - others) // len(self.roco_managers)
 
     def _resolved(self, plan: RequestPlan, length: int) -> ResolvedPlan:
         return ResolvedPlan.of(
-            plan, self._planner.block_size, self._max_steps_in_flight, length
+            plan, self._planner.block_size, self.max_steps_in_flight, length
         )
 
     def _plans_for(self, manager: RocoManager) -> RequestPlans:
@@ -135,9 +144,7 @@ class PlanningScheduler(RefusingScheduler):
             return self.request_plans
         default = replace(self._planner, block_size=size).plan(None, 1)
         return RequestPlans(
-            ResolvedPlan.of(
-                default, size, self._max_steps_in_flight, self.max_model_len
-            )
+            ResolvedPlan.of(default, size, self.max_steps_in_flight, self.max_model_len)
         )
 
     def _check_pool(self) -> None:
@@ -148,7 +155,7 @@ class PlanningScheduler(RefusingScheduler):
             return
         size = self._planner.block_size
         most = EvictionSchedule(size, config.max_budget, config.stride).max_blocks(
-            self._max_steps_in_flight * config.chunk, self.max_model_len
+            self.max_steps_in_flight * config.chunk, self.max_model_len
         )
         if most > self._most_blocks:
             raise ValueError(

@@ -72,6 +72,7 @@ class RocoSchedulerMixin(PrefixScheduler):
             request, num_computed_tokens, num_new_tokens
         )
         plan = self.request_plans.of(request.request_id)
+        self.other_caches.admit_by(plan.chunk)
         least, most = next_step_ends(
             num_computed_tokens,
             request.num_prompt_tokens,
@@ -191,10 +192,11 @@ def describe(scheduler: RocoSchedulerMixin) -> str:
         limits += f", max_budget {config.max_budget}"
     if config.allow_full:
         limits += ", allow_full"
+    caching = scheduler.describe_prefix_caching()
     return (
         f"RoCo: policy {policy}, budget {config.budget} tokens per sequence, stride "
         f"{config.stride}, chunk {config.chunk}, block size {size}{limits}. A sequence "
-        f"{_bounds(scheduler)}. Prefix caching: {scheduler.describe_prefix_caching()}. "
+        f"{_bounds(scheduler)}.{_room(scheduler)} Prefix caching: {caching}. "
         "Switched off: speculative decoding, KV connectors."
     )
 
@@ -212,4 +214,29 @@ def _bounds(scheduler: RocoSchedulerMixin) -> str:
     return (
         f"attends over at most {attended} tokens after a step and holds at most "
         f"{held} tokens of KV cache"
+    )
+
+
+def _room(scheduler: RocoSchedulerMixin) -> str:
+    """Return how many sequences fit, where vLLM's own line does not tell.
+
+    For layers with a window that counts two full batches in flight for each sequence.
+    Here those that a step can read hold what they hold at most, the others what they
+    hold while they are answered.
+    """
+    others, plan = scheduler.other_caches, scheduler.request_plans.default
+    if not others:
+        return ""
+    groups, steps = len(scheduler.roco_managers), scheduler.max_steps_in_flight
+    reading = groups * plan.max_blocks + others.max_blocks(plan.chunk)
+    answering = groups * plan.schedule.max_blocks(steps, scheduler.max_model_len)
+    answering += others.max_blocks(1)
+    pool = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+    budget = scheduler.scheduler_config.max_num_batched_tokens
+    num_readers = min(budget // plan.chunk, pool // reading)
+    fit = num_readers + (pool - num_readers * reading) // answering
+    return (
+        f" Together with what it holds in layers with a window, that is {reading} "
+        f"blocks while it is read and {answering} while it is answered, so that {fit} "
+        "sequences fit at once."
     )

@@ -111,8 +111,16 @@ def audited_manager(engine: Engine) -> Iterator[Steps]:
 
 
 @contextlib.contextmanager
-def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
-    """Fill every block that is nobody's and no snapshot's with NaN before each step."""
+def poisoned_free_blocks(
+    engine: Engine, poison_value: float = math.nan
+) -> Iterator[None]:
+    """Fill every block that is nobody's and no snapshot's before each step.
+
+    Args:
+        engine: An engine in this process.
+        poison_value: What with, where some layers are not RoCo's and do not stand NaN
+            behind the end of a sequence.
+    """
     pages = [page_view(cache) for cache in engine.kv_caches]
     pool = engine.manager.block_pool
     executor = engine.core.model_executor
@@ -127,7 +135,7 @@ def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
         unused = [x.block_id for x in free if x.block_hash is None]
         blocks = torch.tensor([pool.null_block.block_id, *unused])
         for layer in pages:
-            layer[blocks] = math.nan
+            layer[blocks] = poison_value
 
     poison()
     with pytest.MonkeyPatch.context() as patch:
