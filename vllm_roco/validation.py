@@ -230,6 +230,12 @@ def _check_scheduling(vllm_config: VllmConfig, config: RocoConfig) -> None:
             "roco: enable_chunked_prefill = False is not allowed: prompts are read in "
             f"chunks of {config.chunk} tokens. Leave --no-enable-chunked-prefill out."
         )
+    if scheduler.disable_chunked_mm_input and scheduler.is_multimodal_model:
+        raise ValueError(
+            "roco: disable_chunked_mm_input = True is not allowed: prompts are read in "
+            f"chunks of {config.chunk} tokens, which end inside images too. Leave "
+            "--disable-chunked-mm-input out."
+        )
     threshold = scheduler.long_prefill_token_threshold
     if 0 < threshold < chunk:
         raise ValueError(

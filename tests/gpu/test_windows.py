@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.engines import roco_arguments
 from tests.engine.mixed_models import save_mixed
 from tests.engine.steps import poisoned_free_blocks
 from tests.engine.test_prefix_cache import (
@@ -42,7 +43,9 @@ def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> N
     prompts = list(PROMPTS.values())
     work = [prompt for prompt in prompts for _ in ROWS]
     rows = ROWS * len(prompts)
-    with gpu_engine(model, SMALL_BUDGET, **EAGER) as engine:
+    server = roco_arguments(SMALL_BUDGET)["additional_config"]["roco"]
+    options = {"additional_config": {"roco": server | {"allow_full": True}}}
+    with gpu_engine(model, SMALL_BUDGET, **EAGER, **options) as engine:
         names = {layer.attn_backend.get_name() for layer in engine.layers.values()}
         assert len(names) == 2 and "ROCO" in names
         expected = [
@@ -50,7 +53,12 @@ def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> N
             for prompt, row in zip(work, rows, strict=True)
         ]
     assert len(set(expected)) > len(prompts)
-    caching = {**RUNS[run], "enable_prefix_caching": True, "max_num_seqs": 32}
+    caching = {
+        **RUNS[run],
+        **options,
+        "enable_prefix_caching": True,
+        "max_num_seqs": 32,
+    }
     with gpu_engine(model, SMALL_BUDGET, **caching) as engine:
         with poisoned_free_blocks(engine):
             for _ in range(2):
