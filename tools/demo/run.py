@@ -54,6 +54,7 @@ def run(options: Options) -> None:
     _stage(console, 2, "model")
     model = options.model
     if model in PACKAGED_MODELS:
+        _say(console, f"{model}: {PACKAGED_MODELS[model].about}")
         with console.status(f"{model} (converted once)"):
             try:
                 model = str(find_model(model))
