@@ -126,6 +126,8 @@ class PrefixScheduler(PlanningScheduler):
         if cache is None or not _can_share(request):
             bound = () if max_cache_hit_length is None else (max_cache_hit_length,)
             return super()._get_local_prefix_cache_hit(request, *bound)
+        # whether there is room goes by it
+        self.other_caches.admit_by(self.request_plans.of(request.request_id).chunk)
         hit = cache.offer(request, max_cache_hit_length)
         manager = self.kv_cache_manager
         if (
