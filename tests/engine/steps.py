@@ -123,7 +123,7 @@ def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
         pages = [page.view(torch.int8) for page in pages]
     # all bits set is not a number in every dtype
     poison_value = 1e4 if others else -1
-    pool = engine.manager.block_pool
+    pool = engine.scheduler.kv_cache_manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model
 

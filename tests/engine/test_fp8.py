@@ -72,11 +72,11 @@ def oracle_in_fp8(*, per_head: bool) -> Iterator[None]:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        scale: float,
+        *rest: Any,
     ) -> torch.Tensor:
         k_scale, v_scale = scales_of(layer, per_head=per_head)
         key, value = rounded(key, k_scale), rounded(value, v_scale)
-        return attend(sequence, layer, query, key, value, scale)
+        return attend(sequence, layer, query, key, value, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LiveSequence, "attend", attend_rounded)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tests.engine.engines import Engine, Prompt
 from tests.gpu.engines import gpu_engine
 from tests.oracle import Options
 from tools.passkey import build_passkey
@@ -82,13 +84,17 @@ def answers(model: Path, options: Options | None, **arguments: Any) -> list[Answ
         for length in range(150, 1750, 100)
     ]
     with gpu_engine(model, options, **ARGUMENTS, **arguments) as engine:
-        completions = engine.complete(prompts, NUM_NEW, logprobs=2)
+        return answers_of(engine, prompts, NUM_NEW)
+
+
+def answers_of(engine: Engine, prompts: Sequence[Prompt], num_new: int) -> list[Answer]:
+    """Return what an engine says to prompts, all sent at once."""
     return [
         Answer(
             tuple(completion.token_ids),
             tuple(_gap(position) for position in completion.logprobs),
         )
-        for completion in completions
+        for completion in engine.complete(prompts, num_new, logprobs=2)
     ]
 
 

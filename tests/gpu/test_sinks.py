@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,6 @@ from vllm.v1.attention.backend import AttentionLayer
 
 from tests.configs import engine_config
 from tests.engine.agreement import assert_agreement
-from tests.engine.model_sinks import check_against_stock
 from tests.engine.tiny_models import (
     TINY_BUDGET,
     load_for_oracle,
@@ -22,6 +22,7 @@ from tests.engine.tiny_models import (
 )
 from tests.gpu.engines import FULL_GRAPHS, PIECEWISE_GRAPHS, gpu_engine
 from tests.gpu.kept_blocks import recorded_kept_blocks
+from tests.gpu.test_equals_stock import Disagreement, answers_of
 from tests.ops.paged_case import Heads, PagedCase, assert_as_good_as
 from tests.oracle import generate
 from vllm_roco.attention.bound_caches import CacheViews
@@ -39,14 +40,25 @@ NUM_NEW = 104
 @pytest.mark.engine
 @pytest.mark.usefixtures("engine_lock")
 @pytest.mark.parametrize("name", ["gpt-oss", "granite-swa"])
-def test_float32_equals_triton_attention(name: str, tmp_path: Path) -> None:
-    """With full graphs, which read what the sinks are at the moment."""
+def test_sinks_count_as_stock_vllms(name: str, tmp_path: Path) -> None:
+    """With full graphs, which read what the sinks are at the moment.
+
+    Stock vLLM rounds the products of float32 numbers here, in attention and, for
+    gpt-oss, in experts, which closes small gaps; without sinks, large ones close too.
+    """
     folder = save_tiny_model(name, tmp_path)
-    check_against_stock(
-        lambda options: gpu_engine(
-            folder, options, **({} if options else {"attention_backend": "TRITON_ATTN"})
-        )
-    )
+    with gpu_engine(folder, None, attention_backend="TRITON_ATTN") as engine:
+        stock = answers_of(engine, PROMPTS, NUM_NEW)
+    with gpu_engine(folder, replace(TINY_BUDGET, budget=512)) as engine:
+        ours = answers_of(engine, PROMPTS, NUM_NEW)
+        assert engine.manager.num_freed_blocks == 0
+        for layer in engine.layers.values():
+            # which is as if there were none
+            layer.impl.sinks.data.fill_(-torch.inf)
+        without = answers_of(engine, PROMPTS, NUM_NEW)
+    found, lost = (Disagreement.between(x, stock) for x in (ours, without))
+    assert lost.parted == len(PROMPTS)
+    assert found.widest_gap < lost.widest_gap / 8
 
 
 # not gpt-oss: vLLM multiplies float32 numbers of experts with fewer bits
