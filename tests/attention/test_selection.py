@@ -126,10 +126,12 @@ def test_other_kinds_are_refused_by_name(
             choose(platform, vllm_config, of)
 
 
-def test_who_names_a_backend_for_windows_gets_it(vllm_config: VllmConfig) -> None:
+def test_who_names_a_backend_for_windows_gets_it(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Then vLLM does not ask RoCo."""
-    attention = vllm_config.attention_config
-    attention.backend_per_kind = {"sliding_window": AttentionBackendEnum.CPU_ATTN}
+    named = {"sliding_window": AttentionBackendEnum.CPU_ATTN}
+    monkeypatch.setattr(vllm_config.attention_config, "backend_per_kind", named)
     with set_current_vllm_config(vllm_config):
         backends = [
             get_attn_backend(64, torch.float32, "auto", has_sliding_window=window)
@@ -160,7 +162,9 @@ def test_what_else_is_asked_of_the_backend_is_answered(
     assert ROCO.get_class().get_builder_cls() is RocoBackend.get_builder_cls()
 
 
-def test_a_window_in_every_layer_is_refused(vllm_config: VllmConfig) -> None:
-    vllm_config.cache_config.sliding_window = 128
+def test_a_window_in_every_layer_is_refused(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_config.cache_config, "sliding_window", 128)
     with pytest.raises(NotImplementedError, match="every layer .* window of 128"):
         choose(current_platform, vllm_config, layer(has_sliding_window=True))
