@@ -12,6 +12,7 @@ import torch
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -49,6 +50,27 @@ def process(
     return processor.process_inputs(
         "id", prompt, SamplingParams(**params), supported_tasks=("generate",)
     )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("LlamaForCausalLM", None),
+        ("MiMoV2ForCausalLM", "bring an attention backend of their own"),
+    ],
+)
+def test_an_engine_that_cannot_be_served_ends_where_it_begins(
+    folder: Path, architecture: str, told: str | None
+) -> None:
+    """Also on platforms that see no settings before a layer asks for RoCo."""
+    config = processor(folder, backend=None).vllm_config
+    config.attention_config.backend = AttentionBackendEnum["ROCO"]
+    config.model_config.model_arch_config.architectures = [architecture]
+    if told is None:
+        InputProcessor(config)
+    else:
+        with pytest.raises(NotImplementedError, match=told):
+            InputProcessor(config)
 
 
 def test_a_bad_option_is_vllms_error_with_key_and_value(folder: Path) -> None:

@@ -2,8 +2,10 @@
 """Refuses a request where it arrives, so that its client alone gets an error.
 
 Every front end of vLLM in Python makes its requests with one method, which is wrapped
-here; over HTTP the error is a 400. The scheduler refuses by itself what comes another
-way, but can only end the request.
+here; over HTTP the error is a 400. The object that has it is made before an engine
+starts, or as soon as it has, and sees its settings: what RoCo cannot serve ends there,
+also where no layer would ever ask for it. The scheduler refuses by itself what comes
+another way, but can only end the request.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_roco.request_options import RequestOptionError, RequestPlanner
 from vllm_roco.request_refusal import trouble_with_seed
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
-from vllm_roco.validation import is_selected, request_planner
+from vllm_roco.validation import is_selected, request_planner, validated_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
+_stock_init = InputProcessor.__init__
 _stock_process_inputs = InputProcessor.process_inputs
 _planners: WeakKeyDictionary[InputProcessor, RequestPlanner] = WeakKeyDictionary()
 
@@ -35,6 +38,15 @@ def check_requests() -> None:
     # another plugin may have wrapped ours since
     if InputProcessor.process_inputs is _stock_process_inputs:
         InputProcessor.process_inputs = _process_inputs  # type: ignore[method-assign]
+        InputProcessor.__init__ = _init  # type: ignore[method-assign]
+
+
+@functools.wraps(_stock_init)
+def _init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+    _stock_init(self, *args, **kwargs)
+    if is_selected(self.vllm_config):
+        # a CPU's platform has done so already, and no other has one of ours
+        validated_config(self.vllm_config)
 
 
 @functools.wraps(_stock_process_inputs)

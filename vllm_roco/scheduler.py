@@ -15,6 +15,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_roco.chunking import next_step_ends
+from vllm_roco.kv_cache.page_padding import padding_trouble
 from vllm_roco.observability.observer import Observer
 from vllm_roco.prefix_scheduler import PrefixScheduler
 from vllm_roco.request_plans import most_blocks_by_default
@@ -47,6 +48,8 @@ class RocoSchedulerMixin(PrefixScheduler):
             self.vllm_config, self.roco_config.budget, self.roco_config.trace
         )
         logger.info_once("%s", describe(self))
+        if (trouble := padding_trouble(self.kv_cache_config)) is not None:
+            logger.warning_once("%s", trouble)
 
     @override
     def add_request(self, request: Request) -> None:

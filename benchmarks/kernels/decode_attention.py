@@ -9,9 +9,9 @@ page layout and bound of splits for each shape. All sides run in CUDA graphs ove
 permuted block table and a cold L2 cache, in turns. Every shape is checked against the
 float32 reference before it is timed, and once more over an fp8 cache.
 
-Writes `decode_attention.csv` (microseconds, medians; `_low` and `_high` are the 20 %
-and 80 % quantiles; `ratio` is flash_us / roco_us, `fp8_ratio` roco_us / roco_fp8_us),
-and versions into `provenance.json`.
+Writes `decode_attention.csv` and `decode_fp8.csv` (microseconds, medians; `_low` and
+`_high` are the 20 % and 80 % quantiles; `ratio` is flash_us / roco_us, `fp8_ratio`
+roco_us / fp8_us), and versions into `provenance.json`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ from benchmarks.kernels.workload import (
     allocate_pool,
 )
 from benchmarks.machine import environment
-from benchmarks.serving.tables import decode
+from benchmarks.serving.tables import decode, decode_fp8
 from vllm_roco.ops.device import Device
 
 BLOCK_SIZE = 16
+TABLES = {"decode_attention": decode, "decode_fp8": decode_fp8}
 
 
 def measure(
     workload: Workload, gpu: str, bandwidth: float, *, token_major: bool
-) -> dict[str, object]:
-    """Check and time one shape; return its row of the table."""
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Check and time one shape; return its rows of both tables."""
     shape = workload.shape
     device = Device.of(torch.device("cuda", 0))
     plan = shape.plan(device)
@@ -55,7 +56,7 @@ def measure(
         "flash": workload.flash(**flash),
         "roco": workload.roco(plan, **pages),
         "roco_no_stats": workload.roco(plan, measure=False, **pages),
-        "roco_fp8": in_fp8.roco(plan_fp8, **pages),
+        "fp8": in_fp8.roco(plan_fp8, **pages),
     }
     note = ""
     try:
@@ -68,22 +69,27 @@ def measure(
     roco = timings["roco"].median
     work = asdict(shape)
     del work["fp8"]
-    row: dict[str, object] = {"gpu": gpu, **work, "block_size": BLOCK_SIZE}
-    for name in ("flash", "xformers", "roco", "roco_no_stats", "roco_fp8"):
+    measured: dict[str, object] = {"gpu": gpu, **work, "block_size": BLOCK_SIZE}
+    row, fp8_row = dict(measured), dict(measured)
+    for name in ("flash", "xformers", "roco", "roco_no_stats"):
         absent = dict.fromkeys((f"{name}_us", f"{name}_low", f"{name}_high"))
         row |= timings[name].columns(name) if name in timings else absent
+    for name in ("roco", "fp8"):
+        fp8_row |= timings[name].columns(name)
     speed = shape.kv_bytes / (roco * 1e-6)
-    return {
-        **row,
+    row |= {
         "ratio": round(timings["flash"].median / roco, 3),
-        "fp8_ratio": round(roco / timings["roco_fp8"].median, 3),
         "copy_bandwidth_fraction": round(speed / bandwidth, 3),
         **{f"flash_{name}": value for name, value in flash.items()},
         "roco_token_major": token_major,
         **{f"plan_{name}": value for name, value in asdict(plan).items()},
-        **{f"plan_fp8_{name}": value for name, value in asdict(plan_fp8).items()},
         "note": note,
     }
+    fp8_row |= {
+        "fp8_ratio": round(roco / timings["fp8"].median, 3),
+        **{f"plan_{name}": value for name, value in asdict(plan_fp8).items()},
+    }
+    return row, fp8_row
 
 
 def main() -> None:
@@ -96,18 +102,20 @@ def main() -> None:
     bandwidth = copy_bandwidth()
     shapes = [SHAPES[i] for i in arguments.shapes] if arguments.shapes else SHAPES
     pool = allocate_pool(shapes)
-    measured: list[dict[str, object]] = []
+    measured: dict[str, list[dict[str, object]]] = {name: [] for name in TABLES}
     for shape in within(arguments.time_limit, shapes):
         workload = Workload(shape, pool)
-        row = measure(
+        found = measure(
             workload, facts["gpu"], bandwidth, token_major=arguments.token_major
         )
-        measured.append(row)
-        print(f"{shape}: {row}", flush=True)
-        rows.write(arguments.out / "decode_attention.csv", measured)
+        for name, row in zip(TABLES, found, strict=True):
+            measured[name].append(row)
+            print(f"{name}, {shape}: {row}", flush=True)
+            rows.write(arguments.out / f"{name}.csv", measured[name])
     details = {"dtype": str(DTYPE), "copy_bytes_per_second": bandwidth}
-    rows.note(arguments.out, "decode_attention", facts | details)
-    print(decode(rows.read(arguments.out / "decode_attention.csv")))
+    for name, table in TABLES.items():
+        rows.note(arguments.out, name, facts | details)
+        print(table(rows.read(arguments.out / f"{name}.csv")))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from benchmarks.rows import matching
+
 _WORK = [
     *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
     *("num_requests", "input_len", "output_len"),
@@ -99,6 +101,11 @@ def ratio(
     work = rows.groupby(same, dropna=False).ngroup()
     base = rows[column].where(is_base).groupby(work).transform("first")
     return (rows[column] / base).astype(float)
+
+
+def of_first_gpu(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the GPU that comes first: shares of memory are of one size."""
+    return matching(rows, gpu=rows["gpu"].iloc[0])
 
 
 def newest_settings(rows: pd.DataFrame) -> list[pd.DataFrame]:

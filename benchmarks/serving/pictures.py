@@ -30,12 +30,14 @@ from benchmarks.rows import matching
 from benchmarks.serving.comparisons import (
     comparisons,
     newest_settings,
+    of_first_gpu,
     prefix_comparisons,
 )
 
 
 def throughput(axes: Axes, found: pd.DataFrame) -> None:
-    """Bars of tokens a second for each memory size, with the ratio on top."""
+    """Bars of tokens a second for each memory size of one GPU, the ratio on top."""
+    found = of_first_gpu(found)
     names, sizes = (found[key].unique() for key in ("engine", "gpu_memory_utilization"))
     speeds, ratios = (
         found.pivot(index="gpu_memory_utilization", columns="engine", values=value).loc[

@@ -15,6 +15,7 @@ from benchmarks.rows import matching
 from benchmarks.serving.comparisons import (
     comparisons,
     newest_settings,
+    of_first_gpu,
     prefix_comparisons,
     ratio,
 )
@@ -52,7 +53,7 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
     """Return the table of each workload, and the one for a front page."""
     found = comparisons(served)
     sizes = (found["kv_cache_bytes"] / 2**30).map("{:.2f} GiB KV".format)
-    shares = found["gpu_memory_utilization"].astype(str)
+    shares = found["gpu_memory_utilization"].astype(str) + _of_other_gpus(found)
     found["memory"] = sizes.where(found["kv_cache_bytes"].notna(), shares)
     found["share"] = 100 * found["gpu_memory_utilization"]
     result = {
@@ -63,8 +64,15 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
     }
     if not (stress := matching(found, workload="r-kv-stress")).empty:
         cell = "{output_tok_s:,.0f} ({ratio:.2f})"
+        stress = of_first_gpu(stress)
         result["throughput"] = grid(stress, {"memory": "{share:g} %"}, "{engine}", cell)
     return result
+
+
+def _of_other_gpus(found: pd.DataFrame) -> pd.Series[str]:
+    """Return of which GPU a share of memory is, empty for that of the first row."""
+    cards = found["gpu"].str.removeprefix("NVIDIA ").str.split().str[0]
+    return (" of " + cards).where(found["gpu"] != found["gpu"].iloc[0], "")
 
 
 def prefill(measured: pd.DataFrame) -> str:
@@ -193,12 +201,21 @@ def memory(measured: pd.DataFrame) -> str:
 
 def decode(measured: pd.DataFrame) -> str:
     """Return the table of the decode kernel."""
-    ratios = measured["ratio"].to_numpy(float)
+    return _kernel(measured, "ratio")
+
+
+def decode_fp8(measured: pd.DataFrame) -> str:
+    """Return the table of the decode kernel over an fp8 cache."""
+    return _kernel(measured, "fp8_ratio")
+
+
+def _kernel(measured: pd.DataFrame, column: str) -> str:
+    ratios = measured[column].to_numpy(float)
     return grid(
         measured,
         {"heads": "{q_heads}/{kv_heads}/{head_size}"},
         "{batch} x {context}",
-        "{ratio:.3f}",
+        f"{{{column}:.3f}}",
         f"geometric mean {gmean(ratios):.3f}, smallest {ratios.min():.3f}, "
         f"{measured['gpu'].iloc[-1]}:",
     )
@@ -228,5 +245,6 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "scheduler": scheduler,
     "memory": memory,
     "decode_attention": decode,
+    "decode_fp8": decode_fp8,
 }
 """Tables beside those of `WORKLOADS`, by the name of their CSV file."""
