@@ -278,7 +278,9 @@ def test_the_start_up_line_tells_of_hits_and_why_there_are_none() -> None:
     config = scheduler.vllm_config
     plan = setup.plan(config)
     group = plan.kv_cache_groups[0]
-    group.kv_cache_spec = replace(group.kv_cache_spec, block_size=2 * BLOCK_SIZE)
+    group.kv_cache_spec = replace(
+        group.kv_cache_spec, block_size=2 * BLOCK_SIZE, page_size_padded=None
+    )
     other = type(scheduler)(
         config,
         plan,
@@ -290,3 +292,27 @@ def test_the_start_up_line_tells_of_hits_and_why_there_are_none() -> None:
         "Prefix caching: not for this model, whose layers have KV cache blocks of "
         "several sizes. Switched off" in describe(other)
     )
+
+
+@pytest.mark.parametrize("spare_blocks", range(180, 280, 10))
+def test_a_long_step_behind_a_long_hit_is_not_waited_for(spare_blocks: int) -> None:
+    """All that evicts nothing may be read in one step, not a chunk alone.
+
+    With 260 spare blocks the hit left too few for the step, of which admission knew
+    nothing: with nothing else to run, the request waited for ever.
+    """
+    driver = Driver(
+        Setup(
+            chunk=8,
+            max_num_batched_tokens=404,
+            caching=True,
+            allow_full=True,
+            windows=(8,),
+            spare_blocks=spare_blocks,
+        )
+    )
+    whole = {"roco_budget": "full"}
+    prompt = [token % 90 + 1 for token in range(400)]
+    for own in ([], [7] * 372):
+        driver.add(0, 2, prompt=prompt + own, extra_args=whole)
+        driver.drain(400)

@@ -38,6 +38,7 @@ def check_requests() -> None:
     # another plugin may have wrapped ours since
     if InputProcessor.process_inputs is _stock_process_inputs:
         InputProcessor.process_inputs = _process_inputs  # type: ignore[method-assign]
+    if InputProcessor.__init__ is _stock_init:
         InputProcessor.__init__ = _init  # type: ignore[method-assign]
 
 

@@ -70,7 +70,14 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
     "vllm.config.SchedulerConfig": ("max_num_scheduled_tokens",),
     "vllm.v1.engine.async_llm.AsyncLLM": ("vllm_config",),
     # wrapped
-    "vllm.v1.engine.input_processor.InputProcessor": ("process_inputs", "vllm_config"),
+    "vllm.v1.engine.input_processor.InputProcessor": (
+        "__init__",
+        "process_inputs",
+        "vllm_config",
+    ),
+    "vllm.v1.kv_cache_interface.SlidingWindowSpec": (
+        "max_admission_blocks_per_request",
+    ),
     # its module makes up what it lacks
     "vllm.envs": ("VLLM_PLUGINS", "VLLM_TARGET_DEVICE"),
 }

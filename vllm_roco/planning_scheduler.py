@@ -72,6 +72,7 @@ class PlanningScheduler(RefusingScheduler):
                 if manager not in self.roco_managers
             ),
             self.max_steps_in_flight,
+            self.scheduler_config.max_num_batched_tokens,
             self.max_model_len,
         )
         self._check_pool()
@@ -132,8 +133,8 @@ class PlanningScheduler(RefusingScheduler):
         """The most blocks that one sequence can hold in each group."""
         pool = self.kv_cache_manager.block_pool
         # what a sequence holds in layers of other kinds, whatever its chunk
-        chunk = self.scheduler_config.max_num_batched_tokens
-        others = self.other_caches.max_blocks(chunk)
+        in_flight = self.scheduler_config.max_num_batched_tokens
+        others = self.other_caches.max_blocks(self.max_steps_in_flight * in_flight)
         # all groups take from one pool, and one block is the null block
         return int(pool.num_gpu_blocks - 1 - others) // len(self.roco_managers)
 

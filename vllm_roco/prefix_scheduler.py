@@ -127,7 +127,7 @@ class PrefixScheduler(PlanningScheduler):
             bound = () if max_cache_hit_length is None else (max_cache_hit_length,)
             return super()._get_local_prefix_cache_hit(request, *bound)
         # whether there is room goes by it
-        self.other_caches.admit_by(self.request_plans.of(request.request_id).chunk)
+        self.other_caches.admit_by(self.request_plans.of(request.request_id))
         hit = cache.offer(request, max_cache_hit_length)
         manager = self.kv_cache_manager
         if (

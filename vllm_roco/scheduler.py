@@ -82,7 +82,7 @@ class RocoSchedulerMixin(PrefixScheduler):
             request, num_computed_tokens, num_new_tokens
         )
         plan = self.request_plans.of(request.request_id)
-        self.other_caches.admit_by(plan.chunk)
+        self.other_caches.admit_by(plan)
         least, most = next_step_ends(
             num_computed_tokens,
             request.num_prompt_tokens,
@@ -229,7 +229,7 @@ def _bounds(scheduler: RocoSchedulerMixin) -> str:
 def _room(scheduler: RocoSchedulerMixin) -> str:
     """Return how many sequences fit, where vLLM's own line does not tell.
 
-    For layers with a window that counts two full batches in flight for each sequence.
+    For layers with a window that counts full batches in flight for each sequence.
     Here those that a step can read hold what they hold at most, the others what they
     hold while they are answered.
     """
@@ -237,12 +237,14 @@ def _room(scheduler: RocoSchedulerMixin) -> str:
     if not others:
         return ""
     groups, steps = len(scheduler.roco_managers), scheduler.max_steps_in_flight
-    reading = groups * plan.max_blocks + others.max_blocks(plan.chunk)
+    reading = groups * plan.max_blocks
+    in_flight = others.max_in_flight_tokens(plan)
+    reading += others.max_blocks(in_flight)
     answering = groups * plan.schedule.max_blocks(steps, scheduler.max_model_len)
-    answering += others.max_blocks(1)
+    answering += others.max_blocks(steps)
     pool = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
-    budget = scheduler.scheduler_config.max_num_batched_tokens
-    num_readers = min(budget // plan.chunk, pool // reading)
+    budget = steps * scheduler.scheduler_config.max_num_batched_tokens
+    num_readers = min(max(1, budget // in_flight), pool // reading)
     fit = num_readers + (pool - num_readers * reading) // answering
     return (
         f" Together with what it holds in layers with a window, that is {reading} "

@@ -13,6 +13,7 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     Olmo3Config,
     PreTrainedConfig,
 )
@@ -42,6 +43,11 @@ MIXED_MODELS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "cohere2": (Cohere2Config, {}),
     "exaone4": (Exaone4Config, _UNTIED),
     "olmo3": (Olmo3Config, _UNTIED),
+    # on a CPU, vLLM's experts want 32 numbers of each
+    "gpt-oss": (
+        GptOssConfig,
+        {**_UNTIED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     # vLLM then makes three groups of RoCo's layers
     "mostly-full": (
         Gemma2Config,
@@ -65,5 +71,9 @@ def save_mixed(name: str, folder: Path, **changes: Any) -> Path:
     if config.tie_word_embeddings:
         # large ones, which are the output's as well, repeat the last token for ever
         model.get_input_embeddings().weight.data *= 0.02
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(".sinks"):
+            # sinks that take all, nothing, and a share of attention
+            torch.nn.init.normal_(parameter, std=2)
     model.save_pretrained(folder)
     return folder

@@ -36,7 +36,7 @@ ROWS = [{"roco_budget": 64}, {"roco_mode": "prompt"}, {}, {"roco_policy": "h2o"}
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("name", ["exaone4", "mostly-full"])
+@pytest.mark.parametrize("name", ["exaone4", "gpt-oss", "mostly-full"])
 def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> None:
     """Freed blocks are poisoned, others have options of their own and prefixes hit."""
     model = save_mixed(name, tmp_path)

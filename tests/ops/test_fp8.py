@@ -72,6 +72,15 @@ def test_decode(
     decode.check(case.in_fp8(per_head=per_head, dtype=dtype), plan)
 
 
+@per_head
+@pytest.mark.parametrize("splits", [1, 3])
+def test_decode_with_sinks(splits: int, per_head: bool, device: torch.device) -> None:
+    case = decode.build([1, 70, 33, 0], Heads(8, 2, 32), device)
+    case.add_sinks()
+    plan = dataclasses.replace(decode.PLAN, splits=splits)
+    decode.check(case.in_fp8(per_head=per_head), plan)
+
+
 @pytest.mark.parametrize("magnitude", [0.0, 1e-25, 1e-5, 1e5, 1e25])
 def test_decode_with_bfloat16_queries_beyond_float16(
     magnitude: float, device: torch.device

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tools.packaged_models import PACKAGED_MODELS, SMOLLM2
+from tools.packaged_models import GEMMA_3, PACKAGED_MODELS, SMOLLM2
 from vllm_roco.config import RocoConfig, blocks_of
 
 HOST = "127.0.0.1"
@@ -91,6 +91,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     end = [*arguments, "--"].index("--")
     chosen = parser.parse_args(arguments[:end], Options())
     chosen.server_arguments = list(arguments[end + 1 :])
+    if "block_size" not in chosen:
+        # layers with a window have no smaller ones on a CPU
+        chosen.block_size = 32 if chosen.model == GEMMA_3 else 16
     try:
         chosen.roco = RocoConfig(
             budget=chosen.budget, stride=chosen.stride, chunk=chosen.chunk
@@ -159,8 +162,8 @@ def _parser() -> argparse.ArgumentParser:
         "--block-size",
         type=int,
         choices=(16, 32, 64, 128),
-        default=16,
-        help="tokens per KV block",
+        default=argparse.SUPPRESS,
+        help=f"tokens per KV block (default: 16, for {GEMMA_3} 32)",
     )
     add(
         "--model",
