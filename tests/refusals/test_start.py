@@ -162,7 +162,7 @@ BAD_SETTINGS = {
         arguments={"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]},
     ),
     "diffusion": Case(
-        ("is a diffusion model", "Serve a model of"),
+        ("is a diffusion model", "Serve a model with layers of full attention"),
         arguments={"diffusion_config": {"canvas_length": 32}},
     ),
     "fast-prefill": Case(
