@@ -18,6 +18,7 @@ case " $* " in
 esac
 extras="$("$python" -P -m tools.demo.options "$@")"
 
-# shellcheck disable=SC2086 -- names of extras
+# names of extras, one a word
+# shellcheck disable=SC2086
 setup_env $extras
 exec "$PYTHON" -P -m tools.demo "$@"
