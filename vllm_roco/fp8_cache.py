@@ -7,9 +7,14 @@ values: one for all heads, or one for each.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-CACHE_DTYPES = ("fp8", "fp8_e4m3")
+if TYPE_CHECKING:
+    from vllm.config.cache import CacheDType
+
+CACHE_DTYPES: tuple[CacheDType, ...] = ("fp8", "fp8_e4m3")
 """Names of this format in `--kv-cache-dtype`."""
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max

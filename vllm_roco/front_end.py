@@ -46,7 +46,7 @@ def check_requests() -> None:
 def _init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
     _stock_init(self, *args, **kwargs)
     if is_selected(self.vllm_config):
-        # a CPU's platform has done so already, and no other has one of ours
+        # on CUDA for the first time; RoCo's own platform for CPUs has done so
         validated_config(self.vllm_config)
 
 

@@ -122,12 +122,12 @@ class PrefixScheduler(PlanningScheduler):
             request: A request that is about to be let in.
             max_cache_hit_length: A bound of vLLM's own, which not all releases know.
         """
+        # vLLM asks for each request that waits, hits or none, before it asks for room
+        self.other_caches.admit_by(self.request_plans.of(request.request_id))
         cache = self.prefix_cache
         if cache is None or not _can_share(request):
             bound = () if max_cache_hit_length is None else (max_cache_hit_length,)
             return super()._get_local_prefix_cache_hit(request, *bound)
-        # whether there is room goes by it
-        self.other_caches.admit_by(self.request_plans.of(request.request_id))
         hit = cache.offer(request, max_cache_hit_length)
         manager = self.kv_cache_manager
         if (

@@ -82,7 +82,6 @@ class RocoSchedulerMixin(PrefixScheduler):
             request, num_computed_tokens, num_new_tokens
         )
         plan = self.request_plans.of(request.request_id)
-        self.other_caches.admit_by(plan)
         least, most = next_step_ends(
             num_computed_tokens,
             request.num_prompt_tokens,

@@ -16,15 +16,18 @@ from vllm_roco.request_options import RequestPlanner
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.config.cache import CacheDType
 
 KERNEL_BLOCK_SIZE = 16
 """Tokens. Block sizes are multiples of it, so that RoCo sees vLLM's own blocks."""
 
-_OTHER_MODEL = "Serve a model with layers of full attention"
 _OWN_BACKEND = ("MiMoV2ForCausalLM", "MiMoV2FlashForCausalLM", "MiMoV2OmniForCausalLM")
 """Architectures whose layers never ask for the backend that the user named."""
 
-KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", *fp8_cache.CACHE_DTYPES)
+KV_CACHE_DTYPES: tuple[CacheDType, ...] = (
+    *("auto", "float16", "bfloat16"),
+    *fp8_cache.CACHE_DTYPES,
+)
 """What `--kv-cache-dtype` may be."""
 
 OTHER_KV_CACHE_DTYPE = (
@@ -205,7 +208,8 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
         if applies:
             raise NotImplementedError(
                 f"roco: model = {model.model!r} {reason}, which is not supported. "
-                f"{_OTHER_MODEL}, or use another --attention-backend."
+                "Serve a model with layers of full attention, or use another "
+                "--attention-backend."
             )
 
 

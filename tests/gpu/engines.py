@@ -16,6 +16,11 @@ FULL_GRAPHS: dict[str, Any] = dict(
     # without torch.compile, which takes longer than any of these tests
     compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
 )
+RUNS: dict[str, dict[str, Any]] = {
+    "eager": dict(EAGER, async_scheduling=False),
+    "full-graphs-async": dict(FULL_GRAPHS, async_scheduling=True),
+}
+"""The simplest way to run, and the one that servers take."""
 PIECEWISE_GRAPHS: dict[str, Any] = dict(
     enforce_eager=False, compilation_config={"cudagraph_mode": "PIECEWISE"}
 )

@@ -16,7 +16,7 @@ from tests.engine.passkeys import ARGUMENTS, PEAK, keys_found, passkeys
 from tests.engine.steps import poisoned_free_blocks, recorded_steps
 from tests.engine.test_fp8 import SEEDS, oracle_in_fp8, scales_of
 from tests.engine.tiny_models import SMALL_BUDGET, TINY_BUDGET, random_prompt
-from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+from tests.gpu.engines import EAGER, RUNS, gpu_engine
 from tests.gpu.test_equals_stock import NEVER, Disagreement, answers
 from tests.oracle import generate
 from vllm_roco.kv_cache.integrity import check_integrity
@@ -29,10 +29,6 @@ pytestmark = [
 
 PROMPTS = [random_prompt(length, seed) for length, seed in SEEDS.items()]
 NUM_NEW = 104
-RUNS: dict[str, dict[str, Any]] = {
-    "eager": dict(EAGER, async_scheduling=False),
-    "full-graphs-async": dict(FULL_GRAPHS, async_scheduling=True),
-}
 
 
 def set_scales(engine: Engine, *, per_head: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +22,7 @@ from tests.engine.test_request_options import (
     server_of,
 )
 from tests.engine.tiny_models import SMALL_BUDGET
-from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+from tests.gpu.engines import RUNS, gpu_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,10 +30,6 @@ pytestmark = [
     pytest.mark.usefixtures("engine_lock"),
 ]
 
-RUNS: dict[str, dict[str, Any]] = {
-    "eager": dict(EAGER, async_scheduling=False),
-    "full-graphs-async": dict(FULL_GRAPHS, async_scheduling=True),
-}
 OPTIONS = {"additional_config": {"roco": SERVER}, "max_num_seqs": 20}
 KEPT_BY = ("default", "64", "full")
 """What is also asked of servers that have no other options."""

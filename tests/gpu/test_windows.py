@@ -8,7 +8,6 @@ for GPUs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from tests.engine.test_prefix_cache import (
     PROMPTS,
 )
 from tests.engine.tiny_models import SMALL_BUDGET
-from tests.gpu.engines import EAGER, FULL_GRAPHS, gpu_engine
+from tests.gpu.engines import EAGER, RUNS, gpu_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,10 +27,6 @@ pytestmark = [
     pytest.mark.usefixtures("engine_lock"),
 ]
 
-RUNS: dict[str, dict[str, Any]] = {
-    "eager": dict(EAGER, async_scheduling=False),
-    "full-graphs-async": dict(FULL_GRAPHS, async_scheduling=True),
-}
 ROWS = [{"roco_budget": 64}, {"roco_mode": "prompt"}, {}, {"roco_policy": "h2o"}]
 
 

@@ -279,7 +279,6 @@ def test_an_fp8_cache_holds_what_its_pages_say(vllm_config: VllmConfig) -> None:
     ]
     tail = statistics_bytes(8)
     assert pages == [64 * 1024 + tail, 32 * 1024 + tail]
-    assert 1.98 < pages[0] / pages[1] < 2
     concurrency = [
         get_max_concurrency_for_kv_cache_config(
             vllm_config, plan(vllm_config, 1000, dtype)

@@ -20,6 +20,7 @@ from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import (
     KERNEL_BLOCK_SIZE,
+    KV_CACHE_DTYPES,
     OTHER_KV_CACHE_DTYPE,
     validated_config,
 )
@@ -50,13 +51,7 @@ class RocoBackend(AttentionBackend):
         torch.bfloat16,
         torch.float32,
     ]
-    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
-        "auto",
-        "float16",
-        "bfloat16",
-        "fp8",
-        "fp8_e4m3",
-    ]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [*KV_CACHE_DTYPES]
 
     @staticmethod
     @override
