@@ -25,6 +25,10 @@ SHIELD_BY_DEVIATION = 8
 """Bits of `EvictionRow.flags`."""
 
 
+NEIGHBOUR_SHARE = 0.9
+"""Of the peak of the blocks before and behind it a block is shielded by, at least."""
+
+
 class EvictionRow(NamedTuple):
     """How one request evicts.
 

@@ -6,7 +6,8 @@ Generative Language Model Inference", arXiv 2402.06262, section 4) evicts in two
 the entries with the largest deviation are shielded, and of the rest those with the
 smallest mean go. Here the entries are blocks, one decision holds for all layers and
 heads, and the shield may also be the peak, which unlike the deviation does not fade as
-a block grows old.
+a block grows old. A fact does not stop where a block does: a peak shields the blocks
+before and behind it in the text as well.
 
 What counts as small in the second stage is a request's choice (`EvictionRow.score`).
 Another one is one more function, named in `_SCORES`.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from vllm_roco.eviction_row import (
+    NEIGHBOUR_SHARE,
     SCORE_MEAN,
     SCORE_NONE,
     SCORE_RANDOM,
@@ -133,6 +135,26 @@ def any_head(values: torch.Tensor) -> torch.Tensor:
     return share.amax((0, 1))
 
 
+def with_neighbours(
+    values: torch.Tensor, first_positions: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """Return at least a share of what the live blocks before and behind have.
+
+    Args:
+        values: `[num_blocks]` float32, not negative.
+        first_positions: `[num_blocks]` float32, where the blocks begin, in any order.
+        block_size: Tokens per block.
+
+    Returns:
+        `[num_blocks]` float32: of each block its own value or, if that is more,
+        `NEIGHBOUR_SHARE` of the larger one of the blocks that begin `block_size` tokens
+        before and behind it.
+    """
+    apart = (first_positions[:, None] - first_positions).abs()
+    lent = values.where(apart == block_size, 0).amax(-1)
+    return torch.maximum(values, lent * NEIGHBOUR_SHARE)
+
+
 def random_order(first_positions: torch.Tensor, seed: int) -> torch.Tensor:
     """Return numbers that depend on a block's position and a seed alone.
 
@@ -225,8 +247,11 @@ def select_victims(
 
     shielded = min(row.shield_blocks, len(exposed) - num_victims)
     if shielded:
-        moment = deviation_of if row.shields_by_deviation else peak_of
-        shield = any_head(moment(statistics))
+        if row.shields_by_deviation:
+            shield = any_head(deviation_of(statistics))
+        else:
+            peak = any_head(peak_of(statistics))
+            shield = with_neighbours(peak, first_positions, block_size)
         exposed = _smallest(exposed, shield, len(exposed) - shielded)
         # back to oldest first
         exposed = exposed[first[exposed].argsort(stable=True)]

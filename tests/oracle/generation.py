@@ -168,7 +168,7 @@ def _evict(
         indices[:num_full], sequence.queries_seen[:num_full], *statistics
     )
     candidates = find_candidates(blocks, num_computed_tokens, options)
-    choice = choose_victims(candidates, num_victims, options)
+    choice = choose_victims(candidates, num_victims, options, blocks)
     sequence.drop_blocks(choice.victims)
     kept = tuple(index for index in indices[:num_full] if index not in choice.victims)
     return Eviction(

@@ -115,9 +115,18 @@ def find_candidates(
 
 
 def choose_victims(
-    candidates: Sequence[Block], num_victims: int, options: Options
+    candidates: Sequence[Block],
+    num_victims: int,
+    options: Options,
+    live: Sequence[Block] = (),
 ) -> Choice:
     """Chooses the blocks that go.
+
+    Args:
+        candidates: The blocks that may go.
+        num_victims: How many do.
+        options: The run's options.
+        live: Further full blocks, whose peaks shield those beside them.
 
     Equal values go to the older block in both stages: of blocks with equal shield
     values the older stays exposed, of exposed blocks with equal means the older goes.
@@ -148,12 +157,29 @@ def choose_victims(
         math.floor(options.shield_ratio * options.budget_blocks),
         len(candidates) - num_victims,
     )
+    if options.shield == "peak":
+        candidates = _lend_peaks(candidates, live)
     exposed, shield_margin = _take_smallest(
         candidates, len(candidates) - num_shielded, options.shield
     )
     victims, mean_margin = _take_smallest(exposed, num_victims, "mean")
     indices = tuple(sorted(block.index for block in victims))
     return Choice(indices, min(shield_margin, mean_margin))
+
+
+def _lend_peaks(candidates: Sequence[Block], live: Sequence[Block]) -> list[Block]:
+    """Raises every peak to nine tenths of the peaks one block before and behind."""
+    peaks = {block.index: block.peak for block in (*live, *candidates)}
+    return [
+        dataclasses.replace(
+            block,
+            peak=max(
+                block.peak,
+                *(0.9 * peaks.get(block.index + step, 0.0) for step in (-1, 1)),
+            ),
+        )
+        for block in candidates
+    ]
 
 
 def block_number(first_position: int, seed: int) -> int:

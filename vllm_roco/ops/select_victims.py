@@ -3,8 +3,8 @@
 
 The arithmetic is `vllm_roco.policy`'s. Two launches: `_score_kernel` reduces the
 statistics of a slice of the layers to each block's largest share in any of their heads;
-`_select_kernel` takes the largest of all slices, shields, picks the victims and writes
-the moves, one program a row. Both return at once where nothing is due, so they may be
+`_select_kernel` takes the largest of all slices, lends peaks to neighbours, shields,
+picks the victims and writes the moves, one program a row. Both return at once where nothing is due, so they may be
 part of every step.
 
 The `k` smallest of a set are found without sorting. A score is not negative, so its
@@ -22,6 +22,7 @@ import triton.language as tl
 
 from vllm_roco.ops.rows import (
     FLAGS,
+    NEIGHBOUR_SHARE,
     NUM_ROW_FIELDS,
     RECENT,
     RESIDENT_BLOCKS,
@@ -169,6 +170,42 @@ def _age_key(score, first_position):
 
 
 @triton.jit
+def _with_neighbours(
+    value,  # [BLOCKS] float32
+    first,  # [BLOCKS] int32, first positions
+    among,  # [BLOCKS], the blocks that count
+    values_ptr,  # [max_blocks] float32, scratch
+    table_ptr,  # [live_width] int32, of one row
+    first_positions_ptr,
+    stride_statistics_block,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Return at least a share of the neighbours'; see `policy.with_neighbours`.
+
+    Live order is not the text's, so every block looks at all.
+    """
+    tl.store(values_ptr + tl.arange(0, value.shape[0]), value, mask=among)
+    tl.debug_barrier()
+    lent = tl.zeros_like(value)
+    for start in tl.range(0, num_blocks, TILE):
+        other = start + tl.arange(0, TILE)
+        counts = other < num_blocks
+        block = tl.load(table_ptr + other, mask=counts, other=0).to(tl.int64)
+        place = tl.load(
+            first_positions_ptr + block * stride_statistics_block,
+            mask=counts,
+            other=0.0,
+        ).to(tl.int32)
+        theirs = tl.load(values_ptr + other, mask=counts, other=0.0)
+        adjacent = tl.abs(first[:, None] - place[None, :]) == BLOCK_SIZE
+        most = tl.max(tl.where(adjacent, theirs[None, :], 0.0), 1)
+        lent = tl.maximum(lent, most)
+    return tl.maximum(value, lent * NEIGHBOUR_SHARE)
+
+
+@triton.jit
 def _write_moves(
     moves_ptr,  # [max_moves, 2] int32, of one row
     table_ptr,  # [live_width] int32, of one row
@@ -226,16 +263,19 @@ def _select_kernel(
     sink = tl.load(rows_ptr + SINK)
     recent = tl.load(rows_ptr + RECENT)
     shield_blocks = tl.load(rows_ptr + SHIELD_BLOCKS)
-    kind = tl.load(rows_ptr + FLAGS) & SCORE_MASK
+    flags = tl.load(rows_ptr + FLAGS)
+    kind = flags & SCORE_MASK
     table_ptr = live_table_ptr + row * stride_table_row
     index = tl.arange(0, BLOCKS)
     candidate = index < resident + num_victims
-    block = tl.load(table_ptr + index, mask=candidate, other=0).to(tl.int64)
+    num_full = num_tokens // BLOCK_SIZE - evicted
+    full = index < num_full
+    block = tl.load(table_ptr + index, mask=full, other=0).to(tl.int64)
     # every layer holds the same first position, behind its heads' statistics
     statistics = tl.load(first_statistics_ptr).to(tl.pointer_type(tl.float32))
     first_positions = statistics + NUM_KV_HEADS * NUM_FIELDS + FIRST_POSITION
     first = tl.load(
-        first_positions + block * stride_statistics_block, mask=candidate, other=0.0
+        first_positions + block * stride_statistics_block, mask=full, other=0.0
     ).to(tl.int32)
     score = tl.zeros([BLOCKS], tl.float32)
     shield = tl.zeros([BLOCKS], tl.float32)
@@ -243,7 +283,22 @@ def _select_kernel(
         slot = scores_ptr + (row * num_slices + layer_slice) * _SCORES * max_blocks
         score = tl.maximum(score, tl.load(slot + index, mask=candidate, other=0.0))
         shield = tl.maximum(
-            shield, tl.load(slot + max_blocks + index, mask=candidate, other=0.0)
+            shield, tl.load(slot + max_blocks + index, mask=full, other=0.0)
+        )
+    if (shield_blocks > 0) & ((flags & SHIELD_BY_DEVIATION) == 0):
+        # what the first slice told has been read
+        slot = scores_ptr + row * num_slices * _SCORES * max_blocks
+        shield = _with_neighbours(
+            shield,
+            first,
+            full,
+            slot + max_blocks,
+            table_ptr,
+            first_positions,
+            stride_statistics_block,
+            num_full,
+            BLOCK_SIZE,
+            TILE=16,
         )
 
     in_reach = candidate & (first >= sink) & (first + BLOCK_SIZE <= num_tokens - recent)

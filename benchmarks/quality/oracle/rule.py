@@ -55,6 +55,8 @@ class Rule:
         top_heads: How many heads `top` takes.
         normalise: What a head's values are turned into before: `share` of their sum,
             `rank`, `zscore` or nothing (`none`).
+        neighbours: Share of a shield's value that an entry has at least of those beside
+            it in the text.
         inside: What stands for a block's tokens: the `sum` or `max` of their attention.
         peak_queries: The peak is the mean of so many largest values.
         fade: Factor on the peak, for every query that follows.
@@ -78,6 +80,7 @@ class Rule:
     second_heads: str = "max"
     top_heads: int = 4
     normalise: str = "share"
+    neighbours: float = 0.0
     inside: str = "sum"
     peak_queries: int = 1
     fade: float = 1.0

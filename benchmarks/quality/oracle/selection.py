@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.quality.oracle.rule import Rule
 from benchmarks.quality.oracle.statistics import Statistics
@@ -76,6 +77,8 @@ def choose_survivors(
         left = (candidates if rule.exposed == "candidates" else budget) - shielded
         left = torch.as_tensor(left).maximum(victims)
         shield = shared(rule.shield, rule.shield_heads)
+        if rule.neighbours:
+            shield = _lent(shield, first, rule)
         exposed = _rank(shield.masked_fill(~exposed, torch.inf)) < left
 
     if rule.second == "age":
@@ -138,6 +141,20 @@ def _shared(rule: Rule, heads: str, value: torch.Tensor) -> torch.Tensor:
         value = value.permute(1, 0, 2, 3).flatten(1, 2)[None]
     largest = value.topk(min(rule.top_heads, value.shape[2]), dim=2).values
     return largest.mean(2, keepdim=True)
+
+
+def _lent(value: torch.Tensor, first: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Return at least a share of what the entries beside each in the text have.
+
+    Args:
+        value: `[layers or 1, n, kv heads or 1, entries]`, older entries first.
+        first: Positions of the entries' first tokens, in the same shape.
+        rule: How much of it.
+    """
+    adjacent = first.diff() == rule.unit
+    from_behind = F.pad(value[..., 1:] * adjacent, (0, 1))
+    from_before = F.pad(value[..., :-1] * adjacent, (1, 0))
+    return value.maximum(rule.neighbours * from_behind.maximum(from_before))
 
 
 def _rank(values: torch.Tensor) -> torch.Tensor:
