@@ -23,7 +23,10 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/quality.md")
 PICTURES = {**SERVING_PICTURES, **QUALITY_PICTURES}
 FOLDER = REPOSITORY / "docs" / "pictures"
-GROWING = ("serving", "prefill", "prefixes", "memory", "scheduler")
+GROWING = (
+    *("serving", "prefill", "prefixes", "memory", "scheduler"),
+    "request_options",
+)
 """Tables that keep their rows when others are added."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_row import EvictionRow
-from vllm_roco.request_options import RequestPlanner
+from vllm_roco.request_options.planner import RequestPlanner
 
 
 def row_of(config: RocoConfig, block_size: int) -> EvictionRow:

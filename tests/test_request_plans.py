@@ -15,7 +15,8 @@ from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
 from vllm_roco.config import MODES
 from vllm_roco.eviction_row import ROW_KEY
 from vllm_roco.observability.metrics import read_engines
-from vllm_roco.request_options import RequestOptionError, RequestPlanner
+from vllm_roco.request_options.error import RequestOptionError
+from vllm_roco.request_options.planner import RequestPlanner
 from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler import describe
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_roco.config import MODES, RocoConfig
 from vllm_roco.eviction_schedule import NEVER
-from vllm_roco.request_options import RequestPlan, RequestPlanner
+from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 
 SIZE = 16

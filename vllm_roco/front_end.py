@@ -19,7 +19,8 @@ from vllm.platforms import current_platform
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_roco.request_options import RequestOptionError, RequestPlanner
+from vllm_roco.request_options.error import RequestOptionError
+from vllm_roco.request_options.planner import RequestPlanner
 from vllm_roco.request_refusal import trouble_with_seed
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.validation import is_selected, request_planner, validated_config

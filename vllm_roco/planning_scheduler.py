@@ -15,7 +15,8 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.refusing_scheduler import RefusingScheduler
-from vllm_roco.request_options import RequestOptionError, options_in
+from vllm_roco.request_options.error import RequestOptionError
+from vllm_roco.request_options.forms import options_in
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.validation import request_planner

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_schedule import EvictionSchedule
-from vllm_roco.request_options import RequestPlan
+from vllm_roco.request_options.planner import RequestPlan
 
 _INTEGERS = struct.Struct("<8i")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vllm_roco.eviction_schedule import NEVER
-from vllm_roco.request_options import RequestPlan
+from vllm_roco.request_options.planner import RequestPlan
 from vllm_roco.request_plans import ResolvedPlan
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_roco import fp8_cache
 from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.config import RocoConfig
-from vllm_roco.request_options import RequestPlanner
+from vllm_roco.request_options.planner import RequestPlanner
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -45,7 +45,7 @@ from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.device import Device
-from vllm_roco.request_options import RequestPlanner
+from vllm_roco.request_options.planner import RequestPlanner
 
 DTYPE = torch.bfloat16
 CLOSES = 50

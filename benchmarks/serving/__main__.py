@@ -84,6 +84,16 @@ def parser() -> argparse.ArgumentParser:
     profile.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["stock", "roco"]
     )
+    options = tasks.add_parser(
+        "request-options",
+        help="a decode step whose requests all have options of their own",
+        parents=[engines],
+    )
+    options.add_argument("--model", default="smollm2-135m")
+    options.add_argument("--requests", type=int, default=256)
+    options.add_argument(
+        "--rounds", type=int, default=5, help="how often each side has its turn"
+    )
     tasks.add_parser(
         "scheduler", help="the scheduler's Python; needs no GPU", parents=[engines]
     )
@@ -101,6 +111,7 @@ def main(command: list[str]) -> int:
         prefill,
         prefixes,
         profiling,
+        request_options,
         residency,
         scheduling,
         serve_workloads,
@@ -134,6 +145,11 @@ def main(command: list[str]) -> int:
             )
             jobs = prefixes.jobs(runs_of_prefixes, tokenizer, engine_arguments)
             return session.run(prefixes.TABLE, jobs)
+        case "request-options":
+            jobs = request_options.jobs(
+                arguments.model, arguments.requests, arguments.rounds, common
+            )
+            return session.run(request_options.TABLE, jobs)
         case "memory":
             sides = (arguments.model, arguments.baseline)
             jobs = residency.jobs(*sides, common, session.out)

@@ -87,7 +87,7 @@ class Engine:
         Args:
             common: What every engine is told, the tokenizer among it; has precedence.
         """
-        names = ("policy", "budget", "stride", "chunk", "trace")
+        names = ("policy", "budget", "max_budget", "stride", "chunk", "trace")
         given = {name: getattr(self.roco, name, None) for name in names}
         told = {name: value for name, value in given.items() if value is not None}
         memory = f"--kv-cache-memory-bytes={self.kv_cache_bytes}"

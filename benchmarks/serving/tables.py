@@ -188,6 +188,21 @@ def scheduler(measured: pd.DataFrame) -> str:
     return lines(found, columns, _caption(found.drop_duplicates("vllm"), "cpu"))
 
 
+def request_options(measured: pd.DataFrame) -> str:
+    """Return the table of steps whose requests have options, of each model's newest."""
+    newest = measured.groupby(["gpu", "model"])["commit"].transform("last")
+    found = measured[measured["commit"] == newest]
+    columns = {
+        "model": "{model}",
+        "decode steps": "{num_requests} requests, {case}",
+        "options": "{options}",
+        "step, us": "{step_us:,.0f} ({step_low:,.0f} to {step_high:,.0f})",
+        "ratio to equal ones": "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
+        "rounds": "{rounds}",
+    }
+    return lines(found, columns, _caption(found))
+
+
 def memory(measured: pd.DataFrame) -> str:
     """Return the table of what sequences hold."""
     columns = (
@@ -243,6 +258,7 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "eviction": eviction,
     "profile": profile,
     "scheduler": scheduler,
+    "request_options": request_options,
     "memory": memory,
     "decode_attention": decode,
     "decode_fp8": decode_fp8,

@@ -211,10 +211,13 @@ def test_a_batch_that_is_ordered_anew(places: Any) -> None:
     assert not places.rows._own
 
 
-def test_dummy_batches_go_by_the_default(slots: Any) -> None:
-    """They name slots of requests that live."""
+def test_dummy_batches_evict_and_measure_nothing(slots: Any) -> None:
+    """They name slots of requests that live, and may stand in their pages."""
+    at_rest = list(slots.rows.default._replace(until=0))
+    assert slots._dummy_run([0, 1], num_reqs=2).tolist() == [at_rest] * 2
+    assert slots.of([0, 1], 2) is None
     slots.begin({"a": A, "b": B})
-    assert slots._dummy_run([0, 1], num_reqs=2) is None
+    assert slots._dummy_run([0, 1], num_reqs=3).tolist() == [at_rest] * 3
     assert slots.of([0, 1], 2).tolist() == [A, B]
 
     def fail() -> None:

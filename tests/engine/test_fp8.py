@@ -20,8 +20,8 @@ from tests.engine.agreement import assert_agreement
 from tests.engine.engines import Engine, running_engine
 from tests.engine.final_pages import run_to_the_end
 from tests.engine.kept_blocks import recorded_kept_blocks
+from tests.engine.prefix_hits import JUNCTION, LAST, PROMPTS, assert_same
 from tests.engine.steps import audited_manager, poisoned_free_blocks
-from tests.engine.test_prefix_cache import JUNCTION, LAST, PROMPTS, assert_same
 from tests.engine.test_request_options import OWN, SERVER, generate, server_of
 from tests.engine.tiny_models import SMALL_BUDGET, TINY_BUDGET, random_prompt
 from tests.model_configs import save_config

@@ -17,7 +17,7 @@ from vllm.outputs import RequestOutput
 
 from tests.engine.engines import Engine, Prompt, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
-from tests.engine.test_prefix_cache import (
+from tests.engine.prefix_hits import (
     DONOR,
     JUNCTION,
     LAST,

@@ -15,19 +15,16 @@ import pytest
 from vllm.outputs import RequestOutput
 
 from tests.engine.engines import Engine, Prompt, roco_arguments, running_engine
-from tests.engine.final_pages import Ending, run_to_the_end
+from tests.engine.final_pages import Ending
 from tests.engine.mixed_models import save_mixed
-from tests.engine.steps import audited_manager, poisoned_free_blocks
-from tests.engine.test_prefix_cache import (
+from tests.engine.prefix_hits import (
     DONOR,
-    JUNCTION,
     LAST,
     NUM_NEW,
-    PROMPTS,
-    alone,
-    assert_same,
     assert_whole,
     check_crowd,
+    check_one_by_one,
+    without_hits,
 )
 from tests.engine.tiny_models import SMALL_BUDGET
 from vllm_roco.kv_cache.window_manager import WindowManager
@@ -59,37 +56,14 @@ def model(
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> dict[str, Ending]:
-    """How each prompt ends without any hit."""
-    with running_engine(model, BUDGET) as engine:
-        return alone(engine)
+    return without_hits(model, BUDGET)
 
 
 def test_one_by_one(model: Path, expected: dict[str, Ending]) -> None:
-    with (
-        running_engine(model, BUDGET, enable_prefix_caching=True) as engine,
-        audited_manager(engine),
-        poisoned_free_blocks(engine),
-    ):
+    with running_engine(model, BUDGET, enable_prefix_caching=True) as engine:
         managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
         assert [type(manager) is WindowManager for manager in managers].count(True) == 1
-        found = alone(engine)
-        assert_whole(engine)
-        assert engine.llm.reset_prefix_cache()
-        again = run_to_the_end(engine, [DONOR], NUM_NEW)[0]
-    for name in PROMPTS:
-        assert_same(found[name], expected[name])
-    assert {name: found[name].num_cached_tokens for name in PROMPTS} == {
-        "donor": 0,
-        "same": LAST,
-        # the first that parts from the donor makes the place known
-        "sibling": 0,
-        "second sibling": JUNCTION,
-        "extension": JUNCTION,
-        "next turn": LAST,
-        "another": 0,
-    }
-    assert again.num_cached_tokens == 0
-    assert_same(again, expected["donor"])
+        check_one_by_one(engine, expected)
 
 
 @pytest.mark.parametrize("pool", [512, 46], ids=["large-pool", "small-pool"])

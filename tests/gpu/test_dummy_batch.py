@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data-parallel rank without work replays the graphs of ranks that have some."""
+"""A data-parallel rank without work replays the graphs of ranks that have some.
+
+As `tests/engine/test_dummy_batch.py`, with graphs and both of vLLM's runners for GPUs.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from vllm import SamplingParams
 
-from tests.engine.engines import Engine
-from tests.engine.tiny_models import TINY_BUDGET, random_prompt
-from tests.gpu.engines import gpu_engine
-from vllm_roco.kv_cache.page import page_view
+from tests.engine.dummy_batches import dummy_batch_after_each_step
+from tests.engine.test_dummy_batch import WORK
+from tests.engine.test_request_options import SERVER, generate
+from tests.engine.tiny_models import SMALL_BUDGET, TINY_BUDGET, random_prompt
+from tests.gpu.engines import RUNS, gpu_engine
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,31 +30,26 @@ NUM_NEW = 120
 def test_dummy_batches_leave_the_cache_alone(tiny_llama: Path) -> None:
     """The step before may have evicted; replaying it must not evict again."""
     with gpu_engine(tiny_llama, TINY_BUDGET, async_scheduling=False) as engine:
-        (expected,) = engine.generate([PROMPT], NUM_NEW)
-        engine.llm.llm_engine.add_request(
-            "interrupted",
-            {"prompt_token_ids": list(PROMPT)},
-            SamplingParams(
-                temperature=0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False
-            ),
-        )
-        tokens: list[int] = []
-        num_evictions = 0
-        freed = engine.manager.num_freed_blocks
-        while engine.llm.llm_engine.has_unfinished_requests():
-            for output in engine.llm.llm_engine.step():
-                tokens = list(output.outputs[0].token_ids)
-            before = _pages(engine)
-            engine.core.execute_dummy_batch()
-            assert all(map(torch.equal, before, _pages(engine)))
-            num_evictions += engine.manager.num_freed_blocks > freed
-            freed = engine.manager.num_freed_blocks
-    assert num_evictions > 1
-    assert tuple(tokens) == expected
+        expected = engine.generate([PROMPT], NUM_NEW)
+        with dummy_batch_after_each_step(engine) as evicted:
+            assert engine.generate([PROMPT], NUM_NEW) == expected
+        assert sum(map(bool, evicted)) > 1
 
 
-def _pages(engine: Engine) -> list[torch.Tensor]:
-    """Return a copy of every page as bytes, but for vLLM's null block."""
-    null_block = engine.manager.block_pool.null_block.block_id
-    assert null_block == 0
-    return [page_view(x)[1:].view(torch.uint8).clone() for x in engine.kv_caches]
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_requests_with_options_never_notice(
+    tiny_llama: Path,
+    run: dict[str, Any],
+    runner: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first runner wrote a query that nobody had asked into a request's page."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(int(runner == "v2")))
+    options = {"additional_config": {"roco": SERVER}, "max_num_seqs": 20}
+    with gpu_engine(tiny_llama, SMALL_BUDGET, **options, **run) as engine:
+        expected = generate(engine, WORK)
+        with dummy_batch_after_each_step(engine) as evicted:
+            assert generate(engine, WORK) == expected
+        assert sum(map(bool, evicted)) > 5
+        assert engine.num_lost_blocks == 0

@@ -13,11 +13,11 @@ import pytest
 
 from tests.engine.engines import roco_arguments
 from tests.engine.mixed_models import save_mixed
-from tests.engine.steps import poisoned_free_blocks
-from tests.engine.test_prefix_cache import (
+from tests.engine.prefix_hits import (
     NUM_NEW,
     PROMPTS,
 )
+from tests.engine.steps import poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET
 from tests.gpu.engines import EAGER, RUNS, gpu_engine
 

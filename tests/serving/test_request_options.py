@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.serving.server import Server, running_server
-from vllm_roco.request_options import OPTIONS
+from vllm_roco.request_options.names import OPTIONS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

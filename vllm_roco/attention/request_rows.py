@@ -46,6 +46,7 @@ class RequestRows:
     def __init__(self, default: EvictionRow, max_num_reqs: int) -> None:
         self.default = default
         self._default = np.array(default, dtype=np.int32)
+        self._at_rest = np.array(default._replace(until=0), dtype=np.int32)
         # by slot in the V2 runner, by place in the batch in the V1 runner
         self._table = np.tile(self._default, (max_num_reqs, 1))
         self._own: dict[str, np.ndarray] = {}
@@ -55,13 +56,16 @@ class RequestRows:
         """Return the rows of a step's batch, None if all are the default.
 
         Args:
-            common: The step, or a dummy batch, whose rows are the default.
+            common: The step, or a dummy batch, whose rows evict and measure nothing:
+                with vLLM's first runner it may stand in pages of requests that live.
 
         Returns:
             `[num_reqs, NUM_ROW_FIELDS]` int32 on the host, a copy. Rows of padding are
             the default.
         """
-        if not self._own or self._in_dummy_run:
+        if self._in_dummy_run:
+            return torch.from_numpy(np.tile(self._at_rest, (common.num_reqs, 1)))
+        if not self._own:
             return None
         slots = common.req_idx
         found = self._table[: common.num_reqs if slots is None else None]
@@ -97,7 +101,7 @@ class RequestRows:
             self.put(zip(request_ids, range(len(request_ids)), strict=True))
 
     def dummy_run(self, run: Callable[[], Any]) -> Any:
-        """Return what `run` returns; in batches that it makes, rows are the default."""
+        """Return what `run` returns; the rows of batches that it makes are at rest."""
         self._in_dummy_run = True
         try:
             return run()

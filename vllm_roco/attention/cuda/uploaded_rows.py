@@ -11,7 +11,7 @@ from vllm_roco.eviction_row import EvictionRow
 class UploadedRows:
     """Keeps a buffer, which captured graphs read, as the step needs it.
 
-    A server whose requests bring no options uploads nothing.
+    A server whose requests bring no options uploads nothing, but for dummy batches.
 
     Args:
         buffer: `[max_rows, NUM_ROW_FIELDS]` int32 on the device. Behind a step's rows
