@@ -22,6 +22,9 @@ def method_of(setup: Setup) -> EvictionMethod:
         changes["unit"] = setup.block_size
     if setup.policy == "roco":
         changes |= {"shield": setup.shield, "shield_ratio": setup.shield_ratio}
+        if setup.shield == "deviation":
+            # a fact's neighbours are of interest to peaks alone
+            changes.setdefault("neighbours", 0.0)
     return EvictionMethod.named(
         setup.policy, setup.budget, setup.stride, setup.chunk, **changes
     )

@@ -34,8 +34,8 @@ HAND = Options(
 def hand_block(
     index: int, mean: float = 0.1, deviation: float = 0.1, peak: float = 0.1
 ) -> Block:
-    """A block of 4 tokens once 32 tokens are computed."""
-    return Block(index, 32 - 4 * index, mean, deviation, peak)
+    """A block of 4 tokens once 64 tokens are computed."""
+    return Block(index, 64 - 4 * index, mean, deviation, peak)
 
 
 class TestScores:
@@ -112,7 +112,8 @@ class TestCandidates:
 
 
 class TestVictims:
-    # index:      1     2     3     4     5     6
+    # of blocks that do not touch each other
+    # index:      2     4     6     8    10    12
     MEANS = (0.05, 0.10, 0.02, 0.30, 0.01, 0.20)
     DEVIATIONS = (0.40, 0.01, 0.02, 0.03, 0.04, 0.30)
     PEAKS = (0.10, 0.20, 0.50, 0.15, 0.60, 0.05)
@@ -120,25 +121,25 @@ class TestVictims:
     @pytest.fixture
     def candidates(self) -> list[Block]:
         columns = zip(self.MEANS, self.DEVIATIONS, self.PEAKS, strict=True)
-        return [hand_block(1 + i, *column) for i, column in enumerate(columns)]
+        return [hand_block(2 + 2 * i, *column) for i, column in enumerate(columns)]
 
     @pytest.mark.parametrize(
         ("changes", "num_victims", "expected"),
         [
-            # blocks 5 and 3 peak highest; of 1, 2, 4, 6 block 1 has the smallest mean
-            pytest.param({}, 1, (1,), id="peak"),
-            pytest.param({}, 2, (1, 2), id="peak-two"),
-            # blocks 1 and 6 deviate most; of 2, 3, 4, 5 block 5 has the smallest mean
-            pytest.param({"shield": "deviation"}, 1, (5,), id="deviation"),
-            pytest.param({"shield": "deviation"}, 3, (2, 3, 5), id="deviation-three"),
-            # one block is shielded at floor(0.39 * 5), and it is block 5
-            pytest.param({"shield_ratio": 0.39}, 1, (3,), id="floor"),
-            pytest.param({"shield_ratio": 0.0}, 2, (3, 5), id="mean-alone"),
+            # blocks 10 and 6 peak highest; of the others block 2 has the smallest mean
+            pytest.param({}, 1, (2,), id="peak"),
+            pytest.param({}, 2, (2, 4), id="peak-two"),
+            # blocks 2 and 12 deviate most; of the others block 10 has the smallest mean
+            pytest.param({"shield": "deviation"}, 1, (10,), id="deviation"),
+            pytest.param({"shield": "deviation"}, 3, (4, 6, 10), id="deviation-three"),
+            # one block is shielded at floor(0.39 * 5), and it is block 10
+            pytest.param({"shield_ratio": 0.39}, 1, (6,), id="floor"),
+            pytest.param({"shield_ratio": 0.0}, 2, (6, 10), id="mean-alone"),
             # the shield is cut to 5 and to 4 blocks: the smallest peaks go
-            pytest.param({"shield_ratio": 1.0}, 1, (6,), id="shield-alone"),
-            pytest.param({"shield_ratio": 1.0}, 2, (1, 6), id="shield-alone-two"),
-            pytest.param({}, 6, (1, 2, 3, 4, 5, 6), id="all"),
-            pytest.param({"policy": "recent"}, 2, (1, 2), id="recent"),
+            pytest.param({"shield_ratio": 1.0}, 1, (12,), id="shield-alone"),
+            pytest.param({"shield_ratio": 1.0}, 2, (2, 12), id="shield-alone-two"),
+            pytest.param({}, 6, (2, 4, 6, 8, 10, 12), id="all"),
+            pytest.param({"policy": "recent"}, 2, (2, 4), id="recent"),
         ],
     )
     def test_by_hand(
@@ -161,6 +162,31 @@ class TestVictims:
         options = dataclasses.replace(HAND, shield_ratio=1.0)
         choice = choose_victims(candidates, 2, options)
         assert choice.margin == pytest.approx(1 / 3)
+
+    def test_a_peak_shields_those_beside_it(self) -> None:
+        """Block 3 lends 0.9 * 0.5 to 2 and 4; 1 and 6 keep theirs, 5 gets 0.27 of 6."""
+        peaks = (0.1, 0.05, 0.5, 0.2, 0.01, 0.3)
+        blocks = [hand_block(1 + i, peak=peak) for i, peak in enumerate(peaks)]
+        options = dataclasses.replace(HAND, shield_ratio=1.0)
+        choice = choose_victims(blocks, 2, options)
+        assert choice.victims == (1, 5)
+        # 0.27 goes, the next of another block is 0.45
+        assert choice.margin == pytest.approx(0.4)
+
+    def test_a_block_that_may_not_go_lends_as_well(self) -> None:
+        blocks = [hand_block(index) for index in (1, 2, 3)]
+        options = dataclasses.replace(HAND, shield_ratio=1.0)
+        newest = hand_block(4, peak=0.8)
+        assert choose_victims(blocks, 2, options, [newest]).victims == (1, 2)
+
+    def test_peaks_that_one_block_lends_are_no_near_choice(self) -> None:
+        """Blocks 1 and 3 have 0.9 of block 2's, and the older one goes."""
+        peaks = (0.1, 0.8, 0.1)
+        blocks = [hand_block(1 + i, peak=peak) for i, peak in enumerate(peaks)]
+        options = dataclasses.replace(HAND, shield_ratio=1.0)
+        choice = choose_victims(blocks, 1, options)
+        assert choice.victims == (1,)
+        assert choice.margin == math.inf
 
     def test_equal_means_go_oldest_first(self) -> None:
         options = dataclasses.replace(HAND, shield_ratio=0.0)

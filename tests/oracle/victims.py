@@ -21,6 +21,7 @@ class Block:
         deviation: The same of their standard deviations (D).
         peak: The same of their peaks (P).
         total: The same of their sums (S1).
+        lender: Index of the block whose peak counts for it; None before that is known.
     """
 
     index: int
@@ -29,6 +30,7 @@ class Block:
     deviation: float
     peak: float
     total: float = 0.0
+    lender: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,16 +172,16 @@ def choose_victims(
 def _lend_peaks(candidates: Sequence[Block], live: Sequence[Block]) -> list[Block]:
     """Raises every peak to nine tenths of the peaks one block before and behind."""
     peaks = {block.index: block.peak for block in (*live, *candidates)}
-    return [
-        dataclasses.replace(
-            block,
-            peak=max(
-                block.peak,
-                *(0.9 * peaks.get(block.index + step, 0.0) for step in (-1, 1)),
-            ),
-        )
-        for block in candidates
-    ]
+    raised = []
+    for block in candidates:
+        offers = [(block.peak, block.index)] + [
+            (0.9 * peaks[lender], lender)
+            for lender in (block.index - 1, block.index + 1)
+            if lender in peaks
+        ]
+        peak, lender = max(offers)
+        raised.append(dataclasses.replace(block, peak=peak, lender=lender))
+    return raised
 
 
 def block_number(first_position: int, seed: int) -> int:
@@ -197,17 +199,22 @@ def block_number(first_position: int, seed: int) -> int:
 def _take_smallest(
     blocks: Sequence[Block], count: int, score: str
 ) -> tuple[list[Block], float]:
-    """Returns the `count` blocks of smallest score, and the gap to the next one.
+    """Returns the `count` blocks of smallest score, and the gap to the others.
 
-    The gap is relative to the larger of the two values at the boundary.
+    The gap is the smallest between one that is taken and one that is not, relative to
+    the latter. Two peaks lent by the same block are equal however they are computed,
+    and have none.
     """
     ordered = sorted(
         blocks, key=lambda block: (getattr(block, score), -block.queries_seen)
     )
-    if count == len(ordered):
-        return ordered, math.inf
-    last_taken, first_left = (
-        getattr(block, score) for block in ordered[count - 1 :][:2]
-    )
-    gap = (first_left - last_taken) / first_left if first_left > 0 else 0.0
-    return ordered[:count], gap
+    taken, left = ordered[:count], ordered[count:]
+    gaps = [
+        1 - getattr(one, score) / getattr(other, score)
+        if getattr(other, score) > 0
+        else 0.0
+        for one in taken
+        for other in left
+        if score != "peak" or one.lender is None or one.lender != other.lender
+    ]
+    return taken, min(gaps, default=math.inf)

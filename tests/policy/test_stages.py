@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from tests.policy.blocks import BLOCK_SIZE, config_of, full_blocks, victims_of
 from vllm_roco import policy
@@ -27,7 +28,8 @@ DEVIATIONS = [0.5, 0.4, 0.1, 0.1, 0.1]
         # floor(0.7 * 4) blocks: the same two
         pytest.param({"shield_ratio": 0.7}, 1, [3], id="ratio rounds down"),
         pytest.param({"shield_ratio": 0.75}, 1, [3], id="peak shields three"),
-        pytest.param({"shield_ratio": 1}, 1, [0], id="peak alone"),
+        # block 0 has the smallest peak, and block 1, beside it, the largest
+        pytest.param({"shield_ratio": 1}, 1, [4], id="peak alone"),
         # deviation shields 0 and 1; of the rest block 2 has the smallest mean
         pytest.param(
             {"shield": "deviation", "shield_ratio": 0.5}, 1, [2], id="deviation"
@@ -124,3 +126,33 @@ def test_a_tie_in_the_mean_goes_to_the_older_whatever_its_shield() -> None:
     # blocks 0 to 2 are exposed with equal means; the oldest has the largest peak
     blocks = full_blocks(8, [0.0] * 4, peak=[0.3, 0.1, 0.2, 0.9])
     assert victims_of(blocks, 8, 1, config_of(3, shield_ratio=0.4)) == [0]
+
+
+class TestNeighbours:
+    """Block 1's peak is the largest, those beside it in the text have next to none."""
+
+    PEAKS = (0.05, 0.9, 0.1, 0.5, 0.6)
+
+    def test_a_peak_shields_the_blocks_before_and_behind(self) -> None:
+        blocks = full_blocks(10, MEANS, peak=list(self.PEAKS))
+        config = config_of(4, shield_ratio=1)
+        assert victims_of(blocks, 10, 1, config) == [3]
+
+    def test_beside_means_in_the_text(self) -> None:
+        """A gap of one evicted block is between blocks 0 and 1."""
+        statistics, first_positions = full_blocks(10, MEANS, peak=list(self.PEAKS))
+        first_positions[1:] += BLOCK_SIZE
+        config = config_of(4, shield_ratio=1)
+        blocks = statistics, first_positions
+        assert victims_of(blocks, 10 + BLOCK_SIZE, 1, config) == [0]
+
+    def test_in_any_live_order(self) -> None:
+        values = torch.tensor([0.1, 0.9, 0.2])
+        first_positions = torch.tensor([16.0, 64.0, 48.0])
+        lent = policy.with_neighbours(values, first_positions, 16)
+        torch.testing.assert_close(lent, torch.tensor([0.1, 0.9, 0.81]))
+
+    def test_a_deviation_shields_its_own_block_alone(self) -> None:
+        blocks = full_blocks(10, MEANS, deviation=list(self.PEAKS))
+        config = config_of(4, shield="deviation", shield_ratio=1)
+        assert victims_of(blocks, 10, 1, config) == [0]

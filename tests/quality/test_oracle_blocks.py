@@ -46,6 +46,8 @@ def test_equals_the_oracle_of_the_plugins_tests(
     tiny_oracle: Oracle,
 ) -> None:
     shields = {"shield": shield, "shield_ratio": ratio} if method == "roco" else {}
+    if shield == "deviation":
+        shields["neighbours"] = 0.0
     eviction = EvictionMethod.named(method, **NUMBERS, unit=BLOCK_SIZE, **shields)
     options = Options(
         policy=method,
@@ -92,7 +94,10 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
     first = first * block_size
     computed = (first.amax(-1) + block_size).tolist()
 
-    rule = replace(RULES["roco"], shield=shield, shield_ratio=ratio)
+    neighbours = RULES["roco"].neighbours if shield == "peak" else 0.0
+    rule = replace(
+        RULES["roco"], shield=shield, shield_ratio=ratio, neighbours=neighbours
+    )
     statistics = Statistics(
         rule, (layers, sequences, heads, blocks), torch.device("cpu")
     )
