@@ -7,18 +7,32 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from benchmarks.quality.tasks.conversation import CONVERSATIONS, build_conversations
 from benchmarks.quality.tasks.needle import build_needles
 from benchmarks.quality.tasks.passkey import build_passkeys
-from benchmarks.quality.tasks.problem import Problem
+from benchmarks.quality.tasks.problem import Problem, Question
 from benchmarks.quality.tasks.prose import FIRST_REPORT_SEED, prose
-from benchmarks.quality.tasks.ruler import RULER_TASKS, build_ruler
+from benchmarks.quality.tasks.recite import build_recite
+from benchmarks.quality.tasks.ruler import HARD_TASKS, RULER_TASKS, build_ruler
 
-__all__ = ["FIRST_REPORT_SEED", "RULER_TASKS", "TASKS", "Problem", "build", "prose"]
+__all__ = [
+    "CONVERSATIONS",
+    "FIRST_REPORT_SEED",
+    "HARD_TASKS",
+    "RULER_TASKS",
+    "TASKS",
+    "Problem",
+    "Question",
+    "build",
+    "prose",
+]
 
 TASKS: dict[str, Callable[[Any, int, int, int], list[Problem]]] = {
     "passkey": build_passkeys,
     "needle": build_needles,
     **{task: partial(build_ruler, task) for task in RULER_TASKS},
+    **{name: partial(build_conversations, name) for name in CONVERSATIONS},
+    "recite": build_recite,
 }
 """What builds the problems of each task, see `build`."""
 
