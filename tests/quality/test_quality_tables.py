@@ -81,7 +81,7 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     assert "passkey 2,048 at 12.5 %: 0.25 at 16, 0.25 at 32" in text
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
-    others = ("search", "kvpress", "modes", "windows", "fp8")
+    others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
     assert missing == {f"quality_{name}" for name in others}
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "Question",
     "build",
     "prose",
+    "tokens_behind",
 ]
 
 TASKS: dict[str, Callable[[Any, int, int, int], list[Problem]]] = {
@@ -53,3 +54,9 @@ def build(task: str, tokenizer: Any, context: int, n: int, seed: int) -> list[Pr
     if task not in TASKS:
         raise ValueError(f"task = {task!r} is not one of {', '.join(TASKS)}.")
     return TASKS[task](tokenizer, context, n, seed)
+
+
+def tokens_behind(task: str) -> int:
+    """Return the most tokens between a problem's prompt and its last answer."""
+    form = CONVERSATIONS.get(task)
+    return form.tokens_behind if form else 0

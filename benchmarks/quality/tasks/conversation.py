@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.quality.tasks.common_words import write_common_words
 from benchmarks.quality.tasks.exchange import (
+    PAUSE_TOKENS,
     Exchange,
     Generator,
     Writer,
@@ -30,6 +31,8 @@ GENERATORS: dict[str, Generator] = {
     "common_words": write_common_words,
 }
 """What writes texts and questions about them."""
+_EXCHANGE_TOKENS = 128
+"""More than an answer and the next question take."""
 RETRIEVAL = ("needle", "multikey", "multivalue")
 """Of those, the ones with more than one question."""
 
@@ -47,6 +50,12 @@ class Form:
     generator: str
     questions: int = 1
     pause: bool = False
+
+    @property
+    def tokens_behind(self) -> int:
+        """Most tokens between the first question and the last answer."""
+        exchanges = self.questions - 1 + self.pause
+        return exchanges * _EXCHANGE_TOKENS + self.pause * PAUSE_TOKENS
 
     def write(self, writer: Writer) -> list[Exchange]:
         """Return one problem as text."""

@@ -33,6 +33,4 @@ def write_multikey(writer: Writer, questions: int) -> list[Exchange]:
 
 def ask_for(name: str, number: str) -> Exchange:
     """Return the question after one number."""
-    return Exchange(
-        QUESTION.format(name=name), f" {number}.", (number,), ANSWER_TOKENS
-    )
+    return Exchange(QUESTION.format(name=name), f" {number}.", (number,), ANSWER_TOKENS)

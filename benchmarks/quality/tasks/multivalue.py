@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Four numbers to a key, asked for at once: RULER's `niah_multivalue` with four keys."""
+"""Four numbers to a key, asked for at once: RULER's `niah_multivalue`, four times."""
 
 from __future__ import annotations
 
@@ -37,6 +37,4 @@ def write_multivalue(writer: Writer, questions: int) -> list[Exchange]:
 def _ask(name: str, facts: list[tuple[str, str]]) -> Exchange:
     numbers = tuple(number for other, number in facts if other == name)
     listed = f"{', '.join(numbers[:-1])}, and {numbers[-1]}"
-    return Exchange(
-        QUESTION.format(name=name), f" {listed}.", numbers, ANSWER_TOKENS
-    )
+    return Exchange(QUESTION.format(name=name), f" {listed}.", numbers, ANSWER_TOKENS)

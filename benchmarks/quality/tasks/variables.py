@@ -19,8 +19,8 @@ TEXT = (
 # the misspelt word is RULER's
 QUESTION = (
     "Question: Find all variables that are assigned the value {value} in the text "
-    "above. Answer: According to the chain(s) of variable assignment in the text above, "
-    "5 variables are assgined the value {value}, they are:"
+    "above. Answer: According to the chain(s) of variable assignment in the text "
+    "above, 5 variables are assgined the value {value}, they are:"
 )
 ANSWER_TOKENS = 30
 HOPS = 4
@@ -56,7 +56,7 @@ def write_variables(writer: Writer, questions: int) -> list[Exchange]:
     for chain, value in zip(chains, values, strict=False):
         text = _with_chain(draw, text, chain, value)
     first = shown + TEXT.format(text=" ".join(text)) + ask
-    exchanges = []
+    exchanges: list[Exchange] = []
     for chain, value in zip(chains, values, strict=False):
         again = f"\n{QUESTION.format(value=value)}" if exchanges else first
         reply = f" {' '.join(chain)}"

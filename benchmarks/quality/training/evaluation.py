@@ -107,7 +107,9 @@ def answer_ruler(
                 skip_special_tokens=True,
             )
             pairs = zip(problems, texts, strict=True)
-            scores[f"{task} {context}"] = round(sum(p.score(t) for p, t in pairs) / n, 4)
+            scores[f"{task} {context}"] = round(
+                sum(p.score(t) for p, t in pairs) / n, 4
+            )
     return scores
 
 
@@ -130,7 +132,9 @@ def answers(
         batch = prompts[start : start + size]
         width = max(map(len, batch))
         ids = torch.tensor([[end] * (width - len(row)) + row for row in batch])
-        real = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+        real = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in batch]
+        )
         output = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=real.to(model.device),

@@ -119,10 +119,11 @@ def merge(model: nn.Module, folder: Path) -> None:
     targets = dict(_targets(model))
     names = {key.removeprefix(_PREFIX).partition(".lora_")[0] for key in tensors}
     if names != targets.keys():
-        odd = sorted(names ^ targets.keys())
+        odd = min(names ^ targets.keys())
+        base = config["base_model_name_or_path"]
         raise ValueError(
-            f"{folder / WEIGHTS} has other layers than the model, such as {odd[0]}. "
-            f"Give the model that it was trained for, {config['base_model_name_or_path']}."
+            f"{folder / WEIGHTS} has other layers than the model, such as {odd}. "
+            f"Give the model that it was trained for, {base}."
         )
     for name, layer in targets.items():
         a, b = (

@@ -124,7 +124,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = plan.rate_at(course.steps, progress)
         loss = loss_of(model, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -152,9 +152,7 @@ def train(
     return course
 
 
-def evaluated(
-    model: Any, evaluate: Callable[[], dict[str, float]]
-) -> dict[str, float]:
+def evaluated(model: Any, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Return scores; weights and adapters are added once for all of them."""
     with parametrize.cached():
         return evaluate()
