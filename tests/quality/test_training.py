@@ -142,6 +142,29 @@ def test_answers_are_what_counts(tokenizer: Any, task: str) -> None:
     assert all(answer in told for each in exchanges for answer in each.answers)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_model_is_judged_by_what_it_would_answer(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder)
+    prompt = list(range(30))
+    (answer,) = evaluation.answers(model, [prompt], 6, tokenizer.eos_token_id)
+    right = evaluation.Marked([*prompt, *answer], (range(30, 36),))
+    wrong = evaluation.Marked([*prompt, *answer[:-1], 0], (range(30, 36),))
+    assert evaluation.judge(model, {"a": [right], "b": [right, wrong]}) == {
+        "a": 1.0,
+        "b": 0.5,
+    }
+    padded = evaluation.answers(model, [prompt[3:], prompt], 6, tokenizer.eos_token_id)
+    assert padded[1] == answer
+
+    paper = evaluation.write_paper(tokenizer, 1, (1024,), 1)
+    assert set(paper) == {f"{task} 1024" for task in evaluation.TASKS}
+    assert all(0 <= score <= 1 for score in evaluation.judge(model, paper).values())
+    scores = evaluation.answer_ruler(model, tokenizer, 1, (2048,))
+    assert set(scores) == {"niah_multikey_2 2048", "vt 2048", "cwe 2048"}
+
+
 def test_the_learning_rate_rises_and_falls_with_time() -> None:
     plan = Plan(rank=4, rate=1.0, time_limit=100)
     rates = [plan.rate_at(step, step / 1000) for step in range(1000)]

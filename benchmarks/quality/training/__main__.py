@@ -70,6 +70,8 @@ def main() -> None:
             add("--seed", type=int, default=0)
             add("--commit", help="to be named in the report; default: git's")
     arguments = parser.parse_args()
+    # there is a process for every core
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     arguments.run(arguments)
 
 
@@ -113,9 +115,13 @@ def _train(arguments: argparse.Namespace) -> None:
     ) as batches:
         model = _load(folder)
         _say(f"loaded after {time.monotonic() - begin:.0f} s")
-        course = train(
-            model, batches, plan, lambda: evaluation.judge(model, paper), _say
-        )
+
+        def judge() -> dict[str, float]:
+            # whatever ends the process later
+            low_rank.save(model, arguments.out, arguments.model)
+            return evaluation.judge(model, paper)
+
+        course = train(model, batches, plan, judge, _say)
     low_rank.save(model, arguments.out, arguments.model)
     report = {
         "gpu": machine.device_name(),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -139,7 +138,6 @@ def _produce(
     seed: str,
     lengths: tuple[int, ...],
 ) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     index = 0
     while True:
         queue.put(
