@@ -16,7 +16,12 @@ from benchmarks.quality.cells import (
 )
 from benchmarks.quality.policies import DEFAULT, POLICIES
 from benchmarks.quality.policies import setup as policy_setup
-from benchmarks.quality.tasks import FIRST_REPORT_SEED, HARD_TASKS, RULER_TASKS
+from benchmarks.quality.tasks import (
+    CONVERSATIONS,
+    FIRST_REPORT_SEED,
+    HARD_TASKS,
+    RULER_TASKS,
+)
 from benchmarks.quality.tasks.conversation import RETRIEVAL
 from tools.packaged_models import GEMMA_3, SMOLLM2
 from vllm_roco.config import SHIELDS, RocoConfig
@@ -374,7 +379,7 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
     An engine of vLLM has one setup and takes long to start, so its cells share it, also
     with others that differ in what their requests bring. The
     full cache has the most to do and everything waits for it: a context each. Other
-    engines take any setup at any time: a context each, too.
+    engines take any setup at any time: a context each, too, and conversations apart.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in wanted:
@@ -384,6 +389,7 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
         elif cell.setup.request:
             key = replace(cell.setup, method="", budget=0, request=())
         elif cell.setup.engine != "vllm":
-            key = (cell.setup.engine, cell.context)
+            # conversations take long, and are many
+            key = (cell.setup.engine, cell.context, cell.task in CONVERSATIONS)
         groups.setdefault(key, []).append(cell)
     return list(groups.values())
