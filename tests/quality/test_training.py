@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.quality.tasks.material import report_material, training_material
 from benchmarks.quality.tasks.ruler import words
 from benchmarks.quality.training import evaluation, low_rank, samples
-from benchmarks.quality.training.supply import make_batch, supply
+from benchmarks.quality.training.supply import Batch, make_batch, supply
 from benchmarks.quality.training.training import Plan, loss_of, train
 from tests.quality.tiny_model import save_tiny_model
 
@@ -54,6 +55,18 @@ def test_a_few_steps_teach_a_tiny_model(folder: Path, tokenizer: Any) -> None:
     assert course.steps == 25
     assert course.tokens > 25 * 1024
     assert course.scores == {10: {"task": 0.5}, 20: {"task": 0.5}}
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_loss_is_of_the_tokens_that_count(folder: Path) -> None:
+    model = load(folder)
+    ids = numpy.arange(24, dtype=numpy.int32).reshape(2, 12)
+    weights = numpy.zeros((2, 12), numpy.float32)
+    weights[0, 5], weights[1, 1] = 1, 3
+
+    logits = model(torch.from_numpy(ids).long()).logits.log_softmax(-1)
+    expected = -(logits[0, 4, ids[0, 5]] + 3 * logits[1, 0, ids[1, 1]]) / 4
+    torch.testing.assert_close(loss_of(model, Batch(ids, weights)), expected)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
@@ -83,14 +84,22 @@ class Course:
 def loss_of(model: Any, batch: Batch) -> torch.Tensor:
     """Return the weighted mean loss in nats; only what counts is given logits."""
     device = model.device
+    # chosen here, or the device would be waited for
+    chosen = numpy.flatnonzero(batch.weights)
+    weights, targets, before = (
+        torch.from_numpy(values).to(device)
+        for values in (
+            batch.weights.flat[chosen],
+            batch.token_ids.flat[chosen].astype(numpy.int64),
+            # nothing predicts a row's first token, which counts for nothing
+            chosen - 1,
+        )
+    )
     ids = torch.from_numpy(batch.token_ids).to(device, torch.int64)
-    weights = torch.from_numpy(batch.weights).to(device)
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    chosen = weights[:, 1:] > 0
-    logits = model.lm_head(hidden[:, :-1][chosen]).float()
-    losses = F.cross_entropy(logits, ids[:, 1:][chosen], reduction="none")
-    counts = weights[:, 1:][chosen]
-    return (losses * counts).sum() / counts.sum()
+    logits = model.lm_head(hidden.flatten(0, 1)[before]).float()
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
 def train(
