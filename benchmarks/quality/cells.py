@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from benchmarks.quality.tasks.problem import Question
+
 PERPLEXITY = "perplexity"
 """Loss of a novel's passages, read in chunks as a prompt is."""
 PERPLEXITY_GENERATION = "perplexity-generation"
@@ -18,6 +20,8 @@ generated token by token, and every block is looked at as often.
 GENERATION = "generation"
 """Long greedy continuation of prose, judged by the model with its full cache."""
 
+QUESTION_METRIC = "accuracy, question "
+"""Metric of one question of several, before its number."""
 PROMPT_OF_GENERATION = 256
 """Tokens of prose that a `GENERATION` continues; it fills the rest of the context."""
 
@@ -112,9 +116,47 @@ class Engine(Protocol):
         """Load a model, a Hugging Face folder, for cells of one job."""
 
     def answers(
-        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+        self,
+        cell: Cell,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        *,
+        to_the_end: bool = False,
     ) -> list[list[int]]:
-        """Return the greedy continuation of every prompt."""
+        """Return the greedy continuation of every prompt.
+
+        Args:
+            cell: How the cache is kept.
+            prompts: Token ids.
+            max_tokens: Most tokens of a continuation.
+            to_the_end: Whether it is as long, whatever the model thinks.
+        """
+
+    def converse(
+        self, cell: Cell, conversations: Sequence[Sequence[Question]]
+    ) -> list[list[list[int]]]:
+        """Return the answers in every conversation, end tokens among them.
+
+        Each question is a request with all that was said before in front of it, as
+        servers of chats get it. An engine whose state can live on has a method of its
+        own.
+        """
+        said: list[list[int]] = [[] for _ in conversations]
+        answers: list[list[list[int]]] = [[] for _ in conversations]
+        for asked in zip(*conversations, strict=True):
+            prompts = [
+                [*text, *question.token_ids]
+                for text, question in zip(said, asked, strict=True)
+            ]
+            most, to_the_end = asked[0].max_tokens, asked[0].to_the_end
+            found = self.answers(cell, prompts, most, to_the_end=to_the_end)
+            said = [
+                [*prompt, *answer]
+                for prompt, answer in zip(prompts, found, strict=True)
+            ]
+            for known, answer in zip(answers, found, strict=True):
+                known.append(answer)
+        return answers
 
     def losses(
         self, cell: Cell, texts: Sequence[list[int]], first: int

@@ -16,7 +16,13 @@ from benchmarks.quality.cells import (
 )
 from benchmarks.quality.policies import DEFAULT, POLICIES
 from benchmarks.quality.policies import setup as policy_setup
-from benchmarks.quality.tasks import FIRST_REPORT_SEED, RULER_TASKS
+from benchmarks.quality.tasks import (
+    CONVERSATIONS,
+    FIRST_REPORT_SEED,
+    HARD_TASKS,
+    RULER_TASKS,
+)
+from benchmarks.quality.tasks.conversation import RETRIEVAL
 from tools.packaged_models import GEMMA_3, SMOLLM2
 from vllm_roco.config import SHIELDS, RocoConfig
 
@@ -187,6 +193,42 @@ def _windows() -> Iterator[tuple[Sweep, Setup]]:
     yield from _against_budget(sweeps, (METHODS[0], "recent"))
 
 
+def _hard() -> Iterator[tuple[Sweep, Setup]]:
+    """Yield what a model is trained for, see `benchmarks.quality.training`."""
+    lists = [
+        Sweep(task, context, _HALVES, 100)
+        for task in (*HARD_TASKS, "multivalue")
+        for context in (2048, 4096)
+    ]
+    again = [
+        Sweep(f"{task}, {count} questions", 2048, _HALVES, 100)
+        for task in RETRIEVAL
+        for count in (4, 2)
+    ]
+    later = [Sweep(f"{task}, later", 2048, _HALVES, 100) for task in RETRIEVAL]
+    # a third of it is read, and the rest written
+    written = [Sweep("recite", 3072, _HALVES, 100)]
+    sweeps = (*lists, *again, *later, *written)
+    baselines = [method for method in ORACLE_METHODS if method != "sink-recent"]
+    yield from ((sweep, FULL) for sweep in sweeps)
+    yield from _against_budget(sweeps, METHODS)
+    yield from _in_one_conversation(again, METHODS)
+    yield from _against_budget((*lists, *again), baselines)
+    yield from _in_one_conversation(later, METHODS)
+    yield from _against_budget((*later, *written), baselines)
+
+
+def _in_one_conversation(
+    sweeps: Iterable[Sweep], methods: Sequence[str]
+) -> Iterator[tuple[Sweep, Setup]]:
+    """Yield methods of the plugin in the oracle, whose state lives on between turns.
+
+    A server gets all that was said with every question and reads it anew.
+    """
+    for sweep, setup in _against_budget(sweeps, methods):
+        yield sweep, replace(setup, method=f"{setup.method}, kept", engine="oracle")
+
+
 def _kvpress() -> Iterator[tuple[Sweep, Setup]]:
     sweep = Sweep("needle", 1024, _HALVES, 16)
     yield sweep, replace(FULL, engine="kvpress")
@@ -316,6 +358,12 @@ PRESETS = {
         table="windows",
         model=GEMMA_3,
     ),
+    "hard": Preset(
+        "tasks that a model is trained for, second questions, long answers: see "
+        "`benchmarks.quality.training` for what to give to --model",
+        tuple(_hard()),
+        table="hard",
+    ),
     "kvpress": Preset(
         "needles with kvpress, in an environment of its own: see `with_kvpress`",
         tuple(_kvpress()),
@@ -331,7 +379,7 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
     An engine of vLLM has one setup and takes long to start, so its cells share it, also
     with others that differ in what their requests bring. The
     full cache has the most to do and everything waits for it: a context each. Other
-    engines take any setup at any time: a context each, too.
+    engines take any setup at any time: a context each, too, and conversations apart.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in wanted:
@@ -341,6 +389,7 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
         elif cell.setup.request:
             key = replace(cell.setup, method="", budget=0, request=())
         elif cell.setup.engine != "vllm":
-            key = (cell.setup.engine, cell.context)
+            # conversations take long, and are many
+            key = (cell.setup.engine, cell.context, cell.task in CONVERSATIONS)
         groups.setdefault(key, []).append(cell)
     return list(groups.values())

@@ -35,6 +35,7 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "modes": scoring.rows,
     "fp8": scoring.rows,
     "windows": scoring.rows,
+    "hard": scoring.rows,
 }
 """What makes each table of the results beside it."""
 

@@ -39,7 +39,7 @@ def rows(results: Mapping[Cell, Result]) -> pd.DataFrame:
         full = results.get(full_of(cell))
         for metric, values in result.metrics.items():
             row = _row(cell, result, metric)
-            if full is not None and metric in ("accuracy", "perplexity"):
+            if full is not None and metric.startswith(("accuracy", "perplexity")):
                 share = significance.share_of_full(
                     metric, tuple(values), tuple(full.metrics[metric])
                 )

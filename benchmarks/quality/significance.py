@@ -32,7 +32,7 @@ def score(metric: str, values: tuple[float, ...]) -> Interval:
         values: One number a problem.
     """
     value = float(_statistic(metric)(np.asarray(values)))
-    if metric == "accuracy" and set(values) <= {0, 1}:
+    if metric.startswith("accuracy") and set(values) <= {0, 1}:
         test = binomtest(round(sum(values)), len(values))
         interval = test.proportion_ci(LEVEL, method="wilson")
         return value, float(interval.low), float(interval.high)

@@ -11,7 +11,12 @@ import pandas as pd
 
 from benchmarks import rows
 from benchmarks.markdown import UNMEASURED, grid, lines, table, texts
-from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION
+from benchmarks.quality.cells import (
+    GENERATION,
+    PERPLEXITY,
+    PERPLEXITY_GENERATION,
+    QUESTION_METRIC,
+)
 from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PRESETS
 from benchmarks.quality.policies import DEFAULT
 from benchmarks.quality.scores import Scores, named
@@ -233,6 +238,25 @@ def kvpress(found: pd.DataFrame) -> str:
     return lines(found, {**columns, "accuracy": _SCORE, "n": "{n}"})
 
 
+def hard(found: pd.DataFrame) -> str:
+    """Return the tables of tasks that a model was trained for.
+
+    Args:
+        found: Rows of `hard.csv`.
+    """
+    whole = _by_task("method", matching(found, metric="accuracy"))
+    single = found[found["metric"].str.startswith(QUESTION_METRIC)]
+    if single.empty:
+        return whole
+    number = single["metric"].str.removeprefix(QUESTION_METRIC)
+    single = single.assign(number=number).sort_values("budget_ratio", kind="stable")
+    keys = {"task": "{problems}", "method": "{method}", "kept": "{share}"}
+    order = sorted(number.unique())
+    return (
+        f"{whole}\n\n{grid(single, keys, '{number}', _SCORE, '**By question**', order)}"
+    )
+
+
 def _by_task(key: str, found: pd.DataFrame) -> str:
     """Return a table of methods and shares kept for each task.
 
@@ -269,5 +293,6 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "modes": partial(_by_task, "mode"),
     "windows": partial(_by_task, "method"),
     "fp8": partial(_by_task, "kept"),
+    "hard": hard,
 }
 """Tables of CSV files of their own, by their name."""

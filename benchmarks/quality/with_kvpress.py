@@ -38,7 +38,12 @@ class Engine(cells.Engine):
 
     @override
     def answers(
-        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+        self,
+        cell: Cell,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        *,
+        to_the_end: bool = False,
     ) -> list[list[int]]:
         press = press_of(cell)
         return [answer(self._model, prompt, max_tokens, press) for prompt in prompts]

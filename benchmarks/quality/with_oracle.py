@@ -10,7 +10,8 @@ from typing_extensions import override
 
 from benchmarks.quality import cells
 from benchmarks.quality.cells import Cell, Job, Setup
-from benchmarks.quality.oracle import EvictionMethod, Oracle
+from benchmarks.quality.oracle import EvictionMethod, Oracle, Turn
+from benchmarks.quality.tasks import Question
 
 BLOCK_METHODS = ("roco", "recent")
 
@@ -43,9 +44,26 @@ class Engine(cells.Engine):
 
     @override
     def answers(
-        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+        self,
+        cell: Cell,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        *,
+        to_the_end: bool = False,
     ) -> list[list[int]]:
-        return self._oracle.generate(prompts, method_of(cell.setup), max_tokens)
+        turns = [[Turn(prompt, max_tokens, to_the_end)] for prompt in prompts]
+        answers = self._oracle.converse(turns, method_of(cell.setup))
+        return [answer for (answer,) in answers]
+
+    @override
+    def converse(
+        self, cell: Cell, conversations: Sequence[Sequence[Question]]
+    ) -> list[list[list[int]]]:
+        turns = [
+            [Turn(each.token_ids, each.max_tokens, each.to_the_end) for each in asked]
+            for asked in conversations
+        ]
+        return self._oracle.converse(turns, method_of(cell.setup))
 
     @override
     def losses(

@@ -12,7 +12,8 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.inputs import TokensPrompt
 
 from benchmarks.quality import cells
-from benchmarks.quality.cells import GENERATION, Cell, Job, Setup
+from benchmarks.quality.cells import Cell, Job, Setup
+from benchmarks.quality.tasks import tokens_behind
 
 MOST_ANSWER_TOKENS = 128
 MAX_NUM_SEQS = 128
@@ -23,7 +24,7 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
 
     Args:
         setup: How the cache is kept.
-        context: Most tokens of a prompt.
+        context: Most tokens of a prompt, the last one of a conversation with it.
     """
     arguments: dict[str, Any] = {
         "max_model_len": context + MOST_ANSWER_TOKENS,
@@ -64,20 +65,23 @@ class Engine(cells.Engine):
 
     @override
     def __init__(self, model: str, cells: Job) -> None:
-        longest = max(cell.context for cell in cells)
+        longest = max(cell.context + tokens_behind(cell.task) for cell in cells)
         self._llm = LLM(model, **engine_arguments(cells[0].setup, longest))
 
     @override
     def answers(
-        self, cell: Cell, prompts: Sequence[list[int]], max_tokens: int
+        self,
+        cell: Cell,
+        prompts: Sequence[list[int]],
+        max_tokens: int,
+        *,
+        to_the_end: bool = False,
     ) -> list[list[int]]:
-        # a long text is to become long, whatever the model thinks
-        ignore_eos = cell.task == GENERATION
         asked = {f"roco_{name}": value for name, value in cell.setup.request}
         outputs = self._complete(
             prompts,
             max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
+            ignore_eos=to_the_end,
             extra_args=asked or None,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]

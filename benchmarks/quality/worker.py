@@ -22,6 +22,7 @@ from benchmarks.quality.cells import (
     PERPLEXITY,
     PERPLEXITY_GENERATION,
     PROMPT_OF_GENERATION,
+    QUESTION_METRIC,
     Cell,
     Engine,
 )
@@ -46,13 +47,35 @@ def measure(engine: Engine, tokenizer: Any, model: str, cell: Cell) -> Metrics:
     if cell.task == GENERATION:
         prompts = prose(tokenizer, PROMPT_OF_GENERATION, cell.n, cell.seed)
         length = cell.context - PROMPT_OF_GENERATION
-        return judge(model, prompts, engine.answers(cell, prompts, length))
+        written = engine.answers(cell, prompts, length, to_the_end=True)
+        return judge(model, prompts, written)
     problems = build(cell.task, tokenizer, cell.context, cell.n, cell.seed)
-    prompts = [problem.token_ids for problem in problems]
-    answers = engine.answers(cell, prompts, problems[0].max_tokens)
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    pairs = zip(problems, texts, strict=True)
-    return {"accuracy": [problem.score(text) for problem, text in pairs]}
+    asked = [problem.questions for problem in problems]
+    answers = engine.converse(cell, asked)
+    return accuracies(
+        [
+            [
+                question.score(tokenizer.decode(answer, skip_special_tokens=True))
+                for question, answer in zip(questions, said, strict=True)
+                if question.answers
+            ]
+            for questions, said in zip(asked, answers, strict=True)
+        ]
+    )
+
+
+def accuracies(scores: list[list[float]]) -> Metrics:
+    """Return each problem's mean score, and where there are several each question's.
+
+    Args:
+        scores: Of each question of each problem.
+    """
+    metrics = {"accuracy": [sum(each) / len(each) for each in scores]}
+    columns = list(zip(*scores, strict=True))
+    if len(columns) > 1:
+        for number, column in enumerate(columns, 1):
+            metrics[f"{QUESTION_METRIC}{number}"] = list(column)
+    return metrics
 
 
 def main() -> None:

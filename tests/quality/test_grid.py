@@ -26,6 +26,7 @@ from benchmarks.quality.results import Result
 from benchmarks.quality.run import can_be_swept, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED
 from benchmarks.quality.with_vllm import engine_arguments
+from benchmarks.quality.worker import accuracies
 from benchmarks.rows import read
 
 FULL_PRESET = PRESETS["full"]
@@ -100,6 +101,39 @@ def test_a_job_has_one_engine_and_the_full_cache_comes_first() -> None:
         if job[0].setup.engine == "vllm":
             assert len({cell.setup for cell in job}) == 1
         assert len({cell.setup.engine for cell in job}) == 1
+
+
+def test_hard_tasks_have_every_method_and_conversations_that_are_kept() -> None:
+    hard = grid("hard")
+    lists = {("niah_multikey_2", 4096), ("vt", 2048), ("cwe", 4096)}
+    asked_again = {("multikey, 2 questions", 2048), ("needle, 4 questions", 2048)}
+    for task, context in lists | asked_again:
+        found = {
+            (cell.setup.method, cell.budget_ratio)
+            for cell in hard
+            if (cell.task, cell.context) == (task, context)
+        }
+        methods = {*METHODS, "token-roco", "tova", "h2o", "random"}
+        if (task, context) in asked_again:
+            methods |= {f"{method}, kept" for method in METHODS}
+        assert found == {
+            ("full", 1.0),
+            *((method, ratio) for method in methods for ratio in (0.5, 0.25)),
+        }
+    kept = [cell.setup for cell in hard if cell.setup.method.endswith(", kept")]
+    assert {setup.engine for setup in kept} == {"oracle"}
+    assert {setup.block_size for setup in kept} == {16}
+    recited = {cell.setup.budget for cell in hard if cell.task == "recite"}
+    assert recited == {0, 1536, 768}
+
+
+def test_scores_of_questions_stand_beside_their_mean() -> None:
+    assert accuracies([[1.0], [0.0]]) == {"accuracy": [1.0, 0.0]}
+    assert accuracies([[1.0, 0.5], [0.0, 0.5]]) == {
+        "accuracy": [0.75, 0.25],
+        "accuracy, question 1": [1.0, 0.0],
+        "accuracy, question 2": [0.5, 0.5],
+    }
 
 
 def result(cell: Cell, *scores: float) -> Result:

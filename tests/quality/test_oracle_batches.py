@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from benchmarks.quality.oracle import EvictionMethod, Oracle, oracle
+from benchmarks.quality.oracle import EvictionMethod, Oracle, Turn, oracle
 from benchmarks.quality.oracle.eviction_method import RULES
 from tests.quality.tiny_model import prompts
 
@@ -61,6 +61,60 @@ def test_nobody_else_in_the_batch_matters(method: str, tiny_oracle: Oracle) -> N
     together = tiny_oracle.generate(prompts(), eviction(method), 20)
     alone = [tiny_oracle.generate([ids], eviction(method), 20)[0] for ids in prompts()]
     assert together == alone
+
+
+def conversations() -> list[list[Turn]]:
+    """Two questions of each, answered at any length and at a fixed one."""
+    return [
+        [Turn(ids, 7), Turn(ids[3:15], 12, True), Turn(ids[:5], 9)] for ids in prompts()
+    ]
+
+
+def test_the_full_cache_converses_as_it_answers_all_that_was_said(
+    tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_oracle.converse(conversations(), FULL)
+    # an end token in the midst of the first answers, and of the fixed ones
+    monkeypatch.setattr(tiny_oracle, "_ends", {whole[0][0][2], whole[1][1][5]})
+    found = tiny_oracle.converse(conversations(), FULL)
+
+    for turns, answers in zip(conversations(), found, strict=True):
+        said: list[int] = []
+        for turn, answer in zip(turns, answers, strict=True):
+            said += turn.token_ids
+            if turn.to_the_end:
+                assert len(answer) == turn.max_tokens
+            (expected,) = tiny_oracle.generate([said], FULL, turn.max_tokens)
+            assert answer[: len(expected)] == expected
+            said += answer
+    assert len({len(answers[0]) for answers in found}) > 1
+
+
+@pytest.mark.parametrize("method", RULES)
+def test_nobody_else_in_a_batch_of_conversations_matters(
+    method: str, tiny_oracle: Oracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who had ended an answer read its last token again and again meanwhile."""
+    first = tiny_oracle.converse(conversations(), eviction(method))
+    monkeypatch.setattr(tiny_oracle, "_ends", {first[0][0][2]})
+    together = tiny_oracle.converse(conversations(), eviction(method))
+    alone = [
+        tiny_oracle.converse([turns], eviction(method))[0] for turns in conversations()
+    ]
+    assert together == alone
+    answers = tiny_oracle.generate(prompts(), eviction(method), 7)
+    assert [answers[0] for answers in together] == answers
+
+
+def test_what_one_turn_evicts_is_missing_in_the_next(tiny_oracle: Oracle) -> None:
+    """Read anew as a whole, a text is seen by its own chunks before it goes."""
+    kept, whole = [], []
+    for turns in conversations()[:2]:
+        (answers,) = tiny_oracle.converse([turns], eviction("recent"))
+        said = [*turns[0].token_ids, *answers[0], *turns[1].token_ids]
+        kept.append(answers[1])
+        whole += tiny_oracle.generate([said], eviction("recent"), 12)
+    assert kept != whole
 
 
 def test_small_batches_come_back_in_order(
@@ -125,5 +179,7 @@ def test_a_bad_call_is_told(tiny_folder: Path, tiny_oracle: Oracle) -> None:
         tiny_oracle.generate([[1], []], FULL, 1)
     with pytest.raises(ValueError, match="max_tokens = 0"):
         tiny_oracle.generate([[1]], FULL, 0)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        tiny_oracle.converse([[Turn([1], 1), Turn([], 1)]], FULL)
     with pytest.raises(ValueError, match="first = 2"):
         tiny_oracle.losses([[1, 2]], FULL, 2)

@@ -18,6 +18,7 @@ from benchmarks.quality.pictures import PICTURES
 from benchmarks.quality.results import Result
 from benchmarks.quality.scores import named
 from benchmarks.quality.tables import search, tables
+from benchmarks.quality.worker import accuracies
 from benchmarks.rows import note, write
 
 FAILED = ("niah_multikey_2", "niah_multikey_3", "vt", "cwe")
@@ -69,6 +70,32 @@ def test_the_picture_names_every_method_and_no_failed_task(
     assert not any(f"{task}, 2,048" in text for task in FAILED)
 
 
+def test_hard_tasks_are_shown_with_every_question(tmp_path: Path) -> None:
+    measured = [
+        cell
+        for cell in cells(PRESETS["hard"], model="m", seed=50_000, n=2)
+        if cell.task in ("vt", "needle, 2 questions") and cell.context == 2048
+    ]
+    results = {
+        cell: Result(
+            cell,
+            {"accuracy": [0.4, 0.8]}
+            if cell.task == "vt"
+            else accuracies([[1.0, 0.0], [1.0, 1.0]]),
+            "gpu",
+            "abc",
+        )
+        for cell in measured
+    }
+    write(tmp_path / "hard.csv", scoring.rows(results))
+    text = re.sub(" +", " ", tables(tmp_path)["quality_hard"])
+
+    assert "**vt 2,048**, n = 2, full cache 0.60 [0.40, 0.80]" in text
+    assert "| roco/peak, kept | 0.75 [0.50, 1.00] | 0.75 " in text
+    line = "| needle, 2 questions 2,048 | h2o | 25 % | 1.00 [0.34, 1.00] | 0.50 "
+    assert line in text
+
+
 def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     found = tables(measured)
     text = "\n".join(found.values())
@@ -81,7 +108,7 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     assert "passkey 2,048 at 12.5 %: 0.25 at 16, 0.25 at 32" in text
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
-    others = ("search", "kvpress", "modes", "windows", "fp8")
+    others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
     assert missing == {f"quality_{name}" for name in others}
 
 

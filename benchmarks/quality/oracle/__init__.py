@@ -6,6 +6,6 @@ carries the methods that the plugin lacks, so that it can be judged by them.
 """
 
 from benchmarks.quality.oracle.eviction_method import EvictionMethod
-from benchmarks.quality.oracle.oracle import Oracle
+from benchmarks.quality.oracle.oracle import Oracle, Turn
 
-__all__ = ["EvictionMethod", "Oracle"]
+__all__ = ["EvictionMethod", "Oracle", "Turn"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,24 @@ from benchmarks.quality.oracle.live_batch import LiveBatch, cache_shape
 _BYTES = {"cpu": 2**30, "cuda": 12 * 2**30}
 """What a batch may take beside the weights; several runs may share a device."""
 
+S = TypeVar("S")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a sequence reads next, and how long it may answer.
+
+    Attributes:
+        token_ids: At least one.
+        max_tokens: Most tokens of the answer, at least 1.
+        to_the_end: Whether it is as long, whatever the model thinks. Otherwise it may
+            end earlier with the model's end-of-sequence token, which is its last then.
+    """
+
+    token_ids: Sequence[int]
+    max_tokens: int
+    to_the_end: bool = False
 
 
 class Oracle:
@@ -64,12 +82,38 @@ class Oracle:
         Raises:
             ValueError: A prompt is empty, or `max_tokens` is below 1.
         """
-        if max_tokens < 1:
-            raise ValueError(
-                f"max_tokens = {max_tokens} is not allowed. Use 1 or more."
-            )
-        run = functools.partial(self._generate_batch, method, max_tokens)
-        return self._in_batches(prompts, run, method, max_tokens)
+        turns = [[Turn(prompt, max_tokens)] for prompt in prompts]
+        return [answer for (answer,) in self.converse(turns, method)]
+
+    @torch.inference_mode()
+    def converse(
+        self, conversations: Sequence[Sequence[Turn]], method: EvictionMethod
+    ) -> list[list[list[int]]]:
+        """Return greedy answers in conversations whose state lives on between turns.
+
+        What was evicted in one turn is missing in all later ones. A turn's tokens are
+        read behind the last answer as a prompt is.
+
+        Args:
+            conversations: All of equally many turns.
+            method: What is kept.
+
+        Returns:
+            The answers of each conversation, its end token with it where it has one.
+
+        Raises:
+            ValueError: A turn has no tokens, or `max_tokens` below 1.
+        """
+        for turn in (turn for turns in conversations for turn in turns):
+            if not turn.token_ids:
+                raise ValueError("a prompt is empty. Give it at least one token.")
+            if turn.max_tokens < 1:
+                raise ValueError(
+                    f"max_tokens = {turn.max_tokens} is not allowed. Use 1 or more."
+                )
+        run = functools.partial(self._converse_batch, method)
+        lengths = [tokens_of(turns) for turns in conversations]
+        return self._in_batches(conversations, lengths, run, method)
 
     @torch.inference_mode()
     def losses(
@@ -95,7 +139,8 @@ class Oracle:
                 f"{shortest} tokens of the shortest sequence."
             )
         run = functools.partial(self._losses_batch, method, first)
-        return self._in_batches(sequences, run, method, num_logits=method.chunk)
+        lengths = list(map(len, sequences))
+        return self._in_batches(sequences, lengths, run, method, method.chunk)
 
     @torch.inference_mode()
     def kept(
@@ -112,24 +157,23 @@ class Oracle:
             1 where all layers or heads share one choice.
         """
         run = functools.partial(self._kept_batch, method)
-        return self._in_batches(prompts, run, method)
+        return self._in_batches(prompts, list(map(len, prompts)), run, method)
 
     def _in_batches(
         self,
-        sequences: Sequence[Sequence[int]],
-        run: Callable[[list[Sequence[int]]], list[T]],
+        sequences: Sequence[S],
+        lengths: list[int],
+        run: Callable[[list[S]], list[T]],
         method: EvictionMethod,
-        max_tokens: int = 0,
         num_logits: int = 1,
     ) -> list[T]:
         """Run sequences of like length together, as many as fit."""
-        if not all(sequences):
+        if not all(lengths):
             raise ValueError("a prompt is empty. Give it at least one token.")
-        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        order = sorted(range(len(sequences)), key=lambda i: -lengths[i])
         results: dict[int, T] = {}
         while order:
-            longest = len(sequences[order[0]]) + max_tokens
-            size = self._sequence_bytes(method, longest, num_logits)
+            size = self._sequence_bytes(method, lengths[order[0]], num_logits)
             fit = max(1, _BYTES[self._device.type] // size)
             batch, order = order[:fit], order[fit:]
             answers = run([sequences[i] for i in batch])
@@ -153,37 +197,48 @@ class Oracle:
         logits = num_logits * config.vocab_size * (size + 8)
         return int(cache + attention + hidden + logits)
 
-    def _generate_batch(
-        self, method: EvictionMethod, max_tokens: int, prompts: list[Sequence[int]]
-    ) -> list[list[int]]:
-        batch = self._start(method, prompts, max_tokens)
-        newest = self._read_prompts(batch, prompts, method.chunk)
-        answers = [[token] for token in newest.tolist()]
-        ended = [answer[-1] in self._ends for answer in answers]
-        for _ in range(max_tokens - 1):
-            if all(ended):
-                break
-            logits = self._read(batch, newest[:, None], [1] * len(prompts))
-            newest = logits[:, -1].argmax(-1)
-            for i, token in enumerate(newest.tolist()):
-                if not ended[i]:
-                    answers[i].append(token)
-                    ended[i] = token in self._ends
+    def _converse_batch(
+        self, method: EvictionMethod, conversations: list[Sequence[Turn]]
+    ) -> list[list[list[int]]]:
+        firsts = [turns[0].token_ids for turns in conversations]
+        batch = self._start(method, firsts, max(map(tokens_of, conversations)))
+        texts: list[list[int]] = [[] for _ in conversations]
+        answers: list[list[list[int]]] = [[] for _ in conversations]
+        for turns in zip(*conversations, strict=True):
+            for text, turn in zip(texts, turns, strict=True):
+                text += turn.token_ids
+            newest = self._read_prompts(batch, texts, method.chunk)
+            for answer in answers:
+                answer.append([])
+            writes = [1] * len(texts)
+            while True:
+                for i, token in enumerate(newest.tolist()):
+                    if writes[i]:
+                        texts[i].append(token)
+                        answers[i][-1].append(token)
+                        is_last = token in self._ends and not turns[i].to_the_end
+                        is_full = len(answers[i][-1]) == turns[i].max_tokens
+                        writes[i] = int(not is_last and not is_full)
+                if not any(writes):
+                    break
+                # who has ended reads nothing until the next turn
+                rows = self._rows(texts, batch, writes)
+                newest = self._read(batch, rows, writes)[:, -1].argmax(-1)
         return answers
 
     def _kept_batch(
         self, method: EvictionMethod, prompts: list[Sequence[int]]
     ) -> list[torch.Tensor]:
-        batch = self._start(method, prompts, 0)
+        batch = self._start(method, prompts, max(map(len, prompts)))
         self._read_prompts(batch, prompts, method.chunk)
         return [
             batch.positions[:, i, :, :live].cpu() for i, live in enumerate(batch.live)
         ]
 
     def _read_prompts(
-        self, batch: LiveBatch, prompts: list[Sequence[int]], chunk: int
+        self, batch: LiveBatch, prompts: Sequence[Sequence[int]], chunk: int
     ) -> torch.Tensor:
-        """Read prompts in chunks; return the token that each expects, `[n]` int64."""
+        """Read on in chunks; return the token that each expects, `[n]` int64."""
         lengths = [len(prompt) for prompt in prompts]
         expected = torch.zeros(len(prompts), dtype=torch.int64, device=self._device)
         while batch.computed != lengths:
@@ -197,7 +252,7 @@ class Oracle:
     def _losses_batch(
         self, method: EvictionMethod, first: int, sequences: list[Sequence[int]]
     ) -> list[list[float]]:
-        batch = self._start(method, sequences, 0)
+        batch = self._start(method, sequences, max(map(len, sequences)))
         # the last token is judged and not read
         lengths = [len(ids) - 1 for ids in sequences]
         next_ids = [ids[1:] for ids in sequences]
@@ -223,14 +278,19 @@ class Oracle:
         return losses
 
     def _start(
-        self, method: EvictionMethod, sequences: list[Sequence[int]], max_tokens: int
+        self, method: EvictionMethod, sequences: list[Sequence[int]], most_tokens: int
     ) -> LiveBatch:
-        longest = max(len(ids) for ids in sequences) + max_tokens
-        config = self._model.config
-        return LiveBatch(method, config, sequences, longest, self._device, self._dtype)
+        return LiveBatch(
+            method,
+            self._model.config,
+            sequences,
+            most_tokens,
+            self._device,
+            self._dtype,
+        )
 
     def _rows(
-        self, sequences: list[Sequence[int]], batch: LiveBatch, counts: list[int]
+        self, sequences: Sequence[Sequence[int]], batch: LiveBatch, counts: list[int]
     ) -> torch.Tensor:
         """Return the next tokens of every sequence, `[n, q]`, behind padding."""
         width = max(counts)
@@ -259,6 +319,11 @@ class Oracle:
         batch.evict()
         logits: torch.Tensor = output.logits
         return logits
+
+
+def tokens_of(turns: Sequence[Turn]) -> int:
+    """Return the most tokens that a conversation comes to."""
+    return sum(len(turn.token_ids) + turn.max_tokens for turn in turns)
 
 
 def chunk_counts(

@@ -7,18 +7,33 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from benchmarks.quality.tasks.conversation import CONVERSATIONS, build_conversations
 from benchmarks.quality.tasks.needle import build_needles
 from benchmarks.quality.tasks.passkey import build_passkeys
-from benchmarks.quality.tasks.problem import Problem
+from benchmarks.quality.tasks.problem import Problem, Question
 from benchmarks.quality.tasks.prose import FIRST_REPORT_SEED, prose
-from benchmarks.quality.tasks.ruler import RULER_TASKS, build_ruler
+from benchmarks.quality.tasks.recite import build_recite
+from benchmarks.quality.tasks.ruler import HARD_TASKS, RULER_TASKS, build_ruler
 
-__all__ = ["FIRST_REPORT_SEED", "RULER_TASKS", "TASKS", "Problem", "build", "prose"]
+__all__ = [
+    "CONVERSATIONS",
+    "FIRST_REPORT_SEED",
+    "HARD_TASKS",
+    "RULER_TASKS",
+    "TASKS",
+    "Problem",
+    "Question",
+    "build",
+    "prose",
+    "tokens_behind",
+]
 
 TASKS: dict[str, Callable[[Any, int, int, int], list[Problem]]] = {
     "passkey": build_passkeys,
     "needle": build_needles,
     **{task: partial(build_ruler, task) for task in RULER_TASKS},
+    **{name: partial(build_conversations, name) for name in CONVERSATIONS},
+    "recite": build_recite,
 }
 """What builds the problems of each task, see `build`."""
 
@@ -39,3 +54,9 @@ def build(task: str, tokenizer: Any, context: int, n: int, seed: int) -> list[Pr
     if task not in TASKS:
         raise ValueError(f"task = {task!r} is not one of {', '.join(TASKS)}.")
     return TASKS[task](tokenizer, context, n, seed)
+
+
+def tokens_behind(task: str) -> int:
+    """Return the most tokens between a problem's prompt and its last answer."""
+    form = CONVERSATIONS.get(task)
+    return form.tokens_behind if form else 0

@@ -7,18 +7,20 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One prompt and what its continuation must tell.
+class Question:
+    """What is read next in a conversation, and what its continuation must tell.
 
     Attributes:
-        token_ids: The prompt.
+        token_ids: Read behind all that was said before.
         max_tokens: Most tokens of the answer.
-        answers: The strings asked for.
+        answers: The strings asked for; none where the model only is to write.
+        to_the_end: Whether `max_tokens` are written, whatever the model thinks.
     """
 
     token_ids: list[int]
     max_tokens: int
     answers: tuple[str, ...]
+    to_the_end: bool = False
 
     def score(self, text: str) -> float:
         """Return the share of the answers that a continuation names, as RULER does."""
@@ -26,3 +28,19 @@ class Problem:
         return sum(answer.lower() in said for answer in self.answers) / len(
             self.answers
         )
+
+
+@dataclass(frozen=True)
+class Problem(Question):
+    """A prompt, the first question in it, and those that follow in the conversation.
+
+    Attributes:
+        later: What is asked after the first answer, one after the other.
+    """
+
+    later: tuple[Question, ...] = ()
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """All of them in their order, this one first."""
+        return (self, *self.later)

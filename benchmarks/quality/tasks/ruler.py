@@ -15,6 +15,7 @@ import argparse
 import json
 import lzma
 import random
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,13 @@ RULER_TASKS = (
     "cwe",
     "fwe",
 )
-CONTEXTS = (2048,)
+HARD_TASKS = ("niah_multikey_2", "vt", "cwe")
+"""Those that an adapter is trained for, at both contexts."""
+KINDS = (
+    *((task, 2048) for task in RULER_TASKS),
+    *((task, 4096) for task in HARD_TASKS),
+)
+"""Tasks and contexts there are problems of."""
 PROBLEMS = Path(__file__).with_name("ruler.jsonl.xz")
 
 
@@ -62,6 +69,15 @@ def build_ruler(
 
 
 @cache
+def words() -> frozenset[str]:
+    """Return every word of small letters in the problems."""
+    prompts = (problem["prompt"] for kind in _stored().values() for problem in kind)
+    return frozenset(
+        word for prompt in prompts for word in re.findall(r"[a-z]+", prompt)
+    )
+
+
+@cache
 def _stored() -> dict[tuple[str, int], list[dict[str, Any]]]:
     kinds: dict[tuple[str, int], list[dict[str, Any]]] = {}
     with lzma.open(PROBLEMS, "rt", encoding="utf-8") as file:
@@ -84,28 +100,27 @@ def main() -> None:
 
     tokenizer = str(find_model(SMOLLM2))
     with lzma.open(PROBLEMS, "wt", encoding="utf-8", preset=9) as file:
-        for name in RULER_TASKS:
-            for context in CONTEXTS:
-                # the generators draw from the global state
-                random.seed(arguments.seed)
-                numpy.random.seed(arguments.seed)
-                metadata = {"tokenizer": tokenizer, "max_seq_lengths": [context]}
-                manager = TaskManager(metadata=metadata)
-                theirs = f"ruler_{name}" if len(name) < 4 else name
-                (task,) = get_task_dict([theirs], manager).values()
-                for document in list(task.test_docs())[: arguments.problems]:
-                    problem = {
-                        "task": name,
-                        "context": context,
-                        "prompt": task.fewshot_context(
-                            document,
-                            num_fewshot=0,
-                            gen_prefix=task.doc_to_prefix(document),
-                        ),
-                        "answers": document["outputs"],
-                        "max_tokens": task.config.generation_kwargs["max_gen_toks"],
-                    }
-                    file.write(json.dumps(problem) + "\n")
+        for name, context in KINDS:
+            # the generators draw from the global state
+            random.seed(arguments.seed)
+            numpy.random.seed(arguments.seed)
+            metadata = {"tokenizer": tokenizer, "max_seq_lengths": [context]}
+            manager = TaskManager(metadata=metadata)
+            theirs = f"ruler_{name}" if len(name) < 4 else name
+            (task,) = get_task_dict([theirs], manager).values()
+            for document in list(task.test_docs())[: arguments.problems]:
+                problem = {
+                    "task": name,
+                    "context": context,
+                    "prompt": task.fewshot_context(
+                        document,
+                        num_fewshot=0,
+                        gen_prefix=task.doc_to_prefix(document),
+                    ),
+                    "answers": document["outputs"],
+                    "max_tokens": task.config.generation_kwargs["max_gen_toks"],
+                }
+                file.write(json.dumps(problem) + "\n")
 
 
 if __name__ == "__main__":
