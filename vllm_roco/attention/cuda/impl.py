@@ -30,7 +30,7 @@ from vllm_roco.attention.cuda.prompt_tensors import (
 from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
-from vllm_roco.attention.layers import name_of
+from vllm_roco.attention.layers import name_of, refuse_head_size
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
@@ -46,12 +46,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.head_size % 8 or not 16 <= self.head_size <= 256:
-            raise NotImplementedError(
-                f"roco: head_size = {self.head_size} is not supported on CUDA. Serve a "
-                "model whose heads have 16 to 256 numbers, a multiple of 8, or use "
-                "another --attention-backend."
-            )
+        refuse_head_size(self.head_size)
         self.flash_version = self._flash_version()
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
