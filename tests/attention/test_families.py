@@ -36,6 +36,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from tests.engine.engines import imported_model_class
 from tests.model_configs import TINY, save_config
+from tests.refusals.test_models import LAYERS, MODELS
 from vllm_roco.attention.layers import describe_other_layers, roco_layers
 from vllm_roco.kv_cache.spec import RocoSpec
 
@@ -295,3 +296,13 @@ def assert_bounded(config: VllmConfig) -> None:
         ]
     assert isinstance(specs[0], RocoSpec)
     assert all(spec == specs[0] for spec in specs)
+
+
+def test_each_family_has_a_row_and_a_test() -> None:
+    """What the page on compatibility names is a test, and what is tested has a row."""
+    page = Path(__file__).parents[2] / "docs" / "compatibility.md"
+    _, _, table = page.read_text(encoding="utf-8").partition("## Models")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    names = [name.strip("`") for _, _, name, *_ in rows if name.startswith("`")]
+    no_family = {"one-kind-of-cache"}
+    assert sorted(names) == sorted([*FULL, *MIXED, *MODELS, *LAYERS.keys() - no_family])
