@@ -175,6 +175,19 @@ MIXED = {
         _WINDOWS
         | {
             "num_attention_groups": 2,
+            # which vLLM 0.33 does not fill in
+            **dict.fromkeys(
+                ("use_moe_router_bias", "need_fp32_gate", "norm_expert_weight"), True
+            ),
+            "moe_router_activation": "sigmoid",
+            "moe_router_scaling_factor": 1.0,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "share_expert_dim": 32,
+            "moe_intermediate_size": 32,
+            "swiglu_limits": None,
+            "swiglu_limits_shared": None,
+            "att_impl_type": "GQA",
             # layers with a window have more query heads, which is none of RoCo's affair
             "attention_other_setting": {
                 "attention_type": "sliding_attention",
