@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from tests.engine.engines import Engine
 from tests.engine.mixed_models import save_mixed
 from tests.engine.passkeys import ARGUMENTS, PEAK, keys_found, passkeys
 from tests.engine.steps import poisoned_free_blocks, recorded_steps
 from tests.engine.test_fp8 import SEEDS, oracle_in_fp8, scales_of
-from tests.engine.tiny_models import SMALL_BUDGET, TINY_BUDGET, random_prompt
+from tests.engine.tiny_models import (
+    SMALL_BUDGET,
+    TINY_BUDGET,
+    load_for_oracle,
+    random_prompt,
+    save_tiny_model,
+)
 from tests.gpu.engines import EAGER, RUNS, gpu_engine
 from tests.gpu.test_equals_stock import (
     NEVER,
@@ -112,27 +118,24 @@ def test_beside_windows_it_differs_as_stock_backends_do(
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["tensor", "head"])
 @pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["llama", "granite-swa"])
 def test_tokens_are_the_oracles(
-    run: str,
-    per_head: bool,
-    tiny_llama: Path,
-    tiny_llama_for_oracle: PreTrainedModel,
+    name: str, run: str, per_head: bool, tmp_path: Path
 ) -> None:
     """Graphs, too, read the scales that are set after they were captured.
+
+    The second model has attention sinks.
 
     A float32 key that is rounded the other way on a GPU is another byte, which may
     decide between tokens that are nearly as likely.
     """
     if per_head and run != "eager":
         pytest.skip("a vector takes the place of the number that graphs read")
+    folder = save_tiny_model(name, tmp_path)
+    model = load_for_oracle(folder)
     with oracle_in_fp8(per_head=per_head):
-        expected = [
-            generate(tiny_llama_for_oracle, prompt, TINY_BUDGET, NUM_NEW)
-            for prompt in PROMPTS
-        ]
-    with gpu_engine(
-        tiny_llama, TINY_BUDGET, kv_cache_dtype="fp8", **RUNS[run]
-    ) as engine:
+        expected = [generate(model, prompt, TINY_BUDGET, NUM_NEW) for prompt in PROMPTS]
+    with gpu_engine(folder, TINY_BUDGET, kv_cache_dtype="fp8", **RUNS[run]) as engine:
         assert {cache.dtype for cache in engine.kv_caches} == {torch.uint8}
         unscaled = engine.generate(PROMPTS, NUM_NEW)
         set_scales(engine, per_head=per_head)
