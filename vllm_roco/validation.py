@@ -56,15 +56,7 @@ def check_windows(vllm_config: VllmConfig) -> None:
         NotImplementedError: Every layer has a window.
         ValueError: Layers of several kinds are to have caches of one kind.
     """
-    # vLLM sets it only if the window holds for all layers that name no other
-    window = vllm_config.cache_config.sliding_window
-    if window is not None:
-        raise NotImplementedError(
-            f"roco: every layer of the model has a sliding window of {window} tokens, "
-            "so its KV cache is bounded already and there is nothing to evict. Leave "
-            "--attention-backend roco out, or serve a model with layers of full "
-            "attention."
-        )
+    _refuse_windows_alone(vllm_config)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "roco: disable_hybrid_kv_cache_manager = True is not allowed for a model "
@@ -197,7 +189,10 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
     reasons = {
         "is an encoder-decoder model": model.is_encoder_decoder,
         "has multi-head latent attention (MLA)": model.use_mla,
-        "has state-space (Mamba) layers": model.is_hybrid or model.is_attention_free,
+        "has no attention layers": model.is_attention_free,
+        # hundreds of tokens, and evicting is of whole blocks
+        "has state-space (Mamba) or linear-attention layers, beside which vLLM makes "
+        "blocks of attention as large as a whole state": model.is_hybrid,
         "has chunked-local attention": model.attention_chunk_size is not None,
         "has layers that bring an attention backend of their own": bool(
             set(model.architectures) & set(_OWN_BACKEND)
@@ -211,6 +206,30 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
                 "Serve a model with layers of full attention, or use another "
                 "--attention-backend."
             )
+    # here as well as in `check_windows`: vLLM remembers which backend serves a layer,
+    # and does not ask again for a later engine of the process
+    _refuse_windows_alone(vllm_config)
+
+
+def _refuse_windows_alone(vllm_config: VllmConfig) -> None:
+    # vLLM sets it only if the window holds for all layers that name no other
+    window = vllm_config.cache_config.sliding_window
+    if window is None:
+        return
+    instead = (
+        "Leave --attention-backend roco out, or serve a model with layers of full "
+        "attention."
+    )
+    longest = vllm_config.model_config.max_model_len
+    if window >= longest:
+        instead = (
+            f"No sequence is longer than {longest} tokens, so the window changes "
+            "nothing: with --disable-sliding-window the layers have full attention."
+        )
+    raise NotImplementedError(
+        f"roco: every layer of the model has a sliding window of {window} tokens, so "
+        f"its KV cache is bounded already and there is nothing to evict. {instead}"
+    )
 
 
 def _check_block_size(block_size: int, config: RocoConfig) -> None:

@@ -15,9 +15,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.attention.rig import config_for
 from tests.kv_cache.specs import roco_spec
+from tests.refusals.cases import Case, refused
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cpu.metadata import RocoCpuMetadataBuilder
-from vllm_roco.attention.layers import LayerGroup
+from vllm_roco.attention.layers import LayerGroup, refuse_head_size
 from vllm_roco.kv_cache.spec import RocoSpec
 
 OPTIONS = {"budget": 64, "stride": 32, "chunk": 64, "sink": 16, "recent": 16}
@@ -130,6 +131,30 @@ def test_values_of_another_size_than_keys_are_refused(vllm_config: VllmConfig) -
 
 def test_a_layer_option_of_none_is_no_option(vllm_config: VllmConfig) -> None:
     build(vllm_config, name_of(0), sinks=None)
+
+
+def test_looking_back_no_chunk_is_no_option(vllm_config: VllmConfig) -> None:
+    """Rnj-1 was refused for it, in its layers of full attention."""
+    build(vllm_config, name_of(0), chunk_lookback=-1)
+    with pytest.raises(AssertionError, match="requires the Triton backend"):
+        build(vllm_config, name_of(1), chunk_lookback=1)
+
+
+@pytest.mark.parametrize(
+    ("head_size", "is_refused"),
+    [(8, True), (16, False), (80, False), (100, True), (256, False), (512, True)],
+)
+def test_heads_without_a_kernel_on_cuda_are_refused(
+    head_size: int, is_refused: bool
+) -> None:
+    """Those of Gemma 4's layers of full attention have 512 numbers."""
+    if not is_refused:
+        refuse_head_size(head_size)
+        return
+    with pytest.raises(NotImplementedError) as error:
+        refuse_head_size(head_size)
+    says = (f"head_size = {head_size}", "16 to 256", "another --attention-backend")
+    refused(str(error.value), Case(says))
 
 
 def test_a_layers_spec_becomes_rocos(vllm_config: VllmConfig) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from types import ModuleType
@@ -23,6 +24,7 @@ import vllm_roco
 from tests.attention.rig import config_for
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.selection import Chooser
+from vllm_roco.validation import validated_config
 
 OPTIONS = {"budget": 64, "stride": 32, "chunk": 64, "sink": 16, "recent": 16}
 
@@ -168,3 +170,24 @@ def test_a_window_in_every_layer_is_refused(
     monkeypatch.setattr(vllm_config.cache_config, "sliding_window", 128)
     with pytest.raises(NotImplementedError, match="every layer .* window of 128"):
         choose(current_platform, vllm_config, layer(has_sliding_window=True))
+
+
+def test_it_is_refused_behind_a_model_that_was_served(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM remembers who serves a layer, and a later engine of the process ran on.
+
+    Front ends and platforms read the configuration of every engine.
+    """
+
+    def ask() -> type:
+        with set_current_vllm_config(vllm_config):
+            return get_attn_backend(64, torch.float32, "auto", has_sliding_window=True)
+
+    assert ask() is CPUAttentionBackend
+    cache_config = copy.copy(vllm_config.cache_config)
+    monkeypatch.setattr(vllm_config, "cache_config", cache_config)
+    monkeypatch.setattr(cache_config, "sliding_window", 128)
+    assert ask() is CPUAttentionBackend
+    with pytest.raises(NotImplementedError, match="every layer .* window of 128"):
+        validated_config(vllm_config)

@@ -161,6 +161,17 @@ class Engine:
         outputs = self.complete(prompts, max_tokens, **arguments)
         return [tuple(output.token_ids) for output in outputs]
 
+    def log_probabilities(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """Return those of the prompts' tokens, which no choice of another changes."""
+        return torch.tensor(
+            [
+                # the token itself comes first, with or without the likeliest
+                next(iter(position.values())).logprob
+                for output in self.run(prompts, 1, prompt_logprobs=0)
+                for position in output.prompt_logprobs[1:]
+            ]
+        )
+
     def generate_one_by_one(
         self, prompts: Sequence[Prompt], max_tokens: int, **arguments: Any
     ) -> list[tuple[int, ...]]:

@@ -122,7 +122,10 @@ def poisoned_free_blocks(engine: Engine) -> Iterator[None]:
     if not others:
         pages = [page.view(torch.int8) for page in pages]
     # all bits set is not a number in every dtype
-    poison_value = 1e4 if others else -1
+    poison_value = -1
+    if others:
+        # of bytes, those of the largest float8 e4m3
+        poison_value = 0x7E if others[0].dtype == torch.uint8 else 10_000
     pool = engine.scheduler.kv_cache_manager.block_pool
     executor = engine.core.model_executor
     execute = executor.execute_model

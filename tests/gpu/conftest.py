@@ -24,6 +24,13 @@ def tiny_llama_for_oracle(tiny_llama: Path) -> PreTrainedModel:
     return load_for_oracle(tiny_llama)
 
 
+@pytest.fixture(params=["smollm2", "gemma_3"])
+def model(request: pytest.FixtureRequest) -> Path:
+    """A real model; of the second one, most layers have a window and are vLLM's."""
+    folder: Path = request.getfixturevalue(request.param)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def no_flashinfer_sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Greedy sampling needs no kernel of FlashInfer, which compiles on first use."""

@@ -103,13 +103,6 @@ def _gap(position: dict[int, Any]) -> float:
     return first - second
 
 
-@pytest.fixture(params=["smollm2", "gemma_3"])
-def model(request: pytest.FixtureRequest) -> Path:
-    """A real model; of the second one, most layers have a window and are vLLM's."""
-    folder: Path = request.getfixturevalue(request.param)
-    return folder
-
-
 def test_bfloat16_differs_as_stock_backends_do(model: Path) -> None:
     flash, triton = (
         answers(model, None, dtype="bfloat16", attention_backend=name)

@@ -9,15 +9,28 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from tests.engine.engines import Engine
+from tests.engine.mixed_models import save_mixed
 from tests.engine.passkeys import ARGUMENTS, PEAK, keys_found, passkeys
 from tests.engine.steps import poisoned_free_blocks, recorded_steps
 from tests.engine.test_fp8 import SEEDS, oracle_in_fp8, scales_of
-from tests.engine.tiny_models import SMALL_BUDGET, TINY_BUDGET, random_prompt
+from tests.engine.tiny_models import (
+    SMALL_BUDGET,
+    TINY_BUDGET,
+    load_for_oracle,
+    random_prompt,
+    save_tiny_model,
+)
 from tests.gpu.engines import EAGER, RUNS, gpu_engine
-from tests.gpu.test_equals_stock import NEVER, Disagreement, answers
+from tests.gpu.test_equals_stock import (
+    NEVER,
+    Answer,
+    Disagreement,
+    answers,
+    answers_of,
+)
 from tests.oracle import generate
 from vllm_roco.kv_cache.integrity import check_integrity
 
@@ -29,6 +42,8 @@ pytestmark = [
 
 PROMPTS = [random_prompt(length, seed) for length, seed in SEEDS.items()]
 NUM_NEW = 104
+CROWD = [random_prompt(length, seed=length) for length in range(20, 500, 40)]
+STOCK: dict[str, Any] = dict(dtype="bfloat16", attention_backend="FLASH_ATTN")
 
 
 def set_scales(engine: Engine, *, per_head: bool) -> None:
@@ -42,43 +57,85 @@ def set_scales(engine: Engine, *, per_head: bool) -> None:
                 getattr(layer, name).copy_(scale[0])
 
 
-def test_bfloat16_differs_from_stock_fp8_as_stock_backends_do(smollm2: Path) -> None:
+def test_bfloat16_differs_from_stock_fp8_as_stock_backends_do(model: Path) -> None:
     """Stock fp8 quantises the queries of decodes too, which is no small difference."""
-    stock: dict[str, Any] = dict(dtype="bfloat16", attention_backend="FLASH_ATTN")
-    plain = answers(smollm2, None, **stock)
-    flash = answers(smollm2, None, kv_cache_dtype="fp8", **stock)
-    ours = answers(smollm2, NEVER, dtype="bfloat16", kv_cache_dtype="fp8")
+    assert_differs_no_more_than_rounding(
+        plain=answers(model, None, **STOCK),
+        flash=answers(model, None, kv_cache_dtype="fp8", **STOCK),
+        ours=answers(model, NEVER, dtype="bfloat16", kv_cache_dtype="fp8"),
+    )
+
+
+def assert_differs_no_more_than_rounding(
+    *, plain: list[Answer], flash: list[Answer], ours: list[Answer]
+) -> None:
+    """Judge by how much fp8 changes stock vLLM's answers."""
     by_rounding = Disagreement.between(flash, plain)
-    against_flash = Disagreement.between(ours, flash)
-    against_plain = Disagreement.between(ours, plain)
-    for found in (against_flash, against_plain):
+    for other in (flash, plain):
+        found = Disagreement.between(ours, other)
         assert found.parted <= 2 * by_rounding.parted + 1
         assert found.widest_gap <= 2 * by_rounding.widest_gap + 0.05
 
 
+@pytest.mark.parametrize("name", ["exaone4", "gemma3"])
+def test_beside_windows_it_differs_as_stock_backends_do(
+    name: str, tmp_path: Path
+) -> None:
+    """All layers have an fp8 cache, and scales of their own.
+
+    The tokens of prompts have the same probabilities as in stock vLLM but for what fp8
+    changes: there both multiply fp8 queries.
+    """
+    folder = save_mixed(name, tmp_path)
+    fp8: dict[str, Any] = dict(kv_cache_dtype="fp8")
+    steps: dict[str, Any] = dict(max_num_seqs=16, max_num_batched_tokens=2048)
+    found = {}
+    for run, options, arguments in (
+        ("plain", None, STOCK),
+        ("flash", None, STOCK | fp8),
+        ("ours", NEVER, fp8 | {"dtype": "bfloat16"}),
+    ):
+        with gpu_engine(folder, options, **steps, **arguments) as engine:
+            backends = {x.attn_backend.get_name() for x in engine.layers.values()}
+            caches = {x.kv_cache.dtype for x in engine.layers.values()}
+            if run == "ours":
+                assert backends == {"ROCO", "FLASH_ATTN"}
+            if run != "plain":
+                assert caches == {torch.uint8}
+                for number, layer in enumerate(engine.layers.values()):
+                    layer._k_scale.fill_(0.011 * (number + 1))
+                    layer._v_scale.fill_(0.007 * (number + 1))
+            found[run] = (
+                answers_of(engine, CROWD, NUM_NEW),
+                engine.log_probabilities(CROWD),
+            )
+    assert_differs_no_more_than_rounding(**{run: x for run, (x, _) in found.items()})
+    plain, flash, ours = (x for _, x in found.values())
+    by_rounding, by_roco = ((x - flash).abs().mean() for x in (plain, ours))
+    print(f"{name}: fp8 {by_rounding:.1e}, RoCo {by_roco:.1e}")
+    assert by_roco < by_rounding / 2
+
+
 @pytest.mark.parametrize("per_head", [False, True], ids=["tensor", "head"])
 @pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("name", ["llama", "granite-swa"])
 def test_tokens_are_the_oracles(
-    run: str,
-    per_head: bool,
-    tiny_llama: Path,
-    tiny_llama_for_oracle: PreTrainedModel,
+    name: str, run: str, per_head: bool, tmp_path: Path
 ) -> None:
     """Graphs, too, read the scales that are set after they were captured.
+
+    The second model has attention sinks.
 
     A float32 key that is rounded the other way on a GPU is another byte, which may
     decide between tokens that are nearly as likely.
     """
     if per_head and run != "eager":
         pytest.skip("a vector takes the place of the number that graphs read")
+    folder = save_tiny_model(name, tmp_path)
+    model = load_for_oracle(folder)
     with oracle_in_fp8(per_head=per_head):
-        expected = [
-            generate(tiny_llama_for_oracle, prompt, TINY_BUDGET, NUM_NEW)
-            for prompt in PROMPTS
-        ]
-    with gpu_engine(
-        tiny_llama, TINY_BUDGET, kv_cache_dtype="fp8", **RUNS[run]
-    ) as engine:
+        expected = [generate(model, prompt, TINY_BUDGET, NUM_NEW) for prompt in PROMPTS]
+    with gpu_engine(folder, TINY_BUDGET, kv_cache_dtype="fp8", **RUNS[run]) as engine:
         assert {cache.dtype for cache in engine.kv_caches} == {torch.uint8}
         unscaled = engine.generate(PROMPTS, NUM_NEW)
         set_scales(engine, per_head=per_head)
@@ -116,11 +173,16 @@ def test_passkeys_are_found(smollm2: Path) -> None:
         assert keys_found(engine, tokenizer, passkeys(tokenizer)) >= 14
 
 
-def test_a_crowd_with_graphs_and_preemption(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", "exaone4"])
+def test_a_crowd_with_graphs_and_preemption(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Also beside layers with a window, whose pages are bytes as well."""
+    model = tiny_llama if name == "llama" else save_mixed(name, tmp_path)
     prompts = [random_prompt(1 + 7 * seed % 500, seed) for seed in range(200)]
     with (
         gpu_engine(
-            tiny_llama,
+            model,
             SMALL_BUDGET,
             dtype="bfloat16",
             kv_cache_dtype="fp8",

@@ -130,7 +130,7 @@ class RocoImpl(AttentionImpl[T]):
             output_block_scale: Likewise.
         """
         if attn_metadata is None:
-            self._profile(output.device)
+            self._profile(query)
             return output.fill_(0)
         views = self.views.of(kv_cache)
         self._step(layer, query, views, attn_metadata, output)
@@ -159,5 +159,9 @@ class RocoImpl(AttentionImpl[T]):
         """Attend, measure and evict; see `forward`."""
 
     # not all platforms have something to do
-    def _profile(self, device: torch.device) -> None:  # noqa: B027
-        """Take what memory the largest step will need."""
+    def _profile(self, query: torch.Tensor) -> None:  # noqa: B027
+        """Take what memory the largest step will need.
+
+        Args:
+            query: `[num_tokens, num_heads, head_size]`, of the largest step.
+        """

@@ -121,6 +121,24 @@ def roco_spec(kv_cache_spec: AttentionSpec) -> RocoSpec:
     return kv_cache_spec
 
 
+def refuse_head_size(head_size: int) -> None:
+    """Refuse heads for which the kernels on CUDA are not written.
+
+    Raises:
+        NotImplementedError: They have too many or too few numbers, or an odd number.
+    """
+    if head_size % 8 or not 16 <= head_size <= 256:
+        raise NotImplementedError(
+            f"roco: head_size = {head_size} is not supported on CUDA. Serve a "
+            "model whose heads have 16 to 256 numbers, a multiple of 8, or use "
+            "another --attention-backend."
+        )
+
+
+_NOTHING = {"chunk_lookback": -1}
+"""Values of layer options that stand for none."""
+
+
 def refuse_layer(
     alibi_slopes: object,
     sliding_window: int | None,
@@ -148,5 +166,5 @@ def refuse_layer(
     if kv_sharing_target_layer_name is not None:
         refuse(f"sharing the KV cache of layer {kv_sharing_target_layer_name!r}")
     for name, value in extra.items():
-        if value is not None:
+        if value is not None and value != _NOTHING.get(name):
             refuse(f"the layer option {name}")

@@ -43,6 +43,51 @@ def test_as_if_they_had_been_there(dtype: torch.dtype, scale: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+    ],
+    ids=str,
+)
+def test_behind_pytorchs_flash_attention(device: str, dtype: torch.dtype) -> None:
+    """Which knows no sinks, and returns natural logarithms, as FlashAttention does.
+
+    On CUDA it is FlashAttention 2. The softmax here has the sink as one more column.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_heads, num_tokens = 6, 70
+    shape = (3, 1, num_heads, num_tokens, 2 * HEAD_SIZE)
+    states = torch.randn(shape, generator=generator).to(device, dtype)
+    sinks = torch.tensor([0.0, 3.0, -3.0, -torch.inf, 50.0, -50.0], device=device)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    if device == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, lse, *_ = attend(*states, 0.0, is_causal=True, scale=1.0)
+    output, lse = output[0].transpose(0, 1).contiguous(), lse[0]
+
+    query, keys, values = states[:, 0].double()
+    future = torch.ones(num_tokens, num_tokens, device=device).triu(1).bool()
+    scores = (query @ keys.mT).masked_fill(future, -torch.inf)
+    of_sinks = sinks.double()[:, None, None].expand(-1, num_tokens, 1)
+    with_sinks = torch.cat((scores, of_sinks), -1)
+    expected = with_sinks.softmax(-1)[..., :-1] @ values
+
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-4)
+    lse_with_sinks = add_sinks(output, lse, sinks.to(dtype))
+    torch.testing.assert_close(
+        lse_with_sinks.double(), with_sinks.logsumexp(-1), rtol=1e-5, atol=1e-4
+    )
+    # rounded by attention, and once more behind it
+    epsilon = max(torch.finfo(dtype).eps, 1e-5)
+    torch.testing.assert_close(
+        output.double().transpose(0, 1), expected, rtol=2 * epsilon, atol=2 * epsilon
+    )
+
+
+@pytest.mark.parametrize(
     ("version", "dtype", "has_them"),
     [
         (2, torch.bfloat16, False),

@@ -21,10 +21,16 @@ from vllm.v1.attention.backends.fa_utils import (
 
 from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
+from vllm_roco.attention.cuda.prompt_tensors import (
+    PromptTensors,
+    empty_bfloat16,
+    empty_fp8,
+    empty_lse,
+)
 from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.impl import RocoImpl
-from vllm_roco.attention.layers import name_of
+from vllm_roco.attention.layers import name_of, refuse_head_size
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
@@ -40,12 +46,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.head_size % 8 or not 16 <= self.head_size <= 256:
-            raise NotImplementedError(
-                f"roco: head_size = {self.head_size} is not supported on CUDA. Serve a "
-                "model whose heads have 16 to 256 numbers, a multiple of 8, or use "
-                "another --attention-backend."
-            )
+        refuse_head_size(self.head_size)
         self.flash_version = self._flash_version()
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
@@ -71,9 +72,15 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         )
 
     @override
-    def _profile(self, device: torch.device) -> None:
+    def _profile(self, query: torch.Tensor) -> None:
         if self.memory is None:
-            reserve(self.vllm_config, device, self.hardware)
+            reserve(self.vllm_config, query.device, self.hardware)
+        in_fp8 = self.is_fp8 and self.flash_version is not None
+        PromptTensors(
+            quantises_queries=in_fp8,
+            converts_output=in_fp8 and query.dtype != torch.bfloat16,
+            adds_sinks=self._adds_sinks,
+        ).rehearse(query)
 
     @override
     def _step(
@@ -135,7 +142,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         if self.flash_version is not None:
             lse = self._flash(layer, query, views, output, prefills, self.flash_version)
         else:
-            lse = query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
+            lse = empty_lse(query)
             prefill_attention(
                 query=query,
                 kv_cache=views.states,
@@ -177,13 +184,6 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         prefills: Prefills,
         version: int,
     ) -> torch.Tensor:
-        sinks = self.sinks
-        # in FlashAttention they are not tried together with an fp8 cache
-        in_flash = (
-            sinks is not None
-            and not self.is_fp8
-            and flash_has_sinks(version, sinks.dtype)
-        )
         keys, values, written = views.keys, views.values, output
         q_descale = k_descale = v_descale = None
         if self.is_fp8:
@@ -195,7 +195,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             v_descale = layer._v_scale.expand(by_row_and_head)
             if output.dtype != torch.bfloat16:
                 # of an fp8 query it writes nothing else
-                written = torch.empty_like(output, dtype=torch.bfloat16)
+                written = empty_bfloat16(output)
         lse: torch.Tensor
         _, lse = flash_attn_varlen_func(
             q=query,
@@ -212,14 +212,24 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             softcap=self.soft_cap,
             return_softmax_lse=True,
             fa_version=version,
-            s_aux=sinks if in_flash else None,
+            s_aux=None if self._adds_sinks else self.sinks,
             q_descale=q_descale,
             k_descale=k_descale,
             v_descale=v_descale,
         )
         if written is not output:
             output.copy_(written)
-        return lse if sinks is None or in_flash else add_sinks(output, lse, sinks)
+        if self.sinks is None or not self._adds_sinks:
+            return lse
+        return add_sinks(output, lse, self.sinks)
+
+    @property
+    def _adds_sinks(self) -> bool:
+        """Whether the model's sinks are added behind FlashAttention."""
+        if self.sinks is None or self.flash_version is None:
+            return False
+        # in FlashAttention they are not tried together with an fp8 cache
+        return self.is_fp8 or not flash_has_sinks(self.flash_version, self.sinks.dtype)
 
     def _flash_version(self) -> int | None:
         """Return which FlashAttention attends; None where our own kernel does."""
@@ -238,7 +248,11 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         columns = -1
         if layer._q_scale.numel() > 1:
             columns = self.num_heads // self.num_kv_heads * self.head_size
-        quantised, _ = scaled_fp8_quant(
-            query.flatten(1), layer._q_scale, group_shape=(-1, columns)
+        quantised = empty_fp8(query)
+        scaled_fp8_quant(
+            query.flatten(1),
+            layer._q_scale,
+            output=quantised.flatten(1),
+            group_shape=(-1, columns),
         )
-        return quantised.view(query.shape)
+        return quantised

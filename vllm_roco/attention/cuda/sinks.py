@@ -31,5 +31,5 @@ def add_sinks(
     """
     sinks = sinks.float()[:, None]
     # e^lse / (e^lse + e^sink), which overflows nowhere
-    output.mul_((lse - sinks).sigmoid().T[:, :, None])
+    output.mul_((lse - sinks).sigmoid_().T[:, :, None])
     return torch.logaddexp(lse, sinks)
