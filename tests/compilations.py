@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
+from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
 from vllm_roco.ops.launch import Launcher
@@ -53,12 +53,16 @@ def watched_compilations() -> Iterator[Compilations]:
     hook = knobs.runtime.jit_post_compile_hook
 
     def note(**compiled: Any) -> Any:
-        kernel, details = compiled["fn"], compiled["compile"]
-        signature, key = details["signature"], compiled["key"]
-        found.append((f"{kernel.module}.{kernel.name}", f"{signature}, {key}"))
+        kernel = compiled["fn"]
+        names = ", ".join(kernel.jit_function.arg_names)
+        found.append(
+            (f"{kernel.module}.{kernel.name}", f"({names}) = {compiled['key']}")
+        )
         return hook(**compiled) if hook is not None else None
 
     with pytest.MonkeyPatch.context() as patch:
+        # made for hooks, but not of every package's arguments
+        patch.setattr(jit, "serialize_specialization_data", lambda *_: None)
         patch.setattr(knobs.runtime, "jit_post_compile_hook", note)
         yield found
 
@@ -71,10 +75,22 @@ def imagined_compilations() -> Iterator[Compilations]:
     """
     found: Compilations = []
 
-    def compile_(kernel: JITFunction[Any], key: str, *more: Any, **named: Any) -> Any:
+    def compile_(
+        kernel: JITFunction[Any],
+        key: str,
+        signature: Any,
+        device: int,
+        constexprs: Any,
+        options: Any,
+        attributes: Any,
+        warmup: bool,
+    ) -> Any:
         found.append((kernel.__name__, key))
-        cache, *_ = kernel.device_caches[0]
-        return cache.setdefault(key, _Variant())
+        cache, _, target, *_ = kernel.device_caches[device]
+        cache[key] = _Variant()
+        about = key, signature, target, device, constexprs, options, [attributes]
+        kernel._call_hook(knobs.runtime.jit_post_compile_hook, *about, warmup)
+        return cache[key]
 
     with forgotten_kernels() as patch:
         patch.setattr(driver, "_active", _Driver())

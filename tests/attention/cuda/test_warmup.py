@@ -25,7 +25,7 @@ from tests.attention.rig import config_for
 from tests.compilations import Compilations, imagined_compilations
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
-from vllm_roco.attention.cuda import metadata
+from vllm_roco.attention.cuda import metadata, warmup
 from vllm_roco.attention.cuda.metadata import RocoCudaMetadataBuilder
 from vllm_roco.ops.device import H100, Device
 
@@ -224,6 +224,20 @@ def test_ragged_steps_find_every_kernel(
             sequences = [(length, some.randrange(3000)) for length in lengths]
             worker.step(sequences, beside_keys=some.random() < 0.5)
     assert compilations == prepared
+
+
+def test_the_log_tells_how_many_kernels_there_are(
+    impl_on_cpu: None, compilations: Compilations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(warmup.logger, "info", lambda line, *by: told.append(line % by))
+    # a second engine of a process finds the kernels of the first
+    for worker in (Worker(MODELS["plain"]), Worker(MODELS["plain"])):
+        worker.registry.warmup()
+    assert [line.split(",")[0] for line in told] == [
+        f"roco: {len(compilations)} kernels were compiled",
+        "roco: 0 kernels were compiled",
+    ]
 
 
 def test_a_worker_without_caches_has_nothing_to_warm_up(

@@ -29,6 +29,7 @@ from vllm_roco.attention.layers import roco_layers
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionLayer
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -68,7 +69,14 @@ class KernelWarmUp(VllmJitKernel[Attention]):
             query = memory[:, : size[0] * size[1]].unflatten(1, size)
             for step in builder.idle_steps():
                 layer.impl.forward(
-                    layer, query, query, query, layer.kv_cache, step, output
+                    # vLLM's own layers are not typed as one
+                    cast("AttentionLayer", layer),
+                    query,
+                    query,
+                    query,
+                    layer.kv_cache,
+                    step,
+                    output,
                 )
 
     @override
@@ -78,7 +86,7 @@ class KernelWarmUp(VllmJitKernel[Attention]):
         with _counted_kernels() as count:
             super().compile_many(compile_keys)
         logger.info(
-            "RoCo compiled %d kernels, or loaded them from Triton's cache, in %.1f s.",
+            "roco: %d kernels were compiled, or loaded from Triton's cache, in %.1f s.",
             count(),
             time.perf_counter() - begun,
         )
