@@ -19,6 +19,8 @@ class Launcher:
 
     A variant is kept for every value of a number, so numbers that change from call to
     call belong in `do_not_specialize`; those must fit in 32 bits, which is not checked.
+    Tensors of which an address may be anything belong in
+    `do_not_specialize_on_alignment`.
     A number is always an int or always a float: 0 and 0.0 are told apart by Triton, not
     here. The tensors lie on the current device.
 
@@ -30,6 +32,9 @@ class Launcher:
         self._kernel = kernel
         # the interpreter compiles nothing and has none
         self._varying = frozenset(getattr(kernel, "do_not_specialize", None) or ())
+        self._unaligned = frozenset(
+            getattr(kernel, "do_not_specialize_on_alignment", None) or ()
+        )
         self._variants: dict[tuple[object, ...], Any] = {}
 
     def __call__(
@@ -45,13 +50,13 @@ class Launcher:
             options: Triton's, such as `num_warps`; the same names in every call.
             arguments: All of the kernel's arguments, in its order; a tensor first.
         """
-        varying = self._varying
+        varying, unaligned = self._varying, self._unaligned
         key = (
             next(iter(arguments.values())).get_device(),
             *options.values(),
             *(
                 # Triton asks no more of a pointer
-                (argument.dtype, argument.data_ptr() % 16 == 0)
+                (argument.dtype, name in unaligned or argument.data_ptr() % 16 == 0)
                 if isinstance(argument, torch.Tensor)
                 else argument
                 for name, argument in arguments.items()

@@ -18,7 +18,15 @@ from vllm_roco.ops.rows import NUM_ROW_FIELDS, RESIDENT_BLOCKS, STRIDE_BLOCKS, U
 COLUMNS = 1024
 
 
-@triton.jit
+# what vLLM passes is known when it passes it, so no variant is compiled for it
+@triton.jit(
+    do_not_specialize=["stride_table_row", "width"],
+    do_not_specialize_on_alignment=[
+        "block_table_ptr",
+        "seq_lens_ptr",
+        "query_start_loc_ptr",
+    ],
+)
 def _live_table_kernel(
     block_table_ptr,  # [num_rows, width] int32
     seq_lens_ptr,  # [num_rows] int32

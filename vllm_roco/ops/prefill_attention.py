@@ -23,7 +23,15 @@ ROWS = 32
 COLUMNS = 32
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "stride_lse_head"])
+# the rows of prompts lie behind those of decodes, at addresses of all kinds
+@triton.jit(
+    do_not_specialize=["stride_table_row", "stride_lse_head"],
+    do_not_specialize_on_alignment=[
+        "query_start_loc_ptr",
+        "live_table_ptr",
+        "live_lens_ptr",
+    ],
+)
 def _prefill_attention_kernel(
     query_ptr,  # [num_queries, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size]

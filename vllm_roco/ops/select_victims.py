@@ -94,7 +94,10 @@ def _without_statistics(score, first_position, kind, seed):
     return score
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "max_blocks", "layers_per_slice"])
+@triton.jit(
+    do_not_specialize=["stride_table_row", "max_blocks", "layers_per_slice"],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
 def _score_kernel(
     first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
     seq_lens_ptr,  # [num_rows] int32
@@ -229,7 +232,10 @@ def _store_moves(count, row, num_moves_ptr, moved_ptr):
         tl.atomic_add(moved_ptr, count.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "max_blocks", "max_moves"])
+@triton.jit(
+    do_not_specialize=["stride_table_row", "max_blocks", "max_moves"],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
 def _select_kernel(
     first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
     scores_ptr,  # [num_rows, num_slices, SCORES, max_blocks] float32

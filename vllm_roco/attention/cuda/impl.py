@@ -8,6 +8,7 @@ what the blocks received. The last layer of a group evicts.
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +21,12 @@ from vllm.v1.attention.backends.fa_utils import (
 )
 
 from vllm_roco.attention.bound_caches import CacheViews
-from vllm_roco.attention.cuda.metadata import Decodes, Prefills, RocoCudaMetadata
+from vllm_roco.attention.cuda.metadata import (
+    Decodes,
+    Prefills,
+    RocoCudaMetadata,
+    RocoCudaMetadataBuilder,
+)
 from vllm_roco.attention.cuda.prompt_tensors import (
     PromptTensors,
     empty_bfloat16,
@@ -29,6 +35,7 @@ from vllm_roco.attention.cuda.prompt_tensors import (
 )
 from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
+from vllm_roco.attention.cuda.warmup import KERNEL_WARM_UP
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.attention.layers import name_of, refuse_head_size
 from vllm_roco.ops.decode.attention import decode_attention
@@ -50,6 +57,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         self.flash_version = self._flash_version()
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
         self.memory: StepMemory | None = None
+        self.builder: weakref.ref[RocoCudaMetadataBuilder] | None = None
+        KERNEL_WARM_UP.register_warmup()
 
     @override
     def _write(

@@ -8,8 +8,10 @@ frozen (grids, splits) depends on the number of rows alone.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
 from typing_extensions import override
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+IDLE_TOKENS = 2
+"""Tokens of an idle step: the fewest that make a prompt."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,12 @@ class RocoCudaMetadata(AttentionMetadata):
     eviction: CudaEviction
 
 
+class HasBuilder(Protocol):
+    """A layer's implementation, as far as it knows who builds its steps."""
+
+    builder: weakref.ref[RocoCudaMetadataBuilder] | None
+
+
 class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
     """Builds the step's metadata with one kernel; arguments as in the base class."""
 
@@ -161,6 +172,8 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             self._moved_blocks = DeviceMovedBlocks(
                 self._eviction.moved, moved_blocks, torch.cuda.Event()
             )
+        for implementation in cast("list[HasBuilder]", layers.implementations):
+            implementation.builder = weakref.ref(self)
 
     @override
     def build(
@@ -214,3 +227,41 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             step=step,
             eviction=self._eviction,
         )
+
+    def idle_steps(self) -> Iterator[RocoCudaMetadata]:
+        """Yield steps that together launch every variant of the kernels of a layer.
+
+        One row of `IDLE_TOKENS` tokens in vLLM's null block, of which nothing is
+        measured and nothing evicted, so that caches are left as they are. It is that
+        of a prompt first, and then that of a decode in each layout. The buffers are
+        none of the steps that are served.
+        """
+        served = self._buffers
+        step = StepBuffers.allocate(1, served.live_table.shape[1], self.device)
+        step.eviction_rows.copy_(served.eviction_rows[:1])
+
+        def int32(*numbers: int) -> torch.Tensor:
+            return torch.tensor(numbers, dtype=torch.int32, device=self.device)
+
+        seq_lens, query_start_loc = int32(IDLE_TOKENS), int32(0, IDLE_TOKENS)
+        step.fill(int32(0)[None], seq_lens, query_start_loc, self._block_size)
+        step.measured_lens.zero_()
+        prefills = Prefills(
+            first_token=0,
+            num_tokens=IDLE_TOKENS,
+            step=step,
+            query_start_loc=query_start_loc,
+            max_query_len=IDLE_TOKENS,
+            max_live_tokens=IDLE_TOKENS,
+            max_measured_tokens=IDLE_TOKENS,
+            plan=self._prefill_plan,
+        )
+        for plan in (None, *dict.fromkeys(self._plans)):
+            yield RocoCudaMetadata(
+                decodes=None if plan is None else Decodes(1, step, plan),
+                prefills=prefills if plan is None else None,
+                scratch=self._scratch,
+                seq_lens=seq_lens,
+                step=step,
+                eviction=self._eviction,
+            )
