@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# What CI checks beside the tests: lint, format, types, spelling, import arrows, package.
+# What CI checks beside the tests: lint, format, types, spelling, import arrows, forms that
+# a forge reads, the documents as a site, the package.
 #
 #   tools/check.sh              all of them
 #   tools/check.sh lint types   some of them
 
 set -euo pipefail
+shopt -s extglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
 
@@ -18,10 +20,28 @@ package() {
   if ((status)); then
     cat "$dist.log"
   else
-    "$PYTHON" -m twine --no-color check --strict "$dist"/* || status=$?
+    {
+      "$PYTHON" -m twine --no-color check --strict "$dist"/* &&
+        check-wheel-contents "$dist"/*.whl &&
+        "$PYTHON" -m tools.check_wheel "$dist"
+    } || status=$?
   fi
   rm -r "$dist" "$dist.log"
   return "$status"
+}
+
+forms() {
+  local templates=.github/ISSUE_TEMPLATE
+  hadolint Dockerfile &&
+    _schema github-workflows .github/workflows/*.yml &&
+    _schema github-issue-config "$templates/config.yml" &&
+    _schema github-issue-forms "$templates"/!(config).yml &&
+    _schema citation-file-format CITATION.cff
+}
+
+# _schema NAME FILE...: one of the schemas that check-jsonschema brings.
+_schema() {
+  check-jsonschema --builtin-schema "vendor.$1" "${@:2}"
 }
 
 run_check() {
@@ -32,9 +52,10 @@ run_check() {
     types) mypy && "$PYTHON" -m tools.check_vllm ;;
     spelling) typos ;;
     imports) lint-imports --no-logo ;;
+    forms) forms ;;
     package) package ;;
     *)
-      echo "unknown check '$1': use lint, format, types, spelling, imports or package"
+      echo "unknown check '$1': use lint, format, types, spelling, imports, forms or package"
       return 2
       ;;
   esac
@@ -43,7 +64,7 @@ run_check() {
 setup_env test dev
 
 checks=("$@")
-((${#checks[@]})) || checks=(lint format types spelling imports package)
+((${#checks[@]})) || checks=(lint format types spelling imports forms package)
 failed=()
 for check in "${checks[@]}"; do
   printf '== %s\n' "$check"
