@@ -12,6 +12,14 @@ shopt -s extglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup_env.sh
 
+documents() {
+  local site status=0
+  site="$(mktemp -d)"
+  NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site" || status=$?
+  rm -r "$site"
+  return "$status"
+}
+
 package() {
   local dist status=0
   dist="$(mktemp -d)"
@@ -53,18 +61,20 @@ run_check() {
     spelling) typos ;;
     imports) lint-imports --no-logo ;;
     forms) forms ;;
+    documents) documents ;;
     package) package ;;
     *)
-      echo "unknown check '$1': use lint, format, types, spelling, imports, forms or package"
+      echo "unknown check '$1': use lint, format, types, spelling, imports, forms,"
+      echo "documents or package"
       return 2
       ;;
   esac
 }
 
-setup_env test dev
+setup_env test dev docs
 
 checks=("$@")
-((${#checks[@]})) || checks=(lint format types spelling imports forms package)
+((${#checks[@]})) || checks=(lint format types spelling imports forms documents package)
 failed=()
 for check in "${checks[@]}"; do
   printf '== %s\n' "$check"
