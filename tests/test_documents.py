@@ -49,6 +49,14 @@ def test_what_a_page_names_as_shown_by_a_test_is_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_a_page_runs_are_there(page: Path) -> None:
+    ours = r"python -m ((?:benchmarks|tests|tools|vllm_roco)[\w.]*)"
+    for module in re.findall(ours, page.read_text()):
+        path = ROOT.joinpath(*module.rstrip(".").split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_work_on_a_forge(page: Path) -> None:
     """On the site, MkDocs looks at them."""
     broken = []
