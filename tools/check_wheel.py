@@ -56,13 +56,13 @@ def main(dist: Path) -> int:
                 command,
                 cwd=place,
                 env=environ,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
+                capture_output=True,
                 text=True,
                 check=False,
             )
             if done.returncode:
-                sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}")
+                called = " ".join(map(str, command))
+                sys.exit(f"{called}\n{done.stdout}{done.stderr}")
             return done.stdout
 
         python = place / "env/bin/python"
