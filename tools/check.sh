@@ -15,7 +15,8 @@ source tools/setup_env.sh
 documents() {
   local site status=0
   site="$(mktemp -d)"
-  NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet --site-dir "$site" || status=$?
+  # not --quiet, with which --strict lets every warning pass
+  NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir "$site" || status=$?
   rm -r "$site"
   return "$status"
 }
