@@ -4,16 +4,24 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import vllm_roco
+from tools.docs_site import as_on_site
+from vllm_roco.compat import TESTED_VLLM
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [
+    *ROOT.glob("*.md"),
+    *(ROOT / "docs").glob("*.md"),
+    ROOT / "patches" / "README.md",
+]
 
 
 def test_the_front_page_tells_the_bound_of_the_defaults() -> None:
@@ -28,8 +36,8 @@ def test_the_front_page_tells_the_bound_of_the_defaults() -> None:
     assert f"holds at most {held:,} tokens" in page
 
 
-def test_how_it_works_tells_how_many_requests_a_step_leaves_waiting() -> None:
-    page = " ".join((ROOT / "docs" / "how-it-works.md").read_text().split())
+def test_prefix_caching_tells_how_many_requests_a_step_leaves_waiting() -> None:
+    page = " ".join((ROOT / "docs" / "prefix-caching.md").read_text().split())
     assert f"leaves at most {MAX_WAITS_PER_STEP} requests waiting" in page
 
 
@@ -38,3 +46,87 @@ def test_what_a_page_names_as_shown_by_a_test_is_there(page: Path) -> None:
     """Two tests had moved on, and the table named their old places."""
     named = set(re.findall(r"`(tests/[\w/.]+)[` ]", page.read_text()))
     assert {path for path in named if not (ROOT / path).exists()} == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_modules_that_a_page_runs_are_there(page: Path) -> None:
+    ours = r"python -m ((?:benchmarks|tests|tools|vllm_roco)[\w.]*)"
+    for module in re.findall(ours, page.read_text()):
+        path = ROOT.joinpath(*module.rstrip(".").split("."))
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_work_on_a_forge(page: Path) -> None:
+    """On the site, MkDocs looks at them."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match("[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that a forge gives to the headings of a page."""
+    headings = re.findall("^#+ (.+)$", without_code(page.read_text()), re.MULTILINE)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in headings
+    }
+
+
+def without_code(text: str) -> str:
+    return re.sub("^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_links_are_turned_to_the_places_that_pages_have_on_the_site() -> None:
+    """Those of code are of no page: they stay as they are written."""
+    text = (
+        "[a](docs/options.md#modes) [b\n  c](CONTRIBUTING.md) ![d](docs/pictures/d)\n"
+        "```\n[e](docs/options.md)\n```\n[f](vllm_roco/policy.py) [g](#h) [i](h://j)\n"
+    )
+    assert as_on_site(text, "index.md") == (
+        "[a](options.md#modes) [b\n  c](contributing.md) ![d](pictures/d)\n"
+        "```\n[e](docs/options.md)\n```\nf [g](#h) [i](h://j)\n"
+    )
+    here = "[a](../vllm_roco/policy.py) [b](../README.md) [c](options.md)"
+    assert as_on_site(here, "policy.md", "https://forge/x/") == (
+        "[a](https://forge/x/blob/main/vllm_roco/policy.py) "
+        "[b](index.md) [c](options.md)"
+    )
+    missing = "[a](docs/no-such-page.md) [b](no_such_module.py)"
+    assert as_on_site(missing, "index.md") == missing.replace("docs/", "")
+
+
+def test_lists_inside_of_lists_are_lists_on_the_site_too() -> None:
+    assert as_on_site("* a\n  * b\n    c\n", "policy.md") == "* a\n    * b\n    c\n"
+
+
+def test_every_file_that_tells_the_version_tells_the_same() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert project["version"] == vllm_roco.__version__
+    assert f"\nversion: {vllm_roco.__version__}\n" in citation
+
+
+def test_the_image_is_of_a_tested_release() -> None:
+    named = re.findall(r"^ARG VLLM_VERSION=(.+)$", dockerfile(), re.MULTILINE)
+    assert len(named) == 1 and named[0] in TESTED_VLLM
+
+
+def test_the_image_is_built_of_all_that_the_package_is_built_of() -> None:
+    """What is not copied, or ignored, is not there when the wheel is built."""
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    sources = re.findall("^COPY (?!--)(.*) .+$", dockerfile(), re.MULTILINE)
+    copied = {source for line in sources for source in line.split()}
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {project["readme"], *project["license-files"]} <= copied
+
+
+def dockerfile() -> str:
+    return (ROOT / "Dockerfile").read_text()

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.engine.engines import engines_in_process
 from vllm_roco import verify
+from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.snapshots import SnapshotStore
+from vllm_roco.ops import move_blocks, statistics
 from vllm_roco.scheduler import RocoSchedulerMixin
 from vllm_roco.verify import engine
+from vllm_roco.verify.worker import compiled_kernels
 
 take_pending_cow_copies = RocoManager.take_pending_cow_copies
 
@@ -43,6 +47,7 @@ def test_a_sound_installation_passes() -> None:
     expected = {**dict.fromkeys(verify.CHECKS, "PASS"), **without_gpu}
     assert lines == [(verdict, name) for name, verdict in expected.items()]
     assert "snapshot hits 2, block hits 0, saved tokens 384" in run.stdout
+    assert "layers by backend: ROCO 2; kernels compiled: " in run.stdout
     assert run.stdout.endswith("vllm_roco.verify: PASS\n")
 
 
@@ -58,6 +63,27 @@ def test_step_ends_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
         result = verify.run("engine")
     assert result.verdict == "FAIL"
     assert re.search("ended at 1.., not between 64 and 64|would hold", result.details)
+
+
+@pytest.mark.engine
+def test_layers_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backend that vLLM chose in the place of ours would show in no other line."""
+    with engines_in_process(), contextlib.closing(verify._ENGINE):
+        verify._ENGINE._engine()
+        monkeypatch.setattr(RocoBackend, "get_name", lambda: "ANOTHER")
+        result = verify.run("engine")
+    assert result.verdict == "FAIL"
+    assert "2 layers of full attention had to be of ROCO" in result.details
+    assert "layers by backend are: ANOTHER 2" in result.details
+
+
+def test_compiled_kernels_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each device, however many modules know a kernel."""
+    kernel = SimpleNamespace(device_caches={0: ({"a": 1, "b": 2}, {}), 1: ({}, {})})
+    before = compiled_kernels()
+    for module in (move_blocks, statistics):
+        monkeypatch.setattr(module, "a_kernel", kernel, raising=False)
+    assert compiled_kernels() == before + 2
 
 
 @pytest.mark.engine

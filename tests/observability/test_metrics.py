@@ -87,6 +87,7 @@ def test_a_new_engine_shows_zeros() -> None:
     assert metrics.max_sequence_kv_tokens == metrics.peak_sequence_kv_tokens == 0
     assert metrics.prefix_cache == PrefixCounts()
     assert metrics.request_bounds == distribution()
+    assert metrics.peak_request_bound_tokens == 0
 
 
 def test_every_field_of_the_prefix_counts_is_a_metric() -> None:
@@ -143,13 +144,15 @@ def test_bounds_of_requests_are_counted() -> None:
         contextlib.closing(publisher(engine=0)) as first,
         contextlib.closing(publisher(engine=1)) as second,
     ):
-        sizes = [16, 128, 129, 4368, 2**20, 2**20 + 16]
+        sizes = [16, 128, 129, 2**20 + 16, 4368, 2**20]
         for size in sizes:
             first.count_request(size)
         second.count_request(128)
         metrics = RocoMetrics(engines=read_engines())
     assert metrics.engines[0].request_bounds == distribution(*sizes)
     assert metrics.engines[1].request_bounds == distribution(128)
+    assert metrics.peak_request_bound_tokens == 2**20 + 16
+    assert metrics.engines[1].peak_request_bound_tokens == 128
     assert metrics.request_bounds == distribution(*sizes, 128)
     counts = dict(zip(REQUEST_BOUND.labels, metrics.request_bounds.counts, strict=True))
     assert {bound: count for bound, count in counts.items() if count} == {

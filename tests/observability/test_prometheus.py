@@ -48,6 +48,7 @@ PREFIX_COUNTERS = {
 }
 LIVE = "vllm:roco_prefix_live_snapshots"
 BOUND = "vllm:roco_request_bound_tokens"
+PEAK_BOUND = "vllm:roco_peak_request_bound_tokens"
 
 
 @pytest.fixture
@@ -101,6 +102,7 @@ def of_bounds(engine: str, *sizes: int) -> Samples:
         for label in REQUEST_BOUND.labels
     }
     lines |= {f"{BOUND}_count": len(sizes), f"{BOUND}_sum": sum(sizes)}
+    lines[PEAK_BOUND] = max(sizes)
     return {(name, engine): number for name, number in lines.items()}
 
 

@@ -49,6 +49,7 @@ FREED = "vllm:roco_freed_blocks_total"
 MOVED = "vllm:roco_moved_blocks_total"
 MAX = "vllm:roco_max_sequence_kv_tokens"
 PEAK = "vllm:roco_peak_sequence_kv_tokens"
+PEAK_BOUND = "vllm:roco_peak_request_bound_tokens"
 BUDGET = "vllm:roco_budget_tokens"
 BOUNDS = (REQUESTS, BOUND) = (
     "vllm:roco_request_bound_tokens_count",
@@ -116,7 +117,7 @@ class Server:
                     samples[key] = sample.value
         return {
             name: [samples[name, engine] for engine in range(NUM_ENGINES)]
-            for name in (FREED, MOVED, MAX, PEAK, BUDGET, *BOUNDS, *PREFIX)
+            for name in (FREED, MOVED, MAX, PEAK, PEAK_BOUND, BUDGET, *BOUNDS, *PREFIX)
         }
 
     def complete(self, prompt: list[int], num_new_tokens: int) -> None:
@@ -205,6 +206,7 @@ def test_a_server_shows_what_the_budget_does(
             MOVED: zeros,
             MAX: zeros,
             PEAK: zeros,
+            PEAK_BOUND: zeros,
             BUDGET: budgets,
             **dict.fromkeys((*BOUNDS, *PREFIX), zeros),
         }
@@ -234,6 +236,7 @@ def test_a_server_shows_what_the_budget_does(
     assert scrapes[0][MAX] == zeros
     assert sum(scrapes[0][REQUESTS]) == NUM_REQUESTS
     assert sum(scrapes[0][BOUND]) == NUM_REQUESTS * WHOLE
+    assert max(scrapes[0][PEAK]) <= max(scrapes[0][PEAK_BOUND]) == WHOLE
     assert both[REQUESTS] == NUM_REQUESTS + NUM_ENGINES + 1
     assert OPTIONS["budget"] < max(scrapes[0][PEAK]) <= MOST_TOKENS
     # all but the first of an engine

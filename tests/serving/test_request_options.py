@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = "small"
 PROMPT = "Once upon a time there was a little fox who lived in the deep dark forest."
-PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+PAGE = Path(__file__).parents[2] / "docs" / "request-options.md"
 NUM_FUZZED = int(os.environ.get("ROCO_FUZZED_REQUESTS", "200"))
 """Requests of the fuzz; 2,000 look for more."""
 
@@ -198,7 +198,7 @@ def test_what_could_never_fit_is_refused(server: Server) -> None:
 
 
 def test_a_nested_dictionary_is_vllms_own_error(server: Server) -> None:
-    """`docs/options.md` says so; the same as a JSON string is taken."""
+    """`docs/request-options.md` says so; the same as a JSON string is taken."""
     answer = send(server, {"roco": {"budget": 64}})
     assert answer.status_code == 400
     assert "roco: " not in answer.text

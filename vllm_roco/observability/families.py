@@ -132,7 +132,19 @@ BUDGET = Family(
     "budget_tokens",
     "KV tokens that RoCo keeps per sequence (the option budget).",
 )
-BUDGET_FAMILIES = (FREED_BLOCKS, MOVED_BLOCKS, MAX_SEQUENCE, PEAK_SEQUENCE, BUDGET)
+PEAK_BOUND = Family(
+    "vllm:roco_peak_request_bound_tokens",
+    "peak_request_bound_tokens",
+    "Most KV tokens that any request so far may have come to hold, in whole blocks.",
+)
+BUDGET_FAMILIES = (
+    FREED_BLOCKS,
+    MOVED_BLOCKS,
+    MAX_SEQUENCE,
+    PEAK_SEQUENCE,
+    PEAK_BOUND,
+    BUDGET,
+)
 REQUEST_BOUND = Histogram(
     "vllm:roco_request_bound_tokens",
     "request_bounds",

@@ -40,6 +40,8 @@ class EngineMetrics:
         max_sequence_kv_tokens: Most KV tokens that one running sequence holds now,
             in whole blocks.
         peak_sequence_kv_tokens: Most KV tokens that one sequence ever held.
+        peak_request_bound_tokens: The largest of the bounds in `request_bounds`, above
+            which no sequence has held anything.
         request_bounds: How many KV tokens requests may come to hold at most, in
             whole blocks: their own bounds, each counted when the request is taken.
         prefix_cache: What the prefix cache did; zeros where it is off.
@@ -52,6 +54,7 @@ class EngineMetrics:
     moved_blocks: int
     max_sequence_kv_tokens: int
     peak_sequence_kv_tokens: int
+    peak_request_bound_tokens: int
     request_bounds: Distribution
     prefix_cache: PrefixCounts
 
@@ -90,6 +93,11 @@ class RocoMetrics:
     def peak_sequence_kv_tokens(self) -> int:
         """Most KV tokens that one sequence of any engine ever held."""
         return max(engine.peak_sequence_kv_tokens for engine in self.engines)
+
+    @property
+    def peak_request_bound_tokens(self) -> int:
+        """Most KV tokens that any request of any engine may have come to hold."""
+        return max(engine.peak_request_bound_tokens for engine in self.engines)
 
     @property
     def request_bounds(self) -> Distribution:

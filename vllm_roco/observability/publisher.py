@@ -19,6 +19,7 @@ from vllm_roco.observability.families import (
     FREED_BLOCKS,
     MAX_SEQUENCE,
     MOVED_BLOCKS,
+    PEAK_BOUND,
     PEAK_SEQUENCE,
     PREFIX_FAMILIES,
     REQUEST_BOUND,
@@ -53,25 +54,28 @@ class MetricsPublisher:
         self, *, instance_id: str, engine: int, model_name: str, budget_tokens: int
     ) -> None:
         counter = FileName.of_this_core("counter", instance_id, engine)
-        self._freed, self._max, self._peak, moved, budget = (
+        self._freed, self._max, self._peak, self._peak_bound, moved, budget = (
             family.key(model_name, engine)
             for family in (
                 FREED_BLOCKS,
                 MAX_SEQUENCE,
                 PEAK_SEQUENCE,
+                PEAK_BOUND,
                 MOVED_BLOCKS,
                 BUDGET,
             )
         )
         # workers add what they move, but 0 is shown before
         counts = {self._freed: 0, moved: 0}
-        sizes = {self._max: 0, self._peak: 0, budget: budget_tokens}
+        sizes = {self._max: 0, self._peak: 0, self._peak_bound: 0}
+        sizes[budget] = budget_tokens
         prefix_keys = [family.key(model_name, engine) for family in PREFIX_FAMILIES]
         for family, key in zip(PREFIX_FAMILIES, prefix_keys, strict=True):
             (counts if family.is_counter else sizes)[key] = 0
         self._bucket_keys, self._bounds_key = REQUEST_BOUND.keys(model_name, engine)
         # of each bucket, and the sum at the end
         self._bounds = [0] * (len(self._bucket_keys) + 1)
+        self._largest_bound = 0
         buckets = dict.fromkeys((*self._bucket_keys, self._bounds_key), 0)
         self._counters, self._gauges, self._buckets = self._files = _open(
             counter, {"counter": counts, "gauge_max": sizes, "histogram": buckets}
@@ -124,6 +128,9 @@ class MetricsPublisher:
         bounds[-1] += bound_tokens
         self._buckets.set(self._bucket_keys[bucket], bounds[bucket])
         self._buckets.set(self._bounds_key, bounds[-1])
+        if bound_tokens > self._largest_bound:
+            self._largest_bound = bound_tokens
+            self._gauges.set(self._peak_bound, bound_tokens)
 
     def publish_prefixes(self, counts: PrefixCounts) -> None:
         """Show new numbers of the prefix cache; as `publish`, but never raises."""

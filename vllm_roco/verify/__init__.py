@@ -67,7 +67,11 @@ def check_versions() -> str:
     device = current_platform.device_name
     if current_platform.is_cuda():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        device = f"{torch.cuda.get_device_name()} (capability {capability})"
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        device = (
+            f"{torch.cuda.get_device_name()} ({memory:.0f} GiB, capability "
+            f"{capability}, CUDA {torch.version.cuda})"
+        )
     installed = [
         f"{name} {_version_of(name)}"
         for name in ("vllm-roco", "torch", "triton", "transformers", "xformers")

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_roco.chunking import next_step_ends
+from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.verify.findings import Failed, Skipped
+from vllm_roco.verify.worker import EXTENSION
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -56,6 +58,8 @@ class EngineChecks:
         from vllm_roco.metrics import get_metrics
 
         llm = self._engine()
+        layers = _check_layers(llm)
+        compiled_before = _compiled_kernels(llm)
         freed_before = get_metrics(llm).freed_blocks
         num_traced = len(self._trace())
         outputs = _generate(
@@ -88,11 +92,14 @@ class EngineChecks:
                 f"{expected[0]} to {expected[-1]} blocks had to be freed, {freed} were"
             )
         longest = max(PROMPTS) + NUM_NEW
+        compiled = _compiled_kernels(llm) - compiled_before
         return (
             f"{sum(counts)} tokens; {freed} blocks freed, at most "
             f"{metrics.peak_sequence_kv_tokens} of {longest} tokens held by a sequence "
             f"(bound {bound * BLOCK_SIZE}); prompt steps end where they must; "
-            f"CUDA graphs {getattr(mode, 'name', mode)}"
+            f"CUDA graphs {getattr(mode, 'name', mode)}\n"
+            f"layers by backend: {layers}; kernels compiled: {compiled_before} before "
+            f"the first request, {compiled} while serving"
         )
 
     def check_prefixes(self) -> str:
@@ -192,6 +199,7 @@ def _start(folder: Path) -> LLM:
                 "trace": str(_trace_in(folder)),
             }
         },
+        worker_extension_cls=EXTENSION,
         skip_tokenizer_init=True,
         enable_prefix_caching=True,
         block_size=BLOCK_SIZE,
@@ -263,6 +271,24 @@ def _generate(
         ),
         use_tqdm=False,
     )
+
+
+def _check_layers(llm: LLM) -> str:
+    """Return how many layers each backend has; raise unless all of them are ours."""
+    (layers,) = llm.collective_rpc("roco_layers")
+    shown = ", ".join(f"{name} {number}" for name, number in sorted(layers.items()))
+    if layers != {BACKEND_NAME: _NUM_LAYERS}:
+        raise Failed(
+            f"{_NUM_LAYERS} layers of full attention had to be of {BACKEND_NAME}, but "
+            f"layers by backend are: {shown or 'none'}"
+        )
+    return shown
+
+
+def _compiled_kernels(llm: LLM) -> int:
+    (number,) = llm.collective_rpc("roco_compiled_kernels")
+    assert isinstance(number, int)
+    return number
 
 
 def _check_step_ends(steps: Sequence[dict[str, Any]]) -> None:
