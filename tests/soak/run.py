@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.soak.resources import Sample
 
 NUM_PARTS = 10
 _MOST_FAULTS = 20
-_REST = 30
+_REST = 60
 """Seconds in which an engine has to come to rest."""
 
 
@@ -82,7 +82,9 @@ class Report:
 
     def save(self, path: Path) -> None:
         """Write all of it as JSON."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        # not by `asdict`, which takes counters for other dictionaries
+        values = vars(self) | {"samples": [asdict(each) for each in self.samples]}
+        path.write_text(json.dumps(values, indent=1) + "\n")
 
     def table(self) -> str:
         """Return the end of a run's output."""
@@ -206,7 +208,8 @@ class Soak:
 
     def _asked(self, planned: Planned) -> Planned:
         if planned.canary is not None and not self._plan.exact:
-            planned.sampling["logprobs"] = TIE_CANDIDATES
+            sampling = planned.sampling | {"logprobs": TIE_CANDIDATES}
+            return replace(planned, sampling=sampling)
         return planned
 
     def _judge(self, planned: Planned, answer: Answer) -> None:
