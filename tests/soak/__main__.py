@@ -12,22 +12,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 import tempfile
 from pathlib import Path
 
-# vLLM reads these when it is imported
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-
-from tests.soak.engines import Host, soak_in_process, soak_server  # noqa: E402
-from tests.soak.run import Plan, Report  # noqa: E402
+import tests.soak.environment  # noqa: F401 -- before vLLM
+from tests.soak.engines import Host, soak_in_process, soak_server
+from tests.soak.run import Plan, Report
 
 
 def main() -> int:
