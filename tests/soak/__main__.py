@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import tests.soak.environment  # noqa: F401 -- before vLLM
-from tests.soak.engines import Host, soak_in_process, soak_server
+from tests.soak.engines import Host, soak_in_process
 from tests.soak.run import Plan, Report
 
 
@@ -59,7 +59,10 @@ def main() -> int:
             time_limit=arguments.time_limit,
             exact=exact,
         )
-        soak = soak_in_process if arguments.in_process else soak_server
+        soak = soak_in_process
+        if not arguments.in_process:
+            # what it needs may be missing where there is no server
+            from tests.soak.server import soak_server as soak
         report = asyncio.run(soak(host, plan, lambda line: print(line, flush=True)))
     if arguments.report:
         report.save(arguments.report)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine of a soak: behind `vllm serve`, or in this process."""
+"""The engine of a soak, in this process; `tests.soak.server` has one behind HTTP."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from tests.serving.server import running_server
 from tests.soak.audit import AUDIT_FILE
-from tests.soak.clients import HttpClient, InProcessClient
+from tests.soak.in_process_client import InProcessClient
 from tests.soak.mix import Limits
 from tests.soak.run import Plan, Report, Soak
 from tests.soak.setups import (
-    MODEL_NAME,
-    as_flags,
     engine_arguments,
     limits_for,
     save_small_model,
@@ -29,6 +26,7 @@ from tests.soak.setups import (
 from tools.packaged_models import SMOLLM2, find_model
 
 ROOT = Path(__file__).parents[2]
+"""What an engine core must find this folder in."""
 
 
 @dataclass
@@ -82,36 +80,14 @@ class Host:
         )
 
 
-async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Report:
-    """Soak a server.
+async def soak_in_process(host: Host, plan: Plan, say: Callable[[str], None]) -> Report:
+    """Soak an engine without a server; see `Soak` for the rest.
 
     Args:
         host: Where and with what.
         plan: How much there is to do.
         say: Takes lines of progress.
     """
-    flags = [*as_flags(host.arguments()), "--served-model-name", MODEL_NAME]
-    log = host.folder / "log.txt"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(AUDIT_FILE, str(host.audit))
-        # for /reset_prefix_cache
-        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
-        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        with running_server(host.find_model(), flags, log) as server:
-            client = HttpClient(server.url)
-            soak = Soak(client, plan, host.limits(), host.audit, server.pid, say)
-            try:
-                report = await soak.run()
-                server.is_healthy()
-            finally:
-                await client.close()
-    if b"Traceback" in log.read_bytes():
-        report.fault(f"a traceback in the log:\n{log.read_text()[-4000:]}")
-    return report
-
-
-async def soak_in_process(host: Host, plan: Plan, say: Callable[[str], None]) -> Report:
-    """Soak an engine without a server; arguments as of `soak_server`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(AUDIT_FILE, str(host.audit))
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)

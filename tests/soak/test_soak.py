@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.engines import Host, soak_server
+from tests.soak.engines import Host
 from tests.soak.run import Plan
+from tests.soak.server import soak_server
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
