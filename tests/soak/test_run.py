@@ -15,7 +15,7 @@ import pytest
 
 from tests.soak import resources, verdicts
 from tests.soak.clients import Answer, Choice
-from tests.soak.mix import Limits, Planned, canaries, crowd
+from tests.soak.mix import Limits, Planned
 from tests.soak.resources import Sample
 from tests.soak.run import Plan, Report, Soak
 
@@ -147,33 +147,6 @@ def test_what_the_engine_says_is_told(tmp_path: Path) -> None:
     path = tmp_path / "audit.json"
     report = soak(Client(path), path)
     assert "in the engine: look 1: a block is lost" in report.faults
-
-
-def test_the_crowd_is_of_every_kind_and_the_same_each_time() -> None:
-    once, again = ([*crowd(5, 2000, 20, LIMITS)] for _ in range(2))
-    assert once == again
-    assert once != [*crowd(6, 2000, 20, LIMITS)]
-    traits = Counter(trait for planned in once for trait in planned.traits)
-    wanted = {
-        *("one token", "short", "middle", "long", "to the limit", "shared prefix"),
-        *("n", "logprobs", "prompt logprobs", "structured", "stop", "min_tokens"),
-        *("cut off", "aborted", "options", "bad options", "too long", "salt"),
-    }
-    assert wanted | {"canary"} == traits.keys()
-    assert all(traits[trait] >= 20 for trait in wanted)
-    assert [each.canary for each in once if each.canary is not None] == [*range(20)]
-    for planned in once:
-        most = len(planned.prompt) + planned.sampling["max_tokens"]
-        assert planned.is_refused or most <= LIMITS.max_model_len
-
-
-def test_canaries_hit_nothing_that_others_have_read() -> None:
-    alone = canaries(50, LIMITS, "alone")
-    crowded = canaries(50, LIMITS, "crowd")
-    assert [each.prompt for each in alone] == [each.prompt for each in crowded]
-    salts = {each.salt for each in alone + crowded} - {None}
-    assert len(salts) == sum(each.salt is not None for each in alone + crowded)
-    assert all(len(each.prompt) >= 300 for each in alone if each.salt is None)
 
 
 FLAT = Sample(1000, 50, 3)
