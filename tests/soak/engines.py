@@ -50,7 +50,7 @@ class Host:
     @property
     def seqs(self) -> int:
         """Most requests in a step."""
-        return self.max_num_seqs or (128 if current_platform.is_cuda() else 8)
+        return self.max_num_seqs or (128 if current_platform.is_cuda() else 16)
 
     @property
     def audit(self) -> Path:
@@ -75,8 +75,8 @@ class Host:
             cuda=current_platform.is_cuda(),
             dtype=self.dtype,
             max_num_seqs=self.seqs,
-            # a request alone may come to hold 64
-            num_blocks=self.num_blocks or max(72, 9 * self.seqs),
+            # a request alone may come to hold 64, and most want about ten
+            num_blocks=self.num_blocks or max(72, 4 * self.seqs),
         )
 
 

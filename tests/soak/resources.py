@@ -11,6 +11,8 @@ import psutil
 GROWTH = 0.05
 """By how much memory may grow after the first tenth; allocators keep some."""
 SLACK_MIB = 48
+WARM = 1000
+"""Requests until all buffers of an engine have seen their largest batches."""
 MORE_FILES = 8
 """Descriptors that may be open more: connections which are about to be closed."""
 
@@ -23,18 +25,21 @@ class Sample:
         mib: Resident memory that is theirs alone, in MiB.
         files: Open file descriptors.
         processes: How many there are.
+        sent: Requests until then.
     """
 
     mib: float
     files: int
     processes: int
+    sent: int
 
 
-def sample(root: int) -> Sample:
+def sample(root: int, sent: int) -> Sample:
     """Look at a process and all that it has started.
 
     Args:
         root: Process id.
+        sent: Requests so far.
     """
     mib, files, number = 0.0, 0, 0
     process = psutil.Process(root)
@@ -44,17 +49,24 @@ def sample(root: int) -> Sample:
             mib += (memory.rss - memory.shared) / 2**20
             files += each.num_fds()
             number += 1
-    return Sample(round(mib, 1), files, number)
+    return Sample(round(mib, 1), files, number, sent)
 
 
 def faults_of(samples: list[Sample]) -> list[str]:
-    """Return what has grown since the first of at least two samples, in words."""
+    """Return what has grown since the first sample, in words.
+
+    Memory is compared with the first sample behind `WARM` requests.
+    """
+    if len(samples) < 2:
+        return []
     first, *others = samples
     faults = []
-    # the least of the last two: one may have caught something in passing
-    last = min(others[-2:], key=lambda each: each.mib)
-    if last.mib > first.mib * (1 + GROWTH) + SLACK_MIB:
-        faults.append(f"memory grew from {first.mib:.0f} to {last.mib:.0f} MiB")
+    warm = [each for each in samples if each.sent >= WARM]
+    if len(warm) > 1:
+        # the least of the last two: one may have caught something in passing
+        last = min(warm[1:][-2:], key=lambda each: each.mib)
+        if last.mib > warm[0].mib * (1 + GROWTH) + SLACK_MIB:
+            faults.append(f"memory grew from {warm[0].mib:.0f} to {last.mib:.0f} MiB")
     files = min(each.files for each in others[-2:])
     if files > first.files + MORE_FILES:
         faults.append(f"open files grew from {first.files} to {files}")

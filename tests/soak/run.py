@@ -19,6 +19,8 @@ from tests.soak.resources import Sample
 
 NUM_PARTS = 10
 _MOST_FAULTS = 20
+_MANY = 200
+"""Requests of a part of which some must be preempted."""
 _REST = 60
 """Seconds in which an engine has to come to rest."""
 
@@ -165,22 +167,23 @@ class Soak:
             name = f"part {part + 1} of {NUM_PARTS}"
             await self._rest(name)
             report.seconds = time.monotonic() - started
-            report.samples.append(resources.sample(self._root))
+            report.samples.append(resources.sample(self._root, report.sent))
             now = report.audit["counts"].get("preemptions", 0)
             self._say(
                 f"{name}: {report.sent:,} requests in {report.seconds:.0f} s, "
                 f"{now - preempted} preemptions, {report.samples[-1]}, "
                 f"{report.num_faults} faults"
             )
+            if now == preempted and last - first >= _MANY:
+                report.fault(f"{name}: no request was preempted")
+            preempted = now
             if time.monotonic() > deadline:
                 self._say("the time is up")
                 break
-            if now == preempted:
-                report.fault(f"{name}: no request was preempted")
-            preempted = now
-        if len(report.samples) > 1:
-            for fault in resources.faults_of(report.samples):
-                report.fault(fault)
+        if not preempted:
+            report.fault("no request was preempted")
+        for fault in resources.faults_of(report.samples):
+            report.fault(fault)
         for fault in report.audit["faults"]:
             report.fault(f"in the engine: {fault}")
         return report

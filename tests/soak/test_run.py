@@ -149,22 +149,28 @@ def test_what_the_engine_says_is_told(tmp_path: Path) -> None:
     assert "in the engine: look 1: a block is lost" in report.faults
 
 
-FLAT = Sample(1000, 50, 3)
+def samples(*mib: int, files: int = 50, processes: int = 3) -> list[Sample]:
+    """Return a flat start, and what follows."""
+    first = Sample(1000, 50, 3, 1000)
+    return [first] + [Sample(each, files, processes, 2000) for each in mib]
 
 
 @pytest.mark.parametrize(
-    ("samples", "says"),
+    ("seen", "says"),
     [
-        ([FLAT] * 5, None),
+        (samples(1000, 1000, 1000), None),
+        (samples(), None),
         # one of the last two caught something in passing
-        ([FLAT, FLAT, Sample(2000, 90, 3), FLAT], None),
-        ([FLAT, FLAT, Sample(1200, 50, 3), Sample(1300, 50, 3)], "memory grew"),
-        ([FLAT, FLAT, Sample(1000, 60, 3), Sample(1000, 60, 3)], "open files grew"),
-        ([FLAT, Sample(1000, 50, 2)], "3 processes became 2"),
+        (samples(1000, 2000, 1000), None),
+        (samples(1000, 1200, 1300), "memory grew"),
+        (samples(1000, 1000, files=60), "open files grew"),
+        (samples(1000, processes=2), "3 processes became 2"),
+        # not warm yet
+        ([Sample(500, 50, 3, 100), *samples(1000, 1000)], None),
     ],
 )
-def test_growth_is_told(samples: list[Sample], says: str | None) -> None:
-    faults = resources.faults_of(samples)
+def test_growth_is_told(seen: list[Sample], says: str | None) -> None:
+    faults = resources.faults_of(seen)
     assert len(faults) == (says is not None)
     assert says is None or says in faults[0]
 

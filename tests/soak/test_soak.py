@@ -18,7 +18,7 @@ PLAN = Plan(
     num_requests=600,
     num_canaries=10,
     seed=0,
-    concurrency=24,
+    concurrency=48,
     # a busy machine does what it can: half is asked for below
     time_limit=240,
     exact=True,
