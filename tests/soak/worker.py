@@ -30,14 +30,18 @@ class PoisoningWorker(StockWorker):  # type: ignore[misc]
         """Fill what is nobody's, and run the step."""
         blocks = getattr(scheduler_output, POISON, ())
         if blocks:
-            if self._pages is None:
-                layers = get_layers_from_vllm_config(self.vllm_config, Attention)
-                self._pages = [
-                    page_view(layer.kv_cache).view(torch.int8)
-                    for layer in layers.values()
-                ]
-            index = torch.tensor(blocks, device=self._pages[0].device)
-            for pages in self._pages:
-                # all bits set is not a number in any dtype of a cache
-                pages[index] = -1
+            self._poison(blocks)
         return super().execute_model(scheduler_output)
+
+    # the caches may have been made in this mode
+    @torch.inference_mode()
+    def _poison(self, blocks: list[int]) -> None:
+        if self._pages is None:
+            layers = get_layers_from_vllm_config(self.vllm_config, Attention)
+            self._pages = [
+                page_view(layer.kv_cache).view(torch.int8) for layer in layers.values()
+            ]
+        index = torch.tensor(blocks, device=self._pages[0].device)
+        for pages in self._pages:
+            # all bits set is not a number in any dtype of a cache
+            pages[index] = -1
