@@ -36,9 +36,8 @@ async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Rep
             soak = Soak(client, plan, host.limits(), host.audit, server.pid, say)
             try:
                 report = await soak.run()
-                server.is_healthy()
+                if not server.is_healthy():
+                    report.fault("the server is not healthy in the end")
+                return report
             finally:
                 await client.close()
-    if b"Traceback" in log.read_bytes():
-        report.fault(f"a traceback in the log:\n{log.read_text()[-4000:]}")
-    return report

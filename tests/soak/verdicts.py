@@ -22,6 +22,8 @@ def faults_of(planned: Planned, answer: Answer) -> list[str]:
     """
     if answer.status == 0:
         return [] if planned.leaves else ["the client was left alone"]
+    if "Traceback" in answer.error:
+        return [f"the client gets a stack trace: {answer.error[:1000]}"]
     if planned.is_refused:
         if answer.status == 400:
             return []
