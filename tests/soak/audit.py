@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak.bounds import Bound, ServerOptions, bound_of
-from tests.soak.worker import POISON
 from vllm_roco.scheduler import RocoAsyncScheduler, RocoScheduler
 
 AUDIT_FILE = "ROCO_SOAK_AUDIT"
 """Environment variable with the path of the file."""
+
+POISON = "poison_blocks"
+"""Attribute of a `SchedulerOutput`: blocks to fill before the step."""
 
 _MOST_FAULTS = 20
 _LOOKS_BETWEEN_WRITES = 500

@@ -10,15 +10,13 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 
+from tests.soak.audit import POISON
 from vllm_roco.kv_cache.page import page_view
 
 if current_platform.is_cpu():
     from vllm.v1.worker.cpu_worker import CPUWorker as StockWorker
 else:
     from vllm.v1.worker.gpu_worker import Worker as StockWorker
-
-POISON = "poison_blocks"
-"""Attribute of a `SchedulerOutput`: blocks to fill before the step."""
 
 
 class PoisoningWorker(StockWorker):  # type: ignore[misc]
