@@ -37,11 +37,16 @@ from tools.packaged_models import (  # noqa: E402
     is_at_hand,
 )
 
-# a busy machine is too slow for both; `--hypothesis-profile=thorough` looks for more
+NIGHTLY_EXAMPLES = 200
+"""Of each property, and twice as many of each state machine."""
+
+# a busy machine is too slow for both; `nightly` and `thorough` look for more
+# with `--hypothesis-profile`
 patient: dict[str, Any] = dict(
     deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("steady", derandomize=True, **patient)
+settings.register_profile("nightly", max_examples=NIGHTLY_EXAMPLES, **patient)
 settings.register_profile("thorough", max_examples=2000, **patient)
 settings.load_profile("steady")
 

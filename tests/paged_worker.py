@@ -174,6 +174,14 @@ class PagedWorker:
         self.num_shared = 0
         self.num_copies = 0
 
+    def page(self, block_id: int) -> Page:
+        """Return what a page of the layers that evict holds."""
+        return self._pages[block_id]
+
+    def window_page(self, block_id: int) -> WindowPage:
+        """Return what a page of the layers with a window holds."""
+        return self._window_pages[block_id]
+
     def execute(self, output: SchedulerOutput) -> tuple[ModelRunnerOutput, Touched]:
         """Run a step and return its sampled tokens and the blocks that it touched."""
         for request_id in output.finished_req_ids:

@@ -8,7 +8,7 @@ import functools
 import tempfile
 import uuid
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ class Driver:
         outputs: Tokens of each request so far.
         num_steps: Calls of `schedule`.
         stats: What vLLM's counters have said of each processed step.
+        num_snapshot_looks: Snapshots that `check` has compared with what they were.
     """
 
     def __init__(self, setup: Setup, **changes: Any) -> None:
@@ -210,6 +211,9 @@ class Driver:
         self.finished: dict[str, EngineCoreOutput] = {}
         self.num_steps = 0
         self.stats: list[SchedulerStats] = []
+        self.num_snapshot_looks = 0
+        # what each snapshot's pages held when it was new
+        self._frozen: dict[bytes, list[object]] = {}
         self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput, Touched]] = (
             deque()
         )
@@ -364,7 +368,35 @@ class Driver:
         assert pool.get_num_free_blocks() + len(held) == pool.num_gpu_blocks - 1
         for block_id, num_rows in in_windows.items():
             assert pool.blocks[block_id].ref_cnt == num_rows
+        self._check_snapshots(held)
         self._check_in_flight()
+
+    def _check_snapshots(self, held: Set[int]) -> None:
+        """Assert that each block is of one snapshot at most, and that none changes."""
+        cache = self.scheduler.prefix_cache
+        if cache is None:
+            return
+        owners: dict[int, bytes] = {}
+        frozen = {}
+        for snapshot in cache.store._snapshots.values():
+            if not snapshot.is_whole:
+                continue
+            self.num_snapshot_looks += 1
+            name = bytes(snapshot.name)
+            copies = [block.block_id for block in snapshot.blocks]
+            for block_id in copies:
+                assert owners.setdefault(block_id, name) == name, "of two snapshots"
+                assert block_id not in held, "a snapshot's block is a request's"
+            pages: list[object] = [self.worker.page(block_id) for block_id in copies]
+            for in_window in snapshot.windows:
+                pages += [
+                    self.worker.window_page(block.block_id)
+                    for block in in_window
+                    if not block.is_null
+                ]
+            frozen[name] = self._frozen.get(name, pages)
+            assert frozen[name] == pages, "a snapshot was written over"
+        self._frozen = frozen
 
     def plan_of(self, request: Request) -> tuple[EvictionSchedule, int]:
         """Return how a request evicts and the most blocks that it may ever hold."""

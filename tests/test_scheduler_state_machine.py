@@ -9,7 +9,8 @@ nobody reads or overwrites another's block, and each request evicts as it does a
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections import Counter
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -17,11 +18,13 @@ from hypothesis import settings
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
+    invariant,
     precondition,
     rule,
     run_state_machine_as_test,
 )
 
+from tests.conftest import NIGHTLY_EXAMPLES
 from tests.scheduler_driver import BLOCK_SIZE, MAX_NUM_SEQS, Driver, Setup
 
 MAX_PROMPT = 150
@@ -34,6 +37,7 @@ STEMS = (
     [1] * MAX_PROMPT,
 )
 
+NIGHTLY_STEPS = 100_000
 
 # in blocks; None leaves an option to the server
 OPTIONS = st.none() | st.fixed_dictionaries(
@@ -54,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     caching = False
     has_options = False
     windows: tuple[int, ...] = ()
+    done: ClassVar[Counter[str]] = Counter()
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,6 +99,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 else None,
             )
         )
+
+    @invariant()
+    def count(self) -> None:
+        self.done["steps"] += self.driver is not None
 
     @rule(
         stem=st.sampled_from(STEMS),
@@ -184,6 +193,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.driver is None:
             return
         self.driver.drain(self.steps_to_finish())
+        worker = self.driver.worker
+        self.done.update(
+            {
+                "requests": len(self.lengths),
+                "scheduled steps": self.driver.num_steps,
+                "evictions": worker.num_evictions,
+                "hits": worker.num_hits,
+                "snapshots looked at": self.driver.num_snapshot_looks,
+            }
+        )
         for request_id, (_, max_tokens) in self.lengths.items():
             num_outputs = len(self.driver.outputs[request_id])
             if request_id in self.aborted:
@@ -299,25 +318,31 @@ class DeepAsyncWindowsMachine(DeepAsyncPrefixMachine):
     windows = (13,)
 
 
-@pytest.mark.parametrize(
-    "machine",
-    [
-        SchedulerMachine,
-        AsyncMachine,
-        DeepAsyncMachine,
-        PipelineMachine,
-        PrefixMachine,
-        AsyncPrefixMachine,
-        DeepAsyncPrefixMachine,
-        OptionsMachine,
-        AsyncOptionsPrefixMachine,
-        DeepAsyncOptionsPrefixMachine,
-        WindowsMachine,
-        AsyncOptionsWindowsMachine,
-        DeepAsyncWindowsMachine,
-    ],
-    ids=lambda machine: machine.__name__,
-)
+MACHINES = [
+    SchedulerMachine,
+    AsyncMachine,
+    DeepAsyncMachine,
+    PipelineMachine,
+    PrefixMachine,
+    AsyncPrefixMachine,
+    DeepAsyncPrefixMachine,
+    OptionsMachine,
+    AsyncOptionsPrefixMachine,
+    DeepAsyncOptionsPrefixMachine,
+    WindowsMachine,
+    AsyncOptionsWindowsMachine,
+    DeepAsyncWindowsMachine,
+]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
 def test_requests_in_any_order(machine: type[SchedulerMachine]) -> None:
+    """`-rP` prints how much was done; `--hypothesis-profile=nightly` does more."""
     more = settings(max_examples=2 * settings().max_examples, stateful_step_count=25)
+    machine.done.clear()
     run_state_machine_as_test(machine, settings=more)
+    print(dict(machine.done))
+    # 5,000 and 100,000 steps over all machines, each of several scheduled ones
+    is_nightly = settings().max_examples >= NIGHTLY_EXAMPLES
+    least = NIGHTLY_STEPS if is_nightly else NIGHTLY_STEPS // 20
+    assert machine.done["steps"] >= least // len(MACHINES)

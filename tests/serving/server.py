@@ -24,11 +24,13 @@ class Server:
     Attributes:
         url: Where it listens.
         log: The file that it writes to.
+        pid: Its first process, which has started all others.
     """
 
-    def __init__(self, url: str, log: Path) -> None:
+    def __init__(self, url: str, log: Path, pid: int) -> None:
         self.url = url
         self.log = log
+        self.pid = pid
 
     def is_healthy(self) -> bool:
         """Ask `/health`, which asks the engine."""
@@ -67,7 +69,7 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
 
     def answers() -> bool:
         if process.poll() is not None:

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a soak, in this process; `tests.soak.server` has one behind HTTP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from tests.soak.audit import AUDIT_FILE
+from tests.soak.in_process_client import InProcessClient
+from tests.soak.mix import Limits
+from tests.soak.run import Plan, Report, Soak
+from tests.soak.setups import (
+    engine_arguments,
+    limits_for,
+    save_small_model,
+)
+from tools.packaged_models import SMOLLM2, find_model
+
+ROOT = Path(__file__).parents[2]
+"""What an engine core must find this folder in."""
+
+
+@dataclass
+class Host:
+    """Where a soak runs, and with what.
+
+    Attributes:
+        folder: For files of the run.
+        model: A Hugging Face folder; None for a random one, or on a GPU for SmolLM2.
+        dtype: Of weights and cache.
+        max_num_seqs: Most requests in a step, None for what suits the platform.
+        num_blocks: Blocks of the cache, likewise.
+    """
+
+    folder: Path
+    model: Path | None = None
+    dtype: str = "float32"
+    max_num_seqs: int | None = None
+    num_blocks: int | None = None
+
+    @property
+    def seqs(self) -> int:
+        """Most requests in a step."""
+        return self.max_num_seqs or (128 if current_platform.is_cuda() else 16)
+
+    @property
+    def audit(self) -> Path:
+        """The file of `tests.soak.audit`."""
+        return self.folder / "audit.json"
+
+    def find_model(self) -> Path:
+        """Return the model's folder, and make it if need be."""
+        if self.model is None:
+            self.model = find_model(SMOLLM2)
+            if not current_platform.is_cuda():
+                self.model = save_small_model(self.model, self.folder / "model")
+        return self.model
+
+    def limits(self) -> Limits:
+        """Return what requests must fit."""
+        return limits_for(AutoConfig.from_pretrained(self.find_model()).vocab_size)
+
+    def arguments(self) -> dict[str, object]:
+        """Return the engine's arguments, without the model."""
+        return engine_arguments(
+            cuda=current_platform.is_cuda(),
+            dtype=self.dtype,
+            max_num_seqs=self.seqs,
+            # a request alone may come to hold 64, and most want about ten
+            num_blocks=self.num_blocks or max(72, 4 * self.seqs),
+        )
+
+
+async def soak_in_process(host: Host, plan: Plan, say: Callable[[str], None]) -> Report:
+    """Soak an engine without a server; see `Soak` for the rest.
+
+    Args:
+        host: Where and with what.
+        plan: How much there is to do.
+        say: Takes lines of progress.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(AUDIT_FILE, str(host.audit))
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        engine_args = AsyncEngineArgs(model=str(host.find_model()), **host.arguments())
+        engine = AsyncLLM.from_engine_args(engine_args)
+        try:
+            soak = Soak(
+                *(InProcessClient(engine), plan, host.limits()),
+                *(host.audit, os.getpid(), say),
+            )
+            return await soak.run()
+        finally:
+            engine.shutdown()

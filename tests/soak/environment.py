@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM reads when it is imported; to be imported before it."""
+
+from __future__ import annotations
+
+import os
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}.items():
+    os.environ.setdefault(name, value)

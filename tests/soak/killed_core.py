@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kills the engine core of a server in the middle of its answers, and starts another.
+
+python -m tests.soak.killed_core --times 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+import tests.soak.environment  # noqa: F401 -- before vLLM
+from tests.serving.server import Server, running_server
+from tests.soak.engines import Host
+from tests.soak.setups import MODEL_NAME, as_flags
+
+NUM_CLIENTS = 16
+PATIENCE = 60
+"""Seconds in which each client must have heard that its answer will not come."""
+
+
+def flags(host: Host, trace: Path) -> list[str]:
+    """Return the arguments of a server that writes a trace."""
+    arguments = host.arguments()
+    for name in ("scheduler_cls", "worker_cls"):
+        del arguments[name]
+    roco: Any = arguments["additional_config"]
+    arguments["additional_config"] = {"roco": roco["roco"] | {"trace": str(trace)}}
+    return [*as_flags(arguments), "--served-model-name", MODEL_NAME]
+
+
+def engine_core(server: Server) -> psutil.Process:
+    """Return the process in which a server's engine core lives."""
+    (core,) = (
+        process
+        for process in psutil.Process(server.pid).children(recursive=True)
+        if "EngineCore" in " ".join(process.cmdline())
+    )
+    return core
+
+
+async def ask(client: httpx.AsyncClient, url: str, number: int) -> str:
+    """Ask for a long answer; return `complete`, or how that failed."""
+    body = {
+        "model": MODEL_NAME,
+        "prompt": [1000 + number] * 200,
+        "max_tokens": 400,
+        "ignore_eos": True,
+        "stream": number % 2 == 0,
+    }
+    try:
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            text = (await answer.aread()).decode()
+    except httpx.TransportError as error:
+        return type(error).__name__
+    if answer.status_code != 200:
+        return f"status {answer.status_code}"
+    is_whole = "[DONE]" in text if body["stream"] else "choices" in text
+    return "complete" if is_whole and '"error"' not in text else "error in the stream"
+
+
+async def kill_in_mid_answer(server: Server, delay: float) -> Counter[str]:
+    """Kill an engine core that is busy; return what its clients heard.
+
+    Args:
+        server: A running one.
+        delay: Seconds that it is busy before.
+
+    Raises:
+        TimeoutError: A client hears nothing.
+    """
+    core = engine_core(server)
+    async with httpx.AsyncClient(timeout=None) as client:
+        asking = [
+            asyncio.create_task(ask(client, server.url, number))
+            for number in range(NUM_CLIENTS)
+        ]
+        await asyncio.sleep(delay)
+        core.send_signal(signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE):
+            return Counter(await asyncio.gather(*asking))
+
+
+def run(host: Host, delays: list[float], folder: Path) -> list[str]:
+    """Kill the cores of servers, one after the other; return what was wrong.
+
+    Args:
+        host: Where and with what.
+        delays: Seconds after which each is killed.
+        folder: For temporary files of the servers, an empty one.
+    """
+    faults: list[str] = []
+    trace, model = host.folder / "trace.jsonl", host.find_model()
+    num_files = []
+    for number, delay in enumerate([*delays, None]):
+        with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+            patch.setenv("TMPDIR", str(folder))
+            log = host.folder / f"log-{number}.txt"
+            server = stack.enter_context(running_server(model, flags(host, trace), log))
+            # as the server before has left its own
+            num_files.append(len([*folder.glob(f"vllm_roco-{os.getuid()}/*")]))
+            freed = server.metrics()["vllm:roco_freed_blocks_total"]
+            if freed:
+                faults.append(f"server {number} begins with {freed} freed blocks")
+            if trace.read_text():
+                faults.append(f"server {number} begins with a trace")
+            if delay is None:
+                continue
+            try:
+                heard = asyncio.run(kill_in_mid_answer(server, delay))
+            except TimeoutError:
+                faults.append(f"killed after {delay:.2f} s: a client heard nothing")
+                continue
+            print(f"killed after {delay:.2f} s: {dict(heard)}", flush=True)
+            if heard["complete"] == NUM_CLIENTS:
+                faults.append(f"killed after {delay:.2f} s: nobody was answered")
+            for line in trace.read_text().splitlines():
+                json.loads(line)
+    if not num_files[0] or len(set(num_files)) > 1:
+        faults.append(f"files of numbers at each start: {num_files}")
+    return faults
+
+
+def main() -> int:
+    """Kill as often as the command line says; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak.killed_core",
+        description=__doc__.partition("\n")[0],
+    )
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    draw = random.Random(arguments.seed)
+    delays = [draw.uniform(0, 8) for _ in range(arguments.times)]
+    with tempfile.TemporaryDirectory(prefix="k-") as folder:
+        inner = Path(folder, "tmp")
+        inner.mkdir()
+        faults = run(Host(folder=Path(folder)), delays, inner)
+    for fault in faults:
+        print(f"FAULT {fault}")
+    print(f"{len(delays)} engine cores killed, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults that are put in on purpose, and the tests that must find them.
+
+    python -m tests.soak.mutants                # all of them
+    python -m tests.soak.mutants salt bound     # those whose names contain a word
+
+Each is one change in a copy of the package. First the tests run without any change;
+then with each, and one that they do not notice has survived: a hole in the tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TIME_LIMIT = 600
+"""Seconds for the tests of a mutant; one that never ends is killed by that."""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        name: What it does.
+        file: Where, below `vllm_roco/`.
+        old: What stands there once.
+        new: What stands there instead.
+        tests: Arguments of pytest.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTANTS = (
+    Mutant(
+        "an evicted block is not freed",
+        "kv_cache/manager.py",
+        "self.block_pool.free_blocks(freed)",
+        "self.block_pool.free_blocks(freed[:-1])",
+        ("tests/kv_cache/test_manager.py",),
+    ),
+    Mutant(
+        "a block is freed while a step may read it",
+        "kv_cache/manager.py",
+        "evicted = schedule.evicted_blocks(processed_computed_tokens)\n        due",
+        "evicted = schedule.evicted_blocks(\n"
+        "            processed_computed_tokens + 2 * self.block_size\n"
+        "        )\n        due",
+        ("tests/kv_cache/test_manager.py",),
+    ),
+    Mutant(
+        "a snapshot is not released",
+        "kv_cache/snapshots.py",
+        "self._pool.touch(live_blocks)\n",
+        "self._pool.touch([*live_blocks, *copies])\n",
+        ("tests/kv_cache/test_snapshots.py", "tests/test_prefix_scheduler.py"),
+    ),
+    Mutant(
+        "a snapshot that lost a block is still used",
+        "kv_cache/snapshots.py",
+        "all(block.block_hash == name for block in self.blocks)",
+        "any(block.block_hash == name for block in self.blocks)",
+        ("tests/kv_cache/test_snapshots.py",),
+    ),
+    Mutant(
+        "a statistic is not cleared",
+        "attention/cpu/impl.py",
+        "statistics[new] = 0",
+        "statistics[new] *= 0.5",
+        ("tests/attention/cpu/test_impl.py",),
+    ),
+    Mutant(
+        "a bound is a block too high",
+        "eviction_schedule.py",
+        "self.budget_blocks + self.stride_blocks + in_flight + 1",
+        "self.budget_blocks + self.stride_blocks + in_flight + 2",
+        ("tests/test_eviction_schedule.py", "tests/kv_cache/test_spec.py"),
+    ),
+    Mutant(
+        "a block more than the bound is held",
+        "eviction_schedule.py",
+        "over = evicting // self.block_size - self.budget_blocks\n",
+        "over = evicting // self.block_size - self.budget_blocks - 1\n",
+        ("tests/test_eviction_schedule.py",),
+    ),
+    Mutant(
+        "a 400 is a 500",
+        "front_end.py",
+        "raise VLLMValidationError(\n            str(error), parameter=error.parameter,"
+        " value=error.value\n        )",
+        "raise RuntimeError(str(error))",
+        ("tests/test_front_end.py",),
+    ),
+    Mutant(
+        "the victims' order is reversed",
+        "policy.py",
+        "values[blocks].argsort(stable=True)[:count]",
+        "values[blocks].argsort(stable=True, descending=True)[:count]",
+        ("tests/test_policy.py",),
+    ),
+    Mutant(
+        "the end of a chunk is off by one",
+        "chunking.py",
+        "(num_computed_tokens // chunk + 1) * chunk)",
+        "(num_computed_tokens // chunk + 1) * chunk - 1)",
+        ("tests/test_chunking.py",),
+    ),
+    Mutant(
+        "a prefix is hit that was read with other options",
+        "request_plans.py",
+        "return _INTEGERS.pack(*row)",
+        'return b""',
+        ("tests/test_request_plans.py",),
+    ),
+    Mutant(
+        "cache_salt is ignored",
+        "kv_cache/prefix_cache.py",
+        "hashes = request.block_hashes\n        return [",
+        "hashes = [\n"
+        "            BlockHash(repr([*request.all_token_ids[: end * size]]).encode())\n"
+        "            for end in range(1, len(request.block_hashes) + 1)\n"
+        "        ]\n        return [",
+        ("tests/test_prefix_scheduler.py",),
+    ),
+    Mutant(
+        "a request has its neighbour's row",
+        "attention/request_rows.py",
+        "self._table[place] = ",
+        "self._table[place - 1] = ",
+        ("tests/attention/test_request_rows.py",),
+    ),
+    Mutant(
+        "the plan of a request outlives it",
+        "planning_scheduler.py",
+        "self.request_plans.drop(request.request_id)",
+        "pass",
+        ("tests/test_request_plans.py",),
+    ),
+    Mutant(
+        "what nobody wrote is attended to",
+        "attention/cpu/impl.py",
+        "states.masked_fill_(behind[:, None, :, None], 0)",
+        "behind[:, None, :, None]",
+        ("tests/attention/cpu/test_impl.py",),
+    ),
+)
+
+
+def copy_of_the_package(folder: Path) -> Path:
+    """Copy what tests need into a folder; return it."""
+    for name in ("vllm_roco", "tests", "tools", "benchmarks", "docs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def apply(mutant: Mutant, folder: Path) -> None:
+    """Put a fault into a copy.
+
+    Raises:
+        ValueError: What is to be replaced does not stand there exactly once.
+    """
+    path = folder / "vllm_roco" / mutant.file
+    text = path.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        raise ValueError(
+            f"{mutant.name}: {mutant.old!r} stands {text.count(mutant.old)} times in "
+            f"{mutant.file}"
+        )
+    path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+
+
+def run(tests: tuple[str, ...], folder: Path) -> tuple[bool, str]:
+    """Run tests in a copy; return whether they pass, and what pytest said last."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0"]
+    command += ["-p", "no:randomly", "-p", "no:cacheprovider", "--tb=no"]
+    environment = {
+        name: os.environ[name] for name in os.environ if "PYTEST" not in name
+    }
+    environment["PYTHONPATH"] = str(folder)
+    try:
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIME_LIMIT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {TIME_LIMIT} s"
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"pytest could not run:\n{done.stdout[-4000:]}")
+    lines = done.stdout.strip().splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    return done.returncode == 0, (failed or lines)[-1]
+
+
+def main(words: list[str]) -> int:
+    """Run the mutants whose names contain one of the words, or all."""
+    chosen = [
+        mutant
+        for mutant in MUTANTS
+        if not words or any(word in mutant.name for word in words)
+    ]
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        folder = copy_of_the_package(Path(temporary))
+        tests = tuple(sorted({test for mutant in chosen for test in mutant.tests}))
+        passes, said = run(tests, folder)
+        print(f"without a fault: {said}", flush=True)
+        if not passes:
+            return 2
+        for mutant in chosen:
+            path = folder / "vllm_roco" / mutant.file
+            text = path.read_text(encoding="utf-8")
+            apply(mutant, folder)
+            started = time.monotonic()
+            passes, said = run(mutant.tests, folder)
+            path.write_text(text, encoding="utf-8")
+            verdict = "SURVIVED" if passes else "killed"
+            seconds = time.monotonic() - started
+            print(f"{verdict:8}  {mutant.name} ({seconds:.0f} s): {said}", flush=True)
+            survivors += [mutant.name] * passes
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of a soak, behind `vllm serve`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+
+from tests.serving.server import running_server
+from tests.soak.audit import AUDIT_FILE
+from tests.soak.engines import ROOT, Host
+from tests.soak.http_client import HttpClient
+from tests.soak.run import Plan, Report, Soak
+from tests.soak.setups import MODEL_NAME, as_flags
+
+
+async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Report:
+    """Soak a server.
+
+    Args:
+        host: Where and with what.
+        plan: How much there is to do.
+        say: Takes lines of progress.
+    """
+    flags = [*as_flags(host.arguments()), "--served-model-name", MODEL_NAME]
+    log = host.folder / "log.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(AUDIT_FILE, str(host.audit))
+        # for /reset_prefix_cache
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        with running_server(host.find_model(), flags, log) as server:
+            client = HttpClient(server.url)
+            soak = Soak(client, plan, host.limits(), host.audit, server.pid, say)
+            try:
+                report = await soak.run()
+                if not server.is_healthy():
+                    report.fault("the server is not healthy in the end")
+                return report
+            finally:
+                await client.close()

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model and which engine arguments a soak has, on either platform."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from tests.soak.mix import Limits
+
+ROCO = {"budget": 128, "stride": 32, "chunk": 64, "sink": 16, "recent": 32}
+LIMITS = {"max_budget": 512, "allow_full": True}
+MAX_MODEL_LEN = 1024
+MODEL_NAME = "soaked"
+
+
+def save_small_model(tokenizer_of: Path, folder: Path) -> Path:
+    """Write a random float32 model that has another one's tokenizer.
+
+    Args:
+        tokenizer_of: A Hugging Face folder.
+        folder: Where to.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=AutoConfig.from_pretrained(tokenizer_of).vocab_size,
+        hidden_size=128,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        # attention is sharp and the text varied
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    for file in tokenizer_of.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def engine_arguments(
+    *, cuda: bool, dtype: str, max_num_seqs: int, num_blocks: int
+) -> dict[str, Any]:
+    """Return arguments of vLLM's `EngineArgs`, without the model.
+
+    Args:
+        cuda: Whether they are for a GPU: with graphs, and asynchronous.
+        dtype: Of weights and cache.
+        max_num_seqs: Most requests in a step.
+        num_blocks: Blocks of the cache, fewer than these requests want.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": dtype,
+        "attention_backend": "roco",
+        "additional_config": {"roco": ROCO | LIMITS},
+        "block_size": 16,
+        "max_model_len": MAX_MODEL_LEN,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": max_num_seqs + (1024 if cuda else 256),
+        "num_gpu_blocks_override": num_blocks,
+        # requests are let in on what is free at the moment, and preempt each other
+        "scheduler_reserve_full_isl": False,
+        "worker_cls": "tests.soak.worker.PoisoningWorker",
+    }
+    if cuda:
+        return arguments | {
+            "scheduler_cls": "tests.soak.audit.AuditedAsyncScheduler",
+            "async_scheduling": True,
+            "gpu_memory_utilization": 0.3,
+            "enforce_eager": False,
+            # without torch.compile, which takes longer than most of the rest
+            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
+        }
+    return arguments | {
+        "scheduler_cls": "tests.soak.audit.AuditedScheduler",
+        "enforce_eager": True,
+    }
+
+
+def as_flags(arguments: dict[str, Any]) -> list[str]:
+    """Return engine arguments as the command line has them."""
+    flags = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            flags += [f"--{flag}", text]
+    return flags
+
+
+def limits_for(vocabulary: int, *, structured: bool = True) -> Limits:
+    """Return what requests must fit."""
+    return Limits(
+        max_model_len=MAX_MODEL_LEN,
+        vocabulary=vocabulary,
+        # mode `generation` keeps it with its budget on top, in whole blocks
+        longest_kept_prompt=LIMITS["max_budget"] - ROCO["budget"] - 16,
+        structured=structured,
+    )
