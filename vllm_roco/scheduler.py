@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+# looked up once: an enum's members are looked up slowly
+_RUNNING = RequestStatus.RUNNING
+
 
 class RocoSchedulerMixin(PrefixScheduler):
     """What RoCo adds to a vLLM scheduler; put it before the scheduler class.
@@ -72,7 +75,11 @@ class RocoSchedulerMixin(PrefixScheduler):
         on all of them.
         """
         # what is asked of every decode comes first, and is little
-        if self._is_held_back and request.status != RequestStatus.RUNNING:
+        is_running = request.status == _RUNNING
+        if is_running:
+            if not request.is_prefill_chunk:
+                return num_new_tokens
+        elif self._is_held_back:
             return self._refuse_memory(request, num_new_tokens)
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + 1 >= known:
@@ -96,7 +103,7 @@ class RocoSchedulerMixin(PrefixScheduler):
             return allowed
         if allowed >= least - num_computed_tokens:
             return max(0, allowed)
-        if request.status == RequestStatus.RUNNING:
+        if is_running:
             # others leave room for the chunk of the server's default, no larger one
             self._is_held_back |= plan.chunk > self.request_plans.default.chunk
             return 0
