@@ -47,6 +47,8 @@ class RocoSchedulerMixin(PrefixScheduler):
         super().__init__(*args, **kwargs)
         # a running prompt waits for tokens that others left too few of
         self._is_held_back = False
+        # of the step that is being scheduled
+        self._num_prompt_tokens = 0
         self._observer = Observer(
             self.vllm_config, self.roco_config.budget, self.roco_config.trace
         )
@@ -65,7 +67,11 @@ class RocoSchedulerMixin(PrefixScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a prefill step where it may end, or wait for room to get there.
+        """End a prefill step where it may end, or wait: for room, or for others.
+
+        Prompts that are read in chunks take turns in the order in which they run. Once
+        the step's prompts fill the GPU, another chunk would only make it longer for
+        those ahead. Who is read to the end in it may always join.
 
         Both scheduling loops of vLLM ask here how many of the `num_new_tokens` that
         they could schedule they may. On 0 the loop of running requests goes on to the
@@ -96,13 +102,18 @@ class RocoSchedulerMixin(PrefixScheduler):
             plan.chunk,
             plan.schedule,
         )
+        if (
+            most < request.num_tokens
+            and self._num_prompt_tokens >= self.roco_config.prefill_tokens
+        ):
+            return 0 if is_running else self._refuse_memory(request, num_new_tokens)
         most = self._end_of_step(request, num_computed_tokens, most)
         allowed = min(num_new_tokens, most - num_computed_tokens)
-        if request.has_encoder_inputs:
-            # an input item may end a chunk early for good; waiting would be for ever
+        # an input item may end a chunk early for good; waiting would be for ever
+        if request.has_encoder_inputs or allowed >= least - num_computed_tokens:
+            allowed = max(0, allowed)
+            self._num_prompt_tokens += allowed
             return allowed
-        if allowed >= least - num_computed_tokens:
-            return max(0, allowed)
         if is_running:
             # others leave room for the chunk of the server's default, no larger one
             self._is_held_back |= plan.chunk > self.request_plans.default.chunk
@@ -118,6 +129,7 @@ class RocoSchedulerMixin(PrefixScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
         self._is_held_back = False
+        self._num_prompt_tokens = 0
         output = super().schedule(*args, **kwargs)
         self._publish()
         self._publish_prefixes()

@@ -74,7 +74,7 @@ LONG_PROMPT = 1 << 19
 """Of the first two that wait: more than there is to read in all steps."""
 DECODE_STEPS = 150
 """More than a stride."""
-ROUNDS = 5
+ROUNDS = 2
 """Schedulers of each side, whose steps take turns: a drift meets both alike."""
 TABLE = Table(
     "scheduler",
