@@ -75,7 +75,7 @@ class RocoConfig:
     budget: int = 2048
     stride: int = _FROM_BUDGET
     chunk: int = _FROM_BUDGET
-    prefill_tokens: int = 2048
+    prefill_tokens: int = 4096
     sink: int = 16
     recent: int = 32
     max_budget: int = _FROM_BUDGET

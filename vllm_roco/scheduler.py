@@ -28,7 +28,15 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
+    from vllm_roco.request_plans import ResolvedPlan
+
 logger = init_logger(f"vllm.{__name__}")
+
+MAX_PASSED_OVER = 64
+"""Requests that a step passes over until it is their turn to be read.
+
+vLLM takes each out of its queue and puts it back.
+"""
 
 # looked up once: an enum's members are looked up slowly
 _RUNNING = RequestStatus.RUNNING
@@ -49,6 +57,7 @@ class RocoSchedulerMixin(PrefixScheduler):
         self._is_held_back = False
         # of the step that is being scheduled
         self._num_prompt_tokens = 0
+        self._passed_over: list[Request] = []
         self._observer = Observer(
             self.vllm_config, self.roco_config.budget, self.roco_config.trace
         )
@@ -95,17 +104,8 @@ class RocoSchedulerMixin(PrefixScheduler):
             request, num_computed_tokens, num_new_tokens
         )
         plan = self.request_plans.of(request.request_id)
-        least, most = next_step_ends(
-            num_computed_tokens,
-            request.num_prompt_tokens,
-            request.num_tokens,
-            plan.chunk,
-            plan.schedule,
-        )
-        if (
-            most < request.num_tokens
-            and self._num_prompt_tokens >= self.roco_config.prefill_tokens
-        ):
+        least, most = _step_ends(request, num_computed_tokens, plan)
+        if self._is_filled and most < request.num_tokens:
             return 0 if is_running else self._refuse_memory(request, num_new_tokens)
         most = self._end_of_step(request, num_computed_tokens, most)
         allowed = min(num_new_tokens, most - num_computed_tokens)
@@ -120,6 +120,35 @@ class RocoSchedulerMixin(PrefixScheduler):
             return 0
         return self._refuse_memory(request, num_new_tokens)
 
+    @property
+    def _is_filled(self) -> bool:
+        """Whether the step has all the prompt tokens that it needs."""
+        return self._num_prompt_tokens >= self.roco_config.prefill_tokens
+
+    @override
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Return whether a request may be let in: not before its turn to be read.
+
+        Those behind it that are read to their end in this step go ahead.
+        """
+        if (
+            self._is_filled
+            and len(self._passed_over) < MAX_PASSED_OVER
+            and self._is_read_in_turns(request)
+        ):
+            self._passed_over.append(request)
+            return False
+        return super()._handle_blocked_waiting_request(request)
+
+    def _is_read_in_turns(self, request: Request) -> bool:
+        """Return whether a waiting request has more to read than a step's share."""
+        start = request.num_computed_tokens
+        if not start and self.prefix_cache is not None:
+            start = self.prefix_cache.last_snapshot(request)
+        plan = self.request_plans.of(request.request_id)
+        _, most = _step_ends(request, start, plan)
+        return most < request.num_tokens
+
     def _refuse_memory(self, request: Request, num_new_tokens: int) -> int:
         for manager in self.roco_managers:
             manager.refuse(request.request_id)
@@ -131,6 +160,11 @@ class RocoSchedulerMixin(PrefixScheduler):
         self._is_held_back = False
         self._num_prompt_tokens = 0
         output = super().schedule(*args, **kwargs)
+        if self._passed_over:
+            # they wait for capacity, not for something that is yet to come
+            self.deferred_waiting.difference_update(self._passed_over)
+            self.prefill_capacity_bound = True
+            self._passed_over.clear()
         self._publish()
         self._publish_prefixes()
         self._observer.record(self.current_step, self._traced(output))
@@ -189,6 +223,18 @@ class RocoScheduler(RocoSchedulerMixin):
 
 class RocoAsyncScheduler(RocoSchedulerMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler with RoCo's chunks."""
+
+
+def _step_ends(
+    request: Request, num_computed_tokens: int, plan: ResolvedPlan
+) -> tuple[int, int]:
+    return next_step_ends(
+        num_computed_tokens,
+        request.num_prompt_tokens,
+        request.num_tokens,
+        plan.chunk,
+        plan.schedule,
+    )
 
 
 def _begun_in(output: SchedulerOutput) -> dict[str, int]:
