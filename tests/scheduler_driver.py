@@ -84,7 +84,8 @@ class Setup:
         max_budget: Option of RoCo, at least `budget`; likewise allow_full.
         allow_full: See `max_budget`.
         windows: Tokens in the window of each further group of layers.
-        mode: Option of RoCo.
+        mode: Option of RoCo; likewise prefill_tokens.
+        prefill_tokens: See `mode`.
     """
 
     budget: int = 16
@@ -100,6 +101,7 @@ class Setup:
     allow_full: bool = False
     windows: tuple[int, ...] = ()
     mode: str = "both"
+    prefill_tokens: int = RocoConfig().prefill_tokens
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -113,6 +115,7 @@ class Setup:
             allow_full=self.allow_full,
             max_budget=self.max_budget or self.budget,
             mode=self.mode,
+            prefill_tokens=self.prefill_tokens,
         )
 
     def spec(self) -> RocoSpec:

@@ -76,9 +76,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_tokens=st.integers(0, 40),
         # none at all, too few for two sequences, enough for every sequence
         spare_blocks=st.sampled_from([0, 1, 3, 8, 12, 100]),
+        # one prompt after another, a few, or as many as a step has room for
+        prefill_tokens=st.sampled_from([1, 2 * BLOCK_SIZE, MAX_PROMPT]),
     )
     def start(
-        self, shape: tuple[int, int, int], spare_tokens: int, spare_blocks: int
+        self,
+        shape: tuple[int, int, int],
+        spare_tokens: int,
+        spare_blocks: int,
+        prefill_tokens: int,
     ) -> None:
         budget, stride, chunk = (blocks * BLOCK_SIZE for blocks in shape)
         self.driver = Driver(
@@ -91,6 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 asynchronous=self.asynchronous,
                 max_steps_in_flight=self.max_steps_in_flight,
                 spare_blocks=spare_blocks,
+                prefill_tokens=prefill_tokens,
                 caching=self.caching,
                 windows=self.windows,
                 allow_full=self.has_options,

@@ -51,6 +51,9 @@ class RocoConfig:
         chunk: Prompt tokens read per step once something is evicted, and the least
             before; a multiple of the block size. None: 1024, or the budget where that
             is less.
+        prefill_tokens: Prompt tokens of a step that are enough to fill the GPU: a step
+            that has so many goes on with no further prompt that would not be read to
+            its end in it.
         sink: First tokens of a sequence that are never evicted.
         recent: Newest tokens of a sequence that are never evicted.
         max_budget: Most tokens that a request's own budget may keep, the prompt
@@ -72,6 +75,7 @@ class RocoConfig:
     budget: int = 2048
     stride: int = _FROM_BUDGET
     chunk: int = _FROM_BUDGET
+    prefill_tokens: int = 4096
     sink: int = 16
     recent: int = 32
     max_budget: int = _FROM_BUDGET
@@ -240,7 +244,7 @@ def blocks_of(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-_LEAST = {"stride": 1, "chunk": 1, "sink": 0, "recent": 0}
+_LEAST = {"stride": 1, "chunk": 1, "prefill_tokens": 1, "sink": 0, "recent": 0}
 
 
 def _bad(key: str, value: object, allowed: str) -> ValueError:

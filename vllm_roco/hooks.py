@@ -45,6 +45,7 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
         "max_admission_blocks_per_request",
         "supports_fine_grained_hash_lookup",
     ),
+    "vllm.v1.core.sched.scheduler.Scheduler": ("prefill_capacity_bound",),
     # wrapped, and what that reads: see `attention.request_rows`
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner": (
         "_dummy_run",

@@ -28,7 +28,18 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
+    from vllm_roco.request_plans import ResolvedPlan
+
 logger = init_logger(f"vllm.{__name__}")
+
+MAX_PASSED_OVER = 64
+"""Requests that a step passes over until it is their turn to be read.
+
+vLLM takes each out of its queue and puts it back.
+"""
+
+# looked up once: an enum's members are looked up slowly
+_RUNNING = RequestStatus.RUNNING
 
 
 class RocoSchedulerMixin(PrefixScheduler):
@@ -44,6 +55,9 @@ class RocoSchedulerMixin(PrefixScheduler):
         super().__init__(*args, **kwargs)
         # a running prompt waits for tokens that others left too few of
         self._is_held_back = False
+        # of the step that is being scheduled
+        self._num_prompt_tokens = 0
+        self._passed_over: list[Request] = []
         self._observer = Observer(
             self.vllm_config, self.roco_config.budget, self.roco_config.trace
         )
@@ -62,7 +76,11 @@ class RocoSchedulerMixin(PrefixScheduler):
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
-        """End a prefill step where it may end, or wait for room to get there.
+        """End a prefill step where it may end, or wait: for room, or for others.
+
+        Prompts that are read in chunks take turns in the order in which they run. Once
+        the step's prompts fill the GPU, another chunk would only make it longer for
+        those ahead. Who is read to the end in it may always join.
 
         Both scheduling loops of vLLM ask here how many of the `num_new_tokens` that
         they could schedule they may. On 0 the loop of running requests goes on to the
@@ -72,7 +90,11 @@ class RocoSchedulerMixin(PrefixScheduler):
         on all of them.
         """
         # what is asked of every decode comes first, and is little
-        if self._is_held_back and request.status != RequestStatus.RUNNING:
+        is_running = request.status == _RUNNING
+        if is_running:
+            if not request.is_prefill_chunk:
+                return num_new_tokens
+        elif self._is_held_back:
             return self._refuse_memory(request, num_new_tokens)
         known = request.num_tokens + request.num_output_placeholders
         if num_computed_tokens + 1 >= known:
@@ -82,25 +104,50 @@ class RocoSchedulerMixin(PrefixScheduler):
             request, num_computed_tokens, num_new_tokens
         )
         plan = self.request_plans.of(request.request_id)
-        least, most = next_step_ends(
-            num_computed_tokens,
-            request.num_prompt_tokens,
-            request.num_tokens,
-            plan.chunk,
-            plan.schedule,
-        )
+        least, most = _step_ends(request, num_computed_tokens, plan)
+        if self._is_filled and most < request.num_tokens:
+            return 0 if is_running else self._refuse_memory(request, num_new_tokens)
         most = self._end_of_step(request, num_computed_tokens, most)
         allowed = min(num_new_tokens, most - num_computed_tokens)
-        if request.has_encoder_inputs:
-            # an input item may end a chunk early for good; waiting would be for ever
+        # an input item may end a chunk early for good; waiting would be for ever
+        if request.has_encoder_inputs or allowed >= least - num_computed_tokens:
+            allowed = max(0, allowed)
+            self._num_prompt_tokens += allowed
             return allowed
-        if allowed >= least - num_computed_tokens:
-            return max(0, allowed)
-        if request.status == RequestStatus.RUNNING:
+        if is_running:
             # others leave room for the chunk of the server's default, no larger one
             self._is_held_back |= plan.chunk > self.request_plans.default.chunk
             return 0
         return self._refuse_memory(request, num_new_tokens)
+
+    @property
+    def _is_filled(self) -> bool:
+        """Whether the step has all the prompt tokens that it needs."""
+        return self._num_prompt_tokens >= self.roco_config.prefill_tokens
+
+    @override
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Return whether a request may be let in: not before its turn to be read.
+
+        Those behind it that are read to their end in this step go ahead.
+        """
+        if (
+            self._is_filled
+            and len(self._passed_over) < MAX_PASSED_OVER
+            and self._is_read_in_turns(request)
+        ):
+            self._passed_over.append(request)
+            return False
+        return super()._handle_blocked_waiting_request(request)
+
+    def _is_read_in_turns(self, request: Request) -> bool:
+        """Return whether a waiting request has more to read than a step's share."""
+        start = request.num_computed_tokens
+        if not start and self.prefix_cache is not None:
+            start = self.prefix_cache.last_snapshot(request)
+        plan = self.request_plans.of(request.request_id)
+        _, most = _step_ends(request, start, plan)
+        return most < request.num_tokens
 
     def _refuse_memory(self, request: Request, num_new_tokens: int) -> int:
         for manager in self.roco_managers:
@@ -111,7 +158,13 @@ class RocoSchedulerMixin(PrefixScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, and show what is held."""
         self._is_held_back = False
+        self._num_prompt_tokens = 0
         output = super().schedule(*args, **kwargs)
+        if self._passed_over:
+            # they wait for capacity, not for something that is yet to come
+            self.deferred_waiting.difference_update(self._passed_over)
+            self.prefill_capacity_bound = True
+            self._passed_over.clear()
         self._publish()
         self._publish_prefixes()
         self._observer.record(self.current_step, self._traced(output))
@@ -170,6 +223,18 @@ class RocoScheduler(RocoSchedulerMixin):
 
 class RocoAsyncScheduler(RocoSchedulerMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler with RoCo's chunks."""
+
+
+def _step_ends(
+    request: Request, num_computed_tokens: int, plan: ResolvedPlan
+) -> tuple[int, int]:
+    return next_step_ends(
+        num_computed_tokens,
+        request.num_prompt_tokens,
+        request.num_tokens,
+        plan.chunk,
+        plan.schedule,
+    )
 
 
 def _begun_in(output: SchedulerOutput) -> dict[str, int]:

@@ -67,14 +67,14 @@ class Case:
 
 CASES = (
     Case(running=256),
-    Case(running=1024, waiting=4000, short_of="tokens"),
-    Case(running=1024, waiting=4000, short_of="blocks"),
+    Case(running=1000, waiting=5000, short_of="tokens"),
+    Case(running=1000, waiting=5000, short_of="blocks"),
 )
 LONG_PROMPT = 1 << 19
 """Of the first two that wait: more than there is to read in all steps."""
 DECODE_STEPS = 150
 """More than a stride."""
-ROUNDS = 5
+ROUNDS = 2
 """Schedulers of each side, whose steps take turns: a drift meets both alike."""
 TABLE = Table(
     "scheduler",

@@ -80,3 +80,12 @@ def test_a_hash_on_a_block_that_will_be_written_over(cache: KVCacheManager) -> N
     )
     with pytest.raises(RuntimeError, match="of request a bears a hash"):
         check_integrity(manager)
+
+
+@pytest.mark.parametrize("request_id", ["a", "b"])
+def test_a_length_that_is_passed_over(cache: KVCacheManager, request_id: str) -> None:
+    """At which "a" evicts next, and "b" needs its next block."""
+    manager = roco_manager(cache)
+    manager.quiet_until[request_id] += 16
+    with pytest.raises(RuntimeError, match=f"request {request_id} is taken to need"):
+        check_integrity(manager)

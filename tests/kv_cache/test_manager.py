@@ -224,6 +224,22 @@ def test_no_more_than_the_growth_is_foreseen(length: int) -> None:
     assert held + ahead - len(sequences) <= most <= held + ahead
 
 
+def test_little_is_asked_within_a_block() -> None:
+    """Each step asked vLLM's own methods anew, a tenth of what `schedule` took."""
+    cache = cache_manager()
+    manager = roco_manager(cache)
+    (sequence,) = evicting(cache, [FIRST_EVICTION])
+    lengths = []
+    for _ in range(2 * PERIOD):
+        if sequence.num_computed_tokens + 1 > manager.quiet_until["0"]:
+            lengths.append(sequence.num_computed_tokens + 1)
+        assert run(cache, sequence, 1)
+    # the first token of each block, the last before each eviction
+    ends = {FIRST_EVICTION + PERIOD, FIRST_EVICTION + 2 * PERIOD}
+    assert {length for length in lengths if length % BLOCK != 1} == ends
+    assert len(lengths) == 2 * STRIDE_BLOCKS + len(ends)
+
+
 def test_nothing_is_foreseen_for_sequences_that_have_lost_nothing() -> None:
     cache = cache_manager()
     assert run(cache, request(), FIRST_EVICTION)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_roco.eviction_schedule import NEVER
+
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
@@ -18,8 +20,8 @@ def check_integrity(manager: RocoManager) -> None:
 
     Raises:
         RuntimeError: A block stands in two places of requests that do not share it, or
-            is free, a gap is not where it must be, or the running counts differ from
-            the rows.
+            is free, a gap is not where it must be, a length at which a row changes is
+            passed over, or the running counts differ from the rows.
     """
     for request_id in manager.held.requests - manager.req_to_blocks.keys():
         raise RuntimeError(
@@ -50,6 +52,17 @@ def _check_row(manager: RocoManager, request_id: str, row: list[KVCacheBlock]) -
         raise RuntimeError(
             f"request {request_id} has null blocks at {nulls}, but eviction leaves a "
             f"gap at {gap}"
+        )
+    schedule = manager.plans.of(request_id).schedule
+    next_loss = (first + len(nulls) + schedule.stride_blocks) * manager.block_size
+    if next_loss > schedule.until:
+        next_loss = NEVER
+    quiet_until = manager.quiet_until.get(request_id, 0)
+    if quiet_until > len(row) * manager.block_size or quiet_until >= next_loss:
+        raise RuntimeError(
+            f"request {request_id} is taken to need nothing up to {quiet_until} "
+            f"tokens, but has {len(row)} blocks in its row and loses the next at "
+            f"{next_loss} tokens"
         )
 
 

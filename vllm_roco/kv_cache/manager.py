@@ -62,6 +62,8 @@ class RocoManager(FullAttentionManager):
         prefix_cache: Prefixes that requests may begin with, None for no hits; see
             `share_prefixes`.
         num_freed_blocks: Blocks given back by eviction since the start.
+        quiet_until: Lengths up to which requests that hold blocks take and lose none,
+            which is all that most steps ask; shorter while nobody has worked it out.
     """
 
     supports_fine_grained_hash_lookup = False
@@ -88,6 +90,7 @@ class RocoManager(FullAttentionManager):
         self.num_freed_blocks = 0
         # processed lengths at which requests that hold blocks lose the next ones
         self._next_evictions: dict[str, int] = {}
+        self.quiet_until: dict[str, int] = {}
 
     def serve(self, plans: RequestPlans) -> None:
         """Go by the plans of a scheduler that ends steps where RoCo needs it."""
@@ -127,6 +130,10 @@ class RocoManager(FullAttentionManager):
         if self._refused_id is not None and request_id == self._refused_id:
             self._refused_id = None
             return self.block_pool.num_gpu_blocks + 1
+        if num_tokens <= self.quiet_until.get(request_id, 0) and (
+            not apply_admission_cap
+        ):
+            return 0
         if apply_admission_cap:
             plan = self.plans.of(request_id)
             self.max_admission_blocks_per_request = plan.max_blocks_at(num_tokens)
@@ -236,6 +243,8 @@ class RocoManager(FullAttentionManager):
                 "hold more than its bound. Leave --scheduler-cls out, or derive your "
                 "class from vllm_roco.scheduler.RocoSchedulerMixin."
             )
+        if num_tokens <= self.quiet_until.get(request_id, 0):
+            return []
         copies: list[KVCacheBlock] = []
         num_shared = 0
         if request_id in self._adopted:
@@ -257,7 +266,15 @@ class RocoManager(FullAttentionManager):
             and self.prefix_cache.blocks.is_owner(request_id)
         ):
             self.prefix_cache.blocks.withdraw(request_id)
+        self._note_quiet(request_id)
         return blocks
+
+    def _note_quiet(self, request_id: str) -> None:
+        self.quiet_until[request_id] = min(
+            len(self.req_to_blocks[request_id]) * self.block_size,
+            self._next_evictions.get(request_id, NEVER) - 1,
+            self._tokens_to_read.get(request_id, NEVER) - 1,
+        )
 
     def _admit(self, request_id: str) -> None:
         if self.prefix_cache is not None:
@@ -324,13 +341,16 @@ class RocoManager(FullAttentionManager):
                 scheduler has handled.
             num_prompt_tokens: Not needed: eviction depends on the length alone.
         """
-        if self._tokens_to_read:
-            to_read = self._tokens_to_read.get(request_id)
-            if to_read is not None and processed_computed_tokens >= to_read:
-                self._finish_reading(request_id)
-        due = self._next_evictions.get(request_id, NEVER)
-        if processed_computed_tokens < due:
+        if processed_computed_tokens <= self.quiet_until.get(request_id, NEVER):
             return
+        to_read = self._tokens_to_read.get(request_id, NEVER)
+        if processed_computed_tokens >= to_read:
+            self._finish_reading(request_id)
+        if processed_computed_tokens >= self._next_evictions.get(request_id, NEVER):
+            self._free_evicted(request_id, processed_computed_tokens)
+        self._note_quiet(request_id)
+
+    def _free_evicted(self, request_id: str, processed_computed_tokens: int) -> None:
         row = self.req_to_blocks[request_id]
         schedule = self.plans.of(request_id).schedule
         evicted = schedule.evicted_blocks(processed_computed_tokens)
@@ -365,6 +385,7 @@ class RocoManager(FullAttentionManager):
         self._forecast.drop(request_id)
         self._tokens_to_read.pop(request_id, None)
         self._next_evictions.pop(request_id, None)
+        self.quiet_until.pop(request_id, None)
         row = super().pop_blocks_for_free(request_id)
         if self.prefix_cache is not None:
             self.prefix_cache.drop(request_id, row)

@@ -204,6 +204,17 @@ class PrefixCache:
         self._readers.want(awaited)
         return self._wait(request, awaited)
 
+    def last_snapshot(self, request: Request) -> int:
+        """Return the last length at which a request can begin, 0 if it cannot there.
+
+        Constant time: shorter prefixes are not looked for.
+        """
+        places = self._hit_places(request)
+        if not places or request.skip_reading_prefix_cache:
+            return 0
+        length = places[-1]
+        return length if self.store.find(self._prefix(request, length)) else 0
+
     def _wait(self, request: Request, awaited: BlockHash | None) -> bool:
         self.num_waits += request.request_id not in self._waits
         self._waits[request.request_id] = awaited
