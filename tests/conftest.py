@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import os
 import shutil
@@ -11,6 +12,16 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
+
+# nothing that is imported or collected goes again, and looking whether it does is a
+# fifth of the time that it takes
+gc.disable()
+
+# likewise for processes that tests start
+QUICK_START = str(Path(__file__).with_name("quick_start"))
+PYTHONPATH = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+if QUICK_START not in PYTHONPATH:
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [QUICK_START, *PYTHONPATH]))
 
 # vLLM and the hub's client read these when they are imported
 for name, value in {
@@ -50,6 +61,12 @@ settings.register_profile("nightly", max_examples=NIGHTLY_EXAMPLES, **patient)
 settings.register_profile("thorough", max_examples=2000, **patient)
 settings.load_profile("steady")
 
+SHARED = {"complaints", "expected", "shared_engine", "together"}
+"""Fixtures that a module makes once in each process which runs tests with them.
+
+They take seconds; those that a test has as a parameter are others.
+"""
+
 ENGINE_LOCK = FileLock(Path(tempfile.gettempdir()) / "vllm_roco_engine.lock")
 
 
@@ -60,9 +77,10 @@ def pytest_collection_modifyitems(
     """Skip what this machine cannot run, and share the rest out among the workers.
 
     One worker of pytest-xdist gets all tests that need the machine for themselves, so
-    that no other ever waits for the engine lock. Tests of a module that share an engine
-    stay together as well, so that it starts once. Slow tests come first, or the last of
-    them would keep one worker busy while the other has nothing left to do.
+    that no other ever waits for the engine lock. Tests of a module that share an
+    engine, or what one has said, stay together as well, so that it starts once. Slow
+    tests come first, or the last of them would keep one worker busy while the other has
+    nothing left to do.
     """
     missing = _missing_for_gpu()
     alone = pytest.mark.xdist_group("alone")
@@ -71,14 +89,26 @@ def pytest_collection_modifyitems(
             item.add_marker(pytest.mark.skip(reason=missing))
         elif _needs_lock(item) or (missing is None and _may_use_gpu(item)):
             item.add_marker(alone)
-        elif "shared_engine" in getattr(item, "fixturenames", ()):
+        elif _shares(item):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """Collect garbage from here on, among what the tests make."""
+    gc.freeze()
+    gc.enable()
+
+
 def _needs_lock(item: pytest.Item) -> bool:
     return "engine_lock" in getattr(item, "fixturenames", ())
+
+
+def _shares(item: pytest.Item) -> bool:
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    return bool(SHARED.intersection(getattr(item, "fixturenames", ())) - {*parameters})
 
 
 def _may_use_gpu(item: pytest.Item) -> bool:

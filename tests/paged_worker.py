@@ -12,6 +12,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from vllm.sampling_params import SamplingParams
@@ -28,8 +29,7 @@ _SHARED = ("several requests", 0)
 """The owner of a page from when on others than its writer hold it as well."""
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """What a page holds.
 
     Attributes:
@@ -292,7 +292,7 @@ class PagedWorker:
             assert by_block or block in self._copied, "the copy was not made"
             # whoever wrote a shared block must never evict: see `_run`
             is_copy = block in self._copied
-            self._pages[block] = replace(page, owner=owner if is_copy else _SHARED)
+            self._pages[block] = page._replace(owner=owner if is_copy else _SHARED)
             self.num_shared += not is_copy
             logical.add(page.logical)
         if by_block:
@@ -344,7 +344,7 @@ class PagedWorker:
                 "a block of another sequence is read"
             )
             assert page.num_tokens == min(size, end - page.logical * size)
-            self._pages[block] = replace(page, length=end)
+            self._pages[block] = page._replace(length=end)
             attended += page.num_tokens
         assert attended == schedule.live_tokens(end, start)
         if end <= schedule.until:

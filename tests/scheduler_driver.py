@@ -120,12 +120,7 @@ class Setup:
 
     def spec(self) -> RocoSpec:
         """The spec of a layer."""
-        full = FullAttentionSpec(
-            block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
-        )
-        return RocoSpec.from_attention_spec(
-            full, self.roco_config(), self.max_steps_in_flight
-        )
+        return _spec_of(self)
 
     def plan(self, config: VllmConfig) -> KVCacheConfig:
         """The groups, RoCo's last, with room for one sequence and `spare_blocks`."""
@@ -183,6 +178,16 @@ class Setup:
             block_size=BLOCK_SIZE,
             log_stats=True,
         )
+
+
+@functools.cache
+def _spec_of(setup: Setup) -> RocoSpec:
+    full = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+    )
+    return RocoSpec.from_attention_spec(
+        full, setup.roco_config(), setup.max_steps_in_flight
+    )
 
 
 class Driver:

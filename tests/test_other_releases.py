@@ -21,8 +21,7 @@ from tests.releases import release_path
 from tools.releases import other_releases
 
 ROOT = Path(__file__).parents[1]
-RANDOM_WALKS = ["tests/test_scheduler_state_machine.py"]
-STEPS = [
+FILES = [
     "tests/test_chunking.py",
     "tests/test_eviction_schedule.py",
     "tests/test_scheduler*.py",
@@ -41,20 +40,15 @@ def found(patterns: list[str]) -> set[str]:
     return {str(file.relative_to(ROOT)) for group in files.values() for file in group}
 
 
-# few groups, because each has to import vLLM
+# one run, because each has to import vLLM
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "files",
-    [
-        pytest.param(found(STEPS) - found(RANDOM_WALKS), id="steps"),
-        pytest.param(found(RANDOM_WALKS), id="random walks"),
-    ],
-)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("version", other_releases())
 def test_passes_on_another_release(
-    version: str, files: set[str], tmp_path: Path, pytestconfig: pytest.Config
+    version: str, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:
     release_path(version)
+    files = found(FILES)
     report = tmp_path / "report.xml"
     command = [sys.executable, "-m", "tests.on_release", version]
     # temporary folders of its own: pytest clears away those of runs before

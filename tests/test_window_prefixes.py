@@ -183,6 +183,31 @@ def test_blocks_of_windows_are_taken_in_the_order_of_their_last_use() -> None:
     assert hit_of(driver, PROMPT) == 0
 
 
+@modes
+def test_copies_are_free_before_what_an_aborted_publisher_had_in_its_window(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """So the first copy tells of all here too, whatever step is still in flight."""
+    driver = with_windows(
+        asynchronous, max_steps_in_flight=max_steps_in_flight, windows=(30,)
+    )
+    store = cache_of(driver).store
+    donor = driver.add(0, 30, prompt=PROMPT)
+    while not store.num_published:
+        if driver.num_in_flight == max_steps_in_flight:
+            driver.complete()
+        driver.schedule()
+    driver.abort(donor)
+    pool = driver.manager.block_pool
+    (snapshot,) = store._snapshots.values()
+    num_named = len(snapshot.blocks) + len(snapshot.windows[0])
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - num_named + 1)
+    assert taken[-1] is snapshot.blocks[0]
+    assert store.num_alive == 0
+    pool.free_blocks(taken)
+    driver.drain(10)
+
+
 def test_a_reset_forgets_all_snapshots() -> None:
     driver = with_windows()
     hit_of(driver, PROMPT)

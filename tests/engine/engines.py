@@ -212,8 +212,10 @@ def engines_in_process() -> Iterator[None]:
         torch.set_num_threads(1)
         # a worker replaces it for good
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
-        # vLLM asks for nine collections, most of a short engine's life
-        patch.setattr(gc, "collect", lambda *_: 0)
+        # vLLM asks for nine collections, most of a short engine's life, and then thaws
+        # what was there before, so that each one after would look at all of it
+        for name in ("collect", "freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda *_: 0)
         try:
             yield
         finally:

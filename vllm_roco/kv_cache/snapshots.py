@@ -145,7 +145,8 @@ class SnapshotStore:
         while snapshots:
             prefix, snapshot = next(iter(snapshots.items()))
             # the first copy is the first of the snapshot in vLLM's free queue: blocks
-            # in windows are freed later, when these have moved on
+            # in windows are freed later, when these have moved on. Without a KV
+            # connector copies are free as soon as their step is scheduled
             if snapshot.blocks[0].block_hash == snapshot.name:
                 return
             del snapshots[prefix]
