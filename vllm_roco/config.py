@@ -17,7 +17,7 @@ NAMESPACE = "roco"
 """Key of `additional_config` under which the options live."""
 
 POLICIES = ("roco", "h2o", "random", "recent")
-SHIELDS = ("peak", "deviation")
+SHIELDS = ("contribution", "peak", "deviation")
 MODES = ("both", "prompt", "generation", "auto", "full")
 UNBOUNDED_MODES = ("prompt", "full")
 """Modes in which a sequence keeps what it generates."""
@@ -42,8 +42,8 @@ class RocoConfig:
             `"generation"`: the answer; the prompt is kept. `"auto"`: as `"both"`, but a
             prompt that fits into half of the budget is kept. `"full"`: nothing, no
             block is evicted.
-        shield: The statistic of RoCo's first stage, `"peak"` or `"deviation"`
-            (arXiv 2402.06262 shields by deviation).
+        shield: The statistic of RoCo's first stage: `"contribution"`, `"peak"` or
+            `"deviation"` (arXiv 2402.06262 shields by deviation).
         shield_ratio: Share of the budget that the first stage shields, 0 to 1.
         budget: KV tokens kept per sequence; a multiple of the block size.
         stride: Tokens evicted at a time; a multiple of the block size. None: 256, or
@@ -70,8 +70,8 @@ class RocoConfig:
 
     policy: str = "roco"
     mode: str = "both"
-    shield: str = "peak"
-    shield_ratio: float = 0.7
+    shield: str = "contribution"
+    shield_ratio: float = 1.0
     budget: int = 2048
     stride: int = _FROM_BUDGET
     chunk: int = _FROM_BUDGET

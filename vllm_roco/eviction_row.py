@@ -22,11 +22,12 @@ SCORE_MEAN, SCORE_SUM, SCORE_NONE, SCORE_RANDOM = range(4)
 
 SCORE_MASK = 7
 SHIELD_BY_DEVIATION = 8
+SHIELD_BY_CONTRIBUTION = 16
 """Bits of `EvictionRow.flags`."""
 
 
-NEIGHBOUR_SHARE = 0.9
-"""Of the peak of the blocks before and behind it a block is shielded by, at least."""
+NEIGHBOUR_SHARE = 0.75
+"""Of the contribution of the blocks beside it in the text, what a block has at least."""
 
 
 class EvictionRow(NamedTuple):
@@ -40,7 +41,7 @@ class EvictionRow(NamedTuple):
         sink: First tokens that are never evicted.
         recent: Newest tokens that are never evicted.
         shield_blocks: Blocks that the first stage shields.
-        flags: A `SCORE_...` and perhaps `SHIELD_BY_DEVIATION`.
+        flags: A `SCORE_...` and perhaps one `SHIELD_BY_...`; the peak has none.
         seed: Of `SCORE_RANDOM`.
     """
 
@@ -71,6 +72,11 @@ class EvictionRow(NamedTuple):
     def shields_by_deviation(self) -> bool:
         """Whether the first stage shields by the deviation, not by the peak."""
         return bool(self.flags & SHIELD_BY_DEVIATION)
+
+    @property
+    def shields_by_contribution(self) -> bool:
+        """Whether the first stage shields by the contribution, not by the peak."""
+        return bool(self.flags & SHIELD_BY_CONTRIBUTION)
 
     def measures(self, num_computed_tokens: int) -> bool:
         """Return whether a step that begins at a length adds to the statistics."""

@@ -191,6 +191,14 @@ def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
             num_victims,
             BLOCK_SIZE,
             how,
+            torch.stack(
+                [
+                    policy.value_distances(
+                        cache[blocks].transpose(0, 1).float().chunk(2, -1)[1]
+                    )
+                    for cache in caches
+                ]
+            ),
         ),
         budget_blocks,
     )
@@ -203,9 +211,12 @@ def check_eviction(device: torch.device, dtype: torch.dtype) -> None:
     chosen = _int32([[[0, 0]] * budget_blocks], device)
     num_moves = _int32([0], device)
     select_victims(
+        first_page_of_layer=first_pages(caches),
         first_statistics_of_layer=first_statistics(views),
-        stride_statistics_block=page_bytes // torch.float32.itemsize,
+        page_bytes=page_bytes,
         num_kv_heads=NUM_KV_HEADS,
+        head_size=HEAD_SIZE,
+        dtype=dtype,
         seq_lens=_int32([num_tokens], device),
         live_table=table,
         evicted_before=_int32([0], device),

@@ -6,8 +6,12 @@ Generative Language Model Inference", arXiv 2402.06262, section 4) evicts in two
 the entries with the largest deviation are shielded, and of the rest those with the
 smallest mean go. Here the entries are blocks, one decision holds for all layers and
 heads, and the shield may also be the peak, which unlike the deviation does not fade as
-a block grows old. A fact does not stop where a block does: a peak shields the blocks
-before and behind it in the text as well.
+a block grows old, or the contribution, which is the peak times what the block's values
+add. To drop a block that has the share `a` of a query's attention changes the output by
+`a * |the block's own output - the output without it|` (CAOTE, arXiv 2504.14051). Here
+the mean of the block's values stands for the one, and the mean of all live values for
+the other. A fact does not stop where a block does, so a contribution counts for the
+blocks beside it in the text as well.
 
 What counts as small in the second stage is a request's choice (`EvictionRow.score`).
 Another one is one more function, named in `_SCORES`.
@@ -122,6 +126,19 @@ def peak_of(statistics: torch.Tensor) -> torch.Tensor:
     return statistics[..., MASS_PEAK]
 
 
+def value_distances(values: torch.Tensor) -> torch.Tensor:
+    """Return how far each block's mean value lies from the mean of all of them.
+
+    Args:
+        values: `[..., num_blocks, block_size, head_size]` float32, of full live blocks.
+
+    Returns:
+        `[..., num_blocks]` float32, Euclidean.
+    """
+    means = values.mean(-2)
+    return (means - means.mean(-2, keepdim=True)).norm(dim=-1)
+
+
 def any_head(values: torch.Tensor) -> torch.Tensor:
     """Return each block's largest share in any layer and head.
 
@@ -223,6 +240,7 @@ def select_victims(
     num_victims: int,
     block_size: int,
     row: EvictionRow,
+    distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose the blocks that a sequence gives up.
 
@@ -234,6 +252,8 @@ def select_victims(
         num_victims: `m`. The candidates are the first `resident_blocks + m` blocks.
         block_size: Tokens per block.
         row: How the sequence evicts.
+        distances: `[num_layers, num_kv_heads, num_full_blocks]` float32, see
+            `value_distances`; a row that shields by the contribution needs them.
 
     Returns:
         `[num_victims]` int64, places in live order, ascending.
@@ -247,11 +267,14 @@ def select_victims(
 
     shielded = min(row.shield_blocks, len(exposed) - num_victims)
     if shielded:
-        if row.shields_by_deviation:
+        if row.shields_by_contribution:
+            assert distances is not None
+            contribution = any_head(peak_of(statistics) * distances)
+            shield = with_neighbours(contribution, first_positions, block_size)
+        elif row.shields_by_deviation:
             shield = any_head(deviation_of(statistics))
         else:
-            peak = any_head(peak_of(statistics))
-            shield = with_neighbours(peak, first_positions, block_size)
+            shield = any_head(peak_of(statistics))
         exposed = _smallest(exposed, shield, len(exposed) - shielded)
         # back to oldest first
         exposed = exposed[first[exposed].argsort(stable=True)]

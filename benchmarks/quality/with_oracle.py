@@ -11,6 +11,7 @@ from typing_extensions import override
 from benchmarks.quality import cells
 from benchmarks.quality.cells import Cell, Job, Setup
 from benchmarks.quality.oracle import EvictionMethod, Oracle, Turn
+from benchmarks.quality.oracle.eviction_method import RULES
 from benchmarks.quality.tasks import Question
 
 BLOCK_METHODS = ("roco", "recent")
@@ -23,8 +24,7 @@ def method_of(setup: Setup) -> EvictionMethod:
         changes["unit"] = setup.block_size
     if setup.policy == "roco":
         changes |= {"shield": setup.shield, "shield_ratio": setup.shield_ratio}
-        if setup.shield == "deviation":
-            # a fact's neighbours are of interest to peaks alone
+        if setup.shield != RULES["roco"].shield:
             changes.setdefault("neighbours", 0.0)
     return EvictionMethod.named(
         setup.policy, setup.budget, setup.stride, setup.chunk, **changes

@@ -12,6 +12,7 @@ from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_row import EvictionRow
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
+from vllm_roco.ops.move_blocks import first_pages
 from vllm_roco.ops.select_victims import (
     SCORES,
     first_statistics,
@@ -81,6 +82,11 @@ class Group:
                 others = torch.where(logical < 8, 100 * logical, 0)
                 drawn[..., page.NUM_QUERIES] = (after - first + others)[:, None]
                 blocks = table[row, :live]
+                values = torch.randn(live, kv_heads, BLOCK_SIZE, 16, generator=generator)
+                if distinct:
+                    # of three kinds, so that distances tie as well; of two, both would be as far
+                    values = values[torch.arange(live) % 3]
+                cache[blocks.to(device), ..., 16:] = values.to(device, cache.dtype)
                 page.statistics_view(cache)[blocks] = drawn.to(device)
                 page.first_positions_view(cache)[blocks] = first.to(device).float()
         return cls(caches, table.to(device, torch.int32), steps, schedule)
@@ -107,6 +113,10 @@ class Group:
                 statistics = [
                     page.statistics_view(cache)[full] for cache in self.caches
                 ]
+                values = [
+                    cache[full].transpose(0, 1).float().chunk(2, -1)[1]
+                    for cache in self.caches
+                ]
                 places = policy.plan_moves(
                     policy.select_victims(
                         torch.stack(statistics).transpose(1, 2),
@@ -115,6 +125,7 @@ class Group:
                         victims - evicted,
                         BLOCK_SIZE,
                         how,
+                        policy.value_distances(torch.stack(values)),
                     ),
                     self.schedule.budget_blocks,
                 )
@@ -154,9 +165,12 @@ class Group:
         }
         if measures:
             select_victims(
+                first_page_of_layer=first_pages(self.caches),
                 first_statistics_of_layer=first_statistics(views),
-                stride_statistics_block=views[0].stride(0),
+                page_bytes=views[0].stride(0) * views[0].element_size(),
                 num_kv_heads=views[0].shape[1],
+                head_size=16,
+                dtype=self.caches[0].dtype,
                 seq_lens=self.int32([after for _, after in self.steps]),
                 scores=torch.empty(
                     len(self.steps),
@@ -204,7 +218,7 @@ def steps_of(schedule: EvictionSchedule) -> list[tuple[int, int]]:
     ]
 
 
-@pytest.mark.parametrize("shield", ["peak", "deviation"])
+@pytest.mark.parametrize("shield", ["contribution", "peak", "deviation"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
 def test_moves_are_those_of_the_policy(
     shield: str, ratio: float, device: torch.device
@@ -218,12 +232,13 @@ def test_moves_are_those_of_the_policy(
 
 @pytest.mark.parametrize("distinct", [1, 2])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shield", ["contribution", "peak"])
 def test_ties_go_against_the_older_block(
-    distinct: int, ratio: float, device: torch.device
+    distinct: int, ratio: float, shield: str, device: torch.device
 ) -> None:
     """With equal ages no count differs, so masses of few values tie exactly."""
     group = Group.build(steps_of(SMALL), SMALL, device, distinct=distinct)
-    how = options(SMALL, shield_ratio=ratio)
+    how = options(SMALL, shield=shield, shield_ratio=ratio)
     assert group.run(how) == group.expected(how)
 
 

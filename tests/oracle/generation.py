@@ -165,7 +165,10 @@ def _evict(
     num_full = len(indices) - (num_computed_tokens % options.block_size > 0)
     statistics = (values[:, :num_full] for values in sequence.statistics())
     blocks = score_blocks(
-        indices[:num_full], sequence.queries_seen[:num_full], *statistics
+        indices[:num_full],
+        sequence.queries_seen[:num_full],
+        *statistics,
+        sequence.distances(num_full),
     )
     candidates = find_candidates(blocks, num_computed_tokens, options)
     choice = choose_victims(candidates, num_victims, options, blocks)

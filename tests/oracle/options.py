@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Literal, get_args
 
 Policy = Literal["roco", "h2o", "random", "recent"]
-Shield = Literal["peak", "deviation"]
+Shield = Literal["contribution", "peak", "deviation"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

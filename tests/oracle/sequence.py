@@ -144,6 +144,24 @@ class LiveSequence:
             torch.cat([layer.mass_peak for layer in layers]),
         )
 
+    def distances(self, num_blocks: int) -> torch.Tensor:
+        """Returns how far the mean value of each full block lies from all values' mean.
+
+        Args:
+            num_blocks: Full blocks, which are the first ones.
+
+        Returns:
+            float32 [layers * kv heads, num_blocks].
+        """
+        full = num_blocks * self._block_size
+        rows = []
+        for layer in self._layers.values():
+            for values in layer.values[:, :full]:
+                centre = values.mean(0)
+                blocks = values.split(self._block_size)
+                rows.append([float((block.mean(0) - centre).norm()) for block in blocks])
+        return torch.tensor(rows)
+
     def drop_blocks(self, victims: tuple[int, ...]) -> None:
         """Forgets blocks: keys, values and statistics, in every layer.
 

@@ -38,6 +38,17 @@ def hand_block(
     return Block(index, 64 - 4 * index, mean, deviation, peak)
 
 
+BY_CONTRIBUTION = dataclasses.replace(HAND, shield="contribution", shield_ratio=1.0)
+
+
+def contributors(*contributions: float) -> list[Block]:
+    """Blocks 1, 2 and so on."""
+    return [
+        dataclasses.replace(hand_block(1 + i), contribution=contribution)
+        for i, contribution in enumerate(contributions)
+    ]
+
+
 class TestScores:
     def test_scores_by_hand(self) -> None:
         """Two heads, two blocks seen by 4 and 2 queries.
@@ -163,28 +174,22 @@ class TestVictims:
         choice = choose_victims(candidates, 2, options)
         assert choice.margin == pytest.approx(1 / 3)
 
-    def test_a_peak_shields_those_beside_it(self) -> None:
-        """Block 3 lends 0.9 * 0.5 to 2 and 4; 1 and 6 keep theirs, 5 gets 0.27 of 6."""
-        peaks = (0.1, 0.05, 0.5, 0.2, 0.01, 0.3)
-        blocks = [hand_block(1 + i, peak=peak) for i, peak in enumerate(peaks)]
-        options = dataclasses.replace(HAND, shield_ratio=1.0)
-        choice = choose_victims(blocks, 2, options)
+    def test_a_contribution_shields_those_beside_it(self) -> None:
+        """Block 3 lends 0.75 * 0.4 to 2 and 4; 1 and 6 keep theirs, 5 gets 6's 0.225."""
+        blocks = contributors(0.1, 0.05, 0.4, 0.2, 0.01, 0.3)
+        choice = choose_victims(blocks, 2, BY_CONTRIBUTION)
         assert choice.victims == (1, 5)
-        # 0.27 goes, the next of another block is 0.45
-        assert choice.margin == pytest.approx(0.4)
+        # 0.225 goes, the next that block 6 does not lend is 0.3
+        assert choice.margin == pytest.approx(0.25)
 
     def test_a_block_that_may_not_go_lends_as_well(self) -> None:
-        blocks = [hand_block(index) for index in (1, 2, 3)]
-        options = dataclasses.replace(HAND, shield_ratio=1.0)
-        newest = hand_block(4, peak=0.8)
-        assert choose_victims(blocks, 2, options, [newest]).victims == (1, 2)
+        *blocks, newest = contributors(0.1, 0.1, 0.1, 0.8)
+        choice = choose_victims(blocks, 2, BY_CONTRIBUTION, [newest])
+        assert choice.victims == (1, 2)
 
-    def test_peaks_that_one_block_lends_are_no_near_choice(self) -> None:
-        """Blocks 1 and 3 have 0.9 of block 2's, and the older one goes."""
-        peaks = (0.1, 0.8, 0.1)
-        blocks = [hand_block(1 + i, peak=peak) for i, peak in enumerate(peaks)]
-        options = dataclasses.replace(HAND, shield_ratio=1.0)
-        choice = choose_victims(blocks, 1, options)
+    def test_what_one_block_lends_is_no_near_choice(self) -> None:
+        """Blocks 1 and 3 have 0.75 of block 2's, and the older one goes."""
+        choice = choose_victims(contributors(0.1, 0.8, 0.1), 1, BY_CONTRIBUTION)
         assert choice.victims == (1,)
         assert choice.margin == math.inf
 

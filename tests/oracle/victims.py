@@ -20,8 +20,10 @@ class Block:
         mean: Largest share, over layers and kv heads, of the blocks' means (M).
         deviation: The same of their standard deviations (D).
         peak: The same of their peaks (P).
+        contribution: The same of peak times distance of values, see `score_blocks`.
         total: The same of their sums (S1).
-        lender: Index of the block whose peak counts for it; None before that is known.
+        lender: Index of the block whose contribution counts for it; None before that is
+            known.
     """
 
     index: int
@@ -30,6 +32,7 @@ class Block:
     deviation: float
     peak: float
     total: float = 0.0
+    contribution: float = 0.0
     lender: int | None = None
 
 
@@ -54,6 +57,7 @@ def score_blocks(
     mass_sum: torch.Tensor,
     mass_square_sum: torch.Tensor,
     mass_peak: torch.Tensor,
+    distance: torch.Tensor | None = None,
 ) -> list[Block]:
     """Turns the statistics of a sequence's full live blocks into scores.
 
@@ -63,7 +67,11 @@ def score_blocks(
         mass_sum: float32 [layers * kv heads, blocks] (S1).
         mass_square_sum: float32 [layers * kv heads, blocks] (S2).
         mass_peak: float32 [layers * kv heads, blocks].
+        distance: float32 [layers * kv heads, blocks], of each block's mean value from
+            that of all; None for 0.
     """
+    if distance is None:
+        distance = torch.zeros_like(mass_peak)
     mean = mass_sum / queries_seen
     variance = mass_square_sum / queries_seen - mean.square()
     scores = zip(
@@ -71,6 +79,7 @@ def score_blocks(
         _largest_share(variance.clamp_min(0).sqrt()),
         _largest_share(mass_peak),
         _largest_share(mass_sum),
+        _largest_share(mass_peak * distance),
         strict=True,
     )
     return [
@@ -128,7 +137,7 @@ def choose_victims(
         candidates: The blocks that may go.
         num_victims: How many do.
         options: The run's options.
-        live: Further full blocks, whose peaks shield those beside them.
+        live: Further full blocks, whose contributions shield those beside them.
 
     Equal values go to the older block in both stages: of blocks with equal shield
     values the older stays exposed, of exposed blocks with equal means the older goes.
@@ -159,8 +168,8 @@ def choose_victims(
         math.floor(options.shield_ratio * options.budget_blocks),
         len(candidates) - num_victims,
     )
-    if options.shield == "peak":
-        candidates = _lend_peaks(candidates, live)
+    if options.shield == "contribution":
+        candidates = _lend(candidates, live)
     exposed, shield_margin = _take_smallest(
         candidates, len(candidates) - num_shielded, options.shield
     )
@@ -169,18 +178,18 @@ def choose_victims(
     return Choice(indices, min(shield_margin, mean_margin))
 
 
-def _lend_peaks(candidates: Sequence[Block], live: Sequence[Block]) -> list[Block]:
-    """Raises every peak to nine tenths of the peaks one block before and behind."""
-    peaks = {block.index: block.peak for block in (*live, *candidates)}
+def _lend(candidates: Sequence[Block], live: Sequence[Block]) -> list[Block]:
+    """Raises contributions to three quarters of those one block before and behind."""
+    known = {block.index: block.contribution for block in (*live, *candidates)}
     raised = []
     for block in candidates:
-        offers = [(block.peak, block.index)] + [
-            (0.9 * peaks[lender], lender)
+        offers = [(block.contribution, block.index)] + [
+            (0.75 * known[lender], lender)
             for lender in (block.index - 1, block.index + 1)
-            if lender in peaks
+            if lender in known
         ]
-        peak, lender = max(offers)
-        raised.append(dataclasses.replace(block, peak=peak, lender=lender))
+        most, lender = max(offers)
+        raised.append(dataclasses.replace(block, contribution=most, lender=lender))
     return raised
 
 
@@ -202,7 +211,7 @@ def _take_smallest(
     """Returns the `count` blocks of smallest score, and the gap to the others.
 
     The gap is the smallest between one that is taken and one that is not, relative to
-    the latter. Two peaks lent by the same block are equal however they are computed,
+    the latter. Two contributions of the same block are equal however they are computed,
     and have none.
     """
     ordered = sorted(
@@ -215,6 +224,6 @@ def _take_smallest(
         else 0.0
         for one in taken
         for other in left
-        if score != "peak" or one.lender is None or one.lender != other.lender
+        if score != "contribution" or one.lender is None or one.lender != other.lender
     ]
     return taken, min(gaps, default=math.inf)

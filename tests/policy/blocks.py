@@ -26,7 +26,12 @@ Blocks = tuple[torch.Tensor, torch.Tensor]
 
 def config_of(budget_blocks: int, **options: Any) -> RocoConfig:
     """Return options that protect and shield nothing unless they are told to."""
-    defaults: dict[str, Any] = {"stride": BLOCK_SIZE, "sink": 0, "recent": 0}
+    defaults: dict[str, Any] = {
+        "stride": BLOCK_SIZE,
+        "sink": 0,
+        "recent": 0,
+        "shield": "peak",
+    }
     return RocoConfig(
         budget=budget_blocks * BLOCK_SIZE, **{**defaults, "shield_ratio": 0, **options}
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.policy.blocks import BLOCK_SIZE, config_of, full_blocks, victims_of
+from tests.rows import row_of
 from vllm_roco import policy
 from vllm_roco.eviction_row import SHIELD_BY_DEVIATION, EvictionRow
 from vllm_roco.eviction_schedule import NEVER
@@ -28,8 +29,7 @@ DEVIATIONS = [0.5, 0.4, 0.1, 0.1, 0.1]
         # floor(0.7 * 4) blocks: the same two
         pytest.param({"shield_ratio": 0.7}, 1, [3], id="ratio rounds down"),
         pytest.param({"shield_ratio": 0.75}, 1, [3], id="peak shields three"),
-        # block 0 has the smallest peak, and block 1, beside it, the largest
-        pytest.param({"shield_ratio": 1}, 1, [4], id="peak alone"),
+        pytest.param({"shield_ratio": 1}, 1, [0], id="peak alone"),
         # deviation shields 0 and 1; of the rest block 2 has the smallest mean
         pytest.param(
             {"shield": "deviation", "shield_ratio": 0.5}, 1, [2], id="deviation"
@@ -128,31 +128,47 @@ def test_a_tie_in_the_mean_goes_to_the_older_whatever_its_shield() -> None:
     assert victims_of(blocks, 8, 1, config_of(3, shield_ratio=0.4)) == [0]
 
 
-class TestNeighbours:
-    """Block 1's peak is the largest, those beside it in the text have next to none."""
+class TestContribution:
+    """The peak times the distance of values, also of the blocks beside."""
 
-    PEAKS = (0.05, 0.9, 0.1, 0.5, 0.6)
+    PEAKS = (0.1, 0.9, 0.2, 0.5, 0.6)
+    CONFIG = config_of(4, shield="contribution", shield_ratio=1)
 
-    def test_a_peak_shields_the_blocks_before_and_behind(self) -> None:
-        blocks = full_blocks(10, MEANS, peak=list(self.PEAKS))
-        config = config_of(4, shield_ratio=1)
-        assert victims_of(blocks, 10, 1, config) == [3]
-
-    def test_beside_means_in_the_text(self) -> None:
-        """A gap of one evicted block is between blocks 0 and 1."""
+    def victims(self, distances: list[float], gap: int = 0) -> list[int]:
+        """Return who goes where `gap` evicted tokens lie behind block 0."""
         statistics, first_positions = full_blocks(10, MEANS, peak=list(self.PEAKS))
-        first_positions[1:] += BLOCK_SIZE
-        config = config_of(4, shield_ratio=1)
-        blocks = statistics, first_positions
-        assert victims_of(blocks, 10 + BLOCK_SIZE, 1, config) == [0]
+        first_positions[1:] += gap
+        return policy.select_victims(
+            statistics,
+            first_positions,
+            10 + gap,
+            1,
+            BLOCK_SIZE,
+            row_of(self.CONFIG, BLOCK_SIZE),
+            torch.tensor(distances).expand(*statistics.shape[:2], -1),
+        ).tolist()
+
+    def test_values_like_all_others_are_no_loss(self) -> None:
+        assert self.victims([9.0, 1.0, 1.0, 1.0, 0.1]) == [4]
+
+    def test_blocks_beside_it_in_the_text_are_shielded(self) -> None:
+        # block 1 lends 0.675 to 0 and 2, and 3 lends to nobody who has less
+        assert self.victims([1.0] * 5) == [3]
+
+    def test_blocks_beside_it_in_the_table_are_not(self) -> None:
+        assert self.victims([1.0] * 5, gap=BLOCK_SIZE) == [0]
 
     def test_in_any_live_order(self) -> None:
-        values = torch.tensor([0.1, 0.9, 0.2])
+        values = torch.tensor([0.1, 0.8, 0.2])
         first_positions = torch.tensor([16.0, 64.0, 48.0])
         lent = policy.with_neighbours(values, first_positions, 16)
-        torch.testing.assert_close(lent, torch.tensor([0.1, 0.9, 0.81]))
+        torch.testing.assert_close(lent, torch.tensor([0.1, 0.8, 0.6]))
 
-    def test_a_deviation_shields_its_own_block_alone(self) -> None:
-        blocks = full_blocks(10, MEANS, deviation=list(self.PEAKS))
-        config = config_of(4, shield="deviation", shield_ratio=1)
-        assert victims_of(blocks, 10, 1, config) == [0]
+    def test_distances_by_hand(self) -> None:
+        """Means (1, 0), (4, 4) and (1, 2) lie round (2, 2)."""
+        values = torch.tensor(
+            [[[0.0, 0.0], [2.0, 0.0]], [[4.0, 3.0], [4.0, 5.0]], [[1.0, 2.0]] * 2]
+        )
+        torch.testing.assert_close(
+            policy.value_distances(values), torch.tensor([5**0.5, 8**0.5, 1.0])
+        )

@@ -31,6 +31,8 @@ BLOCK_SIZE = 4
 @pytest.mark.parametrize(
     ("method", "shield", "ratio"),
     [
+        ("roco", "contribution", 0.5),
+        ("roco", "contribution", 1.0),
         ("roco", "peak", 0.5),
         ("roco", "peak", 1.0),
         ("roco", "deviation", 0.5),
@@ -46,7 +48,7 @@ def test_equals_the_oracle_of_the_plugins_tests(
     tiny_oracle: Oracle,
 ) -> None:
     shields = {"shield": shield, "shield_ratio": ratio} if method == "roco" else {}
-    if shield == "deviation":
+    if method == "roco" and shield != "contribution":
         shields["neighbours"] = 0.0
     eviction = EvictionMethod.named(method, **NUMBERS, unit=BLOCK_SIZE, **shields)
     options = Options(
@@ -76,7 +78,7 @@ def test_equals_the_oracle_of_the_plugins_tests(
         assert answer == list(expected.token_ids)
 
 
-@pytest.mark.parametrize("shield", ["peak", "deviation"])
+@pytest.mark.parametrize("shield", ["contribution", "peak", "deviation"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.7, 1.0])
 def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
     """The same statistics, some of them equal, go through both."""
@@ -94,7 +96,9 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
     first = first * block_size
     computed = (first.amax(-1) + block_size).tolist()
 
-    neighbours = RULES["roco"].neighbours if shield == "peak" else 0.0
+    neighbours = RULES["roco"].neighbours if shield == "contribution" else 0.0
+    # few distinct ones, as with the masses
+    distances = torch.randint(1, 3, mass.shape, generator=generator).float()
     rule = replace(
         RULES["roco"], shield=shield, shield_ratio=ratio, neighbours=neighbours
     )
@@ -114,7 +118,12 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
         budget,
     )
     stay = choose_survivors(
-        rule, due, first[None, :, None], statistics, seeds=[0] * sequences
+        rule,
+        due,
+        first[None, :, None],
+        statistics,
+        seeds=[0] * sequences,
+        distances=distances,
     )
 
     config = RocoConfig(
@@ -133,6 +142,7 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
             victims,
             block_size,
             row_of(config, block_size),
+            distances[:, i],
         )
         assert (~stay[0, i, 0]).nonzero()[:, 0].tolist() == expected.tolist()
 

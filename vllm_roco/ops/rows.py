@@ -23,5 +23,6 @@ SCORE_NONE = tl.constexpr(eviction_row.SCORE_NONE)
 SCORE_RANDOM = tl.constexpr(eviction_row.SCORE_RANDOM)
 SCORE_MASK = tl.constexpr(eviction_row.SCORE_MASK)
 SHIELD_BY_DEVIATION = tl.constexpr(eviction_row.SHIELD_BY_DEVIATION)
+SHIELD_BY_CONTRIBUTION = tl.constexpr(eviction_row.SHIELD_BY_CONTRIBUTION)
 
 NEIGHBOUR_SHARE = tl.constexpr(eviction_row.NEIGHBOUR_SHARE)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the blocks that a sequence gives up, and the moves that follow from it.
 
-The arithmetic is `vllm_roco.policy`'s. Two launches: `_score_kernel` reduces the
+The arithmetic is `vllm_roco.policy`'s. Three launches: `_score_kernel` reduces the
 statistics of a slice of the layers to each block's largest share in any of their heads;
-`_select_kernel` takes the largest of all slices, lends peaks to neighbours, shields,
-picks the victims and writes the moves, one program a row. Both return at once where nothing is due, so they may be
-part of every step.
+`contribution` does so for shields that need the values, too; `_select_kernel` takes the
+largest of all slices, shields, picks the victims and writes the moves, one program a
+row. All return at once where nothing is due, so they may be part of every step.
 
 The `k` smallest of a set are found without sorting. A score is not negative, so its
 bits order as an integer does; with the block's first position behind them they form a
@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.contribution import shield_by_contribution
 from vllm_roco.ops.rows import (
     FLAGS,
     NEIGHBOUR_SHARE,
@@ -32,6 +33,7 @@ from vllm_roco.ops.rows import (
     SCORE_SUM,
     SEED,
     SHIELD_BLOCKS,
+    SHIELD_BY_CONTRIBUTION,
     SHIELD_BY_DEVIATION,
     SINK,
 )
@@ -60,9 +62,14 @@ def _by_statistics(entry, full, count, kind):
 
 
 @triton.jit
-def _shield_of(entry, full, count, by_deviation):
-    """Return what the first stage shields by, of one head's statistics."""
-    if by_deviation:
+def _shield_of(entry, full, count, flags):
+    """Return what the first stage shields by, of one head's statistics.
+
+    Zeros for contributions, which another kernel works out.
+    """
+    if (flags & SHIELD_BY_CONTRIBUTION) != 0:
+        shield = tl.zeros_like(count)
+    elif (flags & SHIELD_BY_DEVIATION) != 0:
         mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
         squares = tl.load(entry + MASS_SQUARES, mask=full, other=0.0) / count
         shield = tl.sqrt(tl.maximum(squares - mean * mean, 0.0))
@@ -124,7 +131,6 @@ def _score_kernel(
     num_tokens = tl.load(seq_lens_ptr + row)
     flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
     kind = flags & SCORE_MASK
-    by_deviation = (flags & SHIELD_BY_DEVIATION) != 0
     index = tl.arange(0, BLOCKS)
     # shares are taken of all full live blocks, candidates or not
     full = index < num_tokens // BLOCK_SIZE - evicted
@@ -143,7 +149,7 @@ def _score_kernel(
             entry = statistics + block * stride_statistics_block + head * NUM_FIELDS
             count = tl.load(entry + NUM_QUERIES, mask=full, other=1.0)
             score = _by_statistics(entry, full, count, kind)
-            shield = _shield_of(entry, full, count, by_deviation)
+            shield = _shield_of(entry, full, count, flags)
             score_total = tl.maximum(tl.sum(score, 0), _TINY)
             shield_total = tl.maximum(tl.sum(shield, 0), _TINY)
             second_score = tl.maximum(second_score, score / score_total)
@@ -291,7 +297,7 @@ def _select_kernel(
         shield = tl.maximum(
             shield, tl.load(slot + max_blocks + index, mask=full, other=0.0)
         )
-    if (shield_blocks > 0) & ((flags & SHIELD_BY_DEVIATION) == 0):
+    if (flags & SHIELD_BY_CONTRIBUTION) != 0:
         # what the first slice told has been read
         slot = scores_ptr + row * num_slices * _SCORES * max_blocks
         shield = _with_neighbours(
@@ -386,9 +392,12 @@ def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
 
 def select_victims(
     *,
+    first_page_of_layer: torch.Tensor,
     first_statistics_of_layer: torch.Tensor,
-    stride_statistics_block: int,
+    page_bytes: int,
     num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
     seq_lens: torch.Tensor,
     live_table: torch.Tensor,
     evicted_before: torch.Tensor,
@@ -403,10 +412,12 @@ def select_victims(
     """Write the moves that end the step, for policies that measure.
 
     Args:
+        first_page_of_layer: `[num_layers]` int64, see `ops.move_blocks.first_pages`.
         first_statistics_of_layer: `[num_layers]` int64, see `first_statistics`.
-        stride_statistics_block: Float32 numbers from one block's statistics to the
-            next's, the same in all layers.
+        page_bytes: Bytes of a page, tail included.
         num_kv_heads: KV heads of a layer on this rank.
+        head_size: Numbers of a key, and of a value.
+        dtype: Of keys and values as they are stored; uint8 for fp8.
         seq_lens: `[num_rows]` int32, computed tokens after the step.
         live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
         evicted_before: `[num_rows]` int32, `E` at the start of the step.
@@ -425,6 +436,7 @@ def select_victims(
     num_layers = first_statistics_of_layer.shape[0]
     blocks = max(16, triton.next_power_of_2(max_blocks))
     num_warps = min(8, max(1, blocks // 128))
+    stride_statistics_block = page_bytes // torch.float32.itemsize
     _score_kernel[(num_rows, num_slices)](
         first_statistics_ptr=first_statistics_of_layer,
         seq_lens_ptr=seq_lens,
@@ -442,6 +454,21 @@ def select_victims(
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
         num_warps=num_warps,
+    )
+    shield_by_contribution(
+        first_page_of_layer=first_page_of_layer,
+        first_statistics_of_layer=first_statistics_of_layer,
+        page_bytes=page_bytes,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        dtype=dtype,
+        seq_lens=seq_lens,
+        live_table=live_table,
+        evicted_before=evicted_before,
+        evicted_after=evicted_after,
+        rows=rows,
+        shields=scores[:, :, 1],
+        block_size=block_size,
     )
     _select_kernel[(num_rows,)](
         first_statistics_ptr=first_statistics_of_layer,

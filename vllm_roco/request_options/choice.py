@@ -8,6 +8,7 @@ from vllm_roco.eviction_row import (
     SCORE_NONE,
     SCORE_RANDOM,
     SCORE_SUM,
+    SHIELD_BY_CONTRIBUTION,
     SHIELD_BY_DEVIATION,
 )
 from vllm_roco.request_options.asked import Asked
@@ -18,6 +19,11 @@ _SCORES = {
     "h2o": SCORE_SUM,
     "random": SCORE_RANDOM,
     "recent": SCORE_NONE,
+}
+_SHIELDS = {
+    "contribution": SHIELD_BY_CONTRIBUTION,
+    "peak": 0,
+    "deviation": SHIELD_BY_DEVIATION,
 }
 
 
@@ -45,6 +51,4 @@ def choice_of_blocks(asked: Asked, budget: int) -> tuple[int, int]:
     # the shield is the paper's; the other policies have one stage
     if policy != "roco":
         return flags, 0
-    if asked.value("shield") == "deviation":
-        flags |= SHIELD_BY_DEVIATION
-    return flags, int(ratio * budget)
+    return flags | _SHIELDS[asked.value("shield")], int(ratio * budget)

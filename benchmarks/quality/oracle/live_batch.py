@@ -167,12 +167,14 @@ class LiveBatch:
         going = [n - kept for n, kept in zip(grown, live, strict=True)]
         if not any(going):
             return
+        wanted = (rule.shield, rule.second)
         stay = choose_survivors(
             rule,
             Due(self.computed, grown, going, self._method.budget),
             self.positions[..., : step.columns : rule.unit],
             self._statistics,
             self._seeds,
+            self._distances(step.columns, grown) if "contribution" in wanted else None,
         )
         kept_entries = -(-max(live) // rule.unit)
         # a stable sort puts those that stay first, in order
@@ -182,6 +184,21 @@ class LiveBatch:
             number = torch.tensor(live, device=self._device)[:, None, None]
             entry = torch.arange(kept_entries, device=self._device)
             self._statistics.keep(entries, entry * rule.unit < number)
+
+    def _distances(self, columns: int, grown: list[int]) -> torch.Tensor:
+        """Return how far each entry's mean value lies from the whole entries' mean.
+
+        Args:
+            columns: Slots that are in use, a multiple of the unit.
+            grown: Tokens of each sequence that live before anything goes.
+        """
+        values = self._values[..., :columns, :].float()
+        means = values.unflatten(3, (-1, self._rule.unit)).mean(4)
+        whole = torch.tensor(grown, device=self._device) // self._rule.unit
+        number = whole[:, None, None, None]
+        entry = torch.arange(means.shape[3], device=self._device)[:, None]
+        centre = means.where(entry < number, 0).sum(3, keepdim=True) / number
+        return (means - centre).norm(dim=-1)
 
     def _compact(self, entries: torch.Tensor) -> None:
         """Move the entries that stay to the front, in every layer and head."""

@@ -11,8 +11,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MEASURED = ("mean", "deviation", "peak", "rms", "focus", "sum", "last")
-"""Statistics of the attention that an entry receives."""
+MEASURED = (
+    *("mean", "deviation", "peak", "rms", "focus", "sum", "last"),
+    "contribution",
+)
+"""Statistics of the attention that an entry receives.
+
+The contribution is the peak times the distance of the entry's mean value from the mean
+of all.
+"""
 
 UNMEASURED = ("age", "random")
 

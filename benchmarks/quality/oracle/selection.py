@@ -38,6 +38,7 @@ def choose_survivors(
     first: torch.Tensor,
     statistics: Statistics | None,
     seeds: Sequence[int],
+    distances: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Choose who stays; ties go against the older.
 
@@ -48,6 +49,8 @@ def choose_survivors(
             entry's first token; older entries come first.
         statistics: Of all entries; a rule that measures nothing needs none.
         seeds: One of each sequence, for the rule `random`.
+        distances: `[layers, n, kv heads, entries]` float32, of each entry's mean value
+            from the mean of those that are whole; for the `contribution` alone.
 
     Returns:
         Bool in the shape of `first`; false for what goes and where no entry lives.
@@ -68,7 +71,11 @@ def choose_survivors(
 
     def shared(name: str, heads: str) -> torch.Tensor:
         assert statistics is not None
-        value = statistics.value(name)[..., : len(entry)]
+        if name == "contribution":
+            assert distances is not None
+            value = statistics.value("peak")[..., : len(entry)] * distances
+        else:
+            value = statistics.value(name)[..., : len(entry)]
         return _shared(rule, heads, _normalised(rule, value, whole))
 
     if rule.shield != "none":

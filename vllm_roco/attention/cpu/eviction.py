@@ -64,6 +64,11 @@ def _moves(
     full = sequence.live_blocks[:num_full]
     # [layers, blocks, heads, fields] to [layers, heads, blocks, fields]
     statistics = torch.stack([statistics_view(cache)[full] for cache in kv_caches])
+    distances = None
+    if row.shields_by_contribution:
+        distances = torch.stack(
+            [policy.value_distances(_values(cache, full)) for cache in kv_caches]
+        )
     victims = policy.select_victims(
         statistics.transpose(1, 2),
         first_positions_view(kv_caches[0])[full],
@@ -71,5 +76,18 @@ def _moves(
         after - before,
         block_size,
         row,
+        distances,
     )
     return policy.plan_moves(victims, row.resident_blocks)
+
+
+def _values(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
+    """Return blocks' values but for a factor of each head, which no share depends on.
+
+    Returns:
+        `[num_kv_heads, num_blocks, block_size, head_size]` float32.
+    """
+    values = kv_cache[blocks].transpose(0, 1).chunk(2, -1)[1]
+    if values.dtype == torch.uint8:
+        values = values.contiguous().view(torch.float8_e4m3fn)
+    return values.float()

@@ -42,11 +42,13 @@ class CacheAddresses:
         first_page: `[num_layers]` int64, address of page 0 of every layer.
         first_statistics: `[num_layers]` int64, address of its statistics, or None.
         page_bytes: Bytes of a page, tail included.
+        dtype: Of keys and values as they are stored.
     """
 
     first_page: torch.Tensor
     first_statistics: torch.Tensor | None
     page_bytes: int
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, *kv_caches: torch.Tensor, shape: PageShape) -> CacheAddresses:
@@ -64,6 +66,7 @@ class CacheAddresses:
             first_page=first_pages(states),
             first_statistics=statistics,
             page_bytes=kv_caches[0].stride(0) * kv_caches[0].element_size(),
+            dtype=kv_caches[0].dtype,
         )
 
 
@@ -163,6 +166,7 @@ class CudaEviction:
     ) -> None:
         self._layers = layers
         self._num_kv_heads = spec.num_kv_heads
+        self._head_size = spec.head_size
         self._block_size = spec.block_size
         self._scratch = scratch
         self._moved = torch.zeros(1, dtype=torch.int64, device=scratch.moves.device)
@@ -202,9 +206,12 @@ class CudaEviction:
             )
         else:
             select_victims(
+                first_page_of_layer=caches.first_page,
                 first_statistics_of_layer=caches.first_statistics,
-                stride_statistics_block=caches.page_bytes // torch.float32.itemsize,
+                page_bytes=caches.page_bytes,
                 num_kv_heads=self._num_kv_heads,
+                head_size=self._head_size,
+                dtype=caches.dtype,
                 seq_lens=seq_lens,
                 live_table=step.live_table,
                 evicted_before=step.evicted_before,

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each block contributed to an output, of blocks that may have to go.
+
+The arithmetic is `vllm_roco.policy`'s: the peak of a block's attention mass times the
+distance of its mean value from the mean of all. A program has one row, layer and head.
+It reads the values three times, for their mean, the sum of the contributions and each
+block's share of it, and returns at once where nothing is due.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_roco.ops.fp8 import unpack
+from vllm_roco.ops.rows import FLAGS, NUM_ROW_FIELDS, SHIELD_BY_CONTRIBUTION
+from vllm_roco.ops.statistics import MASS_PEAK, NUM_FIELDS
+
+# smallest normal float32: keeps a head that nobody listened to from dividing by zero
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_ALIGNMENT = tl.constexpr(16)
+# numbers that a program has in registers at a time
+_TILE_NUMBERS = 8192
+_TYPES = {
+    torch.uint8: tl.uint8,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+}
+
+
+@triton.jit
+def _mean_values(
+    values_ptr,  # of block 0 and one kv head
+    stride_block,
+    block,  # [TILE] int64
+    counts,  # [TILE], the blocks that there are
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Return `[TILE, HEAD_DIM]` float32: the mean of each block's values."""
+    token = tl.arange(0, TOKENS)[None, :, None]
+    dim = tl.arange(0, HEAD_DIM)[None, None, :]
+    place = block[:, None, None] * stride_block + token * (2 * HEAD_SIZE) + dim
+    mask = counts[:, None, None] & (dim < HEAD_SIZE)
+    total = tl.zeros([block.shape[0], HEAD_DIM], tl.float32)
+    for start in tl.static_range(0, BLOCK_SIZE, TOKENS):
+        numbers = tl.load(
+            values_ptr + place + start * 2 * HEAD_SIZE, mask=mask, other=0
+        )
+        if numbers.dtype == tl.uint8:
+            # the factor is the same for all values of a head, and cancels out
+            numbers = unpack(numbers, tl.float32)
+        total += tl.sum(numbers.to(tl.float32), 1)
+    return total / BLOCK_SIZE
+
+
+@triton.jit
+def _contributions(
+    mean,  # [TILE, HEAD_DIM] float32
+    centre,  # [HEAD_DIM] float32
+    entries_ptr,  # statistics of block 0 and one kv head
+    stride_statistics_block,
+    block,  # [TILE] int64
+    counts,  # [TILE]
+):
+    """Return `[TILE]` float32, 0 for blocks that there are not."""
+    apart = mean - centre[None, :]
+    distance = tl.sqrt(tl.sum(apart * apart, 1))
+    entry = entries_ptr + block * stride_statistics_block
+    return tl.load(entry + MASS_PEAK, mask=counts, other=0.0) * distance
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_shields_row",
+        "stride_shields_slice",
+        "num_slices",
+        "stride_table_row",
+    ]
+)
+def _contribution_kernel(
+    first_pages_ptr,  # [num_layers] int64, address of page 0
+    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
+    seq_lens_ptr,  # [num_rows] int32
+    live_table_ptr,  # [num_rows, live_width] int32
+    evicted_before_ptr,  # [num_rows] int32
+    evicted_after_ptr,  # [num_rows] int32
+    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
+    shields_ptr,  # of row 0 and slice 0, [max_blocks] float32
+    stride_shields_row,
+    stride_shields_slice,
+    num_slices,
+    stride_table_row,
+    stride_block,
+    stride_statistics_block,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TYPE: tl.constexpr,
+    TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    layer = tl.program_id(1)
+    head = tl.program_id(2)
+    evicted = tl.load(evicted_before_ptr + row)
+    if tl.load(evicted_after_ptr + row) == evicted:
+        return
+    flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
+    if (flags & SHIELD_BY_CONTRIBUTION) == 0:
+        return
+
+    num_full = tl.load(seq_lens_ptr + row) // BLOCK_SIZE - evicted
+    table_ptr = live_table_ptr + row * stride_table_row
+    page = tl.multiple_of(tl.load(first_pages_ptr + layer), _ALIGNMENT)
+    # a head's tokens, and of each the value behind the key
+    values_ptr = page.to(tl.pointer_type(TYPE)) + (
+        head * (BLOCK_SIZE * 2 * HEAD_SIZE) + HEAD_SIZE
+    )
+    entries_ptr = tl.load(first_statistics_ptr + layer).to(tl.pointer_type(tl.float32))
+    entries_ptr += head * NUM_FIELDS
+
+    centre = tl.zeros([HEAD_DIM], tl.float32)
+    for start in tl.range(0, num_full, TILE):
+        index = start + tl.arange(0, TILE)
+        counts = index < num_full
+        block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
+        mean = _mean_values(
+            values_ptr,
+            stride_block,
+            block,
+            counts,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+            HEAD_DIM,
+            TOKENS,
+        )
+        centre += tl.sum(mean, 0)
+    centre /= num_full
+
+    total = tl.zeros([], tl.float32)
+    shields_ptr += row * stride_shields_row
+    shields_ptr += (layer % num_slices) * stride_shields_slice
+    for round in tl.static_range(2):
+        for start in tl.range(0, num_full, TILE):
+            index = start + tl.arange(0, TILE)
+            counts = index < num_full
+            block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
+            mean = _mean_values(
+                values_ptr,
+                stride_block,
+                block,
+                counts,
+                BLOCK_SIZE,
+                HEAD_SIZE,
+                HEAD_DIM,
+                TOKENS,
+            )
+            contribution = _contributions(
+                mean, centre, entries_ptr, stride_statistics_block, block, counts
+            )
+            if round == 0:
+                total += tl.sum(contribution, 0)
+            else:
+                share = contribution / tl.maximum(total, _TINY)
+                # the largest of all is the same in whatever order they come
+                tl.atomic_max(shields_ptr + index, share, mask=counts)
+
+
+def shield_by_contribution(
+    *,
+    first_page_of_layer: torch.Tensor,
+    first_statistics_of_layer: torch.Tensor,
+    page_bytes: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    seq_lens: torch.Tensor,
+    live_table: torch.Tensor,
+    evicted_before: torch.Tensor,
+    evicted_after: torch.Tensor,
+    rows: torch.Tensor,
+    shields: torch.Tensor,
+    block_size: int,
+) -> None:
+    """Raise shields to each block's largest share of contributions in any head.
+
+    Args:
+        first_page_of_layer: `[num_layers]` int64, see `ops.move_blocks.first_pages`.
+        first_statistics_of_layer: `[num_layers]` int64, see
+            `ops.select_victims.first_statistics`.
+        page_bytes: Bytes of a page, tail included.
+        num_kv_heads: KV heads of a layer on this rank.
+        head_size: Numbers of a value.
+        dtype: Of keys and values as they are stored; uint8 for fp8.
+        seq_lens: `[num_rows]` int32, computed tokens after the step.
+        live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
+        evicted_before: `[num_rows]` int32, `E` at the start of the step.
+        evicted_after: `[num_rows]` int32, `E` at its end.
+        rows: `[num_rows, NUM_ROW_FIELDS]` int32, contiguous, how each row evicts.
+        shields: `[num_rows, num_slices, max_blocks]` float32, zero for the full live
+            blocks of rows that shield by the contribution; the largest over all slices
+            counts.
+        block_size: Tokens per block.
+    """
+    num_rows, num_slices, _ = shields.shape
+    head_dim = triton.next_power_of_2(head_size)
+    tokens = min(16, block_size & -block_size)
+    grid = (num_rows, first_page_of_layer.shape[0], num_kv_heads)
+    _contribution_kernel[grid](
+        first_pages_ptr=first_page_of_layer,
+        first_statistics_ptr=first_statistics_of_layer,
+        seq_lens_ptr=seq_lens,
+        live_table_ptr=live_table,
+        evicted_before_ptr=evicted_before,
+        evicted_after_ptr=evicted_after,
+        rows_ptr=rows,
+        shields_ptr=shields,
+        stride_shields_row=shields.stride(0),
+        stride_shields_slice=shields.stride(1),
+        num_slices=num_slices,
+        stride_table_row=live_table.stride(0),
+        stride_block=page_bytes // dtype.itemsize,
+        stride_statistics_block=page_bytes // torch.float32.itemsize,
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        HEAD_DIM=head_dim,
+        TYPE=_TYPES[dtype],
+        TILE=max(1, _TILE_NUMBERS // (tokens * head_dim)),
+        TOKENS=tokens,
+        num_warps=4,
+    )
