@@ -80,7 +80,8 @@ def _contributions(
         "stride_shields_slice",
         "num_slices",
         "stride_table_row",
-    ]
+    ],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
 )
 def _contribution_kernel(
     first_pages_ptr,  # [num_layers] int64, address of page 0
@@ -116,9 +117,9 @@ def _contribution_kernel(
 
     num_full = tl.load(seq_lens_ptr + row) // BLOCK_SIZE - evicted
     table_ptr = live_table_ptr + row * stride_table_row
-    page = tl.multiple_of(tl.load(first_pages_ptr + layer), _ALIGNMENT)
+    page_ptr = tl.load(first_pages_ptr + layer).to(tl.pointer_type(TYPE))
     # a head's tokens, and of each the value behind the key
-    values_ptr = page.to(tl.pointer_type(TYPE)) + (
+    values_ptr = tl.multiple_of(page_ptr, _ALIGNMENT) + (
         head * (BLOCK_SIZE * 2 * HEAD_SIZE) + HEAD_SIZE
     )
     entries_ptr = tl.load(first_statistics_ptr + layer).to(tl.pointer_type(tl.float32))
