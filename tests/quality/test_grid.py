@@ -143,15 +143,42 @@ def result(cell: Cell, *scores: float) -> Result:
 
 def test_what_requests_ask_for_shares_one_engine() -> None:
     asking = [job for job in jobs_of(grid("modes")) if job[0].setup != FULL]
-    assert len(asking) == 1
-    asked = {cell.setup.request for cell in asking[0]}
-    assert (("budget", 0.25), ("mode", "prompt")) in asked
+    problems = [{(cell.task, cell.context) for cell in job} for job in asking]
+    assert problems == [{("passkey", 2048)}, {("needle", 1024)}, {("needle", 2048)}]
+    for job in asking:
+        asked = {cell.setup.request for cell in job}
+        assert (("budget", 0.25), ("mode", "prompt")) in asked
     arguments = engine_arguments(asking[0][0].setup, 2048)
     options = arguments["additional_config"]["roco"]
     assert "budget" not in options
     # mode "generation" keeps a prompt, and half of its length on top
     assert options["max_budget"] >= 2048 + 1024
     assert options["allow_full"]
+
+
+def test_hard_tasks_ask_one_server_for_every_method() -> None:
+    asking = [
+        job
+        for job in jobs_of(grid("hard"))
+        if job[0].setup.engine == "vllm" and job[0].setup != FULL
+    ]
+    first = [(job[0].task, job[0].context) for job in asking]
+    assert len(set(first)) == len(first) == 18
+    assert first[:3] == [("niah_multikey_2", 2048), ("vt", 2048), ("cwe", 2048)]
+    for job in asking:
+        found = [(cell.setup.method, cell.budget_ratio) for cell in job]
+        assert found[:4] == [
+            (method, ratio) for ratio in (0.5, 0.25) for method in METHODS[:2]
+        ]
+        assert {method for method, _ in found} == {*METHODS}
+        # a server that is the same whichever cell it starts with
+        servers = [engine_arguments(cell.setup, 2048) for cell in job]
+        assert all(server == servers[0] for server in servers)
+        for cell in job:
+            asked = dict(cell.setup.request)
+            assert asked["budget"] == cell.setup.budget
+            assert asked["policy"] == cell.setup.policy
+            assert asked.get("shield", "") == cell.setup.shield
 
 
 def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
