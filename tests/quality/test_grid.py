@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,8 @@ from benchmarks.quality.tasks import FIRST_REPORT_SEED
 from benchmarks.quality.with_vllm import engine_arguments
 from benchmarks.quality.worker import accuracies
 from benchmarks.rows import read
+from vllm_roco.config import RocoConfig
+from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
 
 FULL_PRESET = PRESETS["full"]
 
@@ -156,6 +159,11 @@ def test_what_requests_ask_for_shares_one_engine() -> None:
     assert options["allow_full"]
 
 
+def plan(served: dict[str, Any], asked: dict[str, Any], prompt: int) -> RequestPlan:
+    planner = RequestPlanner(RocoConfig(**served), 16)
+    return planner.plan(asked, prompt)
+
+
 def test_hard_tasks_ask_one_server_for_every_method() -> None:
     asking = [
         job
@@ -175,10 +183,15 @@ def test_hard_tasks_ask_one_server_for_every_method() -> None:
         servers = [engine_arguments(cell.setup, 2048) for cell in job]
         assert all(server == servers[0] for server in servers)
         for cell in job:
-            asked = dict(cell.setup.request)
-            assert asked["budget"] == cell.setup.budget
-            assert asked["policy"] == cell.setup.policy
-            assert asked.get("shield", "") == cell.setup.shield
+            setup = cell.setup
+            asked = {f"roco_{name}": value for name, value in setup.request}
+            assert asked.get("roco_shield", "") == setup.shield
+            own = ["budget", "policy", "stride", "chunk"]
+            own += ["shield", "shield_ratio"] if setup.shield else []
+            alone = {name: getattr(setup, name) for name in own}
+            # what a server of its own would do
+            served = servers[0]["additional_config"]["roco"]
+            assert plan(served, asked, cell.context) == plan(alone, {}, cell.context)
 
 
 def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
