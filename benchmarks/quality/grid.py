@@ -23,6 +23,7 @@ from benchmarks.quality.tasks import (
     RULER_TASKS,
 )
 from benchmarks.quality.tasks.conversation import RETRIEVAL
+from benchmarks.quality.training.trained import TRAINED
 from tools.packaged_models import GEMMA_3, SMOLLM2
 from vllm_roco.config import SHIELDS, RocoConfig
 
@@ -62,7 +63,7 @@ class Preset:
         table: Name of the file that its rows go to.
         reference: The method without which the others tell nothing.
         seed: Of every task.
-        model: One of `tools.packaged_models`.
+        model: One of `tools.packaged_models`, or `TRAINED`.
     """
 
     about: str
@@ -197,13 +198,13 @@ def _hard() -> Iterator[tuple[Sweep, Setup]]:
     """Yield what a model is trained for, see `benchmarks.quality.training`."""
     lists = [
         Sweep(task, context, _HALVES, 100)
-        for task in (*HARD_TASKS, "multivalue")
         for context in (2048, 4096)
+        for task in (*HARD_TASKS, "multivalue")
     ]
     again = [
         Sweep(f"{task}, {count} questions", 2048, _HALVES, 100)
-        for task in RETRIEVAL
         for count in (4, 2)
+        for task in RETRIEVAL
     ]
     later = [Sweep(f"{task}, later", 2048, _HALVES, 100) for task in RETRIEVAL]
     # a third of it is read, and the rest written
@@ -211,11 +212,25 @@ def _hard() -> Iterator[tuple[Sweep, Setup]]:
     sweeps = (*lists, *again, *later, *written)
     baselines = [method for method in ORACLE_METHODS if method != "sink-recent"]
     yield from ((sweep, FULL) for sweep in sweeps)
-    yield from _against_budget(sweeps, METHODS)
+    # the default and what it replaced, then the others
+    for methods in (METHODS[:2], METHODS[2:]):
+        yield from _asked_for(_against_budget(sweeps, methods))
     yield from _in_one_conversation(again, METHODS)
     yield from _against_budget((*lists, *again), baselines)
     yield from _in_one_conversation(later, METHODS)
     yield from _against_budget((*later, *written), baselines)
+
+
+def _asked_for(
+    pairs: Iterable[tuple[Sweep, Setup]],
+) -> Iterator[tuple[Sweep, Setup]]:
+    """Yield methods of the plugin so that requests ask one server for all of them."""
+    for sweep, setup in pairs:
+        names = ["budget", "policy", "stride", "chunk"]
+        if setup.shield:
+            names += ["shield", "shield_ratio"]
+        request = tuple((name, getattr(setup, name)) for name in names)
+        yield sweep, replace(setup, request=request)
 
 
 def _in_one_conversation(
@@ -359,10 +374,10 @@ PRESETS = {
         model=GEMMA_3,
     ),
     "hard": Preset(
-        "tasks that a model is trained for, second questions, long answers: see "
-        "`benchmarks.quality.training` for what to give to --model",
+        "tasks that a model is trained for, second questions, long answers",
         tuple(_hard()),
         table="hard",
+        model=TRAINED,
     ),
     "kvpress": Preset(
         "needles with kvpress, in an environment of its own: see `with_kvpress`",
@@ -376,20 +391,30 @@ PRESETS = {
 def jobs(wanted: Iterable[Cell]) -> list[Job]:
     """Group cells into processes, in the order of their first cell.
 
-    An engine of vLLM has one setup and takes long to start, so its cells share it, also
-    with others that differ in what their requests bring. The
-    full cache has the most to do and everything waits for it: a context each. Other
-    engines take any setup at any time: a context each, too, and conversations apart.
+    An engine of vLLM has one setup and takes long to start, so its cells share it.
+    Where requests bring what differs, each task at each context has one for all of
+    them. The full cache has the most to do and everything waits for it: a context
+    each, and each form of conversation apart. Other engines take any setup at any
+    time: a context each, too, and conversations apart.
     """
     groups: dict[object, list[Cell]] = {}
     for cell in wanted:
         key: object = cell.setup
         if cell.setup == FULL:
-            key = (cell.setup, cell.context, cell.task in RULER_TASKS)
+            _, _, form = cell.task.partition(", ")
+            key = (cell.setup, cell.context, cell.task in RULER_TASKS, form)
         elif cell.setup.request:
-            key = replace(cell.setup, method="", budget=0, request=())
+            key = (_server_of(cell.setup), cell.context, cell.task)
         elif cell.setup.engine != "vllm":
             # conversations take long, and are many
             key = (cell.setup.engine, cell.context, cell.task in CONVERSATIONS)
         groups.setdefault(key, []).append(cell)
     return list(groups.values())
+
+
+def _server_of(setup: Setup) -> Setup:
+    """Return what is left of a setup without what its requests bring."""
+    plain = Setup(method="", engine=setup.engine, policy=BASE.policy)
+    brought = {"method", "budget", "request", *dict(setup.request)}
+    names = brought & Setup.__annotations__.keys()
+    return replace(setup, **{name: getattr(plain, name) for name in names})

@@ -25,7 +25,8 @@ from benchmarks.quality.grid import (
 )
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
-from tools.packaged_models import PACKAGED_MODELS, find_model
+from benchmarks.quality.training.trained import TRAINED, find_any
+from tools.packaged_models import PACKAGED_MODELS
 
 Results = Mapping[Cell, Result]
 ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
@@ -44,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure what the full cache can do, or all of a preset without one."""
     preset = PRESETS[arguments.preset]
     model = arguments.model or preset.model
-    name = model if model in PACKAGED_MODELS else Path(model).resolve().name
+    is_named = model in (*PACKAGED_MODELS, TRAINED)
+    name = model if is_named else Path(model).resolve().name
     seed = preset.seed if arguments.seed is None else arguments.seed
     grid = cells(preset, model=name, seed=seed, n=arguments.n)
     wanted = [cell for cell in grid if _is_wanted(cell, preset, arguments)]
@@ -56,8 +58,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         return
 
-    if model in PACKAGED_MODELS:
-        model = str(find_model(model))
+    model = find_any(model)
     facts = machine.environment_elsewhere()
     commit = arguments.commit or facts["commit"]
     workplace = jobs.Workplace(model, commit, path, folder / "quality_logs")

@@ -47,7 +47,9 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
     names = ["policy", "stride", "chunk"]
     if setup.shield:
         names += ["shield", "shield_ratio"]
-    options = {name: getattr(setup, name) for name in names}
+    asked = dict(setup.request)
+    # a server is the same whichever of its cells comes first
+    options = {name: getattr(setup, name) for name in names if name not in asked}
     if setup.request:
         # a prompt that is kept, and a budget of its size
         options |= {"max_budget": 2 * context, "allow_full": True}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,8 @@ from benchmarks.quality.tasks import FIRST_REPORT_SEED
 from benchmarks.quality.with_vllm import engine_arguments
 from benchmarks.quality.worker import accuracies
 from benchmarks.rows import read
+from vllm_roco.config import RocoConfig
+from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
 
 FULL_PRESET = PRESETS["full"]
 
@@ -143,15 +146,52 @@ def result(cell: Cell, *scores: float) -> Result:
 
 def test_what_requests_ask_for_shares_one_engine() -> None:
     asking = [job for job in jobs_of(grid("modes")) if job[0].setup != FULL]
-    assert len(asking) == 1
-    asked = {cell.setup.request for cell in asking[0]}
-    assert (("budget", 0.25), ("mode", "prompt")) in asked
+    problems = [{(cell.task, cell.context) for cell in job} for job in asking]
+    assert problems == [{("passkey", 2048)}, {("needle", 1024)}, {("needle", 2048)}]
+    for job in asking:
+        asked = {cell.setup.request for cell in job}
+        assert (("budget", 0.25), ("mode", "prompt")) in asked
     arguments = engine_arguments(asking[0][0].setup, 2048)
     options = arguments["additional_config"]["roco"]
     assert "budget" not in options
     # mode "generation" keeps a prompt, and half of its length on top
     assert options["max_budget"] >= 2048 + 1024
     assert options["allow_full"]
+
+
+def plan(served: dict[str, Any], asked: dict[str, Any], prompt: int) -> RequestPlan:
+    planner = RequestPlanner(RocoConfig(**served), 16)
+    return planner.plan(asked, prompt)
+
+
+def test_hard_tasks_ask_one_server_for_every_method() -> None:
+    asking = [
+        job
+        for job in jobs_of(grid("hard"))
+        if job[0].setup.engine == "vllm" and job[0].setup != FULL
+    ]
+    first = [(job[0].task, job[0].context) for job in asking]
+    assert len(set(first)) == len(first) == 18
+    assert first[:3] == [("niah_multikey_2", 2048), ("vt", 2048), ("cwe", 2048)]
+    for job in asking:
+        found = [(cell.setup.method, cell.budget_ratio) for cell in job]
+        assert found[:4] == [
+            (method, ratio) for ratio in (0.5, 0.25) for method in METHODS[:2]
+        ]
+        assert {method for method, _ in found} == {*METHODS}
+        # a server that is the same whichever cell it starts with
+        servers = [engine_arguments(cell.setup, 2048) for cell in job]
+        assert all(server == servers[0] for server in servers)
+        for cell in job:
+            setup = cell.setup
+            asked = {f"roco_{name}": value for name, value in setup.request}
+            assert asked.get("roco_shield", "") == setup.shield
+            own = ["budget", "policy", "stride", "chunk"]
+            own += ["shield", "shield_ratio"] if setup.shield else []
+            alone = {name: getattr(setup, name) for name in own}
+            # what a server of its own would do
+            served = servers[0]["additional_config"]["roco"]
+            assert plan(served, asked, cell.context) == plan(alone, {}, cell.context)
 
 
 def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:

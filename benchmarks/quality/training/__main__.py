@@ -3,10 +3,12 @@
 
     python -m benchmarks.quality.training train --out ADAPTER --time-limit 300
     python -m benchmarks.quality.training evaluate --model FOLDER
-    python -m benchmarks.quality.training merge --adapter ADAPTER --out FOLDER
+    python -m benchmarks.quality.training merge --out FOLDER --adapter ADAPTER
 
 The first one trains on generated problems of all tasks, on a GPU in minutes. The last
-one writes a model's folder, which everything here takes by `--model`.
+one writes a model's folder, which everything here takes by `--model`. The adapter in
+`adapters` is the default there; `--model SmolLM2-135M-Instruct-trained` merges it by
+itself.
 """
 
 from __future__ import annotations
@@ -28,13 +30,19 @@ from benchmarks import machine
 from benchmarks.quality.training import evaluation, low_rank
 from benchmarks.quality.training.samples import LENGTHS
 from benchmarks.quality.training.supply import supply
+from benchmarks.quality.training.trained import (
+    ADAPTER,
+    TRAINED,
+    find_any,
+    write_merged,
+)
 from benchmarks.quality.training.training import (
     Plan,
     evaluated,
     train,
     write_report,
 )
-from tools.packaged_models import PACKAGED_MODELS, SMOLLM2, find_model
+from tools.packaged_models import SMOLLM2
 
 
 def main() -> None:
@@ -49,11 +57,11 @@ def main() -> None:
         command = commands.add_parser(name)
         command.set_defaults(run=run)
         add = command.add_argument
-        add("--model", default=SMOLLM2, help="a packaged model or a folder")
+        add("--model", default=SMOLLM2, help=f"a packaged model, {TRAINED} or a folder")
         if name in ("train", "merge"):
             add("--out", type=Path, required=True, metavar="DIR")
         if name == "merge":
-            add("--adapter", type=Path, required=True, metavar="DIR")
+            add("--adapter", type=Path, default=ADAPTER, metavar="DIR")
         if name in ("train", "evaluate"):
             add("--problems", type=int, default=32, help="of each kind, at the end")
             add("--contexts", type=int, nargs="+", default=evaluation.CONTEXTS)
@@ -75,10 +83,6 @@ def main() -> None:
     arguments.run(arguments)
 
 
-def _folder(model: str) -> str:
-    return str(find_model(model)) if model in PACKAGED_MODELS else model
-
-
 def _load(folder: str) -> Any:
     on_gpu = torch.cuda.is_available()
     model: Any = AutoModelForCausalLM.from_pretrained(
@@ -92,7 +96,7 @@ def _load(folder: str) -> Any:
 
 def _train(arguments: argparse.Namespace) -> None:
     begin = time.monotonic()
-    folder = _folder(arguments.model)
+    folder = find_any(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(arguments.seed)
     plan = Plan(
@@ -149,7 +153,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    folder = _folder(arguments.model)
+    folder = find_any(arguments.model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     contexts = tuple(arguments.contexts)
     paper = evaluation.write_paper(tokenizer, arguments.problems, contexts, 2)
@@ -170,11 +174,7 @@ def _answer_ruler(
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    folder = _folder(arguments.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    low_rank.merge(model, arguments.adapter)
-    model.save_pretrained(arguments.out)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(arguments.out)
+    write_merged(find_any(arguments.model), arguments.adapter, arguments.out)
     _say(str(arguments.out))
 
 
