@@ -10,7 +10,7 @@ from benchmarks.quality.oracle.output_peaks import OutputPeaks
 from benchmarks.quality.oracle.step import make_step
 
 UNIT = 4
-ENTRIES = 5
+ENTRIES = 4
 COLUMNS = ENTRIES * UNIT
 QUERIES = 6
 
