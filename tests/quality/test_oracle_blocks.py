@@ -123,7 +123,7 @@ def test_chooses_what_the_plugin_chooses(shield: str, ratio: float) -> None:
         first[None, :, None],
         statistics,
         seeds=[0] * sequences,
-        distances=distances,
+        further={"contribution": peak * distances},
     )
 
     config = RocoConfig(

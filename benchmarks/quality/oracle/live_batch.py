@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
 from benchmarks.quality.oracle.eviction_method import EvictionMethod
+from benchmarks.quality.oracle.output_peaks import OutputPeaks
+from benchmarks.quality.oracle.rule import PEAKS_OF_OUTPUT
 from benchmarks.quality.oracle.selection import Due, choose_survivors
 from benchmarks.quality.oracle.statistics import Statistics
 from benchmarks.quality.oracle.step import Step, make_step
@@ -73,6 +75,14 @@ class LiveBatch:
         if self._rule.measures:
             shape = (layers, num, heads, entries)
             self._statistics = Statistics(self._rule, shape, device)
+        self._output_peaks: OutputPeaks | None = None
+        if self._rule.shield in PEAKS_OF_OUTPUT:
+            self._output_peaks = OutputPeaks(
+                self._rule.shield,
+                self._rule.unit,
+                (layers, num, heads, entries),
+                device,
+            )
         self.computed = [0] * num
         self._counts: list[int] = []
         self._step: Step | None = None
@@ -147,6 +157,9 @@ class LiveBatch:
             probabilities = logits.softmax(-1)
             self._statistics.add(layer, probabilities)
             output = probabilities.flatten(2, 3).to(values.dtype) @ values
+            if self._output_peaks:
+                by_query = output.unflatten(2, (group, -1))
+                self._output_peaks.add(layer, step, probabilities, values, by_query)
         else:
             visible = step.visible.repeat(1, group, 1)[:, None]
             output = F.scaled_dot_product_attention(
@@ -167,14 +180,13 @@ class LiveBatch:
         going = [n - kept for n, kept in zip(grown, live, strict=True)]
         if not any(going):
             return
-        wanted = (rule.shield, rule.second)
         stay = choose_survivors(
             rule,
             Due(self.computed, grown, going, self._method.budget),
             self.positions[..., : step.columns : rule.unit],
             self._statistics,
             self._seeds,
-            self._distances(step.columns, grown) if "contribution" in wanted else None,
+            self._further(step.columns, grown),
         )
         kept_entries = -(-max(live) // rule.unit)
         # a stable sort puts those that stay first, in order
@@ -184,6 +196,20 @@ class LiveBatch:
             number = torch.tensor(live, device=self._device)[:, None, None]
             entry = torch.arange(kept_entries, device=self._device)
             self._statistics.keep(entries, entry * rule.unit < number)
+            if self._output_peaks:
+                self._output_peaks.keep(entries, entry * rule.unit < number)
+
+    def _further(self, columns: int, grown: list[int]) -> dict[str, torch.Tensor]:
+        """Return what the rule wants beyond the statistics, by name."""
+        further = {}
+        if self._output_peaks:
+            further[self._rule.shield] = self._output_peaks.peaks
+        if "contribution" in (self._rule.shield, self._rule.second):
+            assert self._statistics is not None
+            distances = self._distances(columns, grown)
+            peak = self._statistics.value("peak")[..., : distances.shape[-1]]
+            further["contribution"] = peak * distances
+        return further
 
     def _distances(self, columns: int, grown: list[int]) -> torch.Tensor:
         """Return how far each entry's mean value lies from the whole entries' mean.

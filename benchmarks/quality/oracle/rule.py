@@ -13,13 +13,15 @@ from dataclasses import dataclass
 
 MEASURED = (
     *("mean", "deviation", "peak", "rms", "focus", "sum", "last"),
-    "contribution",
+    *("contribution", "output", "error"),
 )
 """Statistics of the attention that an entry receives.
 
 The contribution is the peak times the distance of the entry's mean value from the mean
-of all.
+of all, which is about what `OutputPeaks` works out: the output and the error.
 """
+PEAKS_OF_OUTPUT = ("output", "error")
+"""Those for which queries' outputs are looked at."""
 
 UNMEASURED = ("age", "random")
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ def choose_survivors(
     first: torch.Tensor,
     statistics: Statistics | None,
     seeds: Sequence[int],
-    distances: torch.Tensor | None = None,
+    further: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> torch.Tensor:
     """Choose who stays; ties go against the older.
 
@@ -49,8 +50,8 @@ def choose_survivors(
             entry's first token; older entries come first.
         statistics: Of all entries; a rule that measures nothing needs none.
         seeds: One of each sequence, for the rule `random`.
-        distances: `[layers, n, kv heads, entries]` float32, of each entry's mean value
-            from the mean of those that are whole; for the `contribution` alone.
+        further: What else is known of the entries, `[layers, n, kv heads, entries or
+            more]` float32, by the statistic's name.
 
     Returns:
         Bool in the shape of `first`; false for what goes and where no entry lives.
@@ -71,11 +72,10 @@ def choose_survivors(
 
     def shared(name: str, heads: str) -> torch.Tensor:
         assert statistics is not None
-        if name == "contribution":
-            assert distances is not None
-            value = statistics.value("peak")[..., : len(entry)] * distances
-        else:
-            value = statistics.value(name)[..., : len(entry)]
+        value = further.get(name)
+        if value is None:
+            value = statistics.value(name)
+        value = value[..., : len(entry)]
         return _shared(rule, heads, _normalised(rule, value, whole))
 
     if rule.shield != "none":
