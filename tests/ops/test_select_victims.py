@@ -82,9 +82,11 @@ class Group:
                 others = torch.where(logical < 8, 100 * logical, 0)
                 drawn[..., page.NUM_QUERIES] = (after - first + others)[:, None]
                 blocks = table[row, :live]
-                values = torch.randn(live, kv_heads, BLOCK_SIZE, 16, generator=generator)
+                values = torch.randn(
+                    live, kv_heads, BLOCK_SIZE, 16, generator=generator
+                )
                 if distinct:
-                    # of three kinds, so that distances tie as well; of two, both would be as far
+                    # of three kinds, so that distances tie: of two, both would be as far
                     values = values[torch.arange(live) % 3]
                 cache[blocks.to(device), ..., 16:] = values.to(device, cache.dtype)
                 page.statistics_view(cache)[blocks] = drawn.to(device)

@@ -159,7 +159,9 @@ class LiveSequence:
             for values in layer.values[:, :full]:
                 centre = values.mean(0)
                 blocks = values.split(self._block_size)
-                rows.append([float((block.mean(0) - centre).norm()) for block in blocks])
+                rows.append(
+                    [float((block.mean(0) - centre).norm()) for block in blocks]
+                )
         return torch.tensor(rows)
 
     def drop_blocks(self, victims: tuple[int, ...]) -> None:

@@ -13,9 +13,7 @@ _TOKENS = Rule(sink=16, recent=32)
 RULES = {
     "full": Rule(scope="all", second="age"),
     # the plugin's: one choice of blocks for all layers and heads
-    "roco": replace(
-        _BLOCKS, shield="contribution", shield_ratio=1.0, neighbours=0.75
-    ),
+    "roco": replace(_BLOCKS, shield="contribution", shield_ratio=1.0, neighbours=0.75),
     "recent": replace(_BLOCKS, second="age"),
     # published, on tokens: arXiv 2402.06262
     "token-roco": Rule(
