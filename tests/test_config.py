@@ -96,7 +96,7 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         ("policy", ["roco"], '"roco" or "h2o" or "random" or "recent"'),
         ("mode", "prompts", '"both" or "prompt" or "generation" or "auto" or "full"'),
         ("mode", None, '"both" or "prompt"'),
-        ("shield", "mean", '"peak" or "deviation"'),
+        ("shield", "mean", '"contribution" or "peak" or "deviation"'),
         ("budget", 0, "a whole number of tokens, at least 1"),
         ("budget", -16, "a whole number of tokens, at least 1"),
         ("budget", 512.0, "a whole number of tokens, at least 1"),

@@ -249,10 +249,10 @@ def test_the_start_up_check_knows_the_schedulers(
 def test_the_start_up_line_says_what_holds() -> None:
     # B 4, S 2, a chunk of 2 blocks and 1
     assert describe(SYNCHRONOUS.scheduler()) == (
-        "RoCo: policy roco (peak shield, ratio 0.7), budget 16 tokens per sequence, "
-        "stride 8, chunk 8, block size 4. A sequence attends over at most 23 tokens "
-        "after a step and holds at most 36 tokens of KV cache. Prefix caching: off "
-        "(enable_prefix_caching = False). Switched off: speculative decoding, "
+        "RoCo: policy roco (contribution shield, ratio 1), budget 16 tokens per "
+        "sequence, stride 8, chunk 8, block size 4. A sequence attends over at most 23 "
+        "tokens after a step and holds at most 36 tokens of KV cache. Prefix caching: "
+        "off (enable_prefix_caching = False). Switched off: speculative decoding, "
         "KV connectors."
     )
 

@@ -27,7 +27,7 @@ SHIELD_BY_CONTRIBUTION = 16
 
 
 NEIGHBOUR_SHARE = 0.75
-"""Of the contribution of the blocks beside it in the text, what a block has at least."""
+"""Of the contributions beside it in the text, what a block has at least."""
 
 
 class EvictionRow(NamedTuple):

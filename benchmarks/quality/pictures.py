@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.pictures import Picture, legend, panels
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION
+from benchmarks.quality.grid import DEFAULT
 from benchmarks.quality.scores import Scores
 from benchmarks.rows import matching
 
 _COLOURS = {
+    "roco/contribution": "tab:pink",
     "roco/peak": "tab:blue",
     "roco/deviation": "tab:cyan",
     "recent": "tab:gray",
@@ -84,7 +86,7 @@ def _against_budget(
                 level = line[score].iloc[0]
                 panel.axhline(level, color="black", ls="--", label="full cache")
             elif method == scores.default:
-                name = f"{method}, default"
+                name = f"{method}, default" if method == DEFAULT else method
                 _line(panel, line, "budget_ratio", score, label=name, linewidth=2.2)
             else:
                 _line(panel, line, "budget_ratio", score, label=method)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The policies that a search compares in the oracle, each one change to the default."""
+"""The policies that a search compares in the oracle, each one change to its base.
+
+The base was the plugin's default when the search began; what was found since is among
+the changes.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,17 @@ from dataclasses import fields
 from typing import Any
 
 from benchmarks.quality.cells import Setup
-from vllm_roco.config import RocoConfig
 
-DEFAULT = "default"
-"""What the plugin ships: the reference of every comparison."""
+BASE = "base: peak, 0.7"
+"""The reference of every comparison: a shield of peaks that lend nothing."""
 RECENT_SHARE = "recent_share"
 """Newest tokens that are never evicted, as a share of the budget."""
 
 _OF_A_SETUP = {field.name for field in fields(Setup)}
 _BASE = {
     "policy": "roco",
-    "shield": RocoConfig.shield,
-    "shield_ratio": RocoConfig.shield_ratio,
+    "shield": "peak",
+    "shield_ratio": 0.7,
     "stride": 128,
     "chunk": 256,
 }
@@ -52,7 +55,7 @@ def _name(changes: dict[str, Any]) -> str:
 
 _BASELINES: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
-    DEFAULT: {},
+    BASE: {},
     **{
         method: {"policy": method}
         for method in ("recent", "sink-recent", "token-roco", "h2o", "tova", "random")
@@ -66,6 +69,10 @@ _CHANGES = (
     *_each("shield_ratio", 0.3, 0.5, 0.7, 1.0, shield="deviation"),
     *_each("shield_ratio", 0.5, 0.7, 1.0, shield="focus"),
     *_each("shield_ratio", 0.5, 0.7, 1.0, shield="rms"),
+    *_each("neighbours", 0.75, 0.9, 1.0),
+    *_each("neighbours", 0.75, 0.9, 1.0, shield_ratio=1.0),
+    *_each("neighbours", 0.0, 0.75, 0.9, shield="contribution", shield_ratio=0.7),
+    *_each("neighbours", 0.0, 0.75, 0.9, shield="contribution", shield_ratio=1.0),
     *_each("fade", 0.9998, 0.9995, 0.999, 0.998, 0.995),
     *_each("peak_queries", 2, 4, 8),
     *_each("shield_heads", "mean", "rms"),

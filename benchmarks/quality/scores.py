@@ -11,7 +11,7 @@ import pandas as pd
 
 from benchmarks import rows
 from benchmarks.quality.cells import PERPLEXITY_GENERATION
-from benchmarks.quality.grid import LEAST_FULL_ACCURACY, ORACLE_METHODS
+from benchmarks.quality.grid import DEFAULT, LEAST_FULL_ACCURACY, ORACLE_METHODS
 from benchmarks.rows import matching
 
 _TASK = ["task", "context", "metric"]
@@ -36,7 +36,8 @@ class Scores:
             table's columns `problems`, `share` and the method's `label`.
         pace: Stride and chunk of the sweep of budgets, or the budget itself where that
             is less.
-        default: The method that a user gets who only sets a budget.
+        default: The method that a user gets who only sets a budget; one that a user got
+            when the table was measured where that lacks it.
     """
 
     frame: pd.DataFrame
@@ -50,9 +51,10 @@ class Scores:
         if frame.empty:
             return None
         base: Any = rows.noted(results)["quality"][-1]["base"]
-        shield = f"/{base['shield']}" if base["policy"] == "roco" else ""
-        default = base["policy"] + shield
+        default = DEFAULT
         labels = {"full": "full cache", default: f"**{default}** (default)"}
+        if default not in set(frame["method"]):
+            default = f"{base['policy']}/{base['shield']}"
         frame = named(frame.assign(label=frame["method"].replace(labels)))
         ranks = frame["method"].map({"full": -2, default: -1}).fillna(0)
         ranks = ranks.mask(frame["method"].isin(ORACLE_METHODS), 1)

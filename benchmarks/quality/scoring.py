@@ -11,7 +11,7 @@ import pandas as pd
 from benchmarks.quality import significance
 from benchmarks.quality.cells import Cell
 from benchmarks.quality.grid import FULL
-from benchmarks.quality.policies import DEFAULT
+from benchmarks.quality.policies import BASE
 from benchmarks.quality.results import Result
 
 COLUMNS = (
@@ -50,11 +50,11 @@ def rows(results: Mapping[Cell, Result]) -> pd.DataFrame:
 
 
 def search_rows(results: Mapping[Cell, Result]) -> pd.DataFrame:
-    """Return a row for each cell, each beside the default on the same problems."""
+    """Return a row for each cell, each beside the base on the same problems."""
     references = {
         _problems(cell): result
         for cell, result in results.items()
-        if cell.setup.method == DEFAULT
+        if cell.setup.method == BASE
     }
     found = []
     for cell, result in results.items():

@@ -18,7 +18,7 @@ from benchmarks.quality.cells import (
     QUESTION_METRIC,
 )
 from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PRESETS
-from benchmarks.quality.policies import DEFAULT
+from benchmarks.quality.policies import BASE
 from benchmarks.quality.scores import Scores, named
 from benchmarks.rows import matching
 
@@ -199,12 +199,12 @@ def search(found: pd.DataFrame) -> str:
 def _phase(found: pd.DataFrame) -> str:
     is_loss = found["task"] == PERPLEXITY
     solved = found["score"].mask(is_loss, 0).groupby(found["method"])
-    differs = (found["p_value"] < _SIGNIFICANT) & (found["method"] != DEFAULT)
+    differs = (found["p_value"] < _SIGNIFICANT) & (found["method"] != BASE)
     found = found.assign(
         is_loss=is_loss,
         solved=-solved.transform("sum").round(4),
         mark=differs.fillna(False).map({True: "*", False: ""}),
-        label=[f"**{m}**" if m == DEFAULT else f"`{m}`" for m in found["method"]],
+        label=[f"**{m}**" if m == BASE else f"`{m}`" for m in found["method"]],
     )
     sizes = found.groupby("method")["task"].transform("size")
     whole = found[sizes == sizes.max()].sort_values("solved", kind="stable")

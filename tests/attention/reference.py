@@ -156,9 +156,7 @@ class DenseSequence:
             int(self._config.shield_ratio * self._schedule.budget_blocks),
             len(exposed) - count,
         )
-        shield = self._largest_share(
-            max if self._config.shield == "peak" else _deviation
-        )
+        shield = self._shield()
         # of equals the older is exposed first
         exposed.sort(key=lambda block: (shield[block], block))
         exposed = exposed[: len(exposed) - shielded]
@@ -166,7 +164,24 @@ class DenseSequence:
         exposed.sort(key=lambda block: (mean[block], block))
         return set(exposed[:count])
 
-    def _largest_share(self, moment) -> dict[int, float]:  # type: ignore[no-untyped-def]
+    def _shield(self) -> dict[int, float]:
+        if self._config.shield == "peak":
+            return self._largest_share(max)
+        if self._config.shield == "deviation":
+            return self._largest_share(_deviation)
+        share = self._largest_share(max, by_values=True)
+        return {
+            block: max(
+                share[block],
+                0.75 * share.get(block - 1, 0.0),
+                0.75 * share.get(block + 1, 0.0),
+            )
+            for block in share
+        }
+
+    def _largest_share(  # type: ignore[no-untyped-def]
+        self, moment, *, by_values: bool = False
+    ) -> dict[int, float]:
         size = self._schedule.block_size
         full = [block for block in self.kept if (block + 1) * size <= self.length]
         shares = dict.fromkeys(full, 0.0)
@@ -175,10 +190,28 @@ class DenseSequence:
             values = {
                 block: moment(self.masses[layer, kv_head, block]) for block in full
             }
+            if by_values:
+                distances = self._value_distances(layer, kv_head, full)
+                values = {block: values[block] * distances[block] for block in full}
             total = sum(values.values()) or 1.0
             for block in full:
                 shares[block] = max(shares[block], values[block] / total)
         return shares
+
+    def _value_distances(
+        self, layer: int, kv_head: int, blocks: list[int]
+    ) -> dict[int, float]:
+        """Return how far the mean value of each block lies from that of all tokens."""
+        size = self._schedule.block_size
+        values = self.values[layer][:, kv_head]
+        tokens = [block * size + token for block in blocks for token in range(size)]
+        centre = values[tokens].mean(0)
+        return {
+            block: torch.dist(
+                values[block * size : (block + 1) * size].mean(0), centre
+            ).item()
+            for block in blocks
+        }
 
 
 def _deviation(values: list[float]) -> float:

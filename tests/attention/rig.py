@@ -109,6 +109,9 @@ class Rig:
             "chunk": size,
             "sink": 0,
             "recent": 0,
+            # reads values as well, and leaves the second stage a choice
+            "shield": "contribution",
+            "shield_ratio": 0.7,
             **shape.options,
         }
         self.config = RocoConfig(**options)

@@ -14,10 +14,10 @@ from tools.passkey import Passkey, build_passkey
 
 NUM_KEYS = 16
 NUM_TOKENS = 2048
-PEAK = Options(
+DEFAULT = Options(
     policy="roco",
-    shield="peak",
-    shield_ratio=0.7,
+    shield="contribution",
+    shield_ratio=1,
     budget=NUM_TOKENS // 4,
     stride=128,
     chunk=256,
@@ -25,11 +25,12 @@ PEAK = Options(
     recent=32,
     block_size=16,
 )
+"""What a user gets who sets a budget, but for a shorter stride and chunk."""
 ARGUMENTS: dict[str, Any] = dict(
     dtype="bfloat16",
     max_model_len=NUM_TOKENS + 16,
     max_num_seqs=NUM_KEYS,
-    max_num_batched_tokens=4 * PEAK.chunk + NUM_KEYS,
+    max_num_batched_tokens=4 * DEFAULT.chunk + NUM_KEYS,
 )
 """Of an engine that serves all keys at once."""
 
@@ -54,7 +55,7 @@ def keys_found(
     freed = engine.manager.num_freed_blocks
     answers = engine.generate([key.token_ids for key in keys], 8)
     # E at 2,048 tokens, less a stride for the prompt that ends a line earlier
-    evicted = NUM_TOKENS - PEAK.budget - PEAK.stride
+    evicted = NUM_TOKENS - DEFAULT.budget - DEFAULT.stride
     least = len(keys) * evicted // engine.manager.block_size
     assert engine.manager.num_freed_blocks - freed >= least
     assert engine.num_lost_blocks == 0

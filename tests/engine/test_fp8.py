@@ -36,6 +36,11 @@ CROWD = [random_prompt(n, seed=n) for n in (20, 70, 96, 150, 210, 333)]
 NUM_NEW = 150
 SEEDS = {230: 230, 33: 33, 129: 1129, 80: 80}
 """Prompts that the oracle continues without a tie, by their lengths."""
+POLICIES = {
+    "contribution": replace(TINY_BUDGET, shield="contribution", shield_ratio=1),
+    "peak": TINY_BUDGET,
+    "recent": replace(TINY_BUDGET, policy="recent"),
+}
 
 
 def scales_of(layer: int, *, per_head: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,14 +89,14 @@ def oracle_in_fp8(*, per_head: bool) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["tensor", "head"])
-@pytest.mark.parametrize("policy", ["roco", "recent"])
+@pytest.mark.parametrize("name", POLICIES)
 def test_tokens_and_kept_blocks_are_the_oracles(
-    policy: str,
+    name: str,
     per_head: bool,
     tiny_llama: Path,
     tiny_llama_for_oracle: PreTrainedModel,
 ) -> None:
-    options = replace(TINY_BUDGET, policy=policy)
+    options = POLICIES[name]
     prompts = [random_prompt(length, seed) for length, seed in SEEDS.items()]
     num_new = options.budget + 40
     with oracle_in_fp8(per_head=per_head):

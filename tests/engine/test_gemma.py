@@ -12,14 +12,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.engine.engines import running_engine
-from tests.engine.passkeys import ARGUMENTS, PEAK, keys_found, passkeys
+from tests.engine.passkeys import ARGUMENTS, DEFAULT, keys_found, passkeys
 from tests.engine.steps import audited_manager, most_held_blocks
 from tools.passkey import build_passkey
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 # vLLM's own attention for CPUs, which has the windows, wants blocks of a multiple of 32
-BUDGET = replace(PEAK, block_size=32, sink=32)
+BUDGET = replace(DEFAULT, block_size=32, sink=32)
 NOBODY_REACHES = replace(BUDGET, budget=4096)
 # bfloat16 is eight times as slow on a CPU without instructions for it
 ON_CPU: dict[str, Any] = ARGUMENTS | {

@@ -26,6 +26,10 @@ def options(**changed: Any) -> Options:
 
 
 RANDOM_MODEL = {
+    "contribution": options(shield="contribution", shield_ratio=1),
+    "contribution-blocks-of-32": options(
+        shield="contribution", block_size=32, budget=128, stride=64, chunk=96
+    ),
     "peak": options(),
     "deviation": options(shield="deviation", shield_ratio=0.3, budget=96, stride=16),
     "recent": options(policy="recent", stride=48),
@@ -45,6 +49,9 @@ RANDOM_MODEL = {
 }
 
 SMOLLM2 = {
+    "contribution": options(
+        shield="contribution", shield_ratio=1, budget=128, recent=32
+    ),
     "peak": options(shield_ratio=0.7, budget=128, recent=32),
     "deviation-blocks-of-32": options(
         shield="deviation", shield_ratio=0.3, block_size=32, budget=96, chunk=128

@@ -12,13 +12,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.engine.engines import Engine, running_engine
-from tests.engine.passkeys import ARGUMENTS, PEAK, keys_found, passkeys
+from tests.engine.passkeys import ARGUMENTS, DEFAULT, keys_found, passkeys
 from tests.engine.steps import audited_manager, most_held_blocks
 from tests.oracle import Options
+from vllm_roco.config import SHIELDS, RocoConfig
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-BOUND = most_held_blocks(PEAK, 1)
+BOUND = most_held_blocks(DEFAULT, 1)
 EVEN_KEYS = slice(0, None, 2)
 """Half as many as on a GPU, and as well spread over all depths."""
 
@@ -29,10 +30,14 @@ MIDDLE_KEYS = slice(4, 12, 2)
 
 @pytest.mark.parametrize(
     "options",
-    [PEAK, replace(PEAK, shield="deviation", shield_ratio=0.3)],
-    ids=["peak", "deviation"],
+    [
+        DEFAULT,
+        replace(DEFAULT, shield="peak", shield_ratio=0.7),
+        replace(DEFAULT, shield="deviation", shield_ratio=0.3),
+    ],
+    ids=SHIELDS,
 )
-def test_both_shields_find_it(smollm2: Path, options: Options) -> None:
+def test_every_shield_finds_it(smollm2: Path, options: Options) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     keys = passkeys(tokenizer)[EVEN_KEYS]
     with audited_engine(smollm2, options, len(keys)) as engine:
@@ -40,10 +45,15 @@ def test_both_shields_find_it(smollm2: Path, options: Options) -> None:
     assert found >= len(keys) - MOST_MISSES
 
 
+def test_the_default_is_the_products() -> None:
+    for name in ("policy", "shield", "shield_ratio", "sink", "recent"):
+        assert getattr(DEFAULT, name) == getattr(RocoConfig, name)
+
+
 def test_recent_does_not(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     keys = passkeys(tokenizer)[MIDDLE_KEYS]
-    recent = replace(PEAK, policy="recent")
+    recent = replace(DEFAULT, policy="recent")
     with audited_engine(smollm2, recent, len(keys)) as engine:
         missed = len(keys) - keys_found(engine, tokenizer, keys)
     assert missed > MOST_MISSES

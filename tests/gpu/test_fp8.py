@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from tests.engine.engines import Engine
 from tests.engine.mixed_models import save_mixed
-from tests.engine.passkeys import ARGUMENTS, PEAK, keys_found, passkeys
+from tests.engine.passkeys import ARGUMENTS, DEFAULT, keys_found, passkeys
 from tests.engine.steps import poisoned_free_blocks, recorded_steps
 from tests.engine.test_fp8 import SEEDS, oracle_in_fp8, scales_of
 from tests.engine.tiny_models import (
@@ -155,7 +155,9 @@ def test_a_vector_of_equal_scales_is_a_scale(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [key.token_ids for key in passkeys(tokenizer)]
     settings = {**ARGUMENTS, **EAGER, "dtype": "bfloat16", "kv_cache_dtype": "fp8"}
-    with gpu_engine(smollm2, PEAK, **settings, num_gpu_blocks_override=4096) as engine:
+    with gpu_engine(
+        smollm2, DEFAULT, **settings, num_gpu_blocks_override=4096
+    ) as engine:
         for layer in engine.layers.values():
             for name in ("_q_scale", "_k_scale", "_v_scale"):
                 getattr(layer, name).fill_(0.25)
@@ -169,7 +171,9 @@ def test_a_vector_of_equal_scales_is_a_scale(smollm2: Path) -> None:
 def test_passkeys_are_found(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     settings: dict[str, Any] = {**ARGUMENTS, "kv_cache_dtype": "fp8"}
-    with gpu_engine(smollm2, PEAK, **settings, num_gpu_blocks_override=2048) as engine:
+    with gpu_engine(
+        smollm2, DEFAULT, **settings, num_gpu_blocks_override=2048
+    ) as engine:
         assert keys_found(engine, tokenizer, passkeys(tokenizer)) >= 14
 
 

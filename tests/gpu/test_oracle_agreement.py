@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.engine.steps import poisoned_free_blocks
 from tests.engine.tiny_models import TINY_BUDGET, random_prompt
 from tests.gpu.engines import EAGER, FULL_GRAPHS, PIECEWISE_GRAPHS, gpu_engine
 from tests.gpu.kept_blocks import recorded_kept_blocks
-from tests.oracle import OracleResult, generate
+from tests.oracle import Options, OracleResult, generate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,19 +41,31 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+SHIELDS = {
+    "contribution": replace(TINY_BUDGET, shield="contribution", shield_ratio=1),
+    "peak": TINY_BUDGET,
+}
+
+
+@pytest.fixture(scope="module", params=SHIELDS)
+def options(request: pytest.FixtureRequest) -> Options:
+    return SHIELDS[request.param]
+
+
 @pytest.fixture(scope="module")
-def expected(tiny_llama_for_oracle: PreTrainedModel) -> list[OracleResult]:
+def expected(
+    options: Options, tiny_llama_for_oracle: PreTrainedModel
+) -> list[OracleResult]:
     return [
-        generate(tiny_llama_for_oracle, prompt, TINY_BUDGET, NUM_NEW)
-        for prompt in PROMPTS
+        generate(tiny_llama_for_oracle, prompt, options, NUM_NEW) for prompt in PROMPTS
     ]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_graphs_and_scheduling(
-    run: str, tiny_llama: Path, expected: list[OracleResult]
+    run: str, options: Options, tiny_llama: Path, expected: list[OracleResult]
 ) -> None:
-    with gpu_engine(tiny_llama, TINY_BUDGET, **RUNS[run]) as engine:
+    with gpu_engine(tiny_llama, options, **RUNS[run]) as engine:
         with recorded_kept_blocks(engine) as kept:
             together = engine.generate(PROMPTS, NUM_NEW)
         assert_agreement(PROMPTS, together, kept, expected)
@@ -63,7 +76,10 @@ def test_graphs_and_scheduling(
 
 
 def test_no_step_waits_for_the_device(
-    tiny_llama: Path, expected: list[OracleResult], monkeypatch: pytest.MonkeyPatch
+    options: Options,
+    tiny_llama: Path,
+    expected: list[OracleResult],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Building the metadata and running a layer read nothing back on the host."""
     # not at the top: a machine without a GPU collects these tests too
@@ -82,7 +98,7 @@ def test_no_step_waits_for_the_device(
 
         monkeypatch.setattr(owner, name, watching)
 
-    with gpu_engine(tiny_llama, TINY_BUDGET, **EAGER) as engine:
+    with gpu_engine(tiny_llama, options, **EAGER) as engine:
         # what is compiled or bound on first use has been by then
         engine.generate(PROMPTS, NUM_NEW)
         watch(RocoCudaMetadataBuilder, "build")

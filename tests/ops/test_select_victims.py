@@ -86,7 +86,7 @@ class Group:
                     live, kv_heads, BLOCK_SIZE, 16, generator=generator
                 )
                 if distinct:
-                    # of three kinds, so that distances tie as well; of two, both would be as far
+                    # of three kinds, so that distances tie (of two, all would)
                     values = values[torch.arange(live) % 3]
                 cache[blocks.to(device), ..., 16:] = values.to(device, cache.dtype)
                 page.statistics_view(cache)[blocks] = drawn.to(device)

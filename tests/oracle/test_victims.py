@@ -175,7 +175,7 @@ class TestVictims:
         assert choice.margin == pytest.approx(1 / 3)
 
     def test_a_contribution_shields_those_beside_it(self) -> None:
-        """Block 3 lends 0.75 * 0.4 to 2 and 4; 1 and 6 keep theirs, 5 gets 6's 0.225."""
+        """Block 3 lends 0.75 * 0.4 to 2 and 4; 1 and 6 keep theirs, 5 gets 0.225."""
         blocks = contributors(0.1, 0.05, 0.4, 0.2, 0.01, 0.3)
         choice = choose_victims(blocks, 2, BY_CONTRIBUTION)
         assert choice.victims == (1, 5)

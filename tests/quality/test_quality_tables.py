@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 
 from benchmarks.markdown import UNMEASURED
-from benchmarks.quality import scoring
+from benchmarks.quality import grid, scoring
 from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION, Cell
-from benchmarks.quality.grid import BASE, FULL, METHODS, ORACLE_METHODS, PRESETS, cells
+from benchmarks.quality.grid import FULL, METHODS, ORACLE_METHODS, PRESETS, cells
 from benchmarks.quality.pictures import PICTURES
+from benchmarks.quality.policies import BASE
 from benchmarks.quality.results import Result
 from benchmarks.quality.scores import named
 from benchmarks.quality.tables import search, tables
@@ -38,7 +39,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("measured")
     write(folder / "quality.csv", scoring.rows(results))
-    note(folder, "quality", {"base": asdict(BASE)})
+    note(folder, "quality", {"base": asdict(grid.BASE)})
     return folder
 
 
@@ -91,7 +92,7 @@ def test_hard_tasks_are_shown_with_every_question(tmp_path: Path) -> None:
     text = re.sub(" +", " ", tables(tmp_path)["quality_hard"])
 
     assert "**vt 2,048**, n = 2, full cache 0.60 [0.40, 0.80]" in text
-    assert "| roco/peak, kept | 0.75 [0.50, 1.00] | 0.75 " in text
+    assert "| roco/contribution, kept | 0.75 [0.50, 1.00] | 0.75 " in text
     line = "| needle, 2 questions 2,048 | h2o | 25 % | 1.00 [0.34, 1.00] | 0.50 "
     assert line in text
 
@@ -100,7 +101,9 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     found = tables(measured)
     text = "\n".join(found.values())
 
-    assert "| **roco/peak** (default) | 0.50 [0.15, 0.85] " in re.sub(" +", " ", text)
+    assert "| **roco/contribution** (default) | 0.50 [0.15, 0.85] " in re.sub(
+        " +", " ", text
+    )
     assert "passkey 2,048: 1.00 in full, 0.50 at 50 %, 0.25 at 25 %" in text
     assert re.search(r"\| vt 2,048 +\| 0\.00 \[0\.00, 0\.49\] +\| 4 ", text)
     assert re.search(r"\| 50 % .*\| loses much", text)
@@ -135,8 +138,8 @@ def test_the_report_tells_what_differs_and_what_is_missing() -> None:
 
     rows = pd.DataFrame(
         [
-            row("default", 0.25, 0.8, 1),
-            row("default", 0.5, 0.9, 1),
+            row(BASE, 0.25, 0.8, 1),
+            row(BASE, 0.5, 0.9, 1),
             row("worse", 0.25, 0.2, 0.001),
             row("worse", 0.5, 0.85, 0.5),
             row("better", 0.25, 0.9, 0.04),
@@ -150,6 +153,6 @@ def test_the_report_tells_what_differs_and_what_is_missing() -> None:
     assert lines[2] == "| change | needle 1,024, 50 % | needle 1,024, 25 % |"
     assert lines[4:] == [
         "| `better` | 0.91 | 0.90* |",
-        "| **default** | 0.90 | 0.80 |",
+        f"| **{BASE}** | 0.90 | 0.80 |",
         "| `worse` | 0.85 | 0.20* |",
     ]

@@ -13,21 +13,30 @@ from benchmarks.quality import scoring, with_oracle, worker
 from benchmarks.quality.cells import PERPLEXITY, Cell
 from benchmarks.quality.grid import PRESETS, cells
 from benchmarks.quality.oracle import EvictionMethod, Oracle
-from benchmarks.quality.policies import DEFAULT, POLICIES, setup
+from benchmarks.quality.policies import BASE, POLICIES, setup
 from benchmarks.quality.results import Result
 from benchmarks.quality.significance import compare
 from benchmarks.quality.with_oracle import method_of
 from tests.quality.tiny_model import prompts, save_tiny_model
 from vllm_roco.config import RocoConfig
+from vllm_roco.eviction_row import NEIGHBOUR_SHARE
 
 METHOD = {name: method_of(setup(name, 256)) for name in POLICIES}
+DEFAULT = EvictionMethod.named("roco", 256)
 
 
-def test_the_default_is_the_plugins() -> None:
-    config = RocoConfig()
-    assert setup(DEFAULT, 256).policy == config.policy
+def test_the_base_is_known_by_its_name() -> None:
+    rule = METHOD[BASE].rule
+    assert f"base: {rule.shield}, {rule.shield_ratio}" == BASE
+    assert rule.neighbours == 0
+
+
+def test_the_plugins_default_is_among_the_changes() -> None:
+    (name,) = (name for name, method in METHOD.items() if method == DEFAULT)
+    assert name == "shield=contribution, shield_ratio=1.0, neighbours=0.75"
     for name in ("shield", "shield_ratio", "sink", "recent"):
-        assert getattr(METHOD[DEFAULT].rule, name) == getattr(config, name)
+        assert getattr(DEFAULT.rule, name) == getattr(RocoConfig, name)
+    assert DEFAULT.rule.neighbours == NEIGHBOUR_SHARE
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -36,8 +45,8 @@ def test_every_policy_fits_every_cell_and_changes_something(name: str) -> None:
     budgets = {cell.setup.budget for cell in every}
     assert budgets == {256, 512, 1024}
     methods = [method_of(setup(name, budget)) for budget in budgets]
-    plain = [EvictionMethod.named("roco", budget) for budget in budgets]
-    assert (methods == plain) == (name == DEFAULT)
+    plain = [method_of(setup(BASE, budget)) for budget in budgets]
+    assert (methods == plain) == (name == BASE)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -69,7 +78,7 @@ def test_policies_are_compared_on_the_same_problems(
         Cell(
             task=task, context=256, n=2, seed=1_000, model="tiny", setup=setup(name, 64)
         )
-        for name in ("full", DEFAULT)
+        for name in ("full", BASE)
         for task in ("passkey", PERPLEXITY)
     ]
     engine = with_oracle.Engine(str(tmp_path), every)
@@ -80,7 +89,7 @@ def test_policies_are_compared_on_the_same_problems(
         for cell in every
     }
     found = scoring.search_rows(results)
-    assert found["method"].tolist() == ["full", "full", DEFAULT, DEFAULT]
+    assert found["method"].tolist() == ["full", "full", BASE, BASE]
     assert found["budget_ratio"].tolist() == [0.25] * 4
     assert found["score"][0] == 0, "a random model finds nothing"
     assert found["score"][1] > len(tokenizer) / 10

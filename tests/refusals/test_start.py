@@ -28,7 +28,10 @@ BAD_OPTIONS = {
         {"budgets": 64},
     ),
     "policy": Case(("policy = 'tova'", '"roco" or "h2o" or '), {"policy": "tova"}),
-    "shield": Case(("shield = 'mean'", '"peak" or "deviation"'), {"shield": "mean"}),
+    "shield": Case(
+        ("shield = 'mean'", '"contribution" or "peak" or "deviation"'),
+        {"shield": "mean"},
+    ),
     "shield-ratio": Case(
         ("shield_ratio = 1.5", "a number from 0 to 1"), {"shield_ratio": 1.5}
     ),

@@ -16,7 +16,13 @@ from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
 
 SIZE = 16
 SERVER = RocoConfig(
-    budget=256, stride=64, chunk=128, max_budget=512, allow_full=True, shield_ratio=0.5
+    budget=256,
+    stride=64,
+    chunk=128,
+    max_budget=512,
+    allow_full=True,
+    shield="peak",
+    shield_ratio=0.5,
 )
 LIMITS = {"--one less --another": 300, "--third": 400}
 PLANNER = RequestPlanner(SERVER, SIZE, LIMITS)

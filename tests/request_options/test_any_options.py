@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.request_options.planning import MOST_INTEGER, PLANNER, SIZE, planner
-from vllm_roco.config import NAMESPACE, blocks_of
+from vllm_roco.config import NAMESPACE, SHIELDS, blocks_of
 from vllm_roco.eviction_row import NUM_ROW_FIELDS
 from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.request_options.error import RequestOptionError
@@ -58,7 +58,7 @@ sensible = st.fixed_dictionaries(
         "recent": st.integers(0, 100),
         "mode": st.sampled_from(["both", "prompt", "generation", "auto", "full"]),
         "policy": st.sampled_from(["roco", "h2o", "random", "recent"]),
-        "shield": st.sampled_from(["peak", "deviation"]),
+        "shield": st.sampled_from(SHIELDS),
         "shield_ratio": st.floats(0, 1),
         "seed": st.integers(0, 2**31 - 1),
     },

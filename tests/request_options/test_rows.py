@@ -14,6 +14,7 @@ from vllm_roco.eviction_row import (
     SCORE_NONE,
     SCORE_RANDOM,
     SCORE_SUM,
+    SHIELD_BY_CONTRIBUTION,
     SHIELD_BY_DEVIATION,
 )
 from vllm_roco.request_options.error import RequestOptionError
@@ -29,6 +30,7 @@ from vllm_roco.request_options.error import RequestOptionError
         ({"sink": 0}, {"sink": 0}),
         ({"recent": 100}, {"recent": 100}),
         ({"shield": "deviation"}, {"flags": SCORE_MEAN | SHIELD_BY_DEVIATION}),
+        ({"shield": "contribution"}, {"flags": SCORE_MEAN | SHIELD_BY_CONTRIBUTION}),
         ({"shield_ratio": 0.7}, {"shield_blocks": 11}),
         ({"shield_ratio": 1}, {"shield_blocks": 16}),
         ({"policy": "h2o"}, {"flags": SCORE_SUM, "shield_blocks": 0}),

@@ -37,7 +37,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("shield_ratio", math.nan, "a number from 0 to 1"),
     ("shield_ratio", "0.5", "a number from 0 to 1"),
     ("shield_ratio", False, "a number from 0 to 1"),
-    ("shield", "mean", '"peak" or "deviation"'),
+    ("shield", "mean", '"contribution" or "peak" or "deviation"'),
     ("policy", "tova", '"roco" or "h2o" or "random" or "recent"'),
     ("policy", ["roco"], '"roco" or "h2o" or "random" or "recent"'),
     ("mode", "none", '"both" or "prompt" or "generation" or "auto" or "full"'),

@@ -261,7 +261,7 @@ ALLOWED: dict[str, list[Any]] = {
     "recent": [0, 32, 50],
     "mode": ["both", "prompt", "generation", "auto", "full"],
     "policy": ["roco", "h2o", "random", "recent"],
-    "shield": ["peak", "deviation"],
+    "shield": ["contribution", "peak", "deviation"],
     "shield_ratio": [0, 0.3, 1],
     "seed": [0, 7],
 }

@@ -151,8 +151,8 @@ def test_says_once_what_it_does(server: Server) -> None:
     lines = [line for line in server.log.read_text().splitlines() if "RoCo: " in line]
     assert len(lines) == 1
     for said in (
-        "policy roco (peak shield, ratio 0.7), budget 128 tokens per sequence, stride",
-        "32, chunk 64, block size 16.",
+        "policy roco (contribution shield, ratio 1), budget 128 tokens per sequence,",
+        "stride 32, chunk 64, block size 16.",
         "attends over at most 159 tokens after a step and holds at most 240 tokens",
         "Prefix caching: on. Switched off: speculative decoding, KV connectors.",
     ):

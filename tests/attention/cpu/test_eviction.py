@@ -55,7 +55,8 @@ def caches_of(
             statistics[:, MASS_SUM] = mass * num_queries
             statistics[:, MASS_PEAK] = mass
     defaults = {"budget": 4 * SIZE, "stride": SIZE, "sink": 0, "recent": 0}
-    return caches, RocoConfig(**{**defaults, "shield_ratio": 0, **options})
+    no_shield = {"shield": "peak", "shield_ratio": 0}
+    return caches, RocoConfig(**{**defaults, **no_shield, **options})
 
 
 def close(

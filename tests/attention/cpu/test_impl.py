@@ -100,17 +100,25 @@ def test_prompts_and_decodes_over_several_evictions(shape: Shape) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("policy", ["roco", "recent"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shield": "contribution", "shield_ratio": 1},
+        {"shield": "peak", "shield_ratio": 0.7},
+        {"policy": "recent"},
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("layout", RocoBackend.supported_kv_cache_layouts())
 def test_an_fp8_cache_is_attended_measured_and_evicted_by_what_it_holds(
-    scales: tuple[torch.Tensor, torch.Tensor], policy: str, layout: Any
+    scales: tuple[torch.Tensor, torch.Tensor], options: dict[str, Any], layout: Any
 ) -> None:
     """Some numbers are too large for the smaller scales, and are the largest then."""
     shape = Shape(
         layout=layout,
         dtype=torch.bfloat16,
         scales=scales,
-        options={"policy": policy},
+        options=options,
     )
     run_ragged(Rig(shape), EDGES, 3)
     rig = Rig(shape)
@@ -123,8 +131,10 @@ def test_an_fp8_cache_is_attended_measured_and_evicted_by_what_it_holds(
 @pytest.mark.parametrize(
     "options",
     [
-        {"shield_ratio": 0},
-        {"shield_ratio": 1},
+        {"shield_ratio": 0, "shield": "peak"},
+        {"shield_ratio": 1, "shield": "peak"},
+        {"shield_ratio": 0.5, "shield": "contribution"},
+        {"shield_ratio": 1, "shield": "contribution"},
         {"shield_ratio": 0.5, "shield": "peak"},
         {"shield_ratio": 0.5, "shield": "deviation"},
         {"sink": 16, "recent": 16},
@@ -176,7 +186,7 @@ def test_decodes_go_batch_by_batch(
     run_ragged(Rig(Shape(num_layers=1)), EDGES, 2)
 
 
-@pytest.mark.parametrize("shield", ["peak", "deviation"])
+@pytest.mark.parametrize("shield", ["contribution", "peak", "deviation"])
 @pytest.mark.parametrize("max_scores", [200, impl.MAX_SCORES])
 def test_blocks_that_two_sequences_share_count_the_queries_of_both(
     shield: str, max_scores: int, monkeypatch: pytest.MonkeyPatch
