@@ -29,7 +29,8 @@ from vllm_roco.kv_cache.page import (
 pytestmark = pytest.mark.engine
 
 CHUNK = 64
-NUM_NEW = 40
+NUM_NEW = 20
+"""Each answer begins another block."""
 OPTIONS = Options(
     policy="roco",
     shield="peak",

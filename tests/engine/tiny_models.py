@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,18 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def save_tiny_model(name: str, folder: Path) -> Path:
-    """Write a float32 model, the same one every time, as a Hugging Face folder."""
+def save_tiny_model(name: str, folder: Path, **changes: Any) -> Path:
+    """Write a float32 model, the same one every time, as a Hugging Face folder.
+
+    Args:
+        name: One of `CONFIGS`.
+        folder: Where to.
+        changes: Attributes of its configuration.
+    """
+    config = copy.deepcopy(CONFIGS[name])
+    config.update(changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(".sinks"):
             # sinks that take all, nothing, and a share of attention

@@ -16,8 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+from transformers import AutoTokenizer
 
-from tests.serving.server import Server, running_server
+from tests.engine.tiny_models import save_tiny_model
+from tests.serving.server import ASK, Server, running_server
 from vllm_roco.request_options.names import OPTIONS
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -39,6 +41,7 @@ def server(
     }
     arguments = [
         *("--served-model-name", MODEL),
+        *("--tokenizer", str(smollm2)),
         *("--dtype", "float32"),
         *("--attention-backend", "roco"),
         *("--additional-config", json.dumps({"roco": options})),
@@ -51,8 +54,15 @@ def server(
         *("--api-server-count", "2"),
         "--enforce-eager",
     ]
-    log = tmp_path_factory.mktemp("server") / "log.txt"
-    with running_server(smollm2, arguments, log) as server:
+    folder = tmp_path_factory.mktemp("server")
+    # whatever it says: 3,000 tokens of a real model take a while to read
+    model = save_tiny_model(
+        "llama",
+        folder / "model",
+        vocab_size=len(AutoTokenizer.from_pretrained(smollm2)),
+        max_position_embeddings=4096,
+    )
+    with running_server(model, arguments, folder / "log.txt") as server:
         yield server
 
 
@@ -73,9 +83,9 @@ def body(options: Any, endpoint: str = "completions", **more: Any) -> dict[str, 
 def send(
     server: Server, options: Any, endpoint: str = "completions", **more: Any
 ) -> httpx.Response:
-    return httpx.post(
-        f"{server.url}/v1/{endpoint}", json=body(options, endpoint, **more), timeout=120
-    )
+    asked = body(options, endpoint, **more)
+    url = f"{server.url}/v1/{endpoint}"
+    return httpx.post(url, json=asked, timeout=120, **ASK)
 
 
 async def send_all(server: Server, bodies: list[dict[str, Any]]) -> list[Any]:
@@ -285,7 +295,9 @@ def test_whatever_is_asked_for_is_a_200_or_a_400(server: Server) -> None:
     """A neighbour without options gets the same answer all the while."""
     draw = random.Random(1)
     neighbour = body({}, max_tokens=4)
-    alone = httpx.post(f"{server.url}/v1/completions", json=neighbour, timeout=120)
+    alone = httpx.post(
+        f"{server.url}/v1/completions", json=neighbour, timeout=120, **ASK
+    )
     asked = [any_options(draw) for _ in range(NUM_FUZZED)]
     bodies = []
     for options in asked:

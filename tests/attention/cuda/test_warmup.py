@@ -259,6 +259,7 @@ def test_the_warm_up_is_needed(impl_on_cpu: None, compilations: Compilations) ->
         "combine_kernel",
         "_prefill_mass_kernel",
         "_score_kernel",
+        "_contribution_kernel",
         "_select_kernel",
         "_move_blocks_kernel",
     }
