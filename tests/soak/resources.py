@@ -26,12 +26,14 @@ class Sample:
         files: Open file descriptors.
         processes: How many there are.
         sent: Requests until then.
+        mib_of_each: Of every process, in the order in which they were started.
     """
 
     mib: float
     files: int
     processes: int
     sent: int
+    mib_of_each: tuple[int, ...] = ()
 
 
 def sample(root: int, sent: int) -> Sample:
@@ -41,15 +43,15 @@ def sample(root: int, sent: int) -> Sample:
         root: Process id.
         sent: Requests so far.
     """
-    mib, files, number = 0.0, 0, 0
+    sizes, files = [], 0
     process = psutil.Process(root)
     for each in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             memory = each.memory_info()
-            mib += (memory.rss - memory.shared) / 2**20
+            sizes.append((memory.rss - memory.shared) / 2**20)
             files += each.num_fds()
-            number += 1
-    return Sample(round(mib, 1), files, number, sent)
+    each_size = tuple(map(round, sizes))
+    return Sample(round(sum(sizes), 1), files, len(sizes), sent, each_size)
 
 
 def faults_of(samples: list[Sample]) -> list[str]:
@@ -66,7 +68,7 @@ def faults_of(samples: list[Sample]) -> list[str]:
         # the least of the last two: one may have caught something in passing
         last = min(warm[1:][-2:], key=lambda each: each.mib)
         if last.mib > warm[0].mib * (1 + GROWTH) + SLACK_MIB:
-            faults.append(f"memory grew from {warm[0].mib:.0f} to {last.mib:.0f} MiB")
+            faults.append(f"memory grew from {warm[0]} to {last}")
     files = min(each.files for each in others[-2:])
     if files > first.files + MORE_FILES:
         faults.append(f"open files grew from {first.files} to {files}")
