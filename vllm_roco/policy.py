@@ -136,7 +136,8 @@ def value_distances(values: torch.Tensor) -> torch.Tensor:
         `[..., num_blocks]` float32, Euclidean.
     """
     means = values.mean(-2)
-    return (means - means.mean(-2, keepdim=True)).norm(dim=-1)
+    distances: torch.Tensor = (means - means.mean(-2, keepdim=True)).norm(dim=-1)
+    return distances
 
 
 def any_head(values: torch.Tensor) -> torch.Tensor:

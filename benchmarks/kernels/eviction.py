@@ -6,7 +6,8 @@
 Needs one NVIDIA GPU with 48 GiB and vLLM. A decode step of Llama-3.1-8B's shape (live
 table, attention and matrix products of 32 layers, logits) runs as one CUDA graph,
 without its end and with it, nothing being due; then the end alone, with no row due, one
-row and all rows. `roco` chooses by statistics, `recent` by age.
+row and all rows. `roco/contribution` chooses by statistics and values, `roco/peak` by
+statistics alone, `recent` by age.
 
 Writes `eviction.csv` (microseconds, medians; `_low` and `_high` are the 20 % and 80 %
 quantiles), and versions into `provenance.json`.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -47,6 +48,11 @@ from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.device import Device
 from vllm_roco.request_options.planner import RequestPlanner
 
+POLICIES: dict[str, dict[str, Any]] = {
+    "roco/contribution": {"shield": "contribution", "shield_ratio": 1.0},
+    "roco/peak": {"shield": "peak", "shield_ratio": 0.7},
+    "recent": {"policy": "recent"},
+}
 DTYPE = torch.bfloat16
 CLOSES = 50
 """Ends of a step in one graph: each is too short to be timed alone."""
@@ -250,7 +256,7 @@ def time_close(step: Step, due: int) -> Timing:
 
 
 def measure(
-    model: PreTrainedConfig, batch: int, config: RocoConfig
+    model: PreTrainedConfig, batch: int, config: RocoConfig, name: str
 ) -> dict[str, object]:
     """Return one policy's row of the table."""
     device = torch.device("cuda")
@@ -272,7 +278,7 @@ def measure(
         f"close_{batch}_due": time_close(step, batch),
     }
     row: dict[str, object] = {
-        "policy": config.policy,
+        "policy": name,
         "layers": model.num_hidden_layers,
         "kv_heads": model.num_key_value_heads,
         "head_size": model.head_dim,
@@ -301,12 +307,12 @@ def main() -> None:
     facts = environment()
     note(arguments.out, "eviction", facts)
     measured = []
-    for policy in within(arguments.time_limit, ("roco", "recent")):
+    for name in within(arguments.time_limit, POLICIES):
         config = RocoConfig(
-            policy=policy, budget=arguments.budget, stride=arguments.stride
+            **POLICIES[name], budget=arguments.budget, stride=arguments.stride
         )
         machine = {key: facts[key] for key in ("gpu", "vllm", "commit")}
-        measured.append({**machine, **measure(model, arguments.rows, config)})
+        measured.append({**machine, **measure(model, arguments.rows, config, name)})
         print(json.dumps(measured[-1], indent=1), flush=True)
         torch.cuda.empty_cache()
         write(arguments.out / "eviction.csv", measured)

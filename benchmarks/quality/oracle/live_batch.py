@@ -224,7 +224,8 @@ class LiveBatch:
         number = whole[:, None, None, None]
         entry = torch.arange(means.shape[3], device=self._device)[:, None]
         centre = means.where(entry < number, 0).sum(3, keepdim=True) / number
-        return (means - centre).norm(dim=-1)
+        distances: torch.Tensor = (means - centre).norm(dim=-1)
+        return distances
 
     def _compact(self, entries: torch.Tensor) -> None:
         """Move the entries that stay to the front, in every layer and head."""
