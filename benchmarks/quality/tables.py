@@ -103,17 +103,31 @@ def _choice(scores: Scores) -> str:
     choices = []
     for _, group in found.dropna(subset="of_full").groupby(-found["budget_ratio"]):
         worst = group.sort_values("of_full", kind="stable").head(1)
-        least = worst["of_full"].iloc[0]
         choices.append(
             {
                 "budget / context": group["share"].iloc[0],
                 "measured": ", ".join(group["problems"]),
                 "of the full cache, mean": f"{group['of_full'].mean():.2f}",
                 "worst task": texts(worst, f"{_OF_FULL} ({{problems}})")[0],
-                "verdict": next(text for most, text in _VERDICTS if least >= most),
+                "verdict": worst["of_full"].iloc[0],
             }
         )
-    return table(pd.DataFrame(choices))
+    found = pd.DataFrame(choices)
+    return table(found.assign(verdict=verdicts(found["verdict"])))
+
+
+def verdicts(worst: pd.Series) -> list[str]:
+    """Return in words what shares of the full cache mean, on the worst task each.
+
+    Less is no safer than more, whatever was measured at it.
+
+    Args:
+        worst: The largest budget first.
+    """
+    return [
+        next(text for most, text in _VERDICTS if least >= most)
+        for least in worst.cummin()
+    ]
 
 
 def _accuracy(scores: Scores) -> str:

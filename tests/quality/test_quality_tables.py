@@ -18,7 +18,7 @@ from benchmarks.quality.pictures import PICTURES
 from benchmarks.quality.policies import BASE
 from benchmarks.quality.results import Result
 from benchmarks.quality.scores import named
-from benchmarks.quality.tables import search, tables
+from benchmarks.quality.tables import search, tables, verdicts
 from benchmarks.quality.worker import accuracies
 from benchmarks.rows import note, write
 
@@ -95,6 +95,13 @@ def test_hard_tasks_are_shown_with_every_question(tmp_path: Path) -> None:
     assert "| roco/contribution, kept | 0.75 [0.50, 1.00] | 0.75 " in text
     line = "| needle, 2 questions 2,048 | h2o | 25 % | 1.00 [0.34, 1.00] | 0.50 "
     assert line in text
+
+
+def test_less_is_never_called_safer_than_more() -> None:
+    """At the smallest budget only the easiest task was measured, and was solved."""
+    safe, lossy, least = verdicts(pd.Series([1.0, 0.6, 0.99]))
+    assert safe.startswith("safe")
+    assert lossy == least != safe
 
 
 def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
