@@ -258,7 +258,9 @@ def hard(found: pd.DataFrame) -> str:
     Args:
         found: Rows of `hard.csv`.
     """
-    whole = _by_task("method", matching(found, metric="accuracy"))
+    scores = matching(found, metric="accuracy")
+    swept = scores[scores["method"] != "full"]
+    whole = _by_task("method", scores[scores["problems"].isin(swept["problems"])])
     single = found[found["metric"].str.startswith(QUESTION_METRIC)]
     if single.empty:
         return whole
