@@ -40,6 +40,7 @@ vLLM takes each out of its queue and puts it back.
 
 # looked up once: an enum's members are looked up slowly
 _RUNNING = RequestStatus.RUNNING
+_READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
 
 
 class RocoSchedulerMixin(PrefixScheduler):
@@ -106,7 +107,10 @@ class RocoSchedulerMixin(PrefixScheduler):
         plan = self.request_plans.of(request.request_id)
         least, most = _step_ends(request, num_computed_tokens, plan)
         if self._is_filled and most < request.num_tokens:
-            return 0 if is_running else self._refuse_memory(request, num_new_tokens)
+            if is_running or not num_new_tokens:
+                # without tokens, vLLM never comes to ask for blocks
+                return 0
+            return self._refuse_memory(request, num_new_tokens)
         most = self._end_of_step(request, num_computed_tokens, most)
         allowed = min(num_new_tokens, most - num_computed_tokens)
         # an input item may end a chunk early for good; waiting would be for ever
@@ -133,6 +137,8 @@ class RocoSchedulerMixin(PrefixScheduler):
         """
         if (
             self._is_filled
+            # others wait for more than their turn, and vLLM looks after them
+            and request.status in _READY
             and len(self._passed_over) < MAX_PASSED_OVER
             and self._is_read_in_turns(request)
         ):

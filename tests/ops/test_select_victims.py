@@ -12,6 +12,7 @@ from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_row import EvictionRow
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
+from vllm_roco.ops import contribution
 from vllm_roco.ops.move_blocks import first_pages
 from vllm_roco.ops.select_victims import (
     SCORES,
@@ -264,6 +265,19 @@ def test_slices_of_the_layers(slices: int, device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device, layers=4)
     how = options(SMALL)
     assert group.run(how, slices=slices) == group.expected(how)
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_rows_that_share_a_program(
+    programs: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More rows than programs, which look at a few rows at once."""
+    group = Group.build(steps_of(SMALL), SMALL, device)
+    monkeypatch.setattr(contribution, "_MOST_PROGRAMS", programs * 3 * 2)
+    monkeypatch.setattr(contribution, "_ROWS", 4)
+    how = options(SMALL)
+    assert how.shields_by_contribution
+    assert group.run(how) == group.expected(how)
 
 
 def test_large_budget(device: torch.device) -> None:

@@ -108,7 +108,7 @@ MUTANTS = (
         "policy.py",
         "values[blocks].argsort(stable=True)[:count]",
         "values[blocks].argsort(stable=True, descending=True)[:count]",
-        ("tests/test_policy.py",),
+        ("tests/policy",),
     ),
     Mutant(
         "the end of a chunk is off by one",

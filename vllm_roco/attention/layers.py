@@ -125,7 +125,7 @@ def refuse_head_size(head_size: int) -> None:
     """Refuse heads for which the kernels on CUDA are not written.
 
     Raises:
-        NotImplementedError: They have too many or too few numbers, or an odd number.
+        NotImplementedError: They have too many or too few numbers, or no multiple of 8.
     """
     if head_size % 8 or not 16 <= head_size <= 256:
         raise NotImplementedError(

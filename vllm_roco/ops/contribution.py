@@ -2,9 +2,10 @@
 """What each block contributed to an output, of blocks that may have to go.
 
 The arithmetic is `vllm_roco.policy`'s: the peak of a block's attention mass times the
-distance of its mean value from the mean of all. A program has one row, layer and head.
-It reads the values three times, for their mean, the sum of the contributions and each
-block's share of it, and returns at once where nothing is due.
+distance of its mean value from the mean of all. A program has one layer and head, and
+every so many rows. Of a row that is due it reads the values three times, for their
+mean, the sum of the contributions and each block's share of it. It returns at once
+where no row is.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ALIGNMENT = tl.constexpr(16)
 # numbers that a program has in registers at a time
 _TILE_NUMBERS = 8192
+# rows that it looks at at once
+_ROWS = 128
+# programs that are launched in every step, if there is anything for so many
+_MOST_PROGRAMS = 2048
 _TYPES = {
     torch.uint8: tl.uint8,
     torch.float16: tl.float16,
@@ -74,57 +79,39 @@ def _contributions(
     return tl.load(entry + MASS_PEAK, mask=counts, other=0.0) * distance
 
 
-@triton.jit(
-    do_not_specialize=[
-        "stride_shields_row",
-        "stride_shields_slice",
-        "num_slices",
-        "stride_table_row",
-    ],
-    do_not_specialize_on_alignment=["seq_lens_ptr"],
-)
-def _contribution_kernel(
-    first_pages_ptr,  # [num_layers] int64, address of page 0
-    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
-    seq_lens_ptr,  # [num_rows] int32
-    live_table_ptr,  # [num_rows, live_width] int32
-    evicted_before_ptr,  # [num_rows] int32
-    evicted_after_ptr,  # [num_rows] int32
-    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
-    shields_ptr,  # of row 0 and slice 0, [max_blocks] float32
-    stride_shields_row,
-    stride_shields_slice,
-    num_slices,
-    stride_table_row,
+@triton.jit
+def _any_due(
+    evicted_before_ptr,
+    evicted_after_ptr,
+    num_rows,
+    ROWS: tl.constexpr,
+):
+    """Return whether any row evicts, after one look at many rows at once."""
+    due = tl.zeros([ROWS], tl.int32)
+    for start in tl.range(0, num_rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        before = tl.load(evicted_before_ptr + row, mask=row < num_rows, other=0)
+        after = tl.load(evicted_after_ptr + row, mask=row < num_rows, other=0)
+        due |= (after != before).to(tl.int32)
+    return tl.max(due, 0) > 0
+
+
+@triton.jit
+def _raise_shields(
+    values_ptr,  # of block 0 and one kv head
     stride_block,
+    entries_ptr,  # statistics of block 0 and one kv head
     stride_statistics_block,
+    table_ptr,  # [live_width] int32, of one row
+    num_full,
+    shields_ptr,  # [max_blocks] float32, of one row
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TYPE: tl.constexpr,
     TILE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    layer = tl.program_id(1)
-    head = tl.program_id(2)
-    evicted = tl.load(evicted_before_ptr + row)
-    if tl.load(evicted_after_ptr + row) == evicted:
-        return
-    flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
-    if (flags & SHIELD_BY_CONTRIBUTION) == 0:
-        return
-
-    num_full = tl.load(seq_lens_ptr + row) // BLOCK_SIZE - evicted
-    table_ptr = live_table_ptr + row * stride_table_row
-    page_ptr = tl.load(first_pages_ptr + layer).to(tl.pointer_type(TYPE))
-    # a head's tokens, and of each the value behind the key
-    values_ptr = tl.multiple_of(page_ptr, _ALIGNMENT) + (
-        head * (BLOCK_SIZE * 2 * HEAD_SIZE) + HEAD_SIZE
-    )
-    entries_ptr = tl.load(first_statistics_ptr + layer).to(tl.pointer_type(tl.float32))
-    entries_ptr += head * NUM_FIELDS
-
+    """Raise one row's shields to each block's share of one head's contributions."""
     centre = tl.zeros([HEAD_DIM], tl.float32)
     for start in tl.range(0, num_full, TILE):
         index = start + tl.arange(0, TILE)
@@ -144,8 +131,6 @@ def _contribution_kernel(
     centre /= num_full
 
     total = tl.zeros([], tl.float32)
-    shields_ptr += row * stride_shields_row
-    shields_ptr += (layer % num_slices) * stride_shields_slice
     for round in tl.static_range(2):
         for start in tl.range(0, num_full, TILE):
             index = start + tl.arange(0, TILE)
@@ -170,6 +155,76 @@ def _contribution_kernel(
                 share = contribution / tl.maximum(total, _TINY)
                 # the largest of all is the same in whatever order they come
                 tl.atomic_max(shields_ptr + index, share, mask=counts)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_shields_row",
+        "stride_shields_slice",
+        "num_slices",
+        "num_rows",
+        "stride_table_row",
+    ],
+    do_not_specialize_on_alignment=["seq_lens_ptr"],
+)
+def _contribution_kernel(
+    first_pages_ptr,  # [num_layers] int64, address of page 0
+    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
+    seq_lens_ptr,  # [num_rows] int32
+    live_table_ptr,  # [num_rows, live_width] int32
+    evicted_before_ptr,  # [num_rows] int32
+    evicted_after_ptr,  # [num_rows] int32
+    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
+    shields_ptr,  # of row 0 and slice 0, [max_blocks] float32
+    stride_shields_row,
+    stride_shields_slice,
+    num_slices,
+    num_rows,
+    stride_table_row,
+    stride_block,
+    stride_statistics_block,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TYPE: tl.constexpr,
+    TILE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    # most steps end here
+    if not _any_due(evicted_before_ptr, evicted_after_ptr, num_rows, ROWS):
+        return
+
+    layer = tl.program_id(1)
+    head = tl.program_id(2)
+    page_ptr = tl.load(first_pages_ptr + layer).to(tl.pointer_type(TYPE))
+    # a head's tokens, and of each the value behind the key
+    values_ptr = tl.multiple_of(page_ptr, _ALIGNMENT) + (
+        head * (BLOCK_SIZE * 2 * HEAD_SIZE) + HEAD_SIZE
+    )
+    entries_ptr = tl.load(first_statistics_ptr + layer).to(tl.pointer_type(tl.float32))
+    entries_ptr += head * NUM_FIELDS
+    shields_ptr += (layer % num_slices) * stride_shields_slice
+    for number in tl.range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        row = tl.zeros([], tl.int64) + number
+        evicted = tl.load(evicted_before_ptr + row)
+        flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
+        is_due = tl.load(evicted_after_ptr + row) != evicted
+        if is_due & ((flags & SHIELD_BY_CONTRIBUTION) != 0):
+            _raise_shields(
+                values_ptr,
+                stride_block,
+                entries_ptr,
+                stride_statistics_block,
+                live_table_ptr + row * stride_table_row,
+                tl.load(seq_lens_ptr + row) // BLOCK_SIZE - evicted,
+                shields_ptr + row * stride_shields_row,
+                BLOCK_SIZE,
+                HEAD_SIZE,
+                HEAD_DIM,
+                TILE,
+                TOKENS,
+            )
 
 
 def shield_by_contribution(
@@ -211,7 +266,9 @@ def shield_by_contribution(
     num_rows, num_slices, _ = shields.shape
     head_dim = triton.next_power_of_2(head_size)
     tokens = min(16, block_size & -block_size)
-    grid = (num_rows, first_page_of_layer.shape[0], num_kv_heads)
+    num_layers = first_page_of_layer.shape[0]
+    shares = max(1, _MOST_PROGRAMS // (num_layers * num_kv_heads))
+    grid = (min(num_rows, shares), num_layers, num_kv_heads)
     _contribution_kernel[grid](
         first_pages_ptr=first_page_of_layer,
         first_statistics_ptr=first_statistics_of_layer,
@@ -224,6 +281,7 @@ def shield_by_contribution(
         stride_shields_row=shields.stride(0),
         stride_shields_slice=shields.stride(1),
         num_slices=num_slices,
+        num_rows=num_rows,
         stride_table_row=live_table.stride(0),
         stride_block=page_bytes // dtype.itemsize,
         stride_statistics_block=page_bytes // torch.float32.itemsize,
@@ -233,5 +291,6 @@ def shield_by_contribution(
         TYPE=_TYPES[dtype],
         TILE=max(1, _TILE_NUMBERS // (tokens * head_dim)),
         TOKENS=tokens,
+        ROWS=_ROWS,
         num_warps=4,
     )

@@ -52,6 +52,8 @@ _KEY_BITS = tl.constexpr(63)
 # of a block: its largest share of what the second stage goes by, and the first
 SCORES = 2
 _SCORES = tl.constexpr(SCORES)
+# of blocks that may lie beside each other, that a program looks at at once
+_PAIRS = 2**15
 
 
 @triton.jit
@@ -261,6 +263,7 @@ def _select_kernel(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     evicted = tl.load(evicted_before_ptr + row)
@@ -310,7 +313,7 @@ def _select_kernel(
             stride_statistics_block,
             num_full,
             BLOCK_SIZE,
-            TILE=16,
+            TILE,
         )
 
     in_reach = candidate & (first >= sink) & (first + BLOCK_SIZE <= num_tokens - recent)
@@ -489,6 +492,7 @@ def select_victims(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
+        TILE=max(1, min(16, _PAIRS // blocks)),
         num_warps=num_warps,
     )
 
