@@ -39,19 +39,27 @@ _TYPES = {
 def _mean_values(
     values_ptr,  # of block 0 and one kv head
     stride_block,
-    block,  # [TILE] int64
-    counts,  # [TILE], the blocks that there are
+    table_ptr,  # [live_width] int32, of one row
+    index,  # [TILE], places in the live table
+    num_full,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Return `[TILE, HEAD_DIM]` float32: the mean of each block's values."""
+    """Return some blocks, and the mean of the values of each.
+
+    Returns:
+        `[TILE]` int64, block ids, and `[TILE, HEAD_DIM]` float32, zeros for places
+        behind the last full block.
+    """
+    counts = index < num_full
+    block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
     token = tl.arange(0, TOKENS)[None, :, None]
     dim = tl.arange(0, HEAD_DIM)[None, None, :]
     place = block[:, None, None] * stride_block + token * (2 * HEAD_SIZE) + dim
     mask = counts[:, None, None] & (dim < HEAD_SIZE)
-    total = tl.zeros([block.shape[0], HEAD_DIM], tl.float32)
+    total = tl.zeros([index.shape[0], HEAD_DIM], tl.float32)
     for start in tl.static_range(0, BLOCK_SIZE, TOKENS):
         numbers = tl.load(
             values_ptr + place + start * 2 * HEAD_SIZE, mask=mask, other=0
@@ -60,7 +68,7 @@ def _mean_values(
             # the factor is the same for all values of a head, and cancels out
             numbers = unpack(numbers, tl.float32)
         total += tl.sum(numbers.to(tl.float32), 1)
-    return total / BLOCK_SIZE
+    return block, total / BLOCK_SIZE
 
 
 @triton.jit
@@ -112,16 +120,15 @@ def _raise_shields(
     TOKENS: tl.constexpr,
 ):
     """Raise one row's shields to each block's share of one head's contributions."""
+    tile = tl.arange(0, TILE)
     centre = tl.zeros([HEAD_DIM], tl.float32)
     for start in tl.range(0, num_full, TILE):
-        index = start + tl.arange(0, TILE)
-        counts = index < num_full
-        block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
-        mean = _mean_values(
+        _, mean = _mean_values(
             values_ptr,
             stride_block,
-            block,
-            counts,
+            table_ptr,
+            start + tile,
+            num_full,
             BLOCK_SIZE,
             HEAD_SIZE,
             HEAD_DIM,
@@ -133,14 +140,14 @@ def _raise_shields(
     total = tl.zeros([], tl.float32)
     for round in tl.static_range(2):
         for start in tl.range(0, num_full, TILE):
-            index = start + tl.arange(0, TILE)
+            index = start + tile
             counts = index < num_full
-            block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
-            mean = _mean_values(
+            block, mean = _mean_values(
                 values_ptr,
                 stride_block,
-                block,
-                counts,
+                table_ptr,
+                index,
+                num_full,
                 BLOCK_SIZE,
                 HEAD_SIZE,
                 HEAD_DIM,
