@@ -50,6 +50,7 @@ class Group:
         layers: int = 3,
         kv_heads: int = 2,
         distinct: int | None = None,
+        dtype: torch.dtype = torch.float16,
     ) -> Group:
         """Draw statistics at random, of `distinct` different values if given.
 
@@ -65,7 +66,7 @@ class Group:
                 num_kv_heads=kv_heads,
                 block_size=BLOCK_SIZE,
                 head_size=16,
-                dtype=torch.float16,
+                dtype=dtype,
                 device=device,
             )
             for _ in range(layers)
@@ -89,7 +90,8 @@ class Group:
                 if distinct:
                     # of three kinds, so that distances tie (of two, all would)
                     values = values[torch.arange(live) % 3]
-                cache[blocks.to(device), ..., 16:] = values.to(device, cache.dtype)
+                content = cache.view(E4M3) if dtype == torch.uint8 else cache
+                content[blocks.to(device), ..., 16:] = values.to(content)
                 page.statistics_view(cache)[blocks] = drawn.to(device)
                 page.first_positions_view(cache)[blocks] = first.to(device).float()
         return cls(caches, table.to(device, torch.int32), steps, schedule)
@@ -117,7 +119,10 @@ class Group:
                     page.statistics_view(cache)[full] for cache in self.caches
                 ]
                 values = [
-                    cache[full].transpose(0, 1).float().chunk(2, -1)[1]
+                    (cache.view(E4M3) if cache.dtype == torch.uint8 else cache)[full]
+                    .transpose(0, 1)
+                    .float()
+                    .chunk(2, -1)[1]
                     for cache in self.caches
                 ]
                 places = policy.plan_moves(
@@ -202,6 +207,7 @@ def options(schedule: EvictionSchedule, **changes: object) -> EvictionRow:
     return row_of(config, BLOCK_SIZE)
 
 
+E4M3 = torch.float8_e4m3fn
 SMALL = EvictionSchedule(block_size=BLOCK_SIZE, budget=12 * 16, stride=4 * 16)
 
 
@@ -265,6 +271,14 @@ def test_slices_of_the_layers(slices: int, device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device, layers=4)
     how = options(SMALL)
     assert group.run(how, slices=slices) == group.expected(how)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32])
+def test_values_of_any_cache(dtype: torch.dtype, device: torch.device) -> None:
+    """Bytes are float8 times a scale, which is the same for all blocks of a head."""
+    group = Group.build(steps_of(SMALL), SMALL, device, dtype=dtype)
+    how = options(SMALL)
+    assert group.run(how) == group.expected(how)
 
 
 @pytest.mark.parametrize("programs", [1, 3])
