@@ -29,7 +29,7 @@ _SIGNIFICANT = 0.05
 _VERDICTS = (
     (0.95, "safe on these tasks"),
     (0.8, "measure your own task first"),
-    (0.5, "loses much: only for tasks of the newest text"),
+    (0.5, "loses much on some of these tasks"),
     (0.0, "broken: do not serve"),
 )
 """Least share of the full cache's accuracy, on the worst task."""
