@@ -57,6 +57,10 @@ def check_windows(vllm_config: VllmConfig) -> None:
         ValueError: Layers of several kinds are to have caches of one kind.
     """
     _refuse_windows_alone(vllm_config)
+    _refuse_one_kind_of_cache(vllm_config)
+
+
+def _refuse_one_kind_of_cache(vllm_config: VllmConfig) -> None:
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "roco: disable_hybrid_kv_cache_manager = True is not allowed for a model "
@@ -209,6 +213,8 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
     # here as well as in `check_windows`: vLLM remembers which backend serves a layer,
     # and does not ask again for a later engine of the process
     _refuse_windows_alone(vllm_config)
+    if has_windows(vllm_config):
+        _refuse_one_kind_of_cache(vllm_config)
 
 
 def _refuse_windows_alone(vllm_config: VllmConfig) -> None:

@@ -22,6 +22,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.attention import Attention
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.utils import import_utils
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
@@ -224,6 +225,17 @@ def engines_in_process() -> Iterator[None]:
     gc.collect()
 
 
+def model_class(architecture: str) -> type[torch.nn.Module]:
+    """Import a model's class, as if there were no numba.
+
+    Some import it, and its llvmlite has an object that answers to every name. Engines
+    that start later in the same process look through all modules, and fail on it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_utils, "is_numba_available", lambda: False, raising=False)
+        return ModelRegistry.models[architecture].load_model_cls()
+
+
 @contextlib.contextmanager
 def imported_model_class(model: Path) -> Iterator[None]:
     """Let vLLM know a model's class without looking at it in a process of its own.
@@ -233,7 +245,7 @@ def imported_model_class(model: Path) -> Iterator[None]:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (architecture,) = config["architectures"]
     registered = ModelRegistry.models[architecture]
-    ModelRegistry.register_model(architecture, registered.load_model_cls())
+    ModelRegistry.register_model(architecture, model_class(architecture))
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from vllm import LLM, ModelRegistry
 
+from tests.engine.engines import model_class
 from tests.model_configs import save_config
 from tests.refusals.cases import Case, arguments_of, engine_config, refused
 
@@ -40,7 +41,7 @@ class Model:
         """
         if self.needs is not None:
             pytest.importorskip(self.needs)
-        loaded = ModelRegistry.models[self.architecture].load_model_cls()
+        loaded = model_class(self.architecture)
         monkeypatch.setattr(ModelRegistry, "models", dict(ModelRegistry.models))
         ModelRegistry.register_model(self.architecture, loaded)
         return save_config(folder, self.model_type, self.architecture, **self.changes)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM reads when it is imported; to be imported before it."""
+"""What vLLM reads when it is imported; to be imported before it.
+
+Tests have an environment of their own, and nothing is set there.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 
 for name, value in {
     "HF_HUB_OFFLINE": "1",
@@ -14,4 +18,5 @@ for name, value in {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }.items():
-    os.environ.setdefault(name, value)
+    if "pytest" not in sys.modules:
+        os.environ.setdefault(name, value)

@@ -11,7 +11,8 @@ from tests.soak.bounds import ServerOptions, bound_of
 from tests.soak.mix import canaries, crowd
 from tests.soak.setups import LIMITS, ROCO, limits_for
 from vllm_roco.config import RocoConfig
-from vllm_roco.request_options import RequestOptionError, RequestPlanner
+from vllm_roco.request_options.error import RequestOptionError
+from vllm_roco.request_options.planner import RequestPlanner
 from vllm_roco.request_plans import ResolvedPlan
 from vllm_roco.request_size import RequestSizes
 
