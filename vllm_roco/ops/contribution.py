@@ -3,12 +3,14 @@
 
 The arithmetic is `vllm_roco.policy`'s: the peak of a block's attention mass times the
 distance of its mean value from the mean of all. A program has one layer and head, and
-every so many rows. Of a row that is due it reads the values three times, for their
-mean, the sum of the contributions and each block's share of it. It returns at once
-where no row is.
+its part of the rows that are due. Of each it reads the values twice, for their mean and
+for the distances from it; the second time backwards, while the last ones are at hand.
+It returns at once where no row is due.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -21,12 +23,15 @@ from vllm_roco.ops.statistics import MASS_PEAK, NUM_FIELDS
 # smallest normal float32: keeps a head that nobody listened to from dividing by zero
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ALIGNMENT = tl.constexpr(16)
-# numbers that a program has in registers at a time
-_TILE_NUMBERS = 8192
+# numbers of the means that a program works out at a time
+_TILE_NUMBERS = 4096
+# tokens of a block whose values it asks for at once
+_TOKENS = 16
 # rows that it looks at at once
 _ROWS = 128
 # programs that are launched in every step, if there is anything for so many
 _MOST_PROGRAMS = 2048
+_WARPS = 8
 _TYPES = {
     torch.uint8: tl.uint8,
     torch.float16: tl.float16,
@@ -39,76 +44,34 @@ _TYPES = {
 def _mean_values(
     values_ptr,  # of block 0 and one kv head
     stride_block,
-    table_ptr,  # [live_width] int32, of one row
-    index,  # [TILE], places in the live table
-    num_full,
+    block,  # [TILE] int64, block ids
+    counts,  # [TILE]
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Return some blocks, and the mean of the values of each.
-
-    Returns:
-        `[TILE]` int64, block ids, and `[TILE, HEAD_DIM]` float32, zeros for places
-        behind the last full block.
-    """
-    counts = index < num_full
-    block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
-    token = tl.arange(0, TOKENS)[None, :, None]
-    dim = tl.arange(0, HEAD_DIM)[None, None, :]
-    place = block[:, None, None] * stride_block + token * (2 * HEAD_SIZE) + dim
-    mask = counts[:, None, None] & (dim < HEAD_SIZE)
-    total = tl.zeros([index.shape[0], HEAD_DIM], tl.float32)
-    for start in tl.static_range(0, BLOCK_SIZE, TOKENS):
-        numbers = tl.load(
-            values_ptr + place + start * 2 * HEAD_SIZE, mask=mask, other=0
-        )
-        if numbers.dtype == tl.uint8:
-            # the factor is the same for all values of a head, and cancels out
-            numbers = unpack(numbers, tl.float32)
-        total += tl.sum(numbers.to(tl.float32), 1)
-    return block, total / BLOCK_SIZE
-
-
-@triton.jit
-def _contributions(
-    mean,  # [TILE, HEAD_DIM] float32
-    centre,  # [HEAD_DIM] float32
-    entries_ptr,  # statistics of block 0 and one kv head
-    stride_statistics_block,
-    block,  # [TILE] int64
-    counts,  # [TILE]
-):
-    """Return `[TILE]` float32, 0 for blocks that there are not."""
-    apart = mean - centre[None, :]
-    distance = tl.sqrt(tl.sum(apart * apart, 1))
-    entry = entries_ptr + block * stride_statistics_block
-    return tl.load(entry + MASS_PEAK, mask=counts, other=0.0) * distance
-
-
-@triton.jit
-def _any_due(
-    evicted_before_ptr,
-    evicted_after_ptr,
-    num_rows,
-    ROWS: tl.constexpr,
-):
-    """Return whether any row evicts, after one look at many rows at once."""
-    due = tl.zeros([ROWS], tl.int32)
-    for start in tl.range(0, num_rows, ROWS):
-        row = start + tl.arange(0, ROWS)
-        before = tl.load(evicted_before_ptr + row, mask=row < num_rows, other=0)
-        after = tl.load(evicted_after_ptr + row, mask=row < num_rows, other=0)
-        due |= (after != before).to(tl.int32)
-    return tl.max(due, 0) > 0
+    """Return `[TILE, HEAD_DIM]` float32, zeros for blocks that do not count."""
+    dim = tl.arange(0, HEAD_DIM)[None, :]
+    token_ptr = values_ptr + block[:, None] * stride_block + dim
+    mask = counts[:, None] & (dim < HEAD_SIZE)
+    total = tl.zeros([block.shape[0], HEAD_DIM], tl.float32)
+    for _ in tl.range(BLOCK_SIZE // TOKENS):
+        for token in tl.static_range(TOKENS):
+            numbers = tl.load(token_ptr + token * (2 * HEAD_SIZE), mask=mask, other=0)
+            if numbers.dtype == tl.uint8:
+                # the factor is the same for all values of a head, and cancels out
+                numbers = unpack(numbers, tl.float32)
+            total += numbers.to(tl.float32)
+        token_ptr += TOKENS * 2 * HEAD_SIZE
+    return total / BLOCK_SIZE
 
 
 @triton.jit
 def _raise_shields(
     values_ptr,  # of block 0 and one kv head
     stride_block,
-    entries_ptr,  # statistics of block 0 and one kv head
+    peaks_ptr,  # of block 0 and one kv head
     stride_statistics_block,
     table_ptr,  # [live_width] int32, of one row
     num_full,
@@ -116,52 +79,57 @@ def _raise_shields(
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    TILE: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """Raise one row's shields to each block's share of one head's contributions."""
-    tile = tl.arange(0, TILE)
-    centre = tl.zeros([HEAD_DIM], tl.float32)
+    within = tl.arange(0, TILE)
+    total = tl.zeros([TILE, HEAD_DIM], tl.float32)
     for start in tl.range(0, num_full, TILE):
-        _, mean = _mean_values(
+        counts = start + within < num_full
+        block = tl.load(table_ptr + start + within, mask=counts, other=0).to(tl.int64)
+        total += _mean_values(
             values_ptr,
             stride_block,
-            table_ptr,
-            start + tile,
-            num_full,
+            block,
+            counts,
             BLOCK_SIZE,
             HEAD_SIZE,
             HEAD_DIM,
             TOKENS,
         )
-        centre += tl.sum(mean, 0)
-    centre /= num_full
+    centre = tl.sum(total, 0) / num_full
 
-    total = tl.zeros([], tl.float32)
-    for round in tl.static_range(2):
-        for start in tl.range(0, num_full, TILE):
-            index = start + tile
-            counts = index < num_full
-            block, mean = _mean_values(
-                values_ptr,
-                stride_block,
-                table_ptr,
-                index,
-                num_full,
-                BLOCK_SIZE,
-                HEAD_SIZE,
-                HEAD_DIM,
-                TOKENS,
-            )
-            contribution = _contributions(
-                mean, centre, entries_ptr, stride_statistics_block, block, counts
-            )
-            if round == 0:
-                total += tl.sum(contribution, 0)
-            else:
-                share = contribution / tl.maximum(total, _TINY)
-                # the largest of all is the same in whatever order they come
-                tl.atomic_max(shields_ptr + index, share, mask=counts)
+    tile = tl.arange(0, TILES)[:, None]
+    contributions = tl.zeros([TILES, TILE], tl.float32)
+    num_tiles = tl.cdiv(num_full, TILE)
+    for step in tl.range(num_tiles):
+        number = num_tiles - 1 - step
+        index = number * TILE + within
+        counts = index < num_full
+        block = tl.load(table_ptr + index, mask=counts, other=0).to(tl.int64)
+        apart = _mean_values(
+            values_ptr,
+            stride_block,
+            block,
+            counts,
+            BLOCK_SIZE,
+            HEAD_SIZE,
+            HEAD_DIM,
+            TOKENS,
+        )
+        apart -= centre[None, :]
+        distance = tl.sqrt(tl.sum(apart * apart, 1))
+        peak = tl.load(
+            peaks_ptr + block * stride_statistics_block, mask=counts, other=0.0
+        )
+        contribution = (peak * distance)[None, :]
+        contributions = tl.where(tile == number, contribution, contributions)
+    index = tile * TILE + within[None, :]
+    shares = contributions / tl.maximum(tl.sum(contributions), _TINY)
+    # the largest of all is the same in whatever order they come
+    tl.atomic_max(shields_ptr + index, shares, mask=index < num_full)
 
 
 @triton.jit(
@@ -194,44 +162,56 @@ def _contribution_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TYPE: tl.constexpr,
-    TILE: tl.constexpr,
     TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    # most steps end here
-    if not _any_due(evicted_before_ptr, evicted_after_ptr, num_rows, ROWS):
-        return
-
     layer = tl.program_id(1)
     head = tl.program_id(2)
-    page_ptr = tl.load(first_pages_ptr + layer).to(tl.pointer_type(TYPE))
-    # a head's tokens, and of each the value behind the key
-    values_ptr = tl.multiple_of(page_ptr, _ALIGNMENT) + (
-        head * (BLOCK_SIZE * 2 * HEAD_SIZE) + HEAD_SIZE
-    )
-    entries_ptr = tl.load(first_statistics_ptr + layer).to(tl.pointer_type(tl.float32))
-    entries_ptr += head * NUM_FIELDS
-    shields_ptr += (layer % num_slices) * stride_shields_slice
-    for number in tl.range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        row = tl.zeros([], tl.int64) + number
-        evicted = tl.load(evicted_before_ptr + row)
-        flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
-        is_due = tl.load(evicted_after_ptr + row) != evicted
-        if is_due & ((flags & SHIELD_BY_CONTRIBUTION) != 0):
-            _raise_shields(
-                values_ptr,
-                stride_block,
-                entries_ptr,
-                stride_statistics_block,
-                live_table_ptr + row * stride_table_row,
-                tl.load(seq_lens_ptr + row) // BLOCK_SIZE - evicted,
-                shields_ptr + row * stride_shields_row,
-                BLOCK_SIZE,
-                HEAD_SIZE,
-                HEAD_DIM,
-                TILE,
-                TOKENS,
+    due_before = tl.zeros([], tl.int32)
+    for start in tl.range(0, num_rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        exists = row < num_rows
+        before = tl.load(evicted_before_ptr + row, mask=exists, other=0)
+        after = tl.load(evicted_after_ptr + row, mask=exists, other=0)
+        due = after != before
+        # most steps have no more to do
+        if tl.max(due.to(tl.int32), 0) > 0:
+            flags = tl.load(
+                rows_ptr + row * NUM_ROW_FIELDS + FLAGS, mask=exists, other=0
             )
+            due &= (flags & SHIELD_BY_CONTRIBUTION) != 0
+            ordinal = due_before + tl.cumsum(due.to(tl.int32), 0) - 1
+            mine = due & (ordinal % tl.num_programs(0) == tl.program_id(0))
+            page_ptr = tl.load(first_pages_ptr + layer).to(tl.pointer_type(TYPE))
+            statistics_ptr = tl.load(first_statistics_ptr + layer)
+            number = tl.zeros([], tl.int32) - 1
+            for _ in tl.range(tl.sum(mine.to(tl.int32), 0)):
+                number = tl.min(tl.where(mine & (row > number), row, num_rows), 0)
+                at = number.to(tl.int64)
+                _raise_shields(
+                    # a head's tokens, and of each the value behind the key
+                    tl.multiple_of(page_ptr, _ALIGNMENT)
+                    + (head * (BLOCK_SIZE * 2 * HEAD_SIZE) + HEAD_SIZE),
+                    stride_block,
+                    statistics_ptr.to(tl.pointer_type(tl.float32))
+                    + (head * NUM_FIELDS + MASS_PEAK),
+                    stride_statistics_block,
+                    live_table_ptr + at * stride_table_row,
+                    tl.load(seq_lens_ptr + at) // BLOCK_SIZE
+                    - tl.load(evicted_before_ptr + at),
+                    shields_ptr
+                    + at * stride_shields_row
+                    + (layer % num_slices) * stride_shields_slice,
+                    BLOCK_SIZE,
+                    HEAD_SIZE,
+                    HEAD_DIM,
+                    TOKENS,
+                    TILES,
+                    TILE,
+                )
+            due_before += tl.sum(due.to(tl.int32), 0)
 
 
 def shield_by_contribution(
@@ -270,9 +250,9 @@ def shield_by_contribution(
             counts.
         block_size: Tokens per block.
     """
-    num_rows, num_slices, _ = shields.shape
+    num_rows, num_slices, max_blocks = shields.shape
     head_dim = triton.next_power_of_2(head_size)
-    tokens = min(16, block_size & -block_size)
+    tile = max(1, _TILE_NUMBERS // head_dim)
     num_layers = first_page_of_layer.shape[0]
     shares = max(1, _MOST_PROGRAMS // (num_layers * num_kv_heads))
     grid = (min(num_rows, shares), num_layers, num_kv_heads)
@@ -296,8 +276,9 @@ def shield_by_contribution(
         HEAD_SIZE=head_size,
         HEAD_DIM=head_dim,
         TYPE=_TYPES[dtype],
-        TILE=max(1, _TILE_NUMBERS // (tokens * head_dim)),
-        TOKENS=tokens,
+        TOKENS=math.gcd(_TOKENS, block_size),
+        TILES=triton.next_power_of_2(triton.cdiv(max_blocks, tile)),
+        TILE=tile,
         ROWS=_ROWS,
-        num_warps=4,
+        num_warps=_WARPS,
     )
