@@ -30,8 +30,8 @@ _TOKENS = 16
 # rows that it looks at at once
 _ROWS = 128
 # programs that are launched in every step, if there is anything for so many
-_MOST_PROGRAMS = 2048
-_WARPS = 8
+_MOST_PROGRAMS = 1024
+_WARPS = 4
 _TYPES = {
     torch.uint8: tl.uint8,
     torch.float16: tl.float16,
