@@ -52,9 +52,7 @@ def take_part(rank: int, store: Path) -> tuple[list[Numbers], Numbers]:
     return numbers.tolist(), ranks.most(told_by(rank)).tolist()
 
 
-def test_every_rank_hears_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_rank_hears_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # by which ranks of one machine find each other; vLLM's engines set it
     monkeypatch.setenv("VLLM_DIST_IDENT", tmp_path.name)
     # a child that imports vLLM anew takes ten times as long

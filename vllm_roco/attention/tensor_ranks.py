@@ -75,12 +75,13 @@ class TensorRanks:
         group = self._group
         # vLLM's own NCCL, which its graphs hold; there is none on CPUs
         nccl = getattr(group.device_communicator, "pynccl_comm", None)
+        own = numbers[self.own].view(-1)
         if nccl is None or nccl.disabled:
             torch.distributed.all_gather_into_tensor(
-                numbers, numbers[self.own], group=group.device_group
+                numbers.view(-1), own, group=group.device_group
             )
         else:
-            nccl.all_gather(numbers, numbers[self.own])
+            nccl.all_gather(numbers, own)
 
     def most(self, values: torch.Tensor) -> torch.Tensor:
         """Return the largest that any rank has of each number; allocates.
