@@ -113,6 +113,8 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         ("max_budget", True, "a whole number of tokens, at least 2048"),
         ("allow_full", 1, "true or false"),
         ("allow_full", None, "true or false"),
+        ("agree", 0, "true or false"),
+        ("agree", "yes", "true or false"),
         ("shield_ratio", -0.01, "a number from 0 to 1"),
         ("shield_ratio", 1.01, "a number from 0 to 1"),
         ("shield_ratio", float("nan"), "a number from 0 to 1"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -141,6 +142,26 @@ def test_a_budget_larger_than_the_cache_is_refused_at_the_start() -> None:
 def test_the_start_up_line_names_limits() -> None:
     line = describe(Setup(**OPEN).scheduler())
     assert "block size 4, max_budget 200, allow_full. A sequence attends" in line
+
+
+@pytest.mark.parametrize(
+    ("ranks", "agree", "says"),
+    [
+        (1, True, ". Prefix caching: "),
+        (2, False, ". Each of 2 tensor-parallel ranks chooses by its own heads."),
+        (2, True, ". Each of 2 tensor-parallel ranks chooses what one GPU would."),
+        (16, True, ". Each of 16 tensor-parallel ranks chooses what the others do, "),
+    ],
+)
+def test_the_start_up_line_tells_who_chooses(
+    ranks: int, agree: bool, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = Setup().scheduler()
+    scheduler.roco_config = replace(scheduler.roco_config, agree=agree)
+    monkeypatch.setattr(
+        scheduler.vllm_config.parallel_config, "tensor_parallel_size", ranks
+    )
+    assert f" tokens of KV cache{says}" in describe(scheduler)
 
 
 KEEPS = "A sequence keeps what it generates, and holds at most 1024 tokens of KV cache."

@@ -61,6 +61,8 @@ class RocoConfig:
             budget.
         allow_full: Whether requests may hold all that they generate, in the modes
             `"prompt"` and `"full"`.
+        agree: Whether tensor-parallel ranks choose by all heads of a layer, as one GPU
+            does, and not each by its own.
         trace: File that receives one JSON line per scheduled request and step, or
             None. For looking at what the budget does, not for production.
 
@@ -80,6 +82,7 @@ class RocoConfig:
     recent: int = 32
     max_budget: int = _FROM_BUDGET
     allow_full: bool = False
+    agree: bool = True
     trace: str | None = None
 
     def __post_init__(self) -> None:
@@ -110,8 +113,9 @@ class RocoConfig:
         if self.max_budget is None:
             object.__setattr__(self, "max_budget", self.budget)
         _check_integer("max_budget", self.max_budget, self.budget)
-        if not isinstance(self.allow_full, bool):
-            raise _bad("allow_full", self.allow_full, "true or false")
+        for key in ("allow_full", "agree"):
+            if not isinstance(getattr(self, key), bool):
+                raise _bad(key, getattr(self, key), "true or false")
         if self.mode in UNBOUNDED_MODES and not self.allow_full:
             raise ValueError(
                 f"roco: mode = {self.mode!r} keeps all that is generated, which this "

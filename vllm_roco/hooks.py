@@ -64,6 +64,13 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner": ("copy_kv_cache_blocks_inplace",),
     "vllm.v1.worker.gpu_input_batch.InputBatch": ("req_ids",),
     # read by a name in a string, or of what has no type
+    "vllm.distributed.device_communicators.cuda_communicator.CudaCommunicator": (
+        "pynccl_comm",
+    ),
+    "vllm.distributed.device_communicators.pynccl.PyNcclCommunicator": (
+        "all_gather",
+        "disabled",
+    ),
     "vllm.config.ParallelConfig": (
         "decode_context_parallel_size",
         "prefill_context_parallel_size",

@@ -153,6 +153,11 @@ def any_head(values: torch.Tensor) -> torch.Tensor:
     return share.amax((0, 1))
 
 
+def of_one_rank(values: torch.Tensor) -> torch.Tensor:
+    """Return values as they are: no rank but this one has heads."""
+    return values
+
+
 def with_neighbours(
     values: torch.Tensor, first_positions: torch.Tensor, block_size: int
 ) -> torch.Tensor:
@@ -242,6 +247,7 @@ def select_victims(
     block_size: int,
     row: EvictionRow,
     distances: torch.Tensor | None = None,
+    any_rank: Callable[[torch.Tensor], torch.Tensor] = of_one_rank,
 ) -> torch.Tensor:
     """Choose the blocks that a sequence gives up.
 
@@ -255,6 +261,9 @@ def select_victims(
         row: How the sequence evicts.
         distances: `[num_layers, num_kv_heads, num_full_blocks]` float32, see
             `value_distances`; a row that shields by the contribution needs them.
+        any_rank: Turns what heads of this rank say into what those of any rank do: of
+            `[num_full_blocks]` numbers that each rank brings, the largest. All ranks
+            call it equally often.
 
     Returns:
         `[num_victims]` int64, places in live order, ascending.
@@ -270,16 +279,16 @@ def select_victims(
     if shielded:
         if row.shields_by_contribution:
             assert distances is not None
-            contribution = any_head(peak_of(statistics) * distances)
+            contribution = any_rank(any_head(peak_of(statistics) * distances))
             shield = with_neighbours(contribution, first_positions, block_size)
         elif row.shields_by_deviation:
-            shield = any_head(deviation_of(statistics))
+            shield = any_rank(any_head(deviation_of(statistics)))
         else:
-            shield = any_head(peak_of(statistics))
+            shield = any_rank(any_head(peak_of(statistics)))
         exposed = _smallest(exposed, shield, len(exposed) - shielded)
         # back to oldest first
         exposed = exposed[first[exposed].argsort(stable=True)]
-    score = _SCORES[row.score](statistics, first_positions, row)
+    score = any_rank(_SCORES[row.score](statistics, first_positions, row))
     return _smallest(exposed, score, num_victims).sort().values
 
 

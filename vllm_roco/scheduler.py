@@ -276,7 +276,8 @@ def describe(scheduler: RocoSchedulerMixin) -> str:
     return (
         f"RoCo: policy {policy}, budget {config.budget} tokens per sequence, stride "
         f"{config.stride}, chunk {config.chunk}, block size {size}{limits}. A sequence "
-        f"{_bounds(scheduler)}.{_room(scheduler)} Prefix caching: {caching}. "
+        f"{_bounds(scheduler)}.{_room(scheduler)}{_ranks(scheduler)} Prefix caching: "
+        f"{caching}. "
         "Switched off: speculative decoding, KV connectors."
     )
 
@@ -294,6 +295,22 @@ def _bounds(scheduler: RocoSchedulerMixin) -> str:
         f"attends over at most {config.most_kept + config.stride - 1} tokens after a "
         f"step and holds at most {held} tokens of KV cache"
     )
+
+
+def _ranks(scheduler: RocoSchedulerMixin) -> str:
+    """Return how tensor-parallel ranks choose, where that makes a difference."""
+    size = scheduler.vllm_config.parallel_config.tensor_parallel_size
+    config = scheduler.roco_config
+    if size == 1 or not config.measures:
+        return ""
+    how = "by its own heads"
+    if config.agree:
+        how = "what one GPU would"
+        # its query heads are measured apart
+        if scheduler.vllm_config.model_config.get_total_num_kv_heads() < size:
+            how = "what the others do, though as they share KV heads not all that one "
+            how += "GPU would"
+    return f" Each of {size} tensor-parallel ranks chooses {how}."
 
 
 def _room(scheduler: RocoSchedulerMixin) -> str:

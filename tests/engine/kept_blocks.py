@@ -7,6 +7,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,7 @@ class _Recorder:
         block_size: int,
         *,
         measured: bool,
+        **how: Any,
     ) -> int:
         """Evict, and find every block of the live table by its content before."""
         request_id = self._request_of(int(sequence.live_blocks[0]))
@@ -80,7 +82,9 @@ class _Recorder:
         full = sequence.live_blocks[: len(indices)]
         before = [_contents(cache, full) for cache in kv_caches]
 
-        num_moved = self._evict(sequence, kv_caches, block_size, measured=measured)
+        num_moved = self._evict(
+            sequence, kv_caches, block_size, measured=measured, **how
+        )
 
         num_evicted = sequence.evicted_after - sequence.evicted_before
         live = torch.cat((full[:num_resident], full[num_resident + num_evicted :]))

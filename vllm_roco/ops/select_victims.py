@@ -5,7 +5,8 @@ The arithmetic is `vllm_roco.policy`'s. Three launches: `_score_kernel` reduces 
 statistics of a slice of the layers to each block's largest share in any of their heads;
 `contribution` does so for shields that need the values, too; `_select_kernel` takes the
 largest of all slices, shields, picks the victims and writes the moves, one program a
-row. All return at once where nothing is due, so they may be part of every step.
+row. All return at once where nothing is due, so they may be part of every step. Where
+ranks share a layer's heads, `merge_slices` comes before the last.
 
 The `k` smallest of a set are found without sorting. A score is not negative, so its
 bits order as an integer does; with the block's first position behind them they form a
@@ -15,6 +16,8 @@ order.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -241,7 +244,14 @@ def _store_moves(count, row, num_moves_ptr, moved_ptr):
 
 
 @triton.jit(
-    do_not_specialize=["stride_table_row", "max_blocks", "max_moves"],
+    do_not_specialize=[
+        "num_slices",
+        "stride_scores_row",
+        "stride_scores_slice",
+        "max_blocks",
+        "stride_table_row",
+        "max_moves",
+    ],
     do_not_specialize_on_alignment=["seq_lens_ptr"],
 )
 def _select_kernel(
@@ -256,9 +266,11 @@ def _select_kernel(
     num_moves_ptr,  # [num_rows] int32
     moved_ptr,  # [1] int64
     num_slices,
+    stride_scores_row,
+    stride_scores_slice,
+    max_blocks,
     stride_table_row,
     stride_statistics_block,
-    max_blocks,
     max_moves,
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -294,20 +306,20 @@ def _select_kernel(
     ).to(tl.int32)
     score = tl.zeros([BLOCKS], tl.float32)
     shield = tl.zeros([BLOCKS], tl.float32)
+    scores_ptr += row * stride_scores_row
     for layer_slice in tl.range(num_slices):
-        slot = scores_ptr + (row * num_slices + layer_slice) * _SCORES * max_blocks
+        slot = scores_ptr + layer_slice * stride_scores_slice
         score = tl.maximum(score, tl.load(slot + index, mask=candidate, other=0.0))
         shield = tl.maximum(
             shield, tl.load(slot + max_blocks + index, mask=full, other=0.0)
         )
     if (flags & SHIELD_BY_CONTRIBUTION) != 0:
         # what the first slice told has been read
-        slot = scores_ptr + row * num_slices * _SCORES * max_blocks
         shield = _with_neighbours(
             shield,
             first,
             full,
-            slot + max_blocks,
+            scores_ptr + max_blocks,
             table_ptr,
             first_positions,
             stride_statistics_block,
@@ -411,6 +423,7 @@ def select_victims(
     num_moves: torch.Tensor,
     moved: torch.Tensor,
     block_size: int,
+    of_all_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> None:
     """Write the moves that end the step, for policies that measure.
 
@@ -434,6 +447,8 @@ def select_victims(
         num_moves: `[num_rows]` int32, output.
         moved: `[1]` int64, to which the moves are added.
         block_size: Tokens per block.
+        of_all_ranks: Turns this rank's scores into those of all ranks that choose
+            together, `[num_rows, any, SCORES, any]` float32; None for one rank.
     """
     num_rows, num_slices, _, max_blocks = scores.shape
     num_layers = first_statistics_of_layer.shape[0]
@@ -473,6 +488,8 @@ def select_victims(
         shields=scores[:, :, 1],
         block_size=block_size,
     )
+    if of_all_ranks is not None:
+        scores = of_all_ranks(scores)
     _select_kernel[(num_rows,)](
         first_statistics_ptr=first_statistics_of_layer,
         scores_ptr=scores,
@@ -484,10 +501,12 @@ def select_victims(
         moves_ptr=moves,
         num_moves_ptr=num_moves,
         moved_ptr=moved,
-        num_slices=num_slices,
+        num_slices=scores.shape[1],
+        stride_scores_row=scores.stride(0),
+        stride_scores_slice=scores.stride(1),
+        max_blocks=scores.stride(2),
         stride_table_row=live_table.stride(0),
         stride_statistics_block=stride_statistics_block,
-        max_blocks=max_blocks,
         max_moves=moves.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,

@@ -16,6 +16,7 @@ from vllm_roco.kv_cache.page import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from collections.abc import Sequence as SequenceOf
 
     from vllm_roco.attention.cpu.metadata import Sequence
@@ -27,6 +28,7 @@ def evict(
     block_size: int,
     *,
     measured: bool,
+    any_rank: Callable[[torch.Tensor], torch.Tensor] = policy.of_one_rank,
 ) -> int:
     """Leave nothing in the outgoing blocks that the sequence still needs.
 
@@ -35,11 +37,12 @@ def evict(
         kv_caches: The caches of all layers of the group, after their attention.
         block_size: Tokens per block.
         measured: Whether pages hold statistics; if not, the oldest blocks go.
+        any_rank: See `policy.select_victims`.
 
     Returns:
         The blocks that were moved, each once for all layers.
     """
-    moves = torch.tensor(_moves(sequence, kv_caches, block_size, measured))
+    moves = torch.tensor(_moves(sequence, kv_caches, block_size, measured, any_rank))
     if not len(moves):
         return 0
     source, destination = sequence.live_blocks[moves].unbind(-1)
@@ -54,6 +57,7 @@ def _moves(
     kv_caches: SequenceOf[torch.Tensor],
     block_size: int,
     measured: bool,
+    any_rank: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[tuple[int, int]]:
     row = sequence.row
     before, after = sequence.evicted_before, sequence.evicted_after
@@ -77,6 +81,7 @@ def _moves(
         block_size,
         row,
         distances,
+        any_rank,
     )
     return policy.plan_moves(victims, row.resident_blocks)
 

@@ -129,7 +129,13 @@ class RocoCpuImpl(RocoImpl[RocoCpuMetadata]):
                 for kv_cache in step.layers.kv_caches()
             ]
             moved = sum(
-                evict(sequence, caches, step.block_size, measured=self.config.measures)
+                evict(
+                    sequence,
+                    caches,
+                    step.block_size,
+                    measured=self.config.measures,
+                    any_rank=step.any_rank,
+                )
                 for sequence in step.evicting
             )
             if step.moved_blocks is not None:

@@ -13,14 +13,17 @@ import torch
 from typing_extensions import override
 from vllm.v1.attention.backend import AttentionMetadata, AttentionMetadataBuilder
 
+from vllm_roco import policy
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import moved_blocks_of
 from vllm_roco.attention.request_rows import request_rows
+from vllm_roco.attention.tensor_ranks import tensor_ranks
 from vllm_roco.config import blocks_of
 from vllm_roco.eviction_row import EvictionRow
+from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from collections.abc import Sequence as SequenceOf
 
     from vllm.config import VllmConfig
@@ -122,6 +125,7 @@ class RocoCpuMetadata(AttentionMetadata):
         moved_blocks: Where this worker counts the blocks it moves, or None.
         batches: The step's sequences.
         evicting: The sequences that give up blocks at the end of the step.
+        any_rank: See `policy.select_victims`.
         num_layers_done: Layers that have attended in this step.
     """
 
@@ -130,6 +134,7 @@ class RocoCpuMetadata(AttentionMetadata):
     moved_blocks: MovedBlocks | None
     batches: list[Batch]
     evicting: list[Sequence]
+    any_rank: Callable[[torch.Tensor], torch.Tensor] = policy.of_one_rank
     num_layers_done: int = field(default=0)
 
 
@@ -201,6 +206,8 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
         self._rows = request_rows(vllm_config, self._block_size)
         self._layers = LayerGroup(layer_names, vllm_config)
         self._moved_blocks = moved_blocks_of(vllm_config)
+        ranks = tensor_ranks(vllm_config, validated_config(vllm_config))
+        self._any_rank = policy.of_one_rank if ranks is None else ranks.most
 
     @override
     def build(
@@ -229,4 +236,5 @@ class RocoCpuMetadataBuilder(AttentionMetadataBuilder[RocoCpuMetadata]):
             moved_blocks=self._moved_blocks,
             batches=batches_of(sequences, self._block_size),
             evicting=[s for s in sequences if s.evicted_after > s.evicted_before],
+            any_rank=self._any_rank,
         )

@@ -16,6 +16,7 @@ import torch
 
 from vllm_roco.attention.bound_caches import WhileBound
 from vllm_roco.kv_cache.page import PageShape, statistics_view
+from vllm_roco.ops.merge_slices import merge_slices
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.scratch import carve, total
 from vllm_roco.ops.select_victims import (
@@ -28,6 +29,7 @@ from vllm_roco.ops.select_victims import (
 if TYPE_CHECKING:
     from vllm_roco.attention.cuda.step_buffers import StepBuffers
     from vllm_roco.attention.layers import LayerGroup
+    from vllm_roco.attention.tensor_ranks import TensorRanks
     from vllm_roco.kv_cache.spec import RocoSpec
 
 MAX_SLICES = 8
@@ -77,10 +79,12 @@ class EvictionScratchSize:
     Attributes:
         scores: Shape of `EvictionScratch.scores`.
         moves: Shape of `EvictionScratch.moves`.
+        shared: Numbers of `EvictionScratch.shared`.
     """
 
     scores: tuple[int, int, int, int]
     moves: tuple[int, int, int]
+    shared: int
 
     @classmethod
     def of(
@@ -91,6 +95,7 @@ class EvictionScratchSize:
         resident_blocks: int,
         num_layers: int,
         measure: bool,
+        ranks: int = 1,
     ) -> EvictionScratchSize:
         """Return what the largest step needs.
 
@@ -100,18 +105,21 @@ class EvictionScratchSize:
             resident_blocks: Most resident blocks of one.
             num_layers: Layers of the group.
             measure: Whether statistics are kept.
+            ranks: Ranks that choose together.
         """
         slices = min(MAX_SLICES, num_layers) if measure else 0
         return cls(
             scores=(rows, slices, SCORES, live_blocks),
             # every move goes over a resident block
             moves=(rows, resident_blocks, 2),
+            shared=ranks * rows * SCORES * live_blocks if ranks > 1 else 0,
         )
 
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """Numbers of four bytes of scores, moves and their count."""
-        return math.prod(self.scores), math.prod(self.moves), self.moves[0]
+    def counts(self) -> tuple[int, int, int, int]:
+        """Numbers of four bytes of scores, moves, their count, and what is shared."""
+        scores, moves = math.prod(self.scores), math.prod(self.moves)
+        return scores, moves, self.moves[0], self.shared
 
     @property
     def total(self) -> int:
@@ -127,11 +135,13 @@ class EvictionScratch:
         scores: `[rows, slices, SCORES, live_blocks]` float32, see `select_victims`.
         moves: `[rows, resident_blocks, 2]` int32, source and destination block.
         num_moves: `[rows]` int32.
+        shared: Flat float32, the scores of all ranks that choose together.
     """
 
     scores: torch.Tensor
     moves: torch.Tensor
     num_moves: torch.Tensor
+    shared: torch.Tensor
 
     @classmethod
     def over(cls, memory: torch.Tensor, size: EvictionScratchSize) -> EvictionScratch:
@@ -141,11 +151,12 @@ class EvictionScratch:
             memory: Flat float32, at least `size.total` numbers.
             size: What the largest step needs.
         """
-        scores, moves, num_moves = carve(memory, size.counts)
+        scores, moves, num_moves, shared = carve(memory, size.counts)
         return cls(
             scores.view(size.scores),
             moves.view(torch.int32).view(size.moves),
             num_moves.view(torch.int32),
+            shared,
         )
 
 
@@ -156,6 +167,8 @@ class CudaEviction:
         layers: The layers of the group.
         spec: Their KV cache spec.
         scratch: What its kernels may overwrite; nobody else does while they run.
+        ranks: Those that choose together; None if this one chooses by itself.
+        decode_blocks: Most live blocks of a row with one query that is due.
     """
 
     def __init__(
@@ -163,7 +176,11 @@ class CudaEviction:
         layers: LayerGroup,
         spec: RocoSpec,
         scratch: EvictionScratch,
+        ranks: TensorRanks | None = None,
+        decode_blocks: int = 0,
     ) -> None:
+        self._ranks = ranks
+        self._decode_blocks = decode_blocks
         self._layers = layers
         self._num_kv_heads = spec.num_kv_heads
         self._head_size = spec.head_size
@@ -182,12 +199,15 @@ class CudaEviction:
         """Name of the layer that evicts."""
         return self._layers.last
 
-    def evict(self, step: StepBuffers, seq_lens: torch.Tensor) -> None:
+    def evict(
+        self, step: StepBuffers, seq_lens: torch.Tensor, *, has_prompts: bool = True
+    ) -> None:
         """Choose victims for every row whose `E` grows, and move the survivors.
 
         Args:
             step: The step's buffers, all rows.
             seq_lens: `[num_rows]` int32, length of each row after the step.
+            has_prompts: Whether any row has several queries.
         """
         num_rows = len(seq_lens)
         caches = self._addresses.of(*self._layers.kv_caches())
@@ -205,6 +225,14 @@ class CudaEviction:
                 block_size=self._block_size,
             )
         else:
+            of_all_ranks = None
+            if self._ranks is not None:
+                width = self._scratch.scores.shape[3]
+                if not has_prompts:
+                    width = min(width, self._decode_blocks)
+                of_all_ranks = partial(
+                    self._of_all_ranks, self._ranks, width, step, seq_lens
+                )
             select_victims(
                 first_page_of_layer=caches.first_page,
                 first_statistics_of_layer=caches.first_statistics,
@@ -222,6 +250,7 @@ class CudaEviction:
                 num_moves=num_moves,
                 moved=self._moved,
                 block_size=self._block_size,
+                of_all_ranks=of_all_ranks,
             )
         move_blocks(
             first_page_of_layer=caches.first_page,
@@ -229,3 +258,29 @@ class CudaEviction:
             num_moves=num_moves,
             page_bytes=caches.page_bytes,
         )
+
+    def _of_all_ranks(
+        self,
+        ranks: TensorRanks,
+        width: int,
+        step: StepBuffers,
+        seq_lens: torch.Tensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return `[num_rows, num_ranks, SCORES, width]` float32, see `select_victims`.
+
+        Every step does so, also one in which nothing is due: that is known on the
+        device alone. It is as little as the kind of step allows.
+        """
+        shape = len(ranks), len(scores), SCORES, width
+        shared = self._scratch.shared[: math.prod(shape)].view(shape)
+        merge_slices(
+            scores=scores,
+            seq_lens=seq_lens,
+            evicted_before=step.evicted_before,
+            evicted_after=step.evicted_after,
+            merged=shared[ranks.own],
+            block_size=self._block_size,
+        )
+        ranks.gather(shared)
+        return shared.transpose(0, 1)

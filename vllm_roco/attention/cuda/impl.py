@@ -105,7 +105,9 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         if step.prefills is not None:
             self._prefill(layer, query, views, output, step.prefills)
         if name_of(layer) == step.eviction.last_layer:
-            step.eviction.evict(step.step, step.seq_lens)
+            step.eviction.evict(
+                step.step, step.seq_lens, has_prompts=step.prefills is not None
+            )
 
     def _decode(
         self,

@@ -30,6 +30,7 @@ from vllm_roco.attention.cuda.uploaded_rows import UploadedRows
 from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.attention.request_rows import request_rows
+from vllm_roco.attention.tensor_ranks import tensor_ranks
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_mass import PrefillPlan, plan_prefill
@@ -166,6 +167,8 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             spec,
             # attention is done with the scratch when eviction begins
             EvictionScratch.over(scratch, bounds.eviction_scratch),
+            tensor_ranks(vllm_config, config),
+            bounds.evicting_decode_blocks,
         )
         self._moved_blocks: DeviceMovedBlocks | None = None
         if (moved_blocks := moved_blocks_of(vllm_config)) is not None:

@@ -14,6 +14,7 @@ import torch
 
 from vllm_roco.attention.cuda.eviction import EvictionScratchSize
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
+from vllm_roco.attention.tensor_ranks import num_agreeing_ranks
 from vllm_roco.config import blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratchSize, plan_decode
 from vllm_roco.validation import validated_config
@@ -44,6 +45,7 @@ class StepBounds:
         num_kv_heads: KV heads of a layer on this rank.
         head_size: Numbers per head.
         dtype: Element type of the cache; of the query where that is float32.
+        agreeing_ranks: Ranks that choose together.
     """
 
     rows: int
@@ -59,6 +61,7 @@ class StepBounds:
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
+    agreeing_ranks: int = 1
 
     @classmethod
     def of(
@@ -104,12 +107,18 @@ class StepBounds:
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
             dtype=torch.float32 if model_dtype == torch.float32 else spec.dtype,
+            agreeing_ranks=num_agreeing_ranks(vllm_config, config),
         )
 
     @property
     def live_blocks(self) -> int:
         """Most live blocks of a row."""
         return blocks_of(self.live_tokens, self.block_size)
+
+    @property
+    def evicting_decode_blocks(self) -> int:
+        """Most live blocks of a row with one query from which blocks may go."""
+        return blocks_of(self.measured_tokens, self.block_size)
 
     def decode_plan(self, num_rows: int, device: Device) -> DecodePlan:
         """Return how decode attention of so many rows is laid out."""
@@ -145,6 +154,7 @@ class StepBounds:
             resident_blocks=self.resident_blocks,
             num_layers=self.num_layers,
             measure=self.measures,
+            ranks=self.agreeing_ranks,
         )
 
     def scratch_numbers(self, device: Device) -> int:
