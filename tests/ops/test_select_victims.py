@@ -14,10 +14,10 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
 from vllm_roco.ops import contribution
 from vllm_roco.ops.move_blocks import first_pages
+from vllm_roco.ops.select_oldest import select_oldest
 from vllm_roco.ops.select_victims import (
     SCORES,
     first_statistics,
-    select_oldest,
     select_victims,
 )
 

@@ -21,7 +21,7 @@ from vllm_roco.ops.rows import FLAGS, NUM_ROW_FIELDS, SHIELD_BY_CONTRIBUTION
 from vllm_roco.ops.statistics import MASS_PEAK, NUM_FIELDS
 
 # smallest normal float32: keeps a head that nobody listened to from dividing by zero
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _ALIGNMENT = tl.constexpr(16)
 # numbers of the means that a program works out at a time
 _TILE_NUMBERS = 4096
@@ -127,7 +127,7 @@ def _raise_shields(
         contribution = (peak * distance)[None, :]
         contributions = tl.where(tile == number, contribution, contributions)
     index = tile * TILE + within[None, :]
-    shares = contributions / tl.maximum(tl.sum(contributions), _TINY)
+    shares = contributions / tl.maximum(tl.sum(contributions), TINY)
     # the largest of all is the same in whatever order they come
     tl.atomic_max(shields_ptr + index, shares, mask=index < num_full)
 

@@ -23,7 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.contribution import shield_by_contribution
+from vllm_roco.ops.contribution import TINY, shield_by_contribution
+from vllm_roco.ops.planned_moves import store_moves, write_moves
 from vllm_roco.ops.rows import (
     FLAGS,
     NEIGHBOUR_SHARE,
@@ -49,8 +50,6 @@ from vllm_roco.ops.statistics import (
     NUM_QUERIES,
 )
 
-# smallest normal float32: keeps a head that nobody listened to from dividing by zero
-_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _KEY_BITS = tl.constexpr(63)
 # of a block: its largest share of what the second stage goes by, and the first
 SCORES = 2
@@ -155,8 +154,8 @@ def _score_kernel(
             count = tl.load(entry + NUM_QUERIES, mask=full, other=1.0)
             score = _by_statistics(entry, full, count, kind)
             shield = _shield_of(entry, full, count, flags)
-            score_total = tl.maximum(tl.sum(score, 0), _TINY)
-            shield_total = tl.maximum(tl.sum(shield, 0), _TINY)
+            score_total = tl.maximum(tl.sum(score, 0), TINY)
+            shield_total = tl.maximum(tl.sum(shield, 0), TINY)
             second_score = tl.maximum(second_score, score / score_total)
             shield_score = tl.maximum(shield_score, shield / shield_total)
 
@@ -217,30 +216,6 @@ def _with_neighbours(
         most = tl.max(tl.where(adjacent, theirs[None, :], 0.0), 1)
         lent = tl.maximum(lent, most)
     return tl.maximum(value, lent * NEIGHBOUR_SHARE)
-
-
-@triton.jit
-def _write_moves(
-    moves_ptr,  # [max_moves, 2] int32, of one row
-    table_ptr,  # [live_width] int32, of one row
-    index,  # [BLOCKS], places in the live table
-    is_source,  # [BLOCKS]
-    is_target,  # [BLOCKS], as many
-):
-    """Write the moves, sources and targets in live order; return how many."""
-    source_rank = tl.cumsum(is_source.to(tl.int32), 0) - 1
-    target_rank = tl.cumsum(is_target.to(tl.int32), 0) - 1
-    block = tl.load(table_ptr + index, mask=is_source | is_target, other=0)
-    tl.store(moves_ptr + 2 * source_rank, block, mask=is_source)
-    tl.store(moves_ptr + 2 * target_rank + 1, block, mask=is_target)
-    return tl.sum(is_source.to(tl.int32), 0)
-
-
-@triton.jit
-def _store_moves(count, row, num_moves_ptr, moved_ptr):
-    tl.store(num_moves_ptr + row, count)
-    if count > 0:
-        tl.atomic_add(moved_ptr, count.to(tl.int64))
 
 
 @triton.jit(
@@ -342,52 +317,14 @@ def _select_kernel(
     )
 
     is_resident = index < resident
-    count = _write_moves(
+    count = write_moves(
         moves_ptr + row * max_moves * 2,
         table_ptr,
         index,
         candidate & ~is_resident & ~victim,
         victim & is_resident,
     )
-    _store_moves(count, row, num_moves_ptr, moved_ptr)
-
-
-@triton.jit(do_not_specialize=["stride_table_row", "max_moves"])
-def _recent_kernel(
-    live_table_ptr,  # [num_rows, live_width] int32
-    evicted_before_ptr,  # [num_rows] int32
-    evicted_after_ptr,  # [num_rows] int32
-    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
-    moves_ptr,  # [num_rows, max_moves, 2] int32
-    num_moves_ptr,  # [num_rows] int32
-    moved_ptr,  # [1] int64
-    stride_table_row,
-    max_moves,
-    BLOCK_SIZE: tl.constexpr,
-    MOVES: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    before = tl.load(evicted_before_ptr + row)
-    after = tl.load(evicted_after_ptr + row)
-    rows_ptr += row * NUM_ROW_FIELDS
-    resident = tl.load(rows_ptr + RESIDENT_BLOCKS)
-    sink_blocks = tl.cdiv(tl.load(rows_ptr + SINK), BLOCK_SIZE)
-    # without a ring nothing is ever due
-    ring = tl.maximum(resident - sink_blocks, 1)
-    table_ptr = live_table_ptr + row * stride_table_row
-    # the newest blocks that the ring behind the sinks holds, of those that are outgoing
-    first = tl.maximum(resident + before, sink_blocks + after)
-    count = tl.where(after > before, tl.maximum(resident + after - first, 0), 0)
-    _store_moves(count, row, num_moves_ptr, moved_ptr)
-    move = tl.arange(0, MOVES)
-    due = move < count
-    logical = first + move
-    place = sink_blocks + (logical - sink_blocks) % ring
-    pair_ptr = moves_ptr + (row * max_moves + move) * 2
-    source = tl.load(table_ptr + logical - before, mask=due, other=0)
-    target = tl.load(table_ptr + place, mask=due, other=0)
-    tl.store(pair_ptr, source, mask=due)
-    tl.store(pair_ptr + 1, target, mask=due)
+    store_moves(count, row, num_moves_ptr, moved_ptr)
 
 
 def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
@@ -513,45 +450,4 @@ def select_victims(
         BLOCKS=blocks,
         TILE=max(1, min(16, _PAIRS // blocks)),
         num_warps=num_warps,
-    )
-
-
-def select_oldest(
-    *,
-    live_table: torch.Tensor,
-    evicted_before: torch.Tensor,
-    evicted_after: torch.Tensor,
-    rows: torch.Tensor,
-    moves: torch.Tensor,
-    num_moves: torch.Tensor,
-    moved: torch.Tensor,
-    block_size: int,
-) -> None:
-    """Write the moves that end the step, for `policy="recent"`.
-
-    Args:
-        live_table: `[num_rows, live_width]` int32, see `ops.live_table`.
-        evicted_before: `[num_rows]` int32, `E` at the start of the step.
-        evicted_after: `[num_rows]` int32, `E` at its end.
-        rows: `[num_rows, NUM_ROW_FIELDS]` int32, contiguous, how each row evicts.
-        moves: `[num_rows, max_moves, 2]` int32, contiguous, output: source and
-            destination block of each move.
-        num_moves: `[num_rows]` int32, output.
-        moved: `[1]` int64, to which the moves are added.
-        block_size: Tokens per block.
-    """
-    num_rows, max_moves, _ = moves.shape
-    _recent_kernel[(num_rows,)](
-        live_table_ptr=live_table,
-        evicted_before_ptr=evicted_before,
-        evicted_after_ptr=evicted_after,
-        rows_ptr=rows,
-        moves_ptr=moves,
-        num_moves_ptr=num_moves,
-        moved_ptr=moved,
-        stride_table_row=live_table.stride(0),
-        max_moves=max_moves,
-        BLOCK_SIZE=block_size,
-        MOVES=triton.next_power_of_2(max_moves),
-        num_warps=1,
     )
