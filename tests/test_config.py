@@ -42,6 +42,7 @@ def test_every_option_is_read() -> None:
         "recent": 48,
         "max_budget": 1280,
         "allow_full": True,
+        "agree": False,
         "trace": "trace.jsonl",
     }
     assert options.keys() == {field.name for field in dataclasses.fields(RocoConfig)}

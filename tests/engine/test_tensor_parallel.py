@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two ranks with half of the heads each.
+"""Two ranks with half of the heads each keep what one does.
 
-Each rank chooses its victims by its own heads, so what is kept, and with it the text,
-may differ from one rank's; how much is kept may not, and what is kept of a prefix does
-not depend on who has read it.
+What is kept of a prefix does not depend on who has read it either. That each request's
+blocks are the same, too: `test_agreeing_ranks.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def begun_with(
 
 
 def test_two_ranks(tiny_llama: Path) -> None:
-    tokens, freed, scheduled = {}, {}, {}
+    tokens, written, freed, scheduled = {}, {}, {}, {}
     for size in (1, 2):
         with running_engine(
             tiny_llama,
@@ -52,6 +51,7 @@ def test_two_ranks(tiny_llama: Path) -> None:
             with audited_manager(engine) as steps:
                 evicting = engine.generate(LONG, NUM_NEW_LONG)
             assert [len(x) for x in evicting] == [NUM_NEW_LONG] * len(LONG)
+            written[size] = evicting
             assert steps.peak_held_blocks <= most_held_blocks(SMALL_BUDGET, 1)
             assert engine.num_lost_blocks == 0
             freed[size] = engine.manager.num_freed_blocks
@@ -63,5 +63,6 @@ def test_two_ranks(tiny_llama: Path) -> None:
             assert begun_with(engine, LONG[:2], evicting[:2]) == [256, 128]
             assert engine.num_lost_blocks == 0
     assert tokens[1] == tokens[2]
+    assert written[1] == written[2]
     assert scheduled[1] == scheduled[2]
     assert freed[1] == freed[2] > 0
