@@ -107,12 +107,17 @@ _ONLINE = "the largest rate of requests that keep their latency, over HTTP"
 
 
 def _add_online(online: argparse.ArgumentParser) -> None:
-    every = [name for name in SHAPES if name != "online-smoke"]
-    online.add_argument("--shapes", nargs="+", choices=SHAPES, default=every)
+    every = [name for name in SHAPES if not name.endswith(("-smoke", "-short"))]
+    online.add_argument(
+        "--shapes",
+        nargs="+",
+        default=every,
+        metavar="SHAPE[:MEMORY]",
+        help=f"of {', '.join(SHAPES)}, with `ample` or `scarce` memory or both",
+    )
     online.add_argument(
         "--sides", nargs="+", choices=ONLINE_SIDES, default=DEFAULT_SIDES
     )
-    online.add_argument("--memory", nargs="+", choices=("ample", "scarce"))
     online.add_argument("--rounds", type=int, default=1)
     online.add_argument("--baseline", default="FLASH_ATTN")
     online.add_argument(
@@ -139,8 +144,19 @@ def _add_online(online: argparse.ArgumentParser) -> None:
         default=0.9,
         help="what must be free when a server starts",
     )
-    online.add_argument("--kv-cache-gib", type=float, help="instead of the shapes'")
-    for name in ("num_requests", "input_len", "output_len", "budget"):
+    online.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        nargs="+",
+        help="instead of the shapes', one figure or one for each side",
+    )
+    online.add_argument(
+        "--num-requests",
+        type=int,
+        nargs="+",
+        help="at each rate, one figure or one for each shape",
+    )
+    for name in ("input_len", "output_len", "budget"):
         option = f"--{name.replace('_', '-')}"
         online.add_argument(option, type=int, help="instead of the shapes'")
 

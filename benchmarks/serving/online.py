@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -137,18 +138,18 @@ def run(
     common: Sequence[str],
 ) -> int:
     """Measure what the command line asks for; return how much failed."""
-    fields = ("num_requests", "input_len", "output_len", "budget")
+    fields = ("input_len", "output_len", "budget")
     given = {name: getattr(options, name) for name in fields}
-    gib = options.kv_cache_gib
+    sizes = [round(gib * 2**30) for gib in _each(options.kv_cache_gib, options.sides)]
     runs = online_runs(
         options.shapes,
         options.sides,
-        memory=options.memory,
         rounds=options.rounds,
         baseline=options.baseline,
         gpu_memory_utilization=options.gpu_memory_utilization,
+        num_requests=_each(options.num_requests, options.shapes),
         other={name: value for name, value in given.items() if value is not None},
-        kv_cache_bytes=None if gib is None else round(gib * 2**30),
+        kv_cache_bytes=dict(zip(options.sides, sizes, strict=bool(sizes))),
     )
     together: list[Engine] = []
     if options.together:
@@ -208,6 +209,12 @@ def measure(run: Run, rate: float, servers: Servers) -> dict[str, object]:
         "max_in_flight": int(found["max_concurrent_requests"]),
         **cached_and_preempted(before, after),
     }
+
+
+def _each(figures: list[float] | None, names: Sequence[str]) -> list[Any]:
+    """Return a figure for each name; one stands for all of them."""
+    given = figures or []
+    return given * len(names) if len(given) == 1 else given
 
 
 _TIME = re.compile("(ttft|tpot|itl)(.*)_ms")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby, product
+from itertools import product
 from typing import Any
 
 from benchmarks.serving.engines import Engine, Requests
@@ -61,7 +61,8 @@ class Shape:
         tpot_ms: Most milliseconds for each later one, in the mean of a request.
         num_requests: Asked at each rate.
         rate: Requests a second that are tried first; `AT_ONCE`: the only one.
-        memory: KV memory in bytes by name.
+        memory: KV memory in bytes by name: `scarce` is what a card of 24 GB leaves
+            beside the weights, `ample` has room for all that runs.
         budget: RoCo's.
         model: Folder of `benchmarks/models`.
     """
@@ -78,7 +79,6 @@ class Shape:
     num_requests: int
     rate: float
     memory: Mapping[str, int] = field(
-        # of an 80 GB card, and what one of 24 GB leaves beside a 7B model's weights
         default_factory=lambda: {"ample": 32 * 2**30, "scarce": 5 * 2**30}
     )
     budget: int = 2048
@@ -116,7 +116,8 @@ SHAPES = {
         ttft_ms=500,
         tpot_ms=40,
         num_requests=400,
-        rate=16,
+        rate=20,
+        memory={"ample": 16 * 2**30, "scarce": 5 * 2**30},
     ),
     "long-document": Shape(
         about="16K tokens to read for 256 to write",
@@ -125,7 +126,7 @@ SHAPES = {
         ttft_ms=3000,
         tpot_ms=50,
         num_requests=100,
-        rate=1,
+        rate=1.25,
     ),
     "reasoning": Shape(
         about="6K tokens to write",
@@ -135,6 +136,17 @@ SHAPES = {
         tpot_ms=25,
         num_requests=100,
         rate=0.5,
+    ),
+    "reasoning-short": Shape(
+        about="1.5K tokens to write, a quarter, with a quarter of budget and memory",
+        input_len=500,
+        output_len=1536,
+        ttft_ms=1000,
+        tpot_ms=25,
+        num_requests=100,
+        rate=2,
+        memory={"scarce": 5 * 2**28},
+        budget=512,
     ),
     "agent": Shape(
         about="four system prompts of 8K tokens, which 95 % of the requests begin with",
@@ -212,26 +224,33 @@ def online_runs(
     names: Sequence[str],
     sides: Sequence[str] = DEFAULT_SIDES,
     *,
-    memory: Sequence[str] | None = None,
     rounds: int = 1,
     baseline: str = "FLASH_ATTN",
     gpu_memory_utilization: float = 0.9,
+    num_requests: Sequence[int] = (),
     other: Mapping[str, Any] | None = None,
-    kv_cache_bytes: int | None = None,
+    kv_cache_bytes: Mapping[str, int] | None = None,
 ) -> list[Run]:
     """Return the runs; those of one engine stand together in each round.
 
     Args:
-        names: Keys of `SHAPES`.
+        names: Keys of `SHAPES`, perhaps with a colon and the name of one KV memory.
         sides: Keys of `SIDES`.
-        memory: Names of KV memory; None: the shapes'.
         rounds: How often each engine has its turn.
         baseline: The attention backend of stock vLLM.
         gpu_memory_utilization: Share of the GPU that must be free at the start.
+        num_requests: One figure for each name; none: the shapes' own.
         other: Fields of `Shape` in the place of the shapes' own.
-        kv_cache_bytes: KV memory in the place of the named one's.
+        kv_cache_bytes: KV memory by side, in the place of the named one's.
+
+    Raises:
+        ValueError: There is no such shape, or it has no such memory.
     """
-    shapes = {name: replace(SHAPES[name], **dict(other or {})) for name in names}
+    asked = [pair for name in names for pair in _memories(name)]
+    shapes = {name: replace(SHAPES[name], **dict(other or {})) for name, _ in asked}
+    for name, count in zip(names, num_requests, strict=bool(num_requests)):
+        shape = name.partition(":")[0]
+        shapes[shape] = replace(shapes[shape], num_requests=count)
 
     def made(name: str, size: str, side: str, number: int) -> Run:
         shape = shapes[name]
@@ -245,7 +264,7 @@ def online_runs(
             stock=baseline,
             kv_cache_dtype=SIDES[side].kv_cache_dtype,
             gpu_memory_utilization=gpu_memory_utilization,
-            kv_cache_bytes=kv_cache_bytes or shape.memory[size],
+            kv_cache_bytes=(kv_cache_bytes or {}).get(side, shape.memory[size]),
             # vLLM's default
             prefix_caching=True,
         )
@@ -255,8 +274,7 @@ def online_runs(
     for number in range(1, rounds + 1):
         every = [
             made(name, size, side, number)
-            for size, side, name in product(("ample", "scarce"), sides, names)
-            if size in shapes[name].memory and (memory is None or size in memory)
+            for (name, size), side in product(asked, sides)
         ]
         place = {run.engine: index for index, run in reversed([*enumerate(every)])}
         found += sorted(every, key=lambda run: place[run.engine])
@@ -265,15 +283,26 @@ def online_runs(
 
 def side_by_side(runs: Sequence[Run]) -> list[Run]:
     """Return the runs of a shape next to each other, for servers that all live."""
-    every = {id(run): run for run in runs}
-    numbered = groupby(every.values(), key=lambda run: run.number)
-    found: list[Run] = []
-    for _, group in numbered:
-        place: dict[tuple[str, str], list[Run]] = {}
-        for run in group:
-            place.setdefault((run.memory, run.name), []).append(run)
-        found += [run for same in place.values() for run in same]
-    return found
+    together: dict[tuple[int, str, str], list[Run]] = {}
+    for run in runs:
+        together.setdefault((run.number, run.memory, run.name), []).append(run)
+    sides = list(SIDES)
+    return [
+        run
+        for same in together.values()
+        for run in sorted(same, key=lambda run: sides.index(run.side))
+    ]
+
+
+def _memories(name: str) -> list[tuple[str, str]]:
+    """Return a shape beside each memory that is meant, such as `chat:ample`."""
+    shape, _, size = name.partition(":")
+    if shape not in SHAPES:
+        raise ValueError(f"no shape {shape!r}. Use one of {', '.join(SHAPES)}.")
+    known = SHAPES[shape].memory
+    if size and size not in known:
+        raise ValueError(f"{shape} has no memory {size!r}. Use {' or '.join(known)}.")
+    return [(shape, size)] if size else [(shape, other) for other in known]
 
 
 def _room(shape: Shape, shapes: Sequence[Shape]) -> Requests:
