@@ -77,8 +77,7 @@ def warm_up(shape: Shape) -> Iterator[dict[str, object]]:
 
 def warmed_up(url: str, shape: Shape, tokenizer: str) -> None:
     """Let a server answer what `warm_up` yields, one after another."""
-    for request in warm_up(shape):
-        _ask(url, shape, [request], AT_ONCE, tokenizer)
+    _ask(url, shape, list(warm_up(shape)), AT_ONCE, tokenizer, "--max-concurrency=1")
 
 
 def ask(
@@ -96,7 +95,8 @@ def ask(
     Raises:
         RuntimeError: Not every request is answered.
     """
-    return _ask(url, shape, list(trace(shape, seed)), rate, tokenizer, seed)
+    requests = list(trace(shape, seed))
+    return _ask(url, shape, requests, rate, tokenizer, f"--seed={seed}")
 
 
 def _ask(
@@ -105,7 +105,7 @@ def _ask(
     requests: list[dict[str, object]],
     rate: float,
     tokenizer: str,
-    seed: int = 0,
+    option: str,
 ) -> dict[str, float]:
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.jsonl"
@@ -113,7 +113,7 @@ def _ask(
         percentiles = ",".join(map(str, PERCENTILES))
         command = [
             *(f"--base-url={url}", f"--model={MODELS / shape.model}"),
-            *(f"--tokenizer={tokenizer}", f"--seed={seed}"),
+            *(f"--tokenizer={tokenizer}", option),
             *("--dataset-name=timed_trace", f"--dataset-path={path}"),
             f"--timed-trace-chunk-hash-size={chunk_size(shape)}",
             *("--no-self-timed", f"--request-rate={rate}"),

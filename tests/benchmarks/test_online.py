@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from vllm.benchmarks import serve, throughput
 from vllm.benchmarks.datasets.datasets import TimedTrace
 from vllm.engine.arg_utils import EngineArgs
 
-from benchmarks.rows import read
+from benchmarks.rows import read, write
 from benchmarks.serving import online, online_client
 from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import MACHINE, Session
@@ -27,7 +27,9 @@ from benchmarks.serving.online_shapes import (
     online_runs,
     side_by_side,
 )
+from benchmarks.serving.pictures import GOODPUT
 from benchmarks.serving.rate_search import next_rate
+from benchmarks.serving.tables import tables
 from benchmarks.serving.vllm_bench import parsed
 from tools.packaged_models import SMOLLM2, find_model
 from vllm_roco.config import RocoConfig
@@ -250,6 +252,58 @@ def test_counts_and_memory_of_the_command_line() -> None:
 def test_an_unknown_shape_or_memory(name: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
         online_runs([name])
+
+
+def measured(
+    name: str, limits: dict[str, list[float]], rates: Sequence[float]
+) -> list[dict[str, object]]:
+    """Return rows of servers that keep a limit each, another one in each round."""
+    rounds = len(next(iter(limits.values())))
+    times = {
+        column: 1000 + place
+        for place, column in enumerate(online.TABLE.results)
+        if column.endswith("_ms")
+    }
+    return [
+        {
+            **dict.fromkeys(MACHINE, "x"),
+            **{name: run.columns.get(name) for name in online.TABLE.key},
+            **times,
+            "rate": rate,
+            "good_share": 1.0 if rate <= limits[run.side][run.number - 1] else 0.5,
+            "output_tok_s": 300 + run.number,
+            "preemptions": 0,
+        }
+        for run in online_runs([name], list(limits), rounds=rounds)
+        for rate in rates
+    ]
+
+
+def test_report(tmp_path: Path) -> None:
+    limits = {"stock": [1, 2, 4], "roco": [6, 4, 8]}
+    rows = measured("long-document:scarce", limits, [1, 2, 4, 6, 8, 10])
+    rows += measured("many-long-prompts", {"stock": [0], "roco": [0]}, [AT_ONCE])
+    write(tmp_path / "serving_online.csv", rows)
+    found = tables(tmp_path)
+    page = " ".join(found["online"].split())
+    assert "| FLASH_ATTN | 2 (1 to 4) | 1.00 |" in page
+    assert "| roco, budget 2048 | 6 (4 to 8) | 3.00 |" in page
+    assert "| long-document, 16384 + 256 | 5 GiB | 3,000 / 50 |" in page
+    page = " ".join(found["many-long-prompts"].split())
+    assert "| 32 x (16384 + 128) | 32 GiB | roco, budget 2048 | 1,004 (1,004 to" in page
+    assert GOODPUT.write(tmp_path, tmp_path / "picture.svg")
+    picture = (tmp_path / "picture.svg").read_text()
+    assert "long-document, 5 GiB" in picture
+    assert "many-long-prompts" not in picture
+
+
+def test_an_engine_that_keeps_no_rate_has_none(tmp_path: Path) -> None:
+    write(
+        tmp_path / "serving_online.csv",
+        measured("chat:ample", {"stock": [2], "roco": [0.5]}, [1, 2, 3]),
+    )
+    page = " ".join(tables(tmp_path)["online"].split())
+    assert "| roco, budget 2048 | 0 (0 to 0) | 0.00 |" in page
 
 
 @pytest.mark.engine
