@@ -20,7 +20,10 @@ from benchmarks.serving.pictures import PICTURES as SERVING_PICTURES
 from benchmarks.serving.tables import tables as serving_tables
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/quality.md")
+PAGES = (
+    *("README.md", "docs/performance.md", "docs/where-the-time-goes.md"),
+    "docs/quality.md",
+)
 PICTURES = {**SERVING_PICTURES, **QUALITY_PICTURES}
 FOLDER = REPOSITORY / "docs" / "pictures"
 GROWING = (

@@ -15,6 +15,7 @@ from benchmarks.rows import matching
 from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import (
     comparisons,
+    every_run,
     newest_settings,
     of_first_gpu,
     prefix_comparisons,
@@ -34,6 +35,22 @@ _SERVED = {
     "running": "{max_running}",
     "preempted": "{preemptions}",
 }
+
+_REPEATED = {
+    "requests": "{num_requests} x ({input_len} + {output_len})",
+    "engine": "{engine}",
+    **{
+        title: f"{{{name}:{form}}} ({{{name}_low:{form}}} to {{{name}_high:{form}}})"
+        for title, name, form in (
+            ("tokens/s", "output_tok_s", ",.0f"),
+            ("ratio", "ratio", ".3f"),
+            ("TTFT ms", "ttft_ms", ",.0f"),
+            ("TPOT ms", "tpot_ms", ".2f"),
+        )
+    },
+    "runs": "{runs}",
+}
+"""Medians of runs, the lowest and the highest in brackets."""
 
 
 def tables(results: Path) -> dict[str, str]:
@@ -67,6 +84,10 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
         )
         for workload, group in found.groupby("workload", sort=False)
     }
+    for workload, group in every_run(served).groupby("workload", sort=False):
+        if WORKLOADS[str(workload)].one_at_a_time:
+            told = caption(group, "model")
+            result[str(workload)] = lines(group, _REPEATED, told)
     if not (stress := matching(found, workload="r-kv-stress")).empty:
         cell = "{output_tok_s:,.0f} ({ratio:.2f})"
         stress = of_first_gpu(stress)
@@ -147,26 +168,28 @@ def eviction(measured: pd.DataFrame) -> str:
 
 
 def profile(measured: pd.DataFrame) -> str:
-    """Return a table for each variant and kind of step."""
-    columns = {
-        "kernel": "`{kernel}`",
-        "ours": "{ours}",
-        "calls": "{calls}",
-        "us": "{us}",
-        "share": "{share:.2%}",
-    }
-    parts = []
-    for (variant, step), group in measured.groupby(["variant", "step"], sort=False):
-        first = group.iloc[0]
-        ours = matching(group, ours="yes")["share"].sum()
-        told = (
-            f"{variant}, {step} step of {first['step_us']:.0f} us: "
-            f"{group['us'].sum():.0f} us of kernels, ours {ours:.1%}, the GPU idle "
-            f"for {first['idle_us']:.0f} us; meanwhile the scheduler took "
-            f"{first['scheduler_us']:.0f} us; {caption(group.head(1), 'model')}"
+    """Return the table of decode steps: what takes their time, in microseconds."""
+    found = []
+    for _, group in measured.groupby(["variant", "step"], sort=False):
+        is_attention = group["kernel"].str.contains("FlashAttnFwd|attend_kernel")
+        is_evicting = (group["ours"] == "yes") & ~is_attention
+        attention, evicting = (
+            float(group.loc[chosen, "us"].sum())
+            for chosen in (is_attention, is_evicting)
         )
-        parts.append(lines(group, columns, told))
-    return "\n\n".join(parts)
+        times = {"attention": attention, "evicting": evicting}
+        others = float(group["us"].sum()) - attention - evicting
+        found.append({**group.iloc[0].to_dict(), **times, "others": others})
+    columns = {
+        "step": "{variant}, {step}",
+        "us": "{step_us:,.0f}",
+        "attention": "{attention:,.0f}",
+        "scoring, choosing, moving": "{evicting:,.0f}",
+        "other kernels": "{others:,.0f}",
+        "GPU idle": "{idle_us:,.0f}",
+        "scheduler meanwhile": "{scheduler_us:,.0f}",
+    }
+    return lines(pd.DataFrame(found), columns, caption(measured.tail(1), "model"))
 
 
 def scheduler(measured: pd.DataFrame) -> str:
