@@ -20,12 +20,15 @@ from benchmarks.serving.pictures import PICTURES as SERVING_PICTURES
 from benchmarks.serving.tables import tables as serving_tables
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/quality.md")
+PAGES = (
+    *("README.md", "docs/performance.md", "docs/where-the-time-goes.md"),
+    "docs/quality.md",
+)
 PICTURES = {**SERVING_PICTURES, **QUALITY_PICTURES}
 FOLDER = REPOSITORY / "docs" / "pictures"
 GROWING = (
-    *("serving", "prefill", "prefixes", "memory", "scheduler"),
-    "request_options",
+    *("serving", "serving_online", "prefill", "prefixes", "memory"),
+    *("scheduler", "request_options"),
 )
 """Tables that keep their rows when others are added."""
 

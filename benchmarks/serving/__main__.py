@@ -19,6 +19,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from benchmarks.serving.online_shapes import DEFAULT_SIDES, SHAPES
+from benchmarks.serving.online_shapes import SIDES as ONLINE_SIDES
 from benchmarks.serving.prefix_workloads import PREFIX_WORKLOADS, SIDES, prefix_runs
 from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 
@@ -73,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     prefixes.add_argument("--rounds", type=int, default=1)
     prefixes.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     prefixes.add_argument("--baseline", default="FLASH_ATTN")
+    _add_online(tasks.add_parser("online", help=_ONLINE, parents=[engines]))
     memory = tasks.add_parser(
         "memory", help="KV tokens held per sequence over time", parents=[engines]
     )
@@ -100,6 +103,64 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
+_ONLINE = "the largest rate of requests that keep their latency, over HTTP"
+
+
+def _add_online(online: argparse.ArgumentParser) -> None:
+    every = [name for name in SHAPES if not name.endswith(("-smoke", "-short"))]
+    online.add_argument(
+        "--shapes",
+        nargs="+",
+        default=every,
+        metavar="SHAPE[:MEMORY]",
+        help=f"of {', '.join(SHAPES)}, with `ample` or `scarce` memory or both",
+    )
+    online.add_argument(
+        "--sides", nargs="+", choices=ONLINE_SIDES, default=DEFAULT_SIDES
+    )
+    online.add_argument("--rounds", type=int, default=1)
+    online.add_argument("--baseline", default="FLASH_ATTN")
+    online.add_argument(
+        "--share",
+        type=float,
+        default=0.99,
+        help="share of the requests that must keep their limits",
+    )
+    online.add_argument(
+        "--precision",
+        type=float,
+        default=1.1,
+        help="ratio of a rate that is not kept to one that is, which ends the search",
+    )
+    online.add_argument("--rates", type=float, nargs="+", help="ask at these instead")
+    online.add_argument(
+        "--together",
+        action="store_true",
+        help="start all servers at once and let them live; the GPU must hold them all",
+    )
+    online.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="what must be free when a server starts",
+    )
+    online.add_argument(
+        "--kv-cache-gib",
+        type=float,
+        nargs="+",
+        help="instead of the shapes', one figure or one for each side",
+    )
+    online.add_argument(
+        "--num-requests",
+        type=int,
+        nargs="+",
+        help="at each rate, one figure or one for each shape",
+    )
+    for name in ("input_len", "output_len", "budget"):
+        option = f"--{name.replace('_', '-')}"
+        online.add_argument(option, type=int, help="instead of the shapes'")
+
+
 def main(command: list[str]) -> int:
     """Run the command line; return its exit status."""
     end = [*command, "--"].index("--")
@@ -108,6 +169,7 @@ def main(command: list[str]) -> int:
     # they import vLLM, which takes its time
     from benchmarks.machine import environment_elsewhere
     from benchmarks.serving import (
+        online,
         prefill,
         prefixes,
         profiling,
@@ -145,6 +207,8 @@ def main(command: list[str]) -> int:
             )
             jobs = prefixes.jobs(runs_of_prefixes, tokenizer, engine_arguments)
             return session.run(prefixes.TABLE, jobs)
+        case "online":
+            return online.run(session, arguments, tokenizer, engine_arguments)
         case "request-options":
             jobs = request_options.jobs(
                 arguments.model, arguments.requests, arguments.rounds, common

@@ -33,12 +33,50 @@ def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
         The rows, by `work`, a number, with the name of each `engine` and the `ratio` of
         its throughput to the baseline's.
     """
+    return _beside_baselines(_named(rows), _WORK)
+
+
+def every_run(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the median run of every work, and the lowest and the highest.
+
+    A run is a commit's; those of the newest one's GPU, vLLM and flags count.
+
+    Args:
+        rows: Of `serving.csv`.
+
+    Returns:
+        As `comparisons` does, with the medians of every figure, and `runs`, their
+        number. `NAME_low` and `NAME_high` are the extremes of a figure.
+    """
+    figures = ["output_tok_s", "ttft_ms", "tpot_ms", "ratio"]
+    newest = comparisons(rows)
+    same = [*_SETTING[:2], "flags", *_WORK]
+    runs = [
+        _beside_baselines(_named(group), _WORK)
+        for _, group in rows.groupby("commit", sort=False)
+    ]
+    every = pd.concat(runs)
+    by_engine = every.groupby([*same, "engine"], sort=False, dropna=False)[figures]
+    parts = {"": by_engine.median(), "_low": by_engine.min(), "_high": by_engine.max()}
+    found = pd.concat(
+        [
+            part.rename(columns={name: f"{name}{end}" for name in figures})
+            for end, part in parts.items()
+        ],
+        axis=1,
+    )
+    found["runs"] = by_engine.size()
+    commits = every.groupby([*same, "engine"], sort=False, dropna=False)["commit"]
+    found["commit"] = commits.agg(", ".join)
+    rest = newest.drop(columns=[*figures, "commit"])
+    return rest.merge(found.reset_index(), on=[*same, "engine"], how="left")
+
+
+def _named(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of `serving.csv` with their engines' names and places."""
     engines = [_engine(*values) for values in rows[_ENGINE].itertuples(index=False)]
-    return _beside_baselines(
-        rows.assign(
-            engine=[name for name, _ in engines], rank=[rank for _, rank in engines]
-        ),
-        _WORK,
+    return rows.assign(
+        engine=[name for name, _ in engines], rank=[rank for _, rank in engines]
     )
 
 

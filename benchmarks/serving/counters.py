@@ -43,6 +43,23 @@ def summed(metrics: Iterable[Metric]) -> Mapping[str, float]:
     return values
 
 
+def cached_and_preempted(
+    before: Mapping[str, float], after: Mapping[str, float]
+) -> dict[str, object]:
+    """Return columns of what an engine counted between two looks.
+
+    They are the share of the prompts' tokens that it found in its cache, None where it
+    did not look, and how often a request was preempted.
+    """
+    queries, hits, preemptions = (
+        after[name] - before[name] for name in (QUERIES, HITS, PREEMPTIONS)
+    )
+    return {
+        "hit_rate": round(hits / queries, 4) if queries else None,
+        "preemptions": round(preemptions),
+    }
+
+
 class Counters:
     """Counts what one engine does within the `with` block.
 

@@ -68,7 +68,7 @@ class Engine:
     @property
     def columns(self) -> dict[str, object]:
         """The columns of a row that tell it from others; a table picks its own."""
-        names = ("policy", "shield", "budget", "stride", "chunk")
+        names = ("policy", "shield", "budget", "stride", "chunk", "prefill_tokens")
         roco = {name: getattr(self.roco, name, None) for name in names}
         if roco["policy"] == "recent":
             roco["shield"] = None
@@ -87,7 +87,10 @@ class Engine:
         Args:
             common: What every engine is told, the tokenizer among it; has precedence.
         """
-        names = ("policy", "budget", "max_budget", "stride", "chunk", "trace")
+        names = (
+            *("policy", "budget", "max_budget", "stride", "chunk"),
+            *("prefill_tokens", "trace"),
+        )
         given = {name: getattr(self.roco, name, None) for name in names}
         told = {name: value for name, value in given.items() if value is not None}
         memory = f"--kv-cache-memory-bytes={self.kv_cache_bytes}"

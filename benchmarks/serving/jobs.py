@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import pandas as pd
 
 from benchmarks import rows
 from benchmarks.rows import Row, Table
@@ -18,8 +20,8 @@ MACHINE = ("gpu", "vllm", "commit", "flags")
 
 Measurement = tuple[Row, Callable[[], Row]]
 """A row's columns that are known before, and what returns the others."""
-Job = Sequence[Measurement]
-"""What one engine measures."""
+Job = Iterable[Measurement]
+"""What one engine measures; a later one may depend on the rows of those before."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,10 @@ class Session:
         """The columns that every row begins with."""
         return {column: self.facts[column] for column in MACHINE}
 
-    def run(self, table: Table, jobs: Sequence[Job]) -> int:
+    def run(self, table: Table, jobs: Iterable[Job]) -> int:
         """Measure what is not yet in a table; return how much failed."""
         end = time.monotonic() + self.time_limit
-        table = replace(table, key=[*MACHINE, *table.key])
+        table = self._whole(table)
         # other columns are refused before anything is measured
         table.read(self.out)
         rows.note(self.out, table.name, self.facts)
@@ -57,6 +59,16 @@ class Session:
                         # requests may be left in it, or it may be dead
                         _end(engine)
         return failures
+
+    def known(self, table: Table, columns: Row) -> pd.DataFrame:
+        """Return a table's rows of this machine that have some columns."""
+        whole = self._whole(table)
+        key = {name: columns[name] for name in table.key if name in columns}
+        return rows.matching(whole.read(self.out), **self.machine, **key)
+
+    @staticmethod
+    def _whole(table: Table) -> Table:
+        return replace(table, key=[*MACHINE, *table.key])
 
     def _add(
         self, table: Table, columns: Row, measure: Callable[[], Row], end: float

@@ -27,6 +27,7 @@ from benchmarks.pictures import (
     panels,
 )
 from benchmarks.rows import matching
+from benchmarks.serving import online_report
 from benchmarks.serving.comparisons import (
     comparisons,
     newest_settings,
@@ -222,6 +223,28 @@ def _picture(
 
     return Picture(drawn, tables)
 
+
+def _goodput(results: Path) -> Figure | None:
+    """Return a panel of goodput for each shape and memory."""
+    asked = rows.read(results / "serving_online.csv")
+    found = asked if asked.empty else online_report.newest(asked[asked["rate"] < 1e9])
+    if found.empty:
+        return None
+    every = [work for _, work in found.groupby("work", sort=False)]
+    figure, axes = panels(len(every))
+    for panel, work in zip(axes, every, strict=True):
+        online_report.goodput(panel, work, _SIDES)
+    legend(figure, axes)
+    return figure
+
+
+_SIDES = {
+    **{"stock": GREY, "stock-fp8": PALE_GREY, "roco": BLUE},
+    "roco-side-by-side": DARK_BLUE,
+}
+
+GOODPUT = Picture(_goodput, ("serving_online",))
+"""Not yet in the pages: nothing is measured."""
 
 PICTURES = {
     "throughput": _picture(throughput, "serving", workload="r-kv-stress"),

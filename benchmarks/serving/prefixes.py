@@ -7,7 +7,7 @@ Time to first token is what vLLM's own metrics count, waiting included.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -18,8 +18,9 @@ from vllm.benchmarks import throughput
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.rows import Table
-from benchmarks.serving import prefix_server
-from benchmarks.serving.counters import HITS, PREEMPTIONS, QUERIES, read
+from benchmarks.serving import prefix_client
+from benchmarks.serving.counters import cached_and_preempted, read
+from benchmarks.serving.http_server import running
 from benchmarks.serving.jobs import Job
 from benchmarks.serving.prefix_workloads import PrefixRun, PrefixWorkload, text
 from benchmarks.serving.vllm_bench import parsed
@@ -67,16 +68,16 @@ def measure(
     workload = run.workload
     told = run.engine.command([f"--tokenizer={tokenizer}", *arguments])
     if workload.over_http:
-        with prefix_server.running(told) as url:
-            prefix_server.ask(url, warm_up(workload), 0, tokenizer)
-            before = prefix_server.metrics(url)
-            result = prefix_server.ask(url, workload, run.number, tokenizer)
-            after = prefix_server.metrics(url)
+        with running(told) as server:
+            prefix_client.ask(server.url, warm_up(workload), 0, tokenizer)
+            before = server.metrics()
+            result = prefix_client.ask(server.url, workload, run.number, tokenizer)
+            after = server.metrics()
         return {
             "output_tok_s": round(result["output_throughput"], 1),
             "ttft_ms": round(float(result["mean_ttft_ms"]), 2),
             "ttft_p99_ms": round(float(result["p99_ttft_ms"]), 2),
-            **_counted(before, after),
+            **cached_and_preempted(before, after),
         }
     command = [*told, "--skip-tokenizer-init"]
     llm = LLM.from_engine_args(EngineArgs.from_cli_args(parsed(throughput, command)))
@@ -105,7 +106,7 @@ def measure(
         "output_tok_s": round(len(answers) * workload.output_len / seconds, 1),
         "ttft_ms": round(float(np.mean(ttft_ms)), 2),
         "ttft_p99_ms": round(float(np.percentile(ttft_ms, 99)), 2),
-        **_counted(before, after),
+        **cached_and_preempted(before, after),
     }
 
 
@@ -160,16 +161,3 @@ def _serve(
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
     return served
-
-
-def _counted(
-    before: Mapping[str, float], after: Mapping[str, float]
-) -> dict[str, object]:
-    """Return the columns that the engine's own counters fill."""
-    queries, hits, preemptions = (
-        after[name] - before[name] for name in (QUERIES, HITS, PREEMPTIONS)
-    )
-    return {
-        "hit_rate": round(hits / queries, 4) if queries else None,
-        "preemptions": round(preemptions),
-    }

@@ -12,13 +12,16 @@ from scipy.stats import gmean
 from benchmarks import rows
 from benchmarks.markdown import UNMEASURED, grid, lines, table, texts
 from benchmarks.rows import matching
+from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import (
     comparisons,
+    every_run,
     newest_settings,
     of_first_gpu,
     prefix_comparisons,
     ratio,
 )
+from benchmarks.serving.online_report import at_once, online
 from benchmarks.serving.workloads import WORKLOADS
 
 _SERVED = {
@@ -33,6 +36,22 @@ _SERVED = {
     "preempted": "{preemptions}",
 }
 
+_REPEATED = {
+    "requests": "{num_requests} x ({input_len} + {output_len})",
+    "engine": "{engine}",
+    **{
+        title: f"{{{name}:{form}}} ({{{name}_low:{form}}} to {{{name}_high:{form}}})"
+        for title, name, form in (
+            ("tokens/s", "output_tok_s", ",.0f"),
+            ("ratio", "ratio", ".3f"),
+            ("TTFT ms", "ttft_ms", ",.0f"),
+            ("TPOT ms", "tpot_ms", ".2f"),
+        )
+    },
+    "runs": "{runs}",
+}
+"""Medians of runs, the lowest and the highest in brackets."""
+
 
 def tables(results: Path) -> dict[str, str]:
     """Return Markdown by name, also for what has no rows.
@@ -40,12 +59,15 @@ def tables(results: Path) -> dict[str, str]:
     Args:
         results: Folder of the CSV files.
     """
-    found = dict.fromkeys((*WORKLOADS, "throughput", *_OTHERS), UNMEASURED)
+    names = (*WORKLOADS, "throughput", *_OTHERS, "online", "many-long-prompts")
+    found = dict.fromkeys(names, UNMEASURED)
     if not (served := rows.read(results / "serving.csv")).empty:
         found |= serving(served)
     for name, shown in _OTHERS.items():
         if not (measured := rows.read(results / f"{name}.csv")).empty:
             found[name] = shown(measured)
+    if not (asked := rows.read(results / "serving_online.csv")).empty:
+        found |= {"online": online(asked), "many-long-prompts": at_once(asked)}
     return found
 
 
@@ -58,10 +80,14 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
     found["share"] = 100 * found["gpu_memory_utilization"]
     result = {
         str(workload): lines(
-            group, _SERVED, _caption(group.drop_duplicates("work"), "model")
+            group, _SERVED, caption(group.drop_duplicates("work"), "model")
         )
         for workload, group in found.groupby("workload", sort=False)
     }
+    for workload, group in every_run(served).groupby("workload", sort=False):
+        if WORKLOADS[str(workload)].one_at_a_time:
+            told = caption(group, "model")
+            result[str(workload)] = lines(group, _REPEATED, told)
     if not (stress := matching(found, workload="r-kv-stress")).empty:
         cell = "{output_tok_s:,.0f} ({ratio:.2f})"
         stress = of_first_gpu(stress)
@@ -103,7 +129,7 @@ def prefill(measured: pd.DataFrame) -> str:
             "rounds": "{rounds}",
         }
         found = found.iloc[place.argsort(kind="stable")]
-        parts.append(lines(found, columns, _caption(setting.tail(1), "model")))
+        parts.append(lines(found, columns, caption(setting.tail(1), "model")))
     return "\n\n".join(parts)
 
 
@@ -121,7 +147,7 @@ def prefixes(measured: pd.DataFrame) -> str:
         "hits": "{hit_rate:.1%}",
         "preempted": "{preemptions:g}",
     }
-    return lines(found, columns, _caption(found.drop_duplicates("work"), "model"))
+    return lines(found, columns, caption(found.drop_duplicates("work"), "model"))
 
 
 def eviction(measured: pd.DataFrame) -> str:
@@ -138,30 +164,32 @@ def eviction(measured: pd.DataFrame) -> str:
         [texts(measured, cell) for cell in cells.values()], columns=measured["policy"]
     )
     turned.insert(0, "what", list(cells))
-    return table(turned, _caption(measured.tail(1)))
+    return table(turned, caption(measured.tail(1)))
 
 
 def profile(measured: pd.DataFrame) -> str:
-    """Return a table for each variant and kind of step."""
-    columns = {
-        "kernel": "`{kernel}`",
-        "ours": "{ours}",
-        "calls": "{calls}",
-        "us": "{us}",
-        "share": "{share:.2%}",
-    }
-    parts = []
-    for (variant, step), group in measured.groupby(["variant", "step"], sort=False):
-        first = group.iloc[0]
-        ours = matching(group, ours="yes")["share"].sum()
-        caption = (
-            f"{variant}, {step} step of {first['step_us']:.0f} us: "
-            f"{group['us'].sum():.0f} us of kernels, ours {ours:.1%}, the GPU idle "
-            f"for {first['idle_us']:.0f} us; meanwhile the scheduler took "
-            f"{first['scheduler_us']:.0f} us; {_caption(group.head(1), 'model')}"
+    """Return the table of decode steps: what takes their time, in microseconds."""
+    found = []
+    for _, group in measured.groupby(["variant", "step"], sort=False):
+        is_attention = group["kernel"].str.contains("FlashAttnFwd|attend_kernel")
+        is_evicting = (group["ours"] == "yes") & ~is_attention
+        attention, evicting = (
+            float(group.loc[chosen, "us"].sum())
+            for chosen in (is_attention, is_evicting)
         )
-        parts.append(lines(group, columns, caption))
-    return "\n\n".join(parts)
+        times = {"attention": attention, "evicting": evicting}
+        others = float(group["us"].sum()) - attention - evicting
+        found.append({**group.iloc[0].to_dict(), **times, "others": others})
+    columns = {
+        "step": "{variant}, {step}",
+        "us": "{step_us:,.0f}",
+        "attention": "{attention:,.0f}",
+        "scoring, choosing, moving": "{evicting:,.0f}",
+        "other kernels": "{others:,.0f}",
+        "GPU idle": "{idle_us:,.0f}",
+        "scheduler meanwhile": "{scheduler_us:,.0f}",
+    }
+    return lines(pd.DataFrame(found), columns, caption(measured.tail(1), "model"))
 
 
 def scheduler(measured: pd.DataFrame) -> str:
@@ -185,7 +213,7 @@ def scheduler(measured: pd.DataFrame) -> str:
         },
         "schedule, ratio": "{ratio:.3f}",
     }
-    return lines(found, columns, _caption(found.drop_duplicates("vllm"), "cpu"))
+    return lines(found, columns, caption(found.drop_duplicates("vllm"), "cpu"))
 
 
 def request_options(measured: pd.DataFrame) -> str:
@@ -200,7 +228,7 @@ def request_options(measured: pd.DataFrame) -> str:
         "ratio to equal ones": "{ratio:.3f} ({ratio_low:.3f} to {ratio_high:.3f})",
         "rounds": "{rounds}",
     }
-    return lines(found, columns, _caption(found))
+    return lines(found, columns, caption(found))
 
 
 def memory(measured: pd.DataFrame) -> str:
@@ -211,7 +239,7 @@ def memory(measured: pd.DataFrame) -> str:
     )
     newest = _of_newest_code(measured)
     titles = {name.replace("_", " "): f"{{{name}}}" for name in columns}
-    return lines(newest, titles, _caption(newest.tail(1)))
+    return lines(newest, titles, caption(newest.tail(1)))
 
 
 def decode(measured: pd.DataFrame) -> str:
@@ -240,16 +268,6 @@ def _of_newest_code(measured: pd.DataFrame) -> pd.DataFrame:
     last = measured.iloc[-1]
     code = {name: last[name] for name in ("gpu", "vllm", "commit", "flags")}
     return matching(measured, **code)
-
-
-def _caption(found: pd.DataFrame, first: str = "") -> str:
-    """Return what rows were measured on, each once, behind one of their columns."""
-    prefix = f"{{{first}}}, " if first else ""
-    pattern = f"{prefix}{{on}}, vLLM {{vllm}}, commit {{commit}}{{with_flags}}"
-    flags = [f", `{flags}`" if flags else "" for flags in found.get("flags", [""])]
-    on = found["gpu"].replace("none", "no GPU")
-    told = texts(found.assign(on=on, with_flags=flags), pattern)
-    return "; ".join(dict.fromkeys(told)) + ":"
 
 
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {

@@ -60,3 +60,17 @@ def call(benchmark: ModuleType, command: Sequence[str]) -> dict[str, Any]:
         path = Path(folder) / "result.json"
         benchmark.main(parsed(benchmark, [*command, f"--output-json={path}"]))
         return dict(json.loads(path.read_text()))
+
+
+def answered(
+    benchmark: ModuleType, command: Sequence[str], count: int
+) -> dict[str, float]:
+    """Run `vllm bench serve` to its end and return what it finds.
+
+    Raises:
+        RuntimeError: Not all of `count` requests are answered.
+    """
+    result = dict(benchmark.main(parsed(benchmark, command)))
+    if result["completed"] != count:
+        raise RuntimeError(f"{result['completed']} of {count} requests were answered")
+    return result

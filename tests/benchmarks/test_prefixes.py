@@ -12,7 +12,7 @@ from vllm.benchmarks import serve, throughput
 from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.rows import read, write
-from benchmarks.serving import prefix_server, prefixes
+from benchmarks.serving import prefix_client, prefixes
 from benchmarks.serving.comparisons import prefix_comparisons
 from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import MACHINE, Session
@@ -166,7 +166,7 @@ def test_the_client_asks_for_the_workload(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(serve, "main", answered)
     with pytest.raises(RuntimeError, match="127 of 128 requests were answered"):
-        prefix_server.ask("http://there", workload, 3, TOKENIZER)
+        prefix_client.ask("http://there", workload, 3, TOKENIZER)
     (arguments,) = asked
     assert arguments["base_url"] == "http://there"
     assert arguments["prefix_repetition_num_prefixes"] == workload.num_prefixes

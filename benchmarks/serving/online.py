@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Goodput: how many requests a second a server answers within their limits.
+
+Fills `serving_online.csv`, a row for each rate that a server is asked at.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from benchmarks.rows import Row, Table
+from benchmarks.serving.counters import cached_and_preempted
+from benchmarks.serving.engines import Engine
+from benchmarks.serving.http_server import Server, started
+from benchmarks.serving.jobs import Measurement, Session
+from benchmarks.serving.online_client import ask, warmed_up
+from benchmarks.serving.online_shapes import AT_ONCE, Run, online_runs, side_by_side
+from benchmarks.serving.rate_search import next_rate
+
+TABLE = Table(
+    "serving_online",
+    key=(
+        *("shape", "memory", "side", "round", "model", "kv_cache_bytes"),
+        *("max_num_seqs", "backend", "kv_cache_dtype", "policy", "shield"),
+        *("budget", "stride", "chunk", "prefill_tokens"),
+        *("num_requests", "input_len", "output_len", "spread"),
+        *("prefix_len", "num_prefixes", "ttft_ms_limit", "tpot_ms_limit", "rate"),
+    ),
+    results=(
+        *("good_share", "goodput", "seconds", "output_tok_s"),
+        *("ttft_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "ttft_max_ms"),
+        *("tpot_ms", "tpot_p50_ms", "tpot_p90_ms", "tpot_p99_ms", "itl_p99_ms"),
+        *("max_in_flight", "hit_rate", "preemptions"),
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which rates are asked.
+
+    Attributes:
+        rates: These; None: those that lead to the largest one that is kept.
+        share: Share of the requests that must keep their limits.
+        precision: Ratio at which the search ends, as `next_rate` has it.
+    """
+
+    rates: tuple[float, ...] | None = None
+    share: float = 0.99
+    precision: float = 1.1
+
+    def next(self, run: Run, known: pd.DataFrame) -> float:
+        """Return the next rate, or 0 for none.
+
+        Args:
+            run: The sweep.
+            known: Its rows so far.
+        """
+        kept = {
+            float(rate): bool(good >= self.share)
+            for rate, good in zip(
+                known.get("rate", []), known.get("good_share", []), strict=True
+            )
+        }
+        first = run.shape.rate
+        given = (first,) if first == AT_ONCE else self.rates
+        if given is None:
+            return next_rate(kept, first, self.precision)
+        return next((rate for rate in given if rate not in kept), 0)
+
+
+@dataclass
+class Servers:
+    """The servers of the runs, started when they are first asked.
+
+    Attributes:
+        common: What every engine is told.
+        tokenizer: Of servers and client.
+        together: Engines whose servers start together and live until the block's end;
+            all of them must fit into the GPU's memory. Any other ends with the next.
+    """
+
+    common: Sequence[str]
+    tokenizer: str
+    together: Sequence[Engine] = ()
+    _alive: dict[Engine, Server] = field(default_factory=dict)
+    _warm: set[tuple[Engine, str]] = field(default_factory=set)
+    _stack: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Servers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def ready(self, run: Run) -> Server:
+        """Return a run's server, which has answered such requests before.
+
+        Raises:
+            RuntimeError: It does not start, or does not answer.
+        """
+        engine = run.engine
+        alive = self._alive.get(engine)
+        if alive is None or alive.process.poll() is not None:
+            self._end()
+            every = self.together if engine in self.together else [engine]
+            for other in every:
+                told = other.command([f"--tokenizer={self.tokenizer}", *self.common])
+                self._alive[other] = self._stack.enter_context(started(told))
+            for server in tqdm(self._alive.values(), "servers start", leave=False):
+                server.wait_until_ready()
+        server = self._alive[engine]
+        if (engine, run.name) not in self._warm:
+            warmed_up(server.url, run.shape, self.tokenizer)
+            self._warm.add((engine, run.name))
+        return server
+
+    def _end(self) -> None:
+        self._alive.clear()
+        self._warm.clear()
+        self._stack.close()
+
+
+def run(
+    session: Session,
+    options: Namespace,
+    tokenizer: str,
+    common: Sequence[str],
+) -> int:
+    """Measure what the command line asks for; return how much failed."""
+    fields = ("input_len", "output_len", "budget")
+    given = {name: getattr(options, name) for name in fields}
+    sizes = [round(gib * 2**30) for gib in _each(options.kv_cache_gib, options.sides)]
+    runs = online_runs(
+        options.shapes,
+        options.sides,
+        rounds=options.rounds,
+        baseline=options.baseline,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        num_requests=_each(options.num_requests, options.shapes),
+        other={name: value for name, value in given.items() if value is not None},
+        kv_cache_bytes=dict(zip(options.sides, sizes, strict=bool(sizes))),
+    )
+    together: list[Engine] = []
+    if options.together:
+        runs = side_by_side(runs)
+        together = list(dict.fromkeys(run.engine for run in runs))
+    rates = options.rates and tuple(options.rates)
+    plan = Plan(rates=rates, share=options.share, precision=options.precision)
+    with Servers(common, tokenizer, together) as servers:
+        known = partial(session.known, TABLE)
+        return session.run(TABLE, jobs(runs, plan, servers, known))
+
+
+def jobs(
+    runs: Sequence[Run],
+    plan: Plan,
+    servers: Servers,
+    known: Callable[[Row], pd.DataFrame],
+) -> Iterator[Iterator[Measurement]]:
+    """Yield each run's measurements, of which each depends on those before.
+
+    Args:
+        runs: The sweeps.
+        plan: Which rates.
+        servers: Who is asked.
+        known: Returns the rows that have some columns, those just measured included.
+    """
+    for run in tqdm(runs, "sweeps"):
+        yield _sweep(run, plan, servers, known)
+
+
+def measure(run: Run, rate: float, servers: Servers) -> dict[str, object]:
+    """Ask a run's server at a rate; return the columns that the answers fill.
+
+    Raises:
+        RuntimeError: The server does not start, or an answer is missing.
+    """
+    server = servers.ready(run)
+    before = server.metrics()
+    # every rate and round has requests of its own, and every side the same
+    seeds = np.random.SeedSequence([run.number, round(1e3 * min(rate, 1e6))])
+    seed = int(seeds.generate_state(1)[0])
+    found = ask(server.url, run.shape, rate, seed, servers.tokenizer)
+    after = server.metrics()
+    seconds, count = float(found["duration"]), run.shape.num_requests
+    times = {
+        column: round(float(found[f"{_TIMES[time]}_{name}_ms"]), 2)
+        for column in TABLE.results
+        if (named := _TIME.fullmatch(column))
+        for name, time in [named.groups()]
+    }
+    return {
+        "good_share": round(found["request_goodput"] * seconds / count, 4),
+        "goodput": round(found["request_goodput"], 4),
+        "seconds": round(seconds, 2),
+        "output_tok_s": round(found["output_throughput"], 1),
+        **times,
+        "max_in_flight": int(found["max_concurrent_requests"]),
+        **cached_and_preempted(before, after),
+    }
+
+
+def _each(figures: list[float] | None, names: Sequence[str]) -> list[Any]:
+    """Return a figure for each name; one stands for all of them."""
+    given = figures or []
+    return given * len(names) if len(given) == 1 else given
+
+
+_TIME = re.compile("(ttft|tpot|itl)(.*)_ms")
+_TIMES = {"": "mean", "_p50": "p50", "_p90": "p90", "_p99": "p99", "_max": "p100"}
+"""By a column's end, what vLLM calls that of all requests."""
+
+
+def _sweep(
+    run: Run, plan: Plan, servers: Servers, known: Callable[[Row], pd.DataFrame]
+) -> Iterator[Measurement]:
+    found = known(run.columns)
+    while rate := plan.next(run, found):
+        yield {**run.columns, "rate": rate}, partial(measure, run, rate, servers)
+        before, found = len(found), known(run.columns)
+        if len(found) == before:
+            # it failed, or no time is left
+            return
