@@ -14,8 +14,8 @@ import argparse
 from pathlib import Path
 
 from benchmarks.quality.grid import PRESETS
-from benchmarks.quality.run import run
-from benchmarks.quality.training.trained import TRAINED
+from benchmarks.quality.run import ORDERS, run
+from benchmarks.quality.training.trained import ADAPTERS
 from tools.packaged_models import PACKAGED_MODELS
 
 
@@ -39,13 +39,30 @@ def main() -> None:
     add("--preset", choices=PRESETS, default="quick")
     add(
         "--model",
-        help=f"{', '.join((*PACKAGED_MODELS, TRAINED))}, or a Hugging Face folder; "
+        help=f"{', '.join((*PACKAGED_MODELS, *ADAPTERS))}, or a Hugging Face folder; "
         "default: the preset's",
     )
     add("--n", type=int, help="most problems a cell; default: the preset's")
     add("--seed", type=int, help="default: the preset's, from 50000 on for reports")
     add("--tasks", nargs="+", help="only these")
     add("--methods", nargs="+", help="only these and what they are compared with")
+    add("--contexts", type=int, nargs="+", help="only these", metavar="TOKENS")
+    add("--shares", type=float, nargs="+", help="only these budgets over the context")
+    add(
+        "--order",
+        choices=ORDERS,
+        default=ORDERS[0],
+        help="the most telling cells first, or what is named first by --contexts, "
+        "--tasks, --shares and --methods, in this order",
+    )
+    add(
+        "--known",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="results of other runs; what they hold of this preset is taken over",
+    )
     add("--parallel", type=int, default=2, help="processes at once")
     add("--time-limit", type=float, default=3600, metavar="SECONDS", help="then end")
     add("--commit", help="to be named in the table; default: git's")

@@ -25,9 +25,11 @@ from benchmarks.quality.grid import (
 )
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
-from benchmarks.quality.training.trained import TRAINED, find_any
+from benchmarks.quality.training.trained import ADAPTERS, find_any
 from tools.packaged_models import PACKAGED_MODELS
 
+GRID, ASKED = ORDERS = ("grid", "asked")
+"""The most telling cells of a preset first, or what its user names first."""
 Results = Mapping[Cell, Result]
 ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": scoring.rows,
@@ -37,6 +39,8 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "fp8": scoring.rows,
     "windows": scoring.rows,
     "hard": scoring.rows,
+    "written": scoring.rows,
+    "pace": scoring.rows,
 }
 """What makes each table of the results beside it."""
 
@@ -45,14 +49,19 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure what the full cache can do, or all of a preset without one."""
     preset = PRESETS[arguments.preset]
     model = arguments.model or preset.model
-    is_named = model in (*PACKAGED_MODELS, TRAINED)
+    is_named = model in (*PACKAGED_MODELS, *ADAPTERS)
     name = model if is_named else Path(model).resolve().name
     seed = preset.seed if arguments.seed is None else arguments.seed
     grid = cells(preset, model=name, seed=seed, n=arguments.n)
     wanted = [cell for cell in grid if _is_wanted(cell, preset, arguments)]
+    if arguments.order == ASKED:
+        wanted.sort(key=lambda cell: _place(cell, arguments))
     folder: Path = arguments.out
     path = folder / f"{preset.table}_results.jsonl"
     done = results.read(path)
+    if not arguments.dry_run:
+        _take_over(arguments.known, set(wanted) - done.keys(), path)
+        done = results.read(path)
     todo = [cell for cell in wanted if cell not in done]
     print(f"{len(todo)} cells in {len(jobs_of(todo))} processes", flush=True)
     if arguments.dry_run:
@@ -94,6 +103,16 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{len(missing)} cells are missing. The same command goes on with them.")
 
 
+def _take_over(known: list[Path], wanted: set[Cell], path: Path) -> None:
+    """Add what other files know of the cells that are wanted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for file in known:
+        for cell, result in results.read(file).items():
+            if cell in wanted:
+                results.append(path, result)
+                wanted.remove(cell)
+
+
 def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
     """Return whether the full cache solves enough of a cell's problems.
 
@@ -110,5 +129,22 @@ def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
 
 def _is_wanted(cell: Cell, preset: Preset, arguments: argparse.Namespace) -> bool:
     methods = {preset.reference, *(arguments.methods or [cell.setup.method])}
-    tasks = arguments.tasks or [cell.task]
-    return cell.setup.method in methods and cell.task in tasks
+    return (
+        cell.setup.method in methods
+        and cell.task in (arguments.tasks or [cell.task])
+        and cell.context in (arguments.contexts or [cell.context])
+        and cell.budget_ratio in {1.0, *(arguments.shares or [cell.budget_ratio])}
+    )
+
+
+def _place(cell: Cell, arguments: argparse.Namespace) -> tuple[int, ...]:
+    """Return where a cell stands if what was named first is measured first."""
+    named = (
+        (cell.context, arguments.contexts),
+        (cell.task, arguments.tasks),
+        (cell.budget_ratio, arguments.shares),
+        (cell.setup.method, arguments.methods),
+    )
+    return tuple(
+        order.index(value) if order and value in order else -1 for value, order in named
+    )
