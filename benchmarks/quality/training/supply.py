@@ -151,7 +151,5 @@ def _produce(
     index = 0
     while True:
         name = f"{seed} {index}"
-        queue.put(
-            make_batch(name, tokenizer, tokens, progress.value, lengths, shares)
-        )
+        queue.put(make_batch(name, tokenizer, tokens, progress.value, lengths, shares))
         index += 1
