@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -60,8 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     path = folder / f"{preset.table}_results.jsonl"
     done = results.read(path)
     if not arguments.dry_run:
-        _take_over(arguments.known, set(wanted) - done.keys(), path)
-        done = results.read(path)
+        if _take_over(arguments.known, set(wanted) - done.keys(), path):
+            done = results.read(path)
+            _write_table(folder, preset, grid, done)
     todo = [cell for cell in wanted if cell not in done]
     print(f"{len(todo)} cells in {len(jobs_of(todo))} processes", flush=True)
     if arguments.dry_run:
@@ -92,10 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
                 now = results.read(path)
                 if len(now) > len(done):
                     done = now
-                    # in the order of the grid, those of another run last
-                    ordered = {cell: done[cell] for cell in grid if cell in done} | done
-                    frame = ROWS[preset.table](ordered)
-                    rows.write(folder / f"{preset.table}.csv", frame)
+                    _write_table(folder, preset, grid, done)
                 bar.n = sum(cell in done for cell in wanted)
                 bar.refresh()
     missing = [c for c in todo if c not in done and can_be_swept(c, preset, done)]
@@ -103,14 +101,26 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{len(missing)} cells are missing. The same command goes on with them.")
 
 
-def _take_over(known: list[Path], wanted: set[Cell], path: Path) -> None:
-    """Add what other files know of the cells that are wanted."""
+def _write_table(
+    folder: Path, preset: Preset, grid: Sequence[Cell], done: Results
+) -> None:
+    """Write rows in the order of the grid, those of another run last."""
+    ordered = {cell: done[cell] for cell in grid if cell in done} | done
+    rows.write(folder / f"{preset.table}.csv", ROWS[preset.table](ordered))
+
+
+def _take_over(known: list[Path], wanted: set[Cell], path: Path) -> int:
+    """Add what other files know of the cells that are wanted; return how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file in known:
-        for cell, result in results.read(file).items():
-            if cell in wanted:
-                results.append(path, result)
-                wanted.remove(cell)
+    found = {
+        cell: result
+        for file in known
+        for cell, result in results.read(file).items()
+        if cell in wanted
+    }
+    for result in found.values():
+        results.append(path, result)
+    return len(found)
 
 
 def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:

@@ -163,7 +163,10 @@ class TestDerivation:
 
     steps = (Step("zero", 3, "a"), Step("a", 8, "b"), Step("a", 1, "c"))
     problem = Derivation([1], 99, ("a", "b", "c"), steps=steps)
-    first = "1. zero + 3 = a: we know that zero is 0, and 0 + 3 makes 3, so from now on a is 3."
+    first = (
+        "1. zero + 3 = a: we know that zero is 0, and 0 + 3 makes 3, so from now on a "
+        "is 3."
+    )
     second = (
         "2. a + 8 = b: we know that a is 3, and 3 + 8 makes 1, so from now on b is 1."
     )
