@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.quality.estimate import estimate
 from benchmarks.quality.grid import PRESETS
 from benchmarks.quality.run import ORDERS, run
 from benchmarks.quality.training.trained import ADAPTERS
+from benchmarks.serving.engines import MODELS
 from tools.packaged_models import PACKAGED_MODELS
 
 
@@ -67,7 +69,34 @@ def main() -> None:
     add("--time-limit", type=float, default=3600, metavar="SECONDS", help="then end")
     add("--commit", help="to be named in the table; default: git's")
     add("--dry-run", action="store_true", help="only say what would run")
-    run(parser.parse_args())
+    measuring.set_defaults(call=run)
+
+    estimating = commands.add_parser(
+        "estimate", help="tell how long a preset takes with a model of another size"
+    )
+    add = estimating.add_argument
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--preset", choices=PRESETS, default="hard")
+    add(
+        "--shape",
+        type=_shape,
+        default="qwen2.5-7b",
+        help=f"a folder with a config.json, or {', '.join(_shapes())}",
+    )
+    add("--n", type=int, default=32, help="prompts that are measured")
+    add("--commit", help="to be named; default: git's")
+    estimating.set_defaults(call=estimate)
+
+    arguments = parser.parse_args()
+    arguments.call(arguments)
+
+
+def _shapes() -> list[str]:
+    return sorted(path.name for path in MODELS.iterdir() if path.is_dir())
+
+
+def _shape(name: str) -> Path:
+    return MODELS / name if name in _shapes() else Path(name)
 
 
 if __name__ == "__main__":

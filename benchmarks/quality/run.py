@@ -59,10 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.out
     path = folder / f"{preset.table}_results.jsonl"
     done = results.read(path)
-    if not arguments.dry_run:
-        if _take_over(arguments.known, set(wanted) - done.keys(), path):
-            done = results.read(path)
-            _write_table(folder, preset, grid, done)
+    known = [] if arguments.dry_run else arguments.known
+    if _take_over(known, set(wanted) - done.keys(), path):
+        done = results.read(path)
+        _write_table(folder, preset, grid, done)
     todo = [cell for cell in wanted if cell not in done]
     print(f"{len(todo)} cells in {len(jobs_of(todo))} processes", flush=True)
     if arguments.dry_run:
@@ -111,7 +111,6 @@ def _write_table(
 
 def _take_over(known: list[Path], wanted: set[Cell], path: Path) -> int:
     """Add what other files know of the cells that are wanted; return how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     found = {
         cell: result
         for file in known
@@ -119,6 +118,7 @@ def _take_over(known: list[Path], wanted: set[Cell], path: Path) -> int:
         if cell in wanted
     }
     for result in found.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
         results.append(path, result)
     return len(found)
 
