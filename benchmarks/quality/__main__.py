@@ -65,6 +65,11 @@ def main() -> None:
         metavar="FILE",
         help="results of other runs; what they hold of this preset is taken over",
     )
+    add(
+        "--at-once",
+        action="store_true",
+        help="do not wait for the full cache to tell what is worth measuring",
+    )
     add("--parallel", type=int, default=2, help="processes at once")
     add("--time-limit", type=float, default=3600, metavar="SECONDS", help="then end")
     add("--commit", help="to be named in the table; default: git's")

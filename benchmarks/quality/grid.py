@@ -500,8 +500,9 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
         elif cell.setup.request:
             # long answers take long, and paces are many
             is_long = cell.task == DERIVATION or "pace" in dict(cell.setup.request)
-            budget = cell.setup.budget if is_long else 0
-            key = (_server_of(cell.setup), cell.context, cell.task, budget)
+            apart = cell.setup.budget, dict(cell.setup.request).get("mode")
+            kind = cell.context, cell.task, apart if is_long else None
+            key = (_server_of(cell.setup), kind)
         elif cell.setup.engine != "vllm":
             # conversations take long, and are many
             key = (cell.setup.engine, cell.context, cell.task in CONVERSATIONS)

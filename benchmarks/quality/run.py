@@ -28,6 +28,7 @@ from benchmarks.quality.results import Result
 from benchmarks.quality.training.trained import ADAPTERS, find_any
 from tools.packaged_models import PACKAGED_MODELS
 
+_SHARE_DIGITS = 3
 GRID, ASKED = ORDERS = ("grid", "asked")
 """The most telling cells of a preset first, or what its user names first."""
 Results = Mapping[Cell, Result]
@@ -80,10 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
     )
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="cell") as bar:
         # what the full cache cannot do is not worth sweeping
-        for is_first in (True, False):
+        firsts = [cell for cell in todo if cell.setup == FULL]
+        others = [cell for cell in todo if cell.setup != FULL]
+        for phase in [firsts + others] if arguments.at_once else [firsts, others]:
             done = results.read(path)
-            phase = [cell for cell in todo if (cell.setup == FULL) == is_first]
-            chosen = [cell for cell in phase if can_be_swept(cell, preset, done)]
+            chosen = [
+                cell
+                for cell in phase
+                if arguments.at_once or can_be_swept(cell, preset, done)
+            ]
             bar.total -= len(phase) - len(chosen)
             for failures in jobs.run(
                 jobs_of(chosen), workplace, parallel=arguments.parallel, until=until
@@ -143,8 +149,13 @@ def _is_wanted(cell: Cell, preset: Preset, arguments: argparse.Namespace) -> boo
         cell.setup.method in methods
         and cell.task in (arguments.tasks or [cell.task])
         and cell.context in (arguments.contexts or [cell.context])
-        and cell.budget_ratio in {1.0, *(arguments.shares or [cell.budget_ratio])}
+        and _share(cell) in {1.0, *(arguments.shares or [_share(cell)])}
     )
+
+
+def _share(cell: Cell) -> float:
+    """Return the budget over the context, as it is named."""
+    return round(cell.budget_ratio, _SHARE_DIGITS)
 
 
 def _place(cell: Cell, arguments: argparse.Namespace) -> tuple[int, ...]:
@@ -152,7 +163,7 @@ def _place(cell: Cell, arguments: argparse.Namespace) -> tuple[int, ...]:
     named = (
         (cell.context, arguments.contexts),
         (cell.task, arguments.tasks),
-        (cell.budget_ratio, arguments.shares),
+        (_share(cell), arguments.shares),
         (cell.setup.method, arguments.methods),
     )
     return tuple(

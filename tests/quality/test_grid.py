@@ -325,6 +325,7 @@ def arguments(out: Path) -> argparse.Namespace:
         shares=None,
         order="grid",
         known=[],
+        at_once=False,
         parallel=1,
         time_limit=60.0,
         commit="abc",
@@ -360,6 +361,28 @@ def test_a_run_goes_on_where_it_stopped(
     assert {cell.setup for cell in asked[:2]} == {FULL}
     run(arguments(tmp_path))
     assert len(asked) == len(second)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_full_cache_is_waited_for_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """It solves nothing here, so that nothing else tells anything."""
+    asked: list[Cell] = []
+
+    def measure(job: Job, workplace: jobs.Workplace, until: float) -> str | None:
+        asked.extend(job)
+        for cell in job:
+            results.append(workplace.results, result(cell, 0.0))
+        return None
+
+    monkeypatch.setattr(jobs, "_run_one", measure)
+    given = arguments(tmp_path)
+    given.at_once, given.tasks = at_once, ["passkey"]
+    run(given)
+
+    assert asked[0].setup == FULL
+    assert (len(asked) > 1) is at_once
 
 
 def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:
