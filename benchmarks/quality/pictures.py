@@ -138,10 +138,8 @@ def paces(results: Path) -> Figure | None:
             scores = line.set_index("method")["score"].astype(float)
             is_mean = task == MEAN
             style = {"color": "black" if is_mean else f"C{number}", "label": task}
-            fixed = scores[
-                [pace for pace in PACES if pace in scores and pace.isdigit()]
-            ]
-            chosen = scores[[pace for pace in CHOSEN if pace in scores]]
+            fixed = scores[[name for name in map(str, FIXED) if name in scores]]
+            chosen = scores[[name for name in CHOSEN if name in scores]]
             width = 2.2 if is_mean else 1.2
             panel.plot(fixed.index, fixed, marker="o", ms=3, lw=width, **style)
             places = [label.replace(" where ", "\nwhere ") for label in chosen.index]
