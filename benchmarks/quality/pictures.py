@@ -15,7 +15,7 @@ from benchmarks import rows
 from benchmarks.pictures import Picture, legend, panels
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION
 from benchmarks.quality.grid import DEFAULT
-from benchmarks.quality.pace import CHOSEN
+from benchmarks.quality.pace import CHOSEN, FIXED
 from benchmarks.quality.scores import MEAN, Scores, label_of, named, with_mean
 from benchmarks.rows import matching
 
