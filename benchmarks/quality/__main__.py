@@ -89,6 +89,14 @@ def main() -> None:
         help=f"a folder with a config.json, or {', '.join(_shapes())}",
     )
     add("--n", type=int, default=32, help="prompts that are measured")
+    add(
+        "--pace",
+        type=float,
+        nargs=3,
+        metavar=("START", "READ", "WRITTEN"),
+        help="instead of measuring: seconds to start an engine, tokens of prompts and "
+        "of answers a second",
+    )
     add("--commit", help="to be named; default: git's")
     estimating.set_defaults(call=estimate)
 

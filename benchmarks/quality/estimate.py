@@ -151,7 +151,8 @@ def measure(folder: Path, n: int) -> Pace:
 def estimate(arguments: argparse.Namespace) -> None:
     """Measure, tell, and write `estimate.json`."""
     preset = PRESETS[arguments.preset]
-    pace = measure(arguments.shape, arguments.n)
+    given = arguments.pace
+    pace = Pace(*given) if given else measure(arguments.shape, arguments.n)
     told: dict[str, Any] = {
         **machine.environment_elsewhere(),
         "commit": arguments.commit or machine.commit(),
