@@ -74,31 +74,6 @@ def _headline(scores: Scores) -> str:
     return grid(shown, {"kept": "{label}"}, "{problems}", _SCORE)
 
 
-def _observations(scores: Scores) -> str:
-    """Return in words what a budget and a stride do to accuracy."""
-    swept = scores.at_budgets("accuracy")
-    swept = swept[swept["method"].isin(["full", scores.default])]
-    share = swept["share"].mask(swept["method"] == "full", "full")
-    preposition = share.map(lambda share: "in" if share == "full" else "at")
-    swept = swept.assign(title=swept["problems"], where=preposition + " " + share)
-    parts = _bullets(f"the budget**, {scores.default}", swept)
-    for same_chunk, chunk in ((False, "chunks as long as it"), (True, "equal chunks")):
-        swept = scores.at_strides(same_chunk=same_chunk)
-        swept = matching(swept, metric="accuracy", method=scores.default)
-        swept["title"] = swept["problems"] + " at " + swept["share"]
-        swept["where"] = "at " + swept["stride"].astype(str)
-        parts += _bullets(f"the stride**, {scores.default}, {chunk}", swept)
-    return "\n".join(parts)
-
-
-def _bullets(against: str, swept: pd.DataFrame) -> list[str]:
-    found = [
-        f"  * {title}: {', '.join(texts(line, '{score:.2f} {where}'))}"
-        for title, line in swept.groupby("title", sort=False)
-    ]
-    return [f"* **Accuracy against {against}:", *(found or [f"  * {UNMEASURED}"])]
-
-
 def _choice(scores: Scores) -> str:
     """Return what the default comes to at every share of the context."""
     found = matching(scores.at_budgets("accuracy"), method=scores.default)
@@ -334,7 +309,6 @@ def pace(found: pd.DataFrame) -> str:
 _PARTS: dict[str, Callable[[Scores], str]] = {
     "source": _source,
     "headline": _headline,
-    "observations": _observations,
     "choice": _choice,
     "budget": _accuracy,
     "unsolved": _unsolved,

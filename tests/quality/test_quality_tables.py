@@ -145,11 +145,14 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     assert "| **roco/contribution** (default) | 0.50 [0.15, 0.85] " in re.sub(
         " +", " ", text
     )
-    assert "passkey 2,048: 1.00 in full, 0.50 at 50 %, 0.25 at 25 %" in text
     assert re.search(r"\| vt 2,048 +\| 0\.00 \[0\.00, 0\.49\] +\| 4 ", text)
     assert re.search(r"\| 50 % .*\| loses much", text)
     assert re.search(r"\| 25 % .*\| broken: do not serve", text)
-    assert "passkey 2,048 at 12.5 %: 0.25 at 16, 0.25 at 32" in text
+    line = r"\| passkey 2,048 at 12\.5 % +\| {} +\| as the stride +\| 4 +\| 0\.25 \["
+    default = r"\*\*roco/contribution\*\* \(default\)"
+    for name, method in (("stride", default), ("stride_before", "roco/peak")):
+        assert re.search(line.format(method), found[f"quality_{name}"])
+    assert "peak" not in found["quality_stride"]
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
     others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
