@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.quality.cells import (
     GENERATION,
@@ -14,6 +15,8 @@ from benchmarks.quality.cells import (
     Job,
     Setup,
 )
+from benchmarks.quality.pace import PACES
+from benchmarks.quality.pace import STRIDE as PACE_STRIDE
 from benchmarks.quality.policies import BASE as SEARCH_BASE
 from benchmarks.quality.policies import POLICIES
 from benchmarks.quality.policies import setup as policy_setup
@@ -24,7 +27,8 @@ from benchmarks.quality.tasks import (
     RULER_TASKS,
 )
 from benchmarks.quality.tasks.conversation import RETRIEVAL
-from benchmarks.quality.training.trained import TRAINED
+from benchmarks.quality.tasks.derivation import DERIVATION, prompt_tokens
+from benchmarks.quality.training.trained import DERIVING, TRAINED
 from tools.packaged_models import GEMMA_3, SMOLLM2
 from vllm_roco.config import SHIELDS, RocoConfig
 
@@ -70,7 +74,7 @@ class Preset:
         table: Name of the file that its rows go to.
         reference: The method without which the others tell nothing.
         seed: Of every task.
-        model: One of `tools.packaged_models`, or `TRAINED`.
+        model: One of `tools.packaged_models`, or of `ADAPTERS`.
     """
 
     about: str
@@ -192,9 +196,8 @@ def _fp8() -> Iterator[tuple[Sweep, Setup]]:
         yield sweep, _in_fp8(FULL)
     for sweep in sweeps:
         for ratio in sweep.ratios:
-            for method in (DEFAULT, PEAK):
-                setup = _at_budget(method, sweep, ratio)
-                yield from ((sweep, setup), (sweep, _in_fp8(setup)))
+            setup = _at_budget(DEFAULT, sweep, ratio)
+            yield from ((sweep, setup), (sweep, _in_fp8(setup)))
 
 
 def _in_fp8(setup: Setup) -> Setup:
@@ -221,18 +224,17 @@ def _hard() -> Iterator[tuple[Sweep, Setup]]:
         for task in RETRIEVAL
     ]
     later = [Sweep(f"{task}, later", 2048, _HALVES, 100) for task in RETRIEVAL]
-    # a third of it is read, and the rest written
-    written = [Sweep("recite", 3072, _HALVES, 100)]
-    sweeps = (*lists, *again, *later, *written)
+    sweeps = (*lists, *again, *later)
+    eighths = [replace(sweep, ratios=(0.125,)) for sweep in lists]
     baselines = [method for method in ORACLE_METHODS if method != "sink-recent"]
     yield from ((sweep, FULL) for sweep in sweeps)
     # the default and what it replaced, then the others
     for methods in (METHODS[:2], METHODS[2:]):
-        yield from _asked_for(_against_budget(sweeps, methods))
+        yield from _asked_for(_against_budget((*sweeps, *eighths), methods))
     yield from _in_one_conversation(again, METHODS)
-    yield from _against_budget((*lists, *again), baselines)
+    yield from _against_budget((*lists, *again, *eighths), baselines)
     yield from _in_one_conversation(later, METHODS)
-    yield from _against_budget((*later, *written), baselines)
+    yield from _against_budget(later, baselines)
 
 
 def _asked_for(
@@ -240,11 +242,68 @@ def _asked_for(
 ) -> Iterator[tuple[Sweep, Setup]]:
     """Yield methods of the plugin so that requests ask one server for all of them."""
     for sweep, setup in pairs:
-        names = ["budget", "policy", "stride", "chunk"]
-        if setup.shield:
-            names += ["shield", "shield_ratio"]
-        request = tuple((name, getattr(setup, name)) for name in names)
-        yield sweep, replace(setup, request=request)
+        yield sweep, replace(setup, request=_asked(setup))
+
+
+def _asked(setup: Setup) -> tuple[tuple[str, Any], ...]:
+    names = ["budget", "policy", "stride", "chunk"]
+    if setup.shield:
+        names += ["shield", "shield_ratio"]
+    return tuple((name, getattr(setup, name)) for name in names)
+
+
+def _written() -> Iterator[tuple[Sweep, Setup]]:
+    """Yield answers that need what they say themselves; all hold as many tokens.
+
+    Those are the prompt's, and a share of what is written.
+    """
+    for context in (3072, 6144):
+        prompt = -(-prompt_tokens(context) // BLOCK_SIZE) * BLOCK_SIZE
+        sweep = Sweep(DERIVATION, context, (), 100)
+        yield sweep, FULL
+        for share in _QUARTERS:
+            more = int(share * (context - prompt))
+            more -= more % BLOCK_SIZE
+            stride, chunk = min(BASE.stride, more), BASE.chunk
+            for mode, budget in (("generation", more), ("both", prompt + more)):
+                for method in (DEFAULT, "recent", "random"):
+                    setup = setup_of(method, budget, stride, chunk, engine="vllm")
+                    setup = replace(
+                        setup,
+                        method=f"{mode}, {method}",
+                        budget=prompt + more,
+                        request=(("mode", mode), *_asked(setup)),
+                    )
+                    yield sweep, setup
+            # arXiv 2609.03430: every head has a sample of its own
+            setup = setup_of("random", prompt + more, stride, chunk)
+            yield (
+                sweep,
+                replace(
+                    setup,
+                    method="generation, random by head",
+                    options=(("sink", prompt),),
+                ),
+            )
+
+
+def _pace() -> Iterator[tuple[Sweep, Setup]]:
+    """Yield every pace at equal peak memory, which stands for the budget."""
+    tasks = (*HARD_TASKS, "multivalue", "needle")
+    sweeps = [Sweep(task, 2048, (), 100) for task in tasks]
+    yield from ((sweep, FULL) for sweep in sweeps)
+    for memory in (768, 1280):
+        for sweep in sweeps:
+            for pace in PACES:
+                setup = setup_of(DEFAULT, memory, PACE_STRIDE, BASE.chunk)
+                yield (
+                    sweep,
+                    replace(
+                        setup,
+                        method=pace,
+                        request=(("pace", pace), ("memory", memory)),
+                    ),
+                )
 
 
 def _in_one_conversation(
@@ -270,10 +329,20 @@ def _kvpress() -> Iterator[tuple[Sweep, Setup]]:
             )
 
 
-def setup_of(method: str, budget: int, stride: int, chunk: int) -> Setup:
-    """Return a method of the plugin or of the oracle with its numbers."""
+def setup_of(
+    method: str, budget: int, stride: int, chunk: int, *, engine: str = ""
+) -> Setup:
+    """Return a method of the plugin or of the oracle with its numbers.
+
+    Args:
+        method: One of `METHODS`, `ORACLE_METHODS` or a policy of the plugin.
+        budget: See `Setup`.
+        stride: Likewise.
+        chunk: Likewise.
+        engine: Of a policy that both have; the oracle by default.
+    """
     policy, _, shield = method.partition("/")
-    is_oracle = method in ORACLE_METHODS
+    is_oracle = method in ORACLE_METHODS and engine != "vllm"
     return Setup(
         method=method,
         engine="oracle" if is_oracle else "vllm",
@@ -387,9 +456,21 @@ PRESETS = {
         model=GEMMA_3,
     ),
     "hard": Preset(
-        "tasks that a model is trained for, second questions, long answers",
+        "tasks that a model is trained for, second questions",
         tuple(_hard()),
         table="hard",
+        model=TRAINED,
+    ),
+    "written": Preset(
+        "answers that need what they say themselves, with and without the prompt",
+        tuple(_written()),
+        table="written",
+        model=DERIVING,
+    ),
+    "pace": Preset(
+        "how many tokens are read at a time, at equal peak memory",
+        tuple(_pace()),
+        table="pace",
         model=TRAINED,
     ),
     "kvpress": Preset(
@@ -417,7 +498,11 @@ def jobs(wanted: Iterable[Cell]) -> list[Job]:
             _, _, form = cell.task.partition(", ")
             key = (cell.setup, cell.context, cell.task in RULER_TASKS, form)
         elif cell.setup.request:
-            key = (_server_of(cell.setup), cell.context, cell.task)
+            # long answers take long, and paces are many
+            is_long = cell.task == DERIVATION or "pace" in dict(cell.setup.request)
+            apart = cell.setup.budget, dict(cell.setup.request).get("mode")
+            kind = cell.context, cell.task, apart if is_long else None
+            key = (_server_of(cell.setup), kind)
         elif cell.setup.engine != "vllm":
             # conversations take long, and are many
             key = (cell.setup.engine, cell.context, cell.task in CONVERSATIONS)

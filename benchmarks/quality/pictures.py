@@ -11,10 +11,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import rows
 from benchmarks.pictures import Picture, legend, panels
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION
 from benchmarks.quality.grid import DEFAULT
-from benchmarks.quality.scores import Scores
+from benchmarks.quality.pace import CHOSEN, FIXED
+from benchmarks.quality.scores import MEAN, Scores, label_of, named, with_mean
 from benchmarks.rows import matching
 
 _COLOURS = {
@@ -89,7 +91,8 @@ def _against_budget(
                 name = f"{method}, default" if method == DEFAULT else method
                 _line(panel, line, "budget_ratio", score, label=name, linewidth=2.2)
             else:
-                _line(panel, line, "budget_ratio", score, label=method)
+                name = label_of(method, line["engine"].iloc[0])
+                _line(panel, line, "budget_ratio", score, label=name)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
         panel.set(title=title, ylabel=label, xlabel="budget, share of the text")
@@ -120,8 +123,37 @@ def _picture(draw: Callable[[Scores], Figure | None]) -> Picture:
     return Picture(drawn, ("quality",))
 
 
+def paces(results: Path) -> Figure | None:
+    """Accuracy of every pace, a panel for each peak of memory."""
+    found = rows.read(results / "pace.csv")
+    if found.empty:
+        return None
+    found = named(found)
+    full = matching(found, method="full")
+    peaks = sorted(found.loc[found["budget"] > 0, "budget"].unique())
+    figure, axes = panels(len(peaks), size=(4.4, 3.0))
+    for panel, memory in zip(axes, peaks, strict=True):
+        every = with_mean(pd.concat([full, matching(found, budget=memory)]))
+        for number, (task, line) in enumerate(every.groupby("problems", sort=False)):
+            scores = line.set_index("method")["score"].astype(float)
+            is_mean = task == MEAN
+            style = {"color": "black" if is_mean else f"C{number}", "label": task}
+            fixed = scores[[name for name in map(str, FIXED) if name in scores]]
+            chosen = scores[[name for name in CHOSEN if name in scores]]
+            width = 2.2 if is_mean else 1.2
+            panel.plot(fixed.index, fixed, marker="o", ms=3, lw=width, **style)
+            places = [label.replace(" where ", "\nwhere ") for label in chosen.index]
+            panel.plot(places, chosen, marker="D", ms=4, ls="", color=style["color"])
+            panel.axhline(scores.get("full"), color=style["color"], lw=0.6, ls=":")
+        panel.set(ylim=(-0.03, 1.05), ylabel="accuracy", xlabel="tokens a step")
+        panel.set_title(f"at most {memory:,} tokens in a step; dotted: full cache")
+    legend(figure, axes)
+    return figure
+
+
 PICTURES = {
     "quality_budget": _picture(against_budget),
     "quality_stride": _picture(against_stride),
     "quality_perplexity": _picture(perplexity),
+    "quality_pace": Picture(paces, ("pace",)),
 }

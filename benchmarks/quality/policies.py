@@ -53,7 +53,7 @@ def _name(changes: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in changes.items())
 
 
-_BASELINES: dict[str, dict[str, Any]] = {
+BASELINES: dict[str, dict[str, Any]] = {
     "full": {"policy": "full"},
     BASE: {},
     **{
@@ -62,7 +62,9 @@ _BASELINES: dict[str, dict[str, Any]] = {
     },
     "token-roco, start=full": {"policy": "token-roco", "start": "full"},
 }
+"""Methods that are no change to the base."""
 
+_LENDING = {"neighbours": 0.75, "second_heads": "mean"}
 _CHANGES = (
     # the first stage
     *_each("shield_ratio", 0.0, 0.3, 0.5, 0.6, 0.8, 0.9, 1.0),
@@ -73,6 +75,19 @@ _CHANGES = (
     *_each("neighbours", 0.75, 0.9, 1.0, shield_ratio=1.0),
     *_each("neighbours", 0.0, 0.75, 0.9, shield="contribution", shield_ratio=0.7),
     *_each("neighbours", 0.0, 0.75, 0.9, shield="contribution", shield_ratio=1.0),
+    # what dropping an entry does to the output, exactly (arXiv 2504.14051)
+    *_each("neighbours", 0.0, 0.75, shield="error", shield_ratio=1.0),
+    *_each("neighbours", 0.0, 0.75, shield="output", shield_ratio=1.0),
+    *_each("second", "contribution"),
+    *(
+        {**_LENDING, "shield": shield, "shield_ratio": ratio}
+        for shield, ratios in (
+            ("contribution", (0.7, 0.85)),
+            ("error", (0.7, 0.85)),
+            ("output", (0.7, 0.85, 0.9)),
+        )
+        for ratio in ratios
+    ),
     *_each("fade", 0.9998, 0.9995, 0.999, 0.998, 0.995),
     *_each("peak_queries", 2, 4, 8),
     *_each("shield_heads", "mean", "rms"),
@@ -110,7 +125,7 @@ _CHANGES = (
 )
 
 POLICIES = {
-    **_BASELINES,
+    **BASELINES,
     **{_name(changes): changes for changes in _CHANGES},
     **{
         f"recent={share:.1%} of the budget": {RECENT_SHARE: share}

@@ -30,12 +30,15 @@ class Result:
         metrics: The numbers.
         gpu: Device that ran it.
         commit: Of the code.
+        seconds: Taken beside what else ran, without the start of the engine; None in
+            files from before they were told.
     """
 
     cell: Cell
     metrics: Metrics
     gpu: str
     commit: str
+    seconds: float | None = None
 
 
 def append(path: Path, result: Result) -> None:
@@ -50,6 +53,7 @@ def append(path: Path, result: Result) -> None:
             "metrics": metrics,
             "gpu": result.gpu,
             "commit": result.commit,
+            "seconds": result.seconds,
         }
     )
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +25,12 @@ from benchmarks.quality.grid import (
 )
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.results import Result
-from benchmarks.quality.training.trained import TRAINED, find_any
+from benchmarks.quality.training.trained import ADAPTERS, find_any
 from tools.packaged_models import PACKAGED_MODELS
 
+_SHARE_DIGITS = 3
+GRID, ASKED = ORDERS = ("grid", "asked")
+"""The most telling cells of a preset first, or what its user names first."""
 Results = Mapping[Cell, Result]
 ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "quality": scoring.rows,
@@ -37,6 +40,8 @@ ROWS: dict[str, Callable[[Results], pd.DataFrame]] = {
     "fp8": scoring.rows,
     "windows": scoring.rows,
     "hard": scoring.rows,
+    "written": scoring.rows,
+    "pace": scoring.rows,
 }
 """What makes each table of the results beside it."""
 
@@ -45,14 +50,20 @@ def run(arguments: argparse.Namespace) -> None:
     """Measure what the full cache can do, or all of a preset without one."""
     preset = PRESETS[arguments.preset]
     model = arguments.model or preset.model
-    is_named = model in (*PACKAGED_MODELS, TRAINED)
+    is_named = model in (*PACKAGED_MODELS, *ADAPTERS)
     name = model if is_named else Path(model).resolve().name
     seed = preset.seed if arguments.seed is None else arguments.seed
     grid = cells(preset, model=name, seed=seed, n=arguments.n)
     wanted = [cell for cell in grid if _is_wanted(cell, preset, arguments)]
+    if arguments.order == ASKED:
+        wanted.sort(key=lambda cell: _place(cell, arguments))
     folder: Path = arguments.out
     path = folder / f"{preset.table}_results.jsonl"
     done = results.read(path)
+    known = [] if arguments.dry_run else arguments.known
+    if _take_over(known, set(wanted) - done.keys(), path):
+        done = results.read(path)
+        _write_table(folder, preset, grid, done)
     todo = [cell for cell in wanted if cell not in done]
     print(f"{len(todo)} cells in {len(jobs_of(todo))} processes", flush=True)
     if arguments.dry_run:
@@ -70,10 +81,15 @@ def run(arguments: argparse.Namespace) -> None:
     )
     with tqdm(total=len(wanted), initial=len(wanted) - len(todo), unit="cell") as bar:
         # what the full cache cannot do is not worth sweeping
-        for is_first in (True, False):
+        firsts = [cell for cell in todo if cell.setup == FULL]
+        others = [cell for cell in todo if cell.setup != FULL]
+        for phase in [firsts + others] if arguments.at_once else [firsts, others]:
             done = results.read(path)
-            phase = [cell for cell in todo if (cell.setup == FULL) == is_first]
-            chosen = [cell for cell in phase if can_be_swept(cell, preset, done)]
+            chosen = [
+                cell
+                for cell in phase
+                if arguments.at_once or can_be_swept(cell, preset, done)
+            ]
             bar.total -= len(phase) - len(chosen)
             for failures in jobs.run(
                 jobs_of(chosen), workplace, parallel=arguments.parallel, until=until
@@ -83,15 +99,34 @@ def run(arguments: argparse.Namespace) -> None:
                 now = results.read(path)
                 if len(now) > len(done):
                     done = now
-                    # in the order of the grid, those of another run last
-                    ordered = {cell: done[cell] for cell in grid if cell in done} | done
-                    frame = ROWS[preset.table](ordered)
-                    rows.write(folder / f"{preset.table}.csv", frame)
+                    _write_table(folder, preset, grid, done)
                 bar.n = sum(cell in done for cell in wanted)
                 bar.refresh()
     missing = [c for c in todo if c not in done and can_be_swept(c, preset, done)]
     if missing:
         print(f"{len(missing)} cells are missing. The same command goes on with them.")
+
+
+def _write_table(
+    folder: Path, preset: Preset, grid: Sequence[Cell], done: Results
+) -> None:
+    """Write rows in the order of the grid, those of another run last."""
+    ordered = {cell: done[cell] for cell in grid if cell in done} | done
+    rows.write(folder / f"{preset.table}.csv", ROWS[preset.table](ordered))
+
+
+def _take_over(known: list[Path], wanted: set[Cell], path: Path) -> int:
+    """Add what other files know of the cells that are wanted; return how many."""
+    found = {
+        cell: result
+        for file in known
+        for cell, result in results.read(file).items()
+        if cell in wanted
+    }
+    for result in found.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        results.append(path, result)
+    return len(found)
 
 
 def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
@@ -110,5 +145,27 @@ def can_be_swept(cell: Cell, preset: Preset, done: Results) -> bool:
 
 def _is_wanted(cell: Cell, preset: Preset, arguments: argparse.Namespace) -> bool:
     methods = {preset.reference, *(arguments.methods or [cell.setup.method])}
-    tasks = arguments.tasks or [cell.task]
-    return cell.setup.method in methods and cell.task in tasks
+    return (
+        cell.setup.method in methods
+        and cell.task in (arguments.tasks or [cell.task])
+        and cell.context in (arguments.contexts or [cell.context])
+        and _share(cell) in {1.0, *(arguments.shares or [_share(cell)])}
+    )
+
+
+def _share(cell: Cell) -> float:
+    """Return the budget over the context, as it is named."""
+    return round(cell.budget_ratio, _SHARE_DIGITS)
+
+
+def _place(cell: Cell, arguments: argparse.Namespace) -> tuple[int, ...]:
+    """Return where a cell stands if what was named first is measured first."""
+    named = (
+        (cell.context, arguments.contexts),
+        (cell.task, arguments.tasks),
+        (_share(cell), arguments.shares),
+        (cell.setup.method, arguments.methods),
+    )
+    return tuple(
+        order.index(value) if order and value in order else -1 for value, order in named
+    )

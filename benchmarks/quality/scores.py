@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,60 @@ from benchmarks import rows
 from benchmarks.quality.cells import PERPLEXITY_GENERATION
 from benchmarks.quality.grid import DEFAULT, LEAST_FULL_ACCURACY, ORACLE_METHODS
 from benchmarks.rows import matching
+from vllm_roco.config import POLICIES
 
+MEAN = "mean of the tasks"
 _TASK = ["task", "context", "metric"]
 
 
+def label_of(method: str, engine: str = "oracle") -> str:
+    """Return what readers call a method: some are names of two things.
+
+    `h2o` and `random` choose tokens in the oracle, which says so, and blocks where they
+    are policies of the plugin.
+
+    Args:
+        method: As results have it.
+        engine: What ran it.
+    """
+    if engine == "oracle":
+        is_plain = method in ORACLE_METHODS and not method.startswith("token-")
+        return f"{method}, tokens" if is_plain else method
+    mode, _, policy = method.rpartition(", ")
+    return f"{mode}, policy {policy}" if mode and policy in POLICIES else method
+
+
 def named(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return rows with what readers call their `problems` and their `share` kept."""
+    """Return rows with what readers call their `problems`, `share` kept and method."""
     pairs = zip(frame["task"], frame["context"], strict=True)
+    # a search is the oracle's
+    engines = frame.get("engine", ["oracle"] * len(frame))
+    methods = zip(frame["method"], engines, strict=True)
     return frame.assign(
+        label=list(itertools.starmap(label_of, methods)),
         problems=[f"{task} {context:,}" for task, context in pairs],
         share=[f"{100 * ratio:g} %" for ratio in frame["budget_ratio"]],
     )
+
+
+def with_mean(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return rows with those of the mean over all tasks behind them.
+
+    A method that lacks a task has no mean. Intervals are left out: they are of one
+    task's problems.
+
+    Args:
+        frame: Rows of one metric and one budget each, with what `named` adds.
+    """
+    tasks = frame["problems"].nunique()
+    means = [
+        group.head(1).assign(
+            problems=MEAN, score=group["score"].mean(), ci_low=pd.NA, ci_high=pd.NA
+        )
+        for _, group in frame.groupby("method", sort=False)
+        if len(group) == tasks
+    ]
+    return pd.concat([frame, *means])
 
 
 @dataclass(frozen=True)
@@ -55,7 +99,9 @@ class Scores:
         labels = {"full": "full cache", default: f"**{default}** (default)"}
         if default not in set(frame["method"]):
             default = f"{base['policy']}/{base['shield']}"
-        frame = named(frame.assign(label=frame["method"].replace(labels)))
+        frame = named(frame)
+        own = frame["method"].map(labels)
+        frame = frame.assign(label=own.fillna(frame["label"]))
         ranks = frame["method"].map({"full": -2, default: -1}).fillna(0)
         ranks = ranks.mask(frame["method"].isin(ORACLE_METHODS), 1)
         methods = frame["method"].iloc[ranks.argsort(kind="stable")].unique()

@@ -17,15 +17,17 @@ from benchmarks.quality.cells import (
     PERPLEXITY_GENERATION,
     QUESTION_METRIC,
 )
-from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PRESETS
-from benchmarks.quality.policies import BASE
-from benchmarks.quality.scores import Scores, named
+from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PEAK, PRESETS
+from benchmarks.quality.policies import BASE, BASELINES
+from benchmarks.quality.scores import Scores, label_of, named, with_mean
 from benchmarks.rows import matching
 
 _SCORE = "{score:.2f} [{ci_low:.2f}, {ci_high:.2f}]"
 _OF_FULL = "{of_full:.2f} [{of_full_low:.2f}, {of_full_high:.2f}]"
 _LOSS = "{of_full:.3f} [{of_full_low:.3f}, {of_full_high:.3f}]"
 _SIGNIFICANT = 0.05
+_MOST_CHANGES = 12
+"""Of a search, shown beside its baselines."""
 _VERDICTS = (
     (0.95, "safe on these tasks"),
     (0.8, "measure your own task first"),
@@ -70,31 +72,6 @@ def _headline(scores: Scores) -> str:
     full = matching(found, method="full")
     shown = pd.concat([full[full["tasks"].isin(quarter["tasks"])], quarter])
     return grid(shown, {"kept": "{label}"}, "{problems}", _SCORE)
-
-
-def _observations(scores: Scores) -> str:
-    """Return in words what a budget and a stride do to accuracy."""
-    swept = scores.at_budgets("accuracy")
-    swept = swept[swept["method"].isin(["full", scores.default])]
-    share = swept["share"].mask(swept["method"] == "full", "full")
-    preposition = share.map(lambda share: "in" if share == "full" else "at")
-    swept = swept.assign(title=swept["problems"], where=preposition + " " + share)
-    parts = _bullets(f"the budget**, {scores.default}", swept)
-    for same_chunk, chunk in ((False, "chunks as long as it"), (True, "equal chunks")):
-        swept = scores.at_strides(same_chunk=same_chunk)
-        swept = matching(swept, metric="accuracy", method=scores.default)
-        swept["title"] = swept["problems"] + " at " + swept["share"]
-        swept["where"] = "at " + swept["stride"].astype(str)
-        parts += _bullets(f"the stride**, {scores.default}, {chunk}", swept)
-    return "\n".join(parts)
-
-
-def _bullets(against: str, swept: pd.DataFrame) -> list[str]:
-    found = [
-        f"  * {title}: {', '.join(texts(line, '{score:.2f} {where}'))}"
-        for title, line in swept.groupby("title", sort=False)
-    ]
-    return [f"* **Accuracy against {against}:", *(found or [f"  * {UNMEASURED}"])]
 
 
 def _choice(scores: Scores) -> str:
@@ -182,16 +159,20 @@ def _generation(scores: Scores) -> str:
     return grid(found, keys, "{title}", "{cell}")
 
 
-def _strides(scores: Scores) -> str:
+def _strides(scores: Scores, *, former: bool = False) -> str:
+    """Return accuracy against the stride, of a former default or of all but it."""
     parts = []
     for same_chunk in (False, True):
         swept = scores.at_strides(same_chunk=same_chunk)
+        swept = swept[(swept["method"] == PEAK) == former]
         chunk = swept["chunk"].astype(str) if same_chunk else "as the stride"
         parts.append(swept.assign(chunk=chunk))
     found = pd.concat(parts)
+    if found.empty:
+        return UNMEASURED
     keys = {
         "task": "{problems} at {share}",
-        "method": "{method}",
+        "method": "{label}",
         "chunk": "{chunk}",
         "n": "{n}",
     }
@@ -218,10 +199,14 @@ def _phase(found: pd.DataFrame) -> str:
         is_loss=is_loss,
         solved=-solved.transform("sum").round(4),
         mark=differs.fillna(False).map({True: "*", False: ""}),
-        label=[f"**{m}**" if m == BASE else f"`{m}`" for m in found["method"]],
+        label=[
+            f"**{m}**" if m == BASE else f"`{label_of(m)}`" for m in found["method"]
+        ],
     )
     sizes = found.groupby("method")["task"].transform("size")
     whole = found[sizes == sizes.max()].sort_values("solved", kind="stable")
+    ranks = whole.groupby("method", sort=False).ngroup()
+    shown = whole[(ranks < _MOST_CHANGES) | whole["method"].isin(BASELINES)]
     # accuracies before perplexities, and larger budgets before smaller ones
     cells = found.sort_values(
         ["is_loss", "task", "context", "budget_ratio"],
@@ -235,10 +220,12 @@ def _phase(found: pd.DataFrame) -> str:
     title = f"**{name.capitalize()}**, problems a cell: {numbers}, seed {seed}"
     if missing := found["method"].nunique() - whole["method"].nunique():
         title += f"; {missing} more were not measured in every cell"
+    if others := whole["method"].nunique() - shown["method"].nunique():
+        title += f"; {others} that solve less are in `search.csv`"
     column = "{problems}, {share}"
     order = dict.fromkeys(texts(cells, column))
     keys = {"change": "{label}"}
-    return grid(whole, keys, column, "{score:.2f}{mark}", title, order)
+    return grid(shown, keys, column, "{score:.2f}{mark}", title, order)
 
 
 def kvpress(found: pd.DataFrame) -> str:
@@ -266,7 +253,7 @@ def hard(found: pd.DataFrame) -> str:
         return whole
     number = single["metric"].str.removeprefix(QUESTION_METRIC)
     single = single.assign(number=number).sort_values("budget_ratio", kind="stable")
-    keys = {"task": "{problems}", "method": "{method}", "kept": "{share}"}
+    keys = {"task": "{problems}", "method": "{label}", "kept": "{share}"}
     order = sorted(number.unique())
     return (
         f"{whole}\n\n{grid(single, keys, '{number}', _SCORE, '**By question**', order)}"
@@ -286,21 +273,49 @@ def _by_task(key: str, found: pd.DataFrame) -> str:
         swept = group[group["method"] != "full"]
         (caption,) = texts(full, f"**{{problems}}**, n = {{n}}, full cache {_SCORE}")
         order = swept.sort_values("budget_ratio", ascending=False)["share"].unique()
-        keys = {key: "{method}"}
+        keys = {key: "{label}"}
         parts.append(grid(swept, keys, "{share}", _SCORE, caption, order))
     return "\n\n".join(parts)
+
+
+def pace(found: pd.DataFrame) -> str:
+    """Return a table for each peak of memory, and each pace's mean over the tasks.
+
+    Args:
+        found: Rows of `pace.csv`.
+    """
+    full = matching(found, method="full")
+    parts = []
+    for memory, swept in matching(found, engine="vllm").groupby("budget"):
+        if not memory:
+            continue
+        every = with_mean(pd.concat([full, swept]))
+        every = every.assign(
+            label=every["method"].replace({"full": "full cache"}),
+            cell=[
+                whole or score
+                for whole, score in zip(
+                    texts(every, _SCORE), texts(every, "{score:.2f}"), strict=True
+                )
+            ],
+        )
+        caption = f"**At most {memory:,} tokens in a step**, n = {{n}}"
+        (title,) = texts(swept.head(1), caption)
+        keys = {"tokens a step": "{label}"}
+        parts.append(grid(every, keys, "{problems}", "{cell}", title))
+    return "\n\n".join(parts) or UNMEASURED
 
 
 _PARTS: dict[str, Callable[[Scores], str]] = {
     "source": _source,
     "headline": _headline,
-    "observations": _observations,
     "choice": _choice,
     "budget": _accuracy,
     "unsolved": _unsolved,
     "perplexity": _perplexity,
     "generation": _generation,
     "stride": _strides,
+    "stride_before": partial(_strides, former=True),
 }
 """What `quality.csv` shows."""
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
@@ -310,5 +325,7 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "windows": partial(_by_task, "method"),
     "fp8": partial(_by_task, "kept"),
     "hard": hard,
+    "written": partial(_by_task, "mode and method"),
+    "pace": pace,
 }
 """Tables of CSV files of their own, by their name."""

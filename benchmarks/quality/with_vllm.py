@@ -13,6 +13,7 @@ from vllm.inputs import TokensPrompt
 
 from benchmarks.quality import cells
 from benchmarks.quality.cells import Cell, Job, Setup
+from benchmarks.quality.pace import options as pace_options
 from benchmarks.quality.tasks import tokens_behind
 
 MOST_ANSWER_TOKENS = 128
@@ -41,7 +42,9 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         # several engines share the device
-        arguments |= {"kv_cache_memory_bytes": 2 * 2**30, "gpu_memory_utilization": 0.1}
+        # all that is written by the full cache lives at once
+        memory = (4 if setup.budget else 8) * 2**30
+        arguments |= {"kv_cache_memory_bytes": memory, "gpu_memory_utilization": 0.1}
     if not setup.budget:
         return arguments
     names = ["policy", "stride", "chunk"]
@@ -62,6 +65,22 @@ def engine_arguments(setup: Setup, context: int) -> dict[str, Any]:
     }
 
 
+def asked_of(setup: Setup, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
+    """Return the options that each request brings.
+
+    Args:
+        setup: How the cache is kept; a pace is chosen for each prompt.
+        prompts: Token ids.
+    """
+    common = dict(setup.request)
+    pace, memory = (common.pop(name, None) for name in ("pace", "memory"))
+    every = [
+        common if pace is None else common | pace_options(pace, memory, prompt)
+        for prompt in prompts
+    ]
+    return [{f"roco_{name}": each[name] for name in each} for each in every]
+
+
 class Engine(cells.Engine):
     """An engine of vLLM for cells that share a setup."""
 
@@ -79,12 +98,11 @@ class Engine(cells.Engine):
         *,
         to_the_end: bool = False,
     ) -> list[list[int]]:
-        asked = {f"roco_{name}": value for name, value in cell.setup.request}
         outputs = self._complete(
             prompts,
+            asked_of(cell.setup, prompts),
             max_tokens=max_tokens,
             ignore_eos=to_the_end,
-            extra_args=asked or None,
         )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -92,7 +110,8 @@ class Engine(cells.Engine):
     def losses(
         self, cell: Cell, texts: Sequence[list[int]], first: int
     ) -> list[list[float]]:
-        outputs = self._complete(texts, max_tokens=1, prompt_logprobs=0)
+        asked = asked_of(cell.setup, texts)
+        outputs = self._complete(texts, asked, max_tokens=1, prompt_logprobs=0)
         return [
             [
                 # of a token and of none but it; the first has none
@@ -109,10 +128,16 @@ class Engine(cells.Engine):
         self._llm.llm_engine.engine_core.shutdown()
 
     def _complete(
-        self, prompts: Sequence[list[int]], **sampling: Any
+        self,
+        prompts: Sequence[list[int]],
+        asked: Sequence[dict[str, Any]],
+        **sampling: Any,
     ) -> list[RequestOutput]:
         return self._llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-            SamplingParams(temperature=0, **sampling),
+            [
+                SamplingParams(temperature=0, extra_args=each or None, **sampling)
+                for each in asked
+            ],
             use_tqdm=False,
         )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from benchmarks.quality.cells import (
 )
 from benchmarks.quality.judge import judge
 from benchmarks.quality.results import Metrics, Result, append
-from benchmarks.quality.tasks import build, prose
+from benchmarks.quality.tasks import Problem, build, prose
 
 
 def measure(engine: Engine, tokenizer: Any, model: str, cell: Cell) -> Metrics:
@@ -49,7 +51,7 @@ def measure(engine: Engine, tokenizer: Any, model: str, cell: Cell) -> Metrics:
         length = cell.context - PROMPT_OF_GENERATION
         written = engine.answers(cell, prompts, length, to_the_end=True)
         return judge(model, prompts, written)
-    problems = build(cell.task, tokenizer, cell.context, cell.n, cell.seed)
+    problems = _problems(cell.task, tokenizer, cell.context, cell.n, cell.seed)
     asked = [problem.questions for problem in problems]
     answers = engine.converse(cell, asked)
     return accuracies(
@@ -62,6 +64,12 @@ def measure(engine: Engine, tokenizer: Any, model: str, cell: Cell) -> Metrics:
             for questions, said in zip(asked, answers, strict=True)
         ]
     )
+
+
+@cache
+def _problems(*arguments: Any) -> list[Problem]:
+    """Return what `build` does, once for all methods."""
+    return build(*arguments)
 
 
 def accuracies(scores: list[list[float]]) -> Metrics:
@@ -93,8 +101,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     try:
         for cell in cells:
+            begin = time.monotonic()
             metrics = measure(engine, tokenizer, job["model"], cell)
-            result = Result(cell, metrics, device_name(), job["commit"])
+            seconds = round(time.monotonic() - begin, 2)
+            result = Result(cell, metrics, device_name(), job["commit"], seconds)
             append(Path(job["results"]), result)
     finally:
         engine.close()

@@ -23,10 +23,13 @@ from benchmarks.quality.grid import (
     cells,
 )
 from benchmarks.quality.grid import jobs as jobs_of
+from benchmarks.quality.pace import chunk_of
 from benchmarks.quality.results import Result
 from benchmarks.quality.run import can_be_swept, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED
-from benchmarks.quality.with_vllm import engine_arguments
+from benchmarks.quality.tasks.derivation import prompt_tokens
+from benchmarks.quality.with_oracle import method_of
+from benchmarks.quality.with_vllm import asked_of, engine_arguments
 from benchmarks.quality.worker import accuracies
 from benchmarks.rows import read
 from vllm_roco.config import RocoConfig
@@ -122,12 +125,11 @@ def test_hard_tasks_have_every_method_and_conversations_that_are_kept() -> None:
         assert found == {
             ("full", 1.0),
             *((method, ratio) for method in methods for ratio in (0.5, 0.25)),
+            *((method, 0.125) for method in methods if (task, context) in lists),
         }
     kept = [cell.setup for cell in hard if cell.setup.method.endswith(", kept")]
     assert {setup.engine for setup in kept} == {"oracle"}
     assert {setup.block_size for setup in kept} == {16}
-    recited = {cell.setup.budget for cell in hard if cell.task == "recite"}
-    assert recited == {0, 1536, 768}
 
 
 def test_scores_of_questions_stand_beside_their_mean() -> None:
@@ -171,7 +173,7 @@ def test_hard_tasks_ask_one_server_for_every_method() -> None:
         if job[0].setup.engine == "vllm" and job[0].setup != FULL
     ]
     first = [(job[0].task, job[0].context) for job in asking]
-    assert len(set(first)) == len(first) == 18
+    assert len(set(first)) == len(first) == 17
     assert first[:3] == [("niah_multikey_2", 2048), ("vt", 2048), ("cwe", 2048)]
     for job in asking:
         found = [(cell.setup.method, cell.budget_ratio) for cell in job]
@@ -194,6 +196,112 @@ def test_hard_tasks_ask_one_server_for_every_method() -> None:
             assert plan(served, asked, cell.context) == plan(alone, {}, cell.context)
 
 
+POLICIES_THERE = ("roco/contribution", "recent", "random")
+
+
+def test_answers_that_need_themselves_hold_as_much_by_every_method() -> None:
+    written = [cell for cell in grid("written") if cell.setup != FULL]
+    held: dict[int, list[str]] = {}
+    for cell in written:
+        if cell.context == 3072:
+            held.setdefault(cell.setup.budget, []).append(cell.setup.method)
+    methods = [f"{m}, {p}" for m in ("generation", "both") for p in POLICIES_THERE]
+    assert list(held) == [1840, 1232, 928]
+    assert all(
+        sorted(found) == sorted([*methods, "generation, random by head"])
+        for found in held.values()
+    )
+    for cell in written:
+        setup, prompt = cell.setup, prompt_tokens(cell.context)
+        if setup.engine == "oracle":
+            rule = method_of(setup).rule
+            assert (rule.scope, rule.unit, rule.second) == ("head", 1, "random")
+            assert rule.sink >= prompt
+            continue
+        served = engine_arguments(setup, cell.context)["additional_config"]["roco"]
+        (asked,) = asked_of(setup, [[1] * prompt])
+        row = plan(served, asked, prompt)
+        alone = {"policy": setup.policy, "budget": setup.budget}
+        alone |= {"chunk": setup.chunk, "stride": setup.stride}
+        if not setup.method.startswith("generation"):
+            assert row == plan(alone, {}, prompt)
+        else:
+            assert row != plan(alone, {}, prompt)
+
+
+def test_every_pace_has_the_same_peak() -> None:
+    paces = [cell for cell in grid("pace") if cell.setup != FULL]
+    prompts = [[i % 7 for i in range(2048)], list(range(2048))]
+    chunks = {}
+    for cell in paces:
+        memory = cell.setup.budget
+        easy, hard = asked_of(cell.setup, prompts)
+        chunks[cell.setup.method] = easy["roco_chunk"], hard["roco_chunk"]
+        served = engine_arguments(cell.setup, 2048)["additional_config"]["roco"]
+        for asked in (easy, hard):
+            assert set(asked) == {"roco_budget", "roco_chunk", "roco_stride"}
+            assert sum(asked.values()) == memory
+            assert plan(served, asked, 2048) == plan(
+                {name.removeprefix("roco_"): asked[name] for name in asked}, {}, 2048
+            )
+    assert chunks.pop("at random")[0] in (128, 512)
+    assert chunks == {
+        **{str(chunk): (chunk, chunk) for chunk in (64, 128, 256, 512)},
+        "long where easy": (512, 128),
+        "long where hard": (128, 512),
+    }
+    every = jobs_of(paces)
+    assert [len(job) for job in every] == [7] * 10
+    with pytest.raises(ValueError, match="pace = 'slow' is not one of 64, 128"):
+        chunk_of("slow", prompts[0])
+
+
+def test_what_is_named_first_is_measured_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Cell] = []
+
+    def measure(job: Job, workplace: jobs.Workplace, until: float) -> str | None:
+        asked.extend(job)
+        for cell in job:
+            results.append(workplace.results, result(cell, 1.0))
+        return None
+
+    monkeypatch.setattr(jobs, "_run_one", measure)
+    given = arguments(tmp_path)
+    given.preset, given.order, given.n = "full", "asked", 1
+    given.tasks, given.methods = ["needle", "passkey"], ["random", "roco/peak", "h2o"]
+    given.contexts, given.shares = [2048], [0.25, 0.5]
+    run(given)
+
+    found = [cell for cell in asked if cell.setup.engine == "oracle"]
+    assert [
+        (cell.task, cell.budget_ratio, cell.setup.method)
+        for cell in found
+        if cell.setup.chunk == 512
+    ] == [
+        (task, share, method)
+        for task in given.tasks
+        for share in given.shares
+        for method in ("random", "h2o")
+    ]
+    assert {cell.context for cell in asked} == {2048}
+
+    before = len(asked)
+    again = arguments(tmp_path / "again")
+    again.preset, again.n, again.tasks, again.contexts = "full", 1, ["needle"], [2048]
+    again.methods, again.shares, again.known = (
+        ["random"],
+        [0.25],
+        [tmp_path / "quality_results.jsonl"],
+    )
+    run(again)
+    assert len(asked) == before, "what is known is not measured again"
+    rows = read(tmp_path / "again" / "quality.csv")
+    assert set(rows["task"]) == {"needle"}
+    assert set(rows["method"]) == {"full", "random"}
+
+
 def test_a_task_that_the_full_cache_fails_is_not_swept() -> None:
     full = next(cell for cell in grid() if cell.task == "vt")
     swept = next(c for c in grid() if c.task == "vt" and c.setup != FULL)
@@ -213,6 +321,11 @@ def arguments(out: Path) -> argparse.Namespace:
         seed=7,
         tasks=["passkey", PERPLEXITY],
         methods=None,
+        contexts=None,
+        shares=None,
+        order="grid",
+        known=[],
+        at_once=False,
         parallel=1,
         time_limit=60.0,
         commit="abc",
@@ -248,6 +361,28 @@ def test_a_run_goes_on_where_it_stopped(
     assert {cell.setup for cell in asked[:2]} == {FULL}
     run(arguments(tmp_path))
     assert len(asked) == len(second)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_full_cache_is_waited_for_unless_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """It solves nothing here, so that nothing else tells anything."""
+    asked: list[Cell] = []
+
+    def measure(job: Job, workplace: jobs.Workplace, until: float) -> str | None:
+        asked.extend(job)
+        for cell in job:
+            results.append(workplace.results, result(cell, 0.0))
+        return None
+
+    monkeypatch.setattr(jobs, "_run_one", measure)
+    given = arguments(tmp_path)
+    given.at_once, given.tasks = at_once, ["passkey"]
+    run(given)
+
+    assert asked[0].setup == FULL
+    assert (len(asked) > 1) is at_once
 
 
 def test_a_failed_worker_is_named_with_its_log(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from benchmarks.quality.grid import FULL, METHODS, ORACLE_METHODS, PRESETS, cell
 from benchmarks.quality.pictures import PICTURES
 from benchmarks.quality.policies import BASE
 from benchmarks.quality.results import Result
-from benchmarks.quality.scores import named
+from benchmarks.quality.scores import label_of, named
 from benchmarks.quality.tables import search, tables, verdicts
 from benchmarks.quality.worker import accuracies
 from benchmarks.rows import note, write
@@ -93,8 +93,42 @@ def test_hard_tasks_are_shown_with_every_question(tmp_path: Path) -> None:
 
     assert "**vt 2,048**, n = 2, full cache 0.60 [0.40, 0.80]" in text
     assert "| roco/contribution, kept | 0.75 [0.50, 1.00] | 0.75 " in text
-    line = "| needle, 2 questions 2,048 | h2o | 25 % | 1.00 [0.34, 1.00] | 0.50 "
+    line = (
+        "| needle, 2 questions 2,048 | h2o, tokens | 25 % | 1.00 [0.34, 1.00] | 0.50 "
+    )
     assert line in text
+
+
+def test_paces_are_shown_with_their_mean(tmp_path: Path) -> None:
+    measured = cells(PRESETS["pace"], model="m", seed=50_000, n=4)
+    lacking = [
+        cell
+        for cell in measured
+        if (cell.task, cell.setup.method, cell.setup.budget) != ("vt", "512", 1280)
+    ]
+    results = {
+        cell: Result(cell, {"accuracy": [float(cell.task == "vt")] * 4}, "gpu", "abc")
+        for cell in lacking
+    }
+    write(tmp_path / "pace.csv", scoring.rows(results))
+    text = re.sub(" +", " ", tables(tmp_path)["quality_pace"])
+
+    assert "**At most 768 tokens in a step**, n = 4" in text
+    least, most = text.split("**At most 1,280")
+    assert re.search(r"\| long where easy \|( [01]\.00 \[.*?\] \|){5} 0\.20 \|", least)
+    assert re.search(r"\| full cache \|.* 0\.20 \|", most)
+    assert re.search(r"\| 512 \|.*\| +\|\n", most), "no mean without a task"
+    assert PICTURES["quality_pace"].write(tmp_path, tmp_path / "pace.svg")
+    assert "where easy" in (tmp_path / "pace.svg").read_text()
+
+
+def test_names_tell_tokens_from_policies() -> None:
+    """The oracle's h2o chooses tokens, the plugin's policy of this name blocks."""
+    assert label_of("h2o") == "h2o, tokens"
+    assert label_of("token-roco") == "token-roco"
+    assert label_of("both, h2o", "vllm") == "both, policy h2o"
+    assert label_of("recent, kept") == "recent, kept"
+    assert label_of("roco/peak", "vllm") == "roco/peak"
 
 
 def test_less_is_never_called_safer_than_more() -> None:
@@ -111,14 +145,18 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     assert "| **roco/contribution** (default) | 0.50 [0.15, 0.85] " in re.sub(
         " +", " ", text
     )
-    assert "passkey 2,048: 1.00 in full, 0.50 at 50 %, 0.25 at 25 %" in text
     assert re.search(r"\| vt 2,048 +\| 0\.00 \[0\.00, 0\.49\] +\| 4 ", text)
     assert re.search(r"\| 50 % .*\| loses much", text)
     assert re.search(r"\| 25 % .*\| broken: do not serve", text)
-    assert "passkey 2,048 at 12.5 %: 0.25 at 16, 0.25 at 32" in text
+    line = r"\| passkey 2,048 at 12\.5 % +\| {} +\| as the stride +\| 4 +\| 0\.25 \["
+    default = r"\*\*roco/contribution\*\* \(default\)"
+    for name, method in (("stride", default), ("stride_before", "roco/peak")):
+        assert re.search(line.format(method), found[f"quality_{name}"])
+    assert "peak" not in found["quality_stride"]
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
     others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
+    others = (*others, "written", "pace")
     assert missing == {f"quality_{name}" for name in others}
 
 

@@ -22,7 +22,7 @@ from benchmarks.quality.tasks import (
     prose,
     tokens_behind,
 )
-from benchmarks.quality.tasks.recite import Recital
+from benchmarks.quality.tasks.derivation import Derivation, Step, to_derivation
 from benchmarks.quality.tasks.ruler import RULER_TASKS
 from benchmarks.quality.training.samples import write
 
@@ -31,8 +31,8 @@ CONTEXT = 2048
 MOST_UNUSED = {
     **{"passkey": 30, "needle": 300, "common_words": 200},
     **dict.fromkeys(RULER_TASKS, 600),
-    # a third is read, and the rest written
-    "recite": 2 * CONTEXT // 3 + 100,
+    # a fifth is read, and the rest written
+    "derivation": 4 * CONTEXT // 5 + 100,
 }
 
 
@@ -158,42 +158,81 @@ def test_variables_of_a_chain_are_assigned_to_one_another(tokenizer: Any) -> Non
     assert places == sorted(places)
 
 
-class TestRecite:
-    """Lines are judged by what the model wrote before."""
+class TestDerivation:
+    """Steps are judged by the values that the model wrote."""
 
-    problem = Recital([1], 99, ("a", "b", "c"))
+    steps = (Step("zero", 3, "a"), Step("a", 8, "b"), Step("a", 1, "c"))
+    problem = Derivation([1], 99, ("a", "b", "c"), steps=steps)
+    first = (
+        "1. zero + 3 = a: we know that zero is 0, and 0 + 3 makes 3, so from now on a "
+        "is 3."
+    )
+    second = (
+        "2. a + 8 = b: we know that a is 3, and 3 + 8 makes 1, so from now on b is 1."
+    )
+    third = (
+        "3. a + 1 = c: we know that a is 3, and 3 + 1 makes 4, so from now on c is 4."
+    )
+
+    def score(self, *lines: str) -> float:
+        return self.problem.score("\n".join(lines)) * len(self.steps)
 
     def test_all_right(self) -> None:
-        text = "a: 3\nb: 9\nc: 4\nSums of sums:\na = 3\nb = 2\nc = 6"
-        assert self.problem.score(text) == 1
+        assert self.score(self.first, self.second, self.third) == 3
 
-    def test_one_mistake_counts_once(self) -> None:
-        text = "a: 3\nb: 9\nc: 4\nSums of sums:\na = 4\nb = 3\nc = 7"
-        assert self.problem.score(text) == pytest.approx(2 / 3)
+    def test_a_line_that_is_missing_is_missing_once_if_nothing_needs_it(self) -> None:
+        assert self.score(self.first, self.third) == 2
+        assert self.score(self.second, self.third) == 0
+        assert self.score("Well.", self.first, "", self.third) == 2
+        assert self.score() == 0
 
-    def test_a_wrong_first_sum_is_no_mistake_of_the_second(self) -> None:
-        text = "a: 3\nb: 8\nc: 4\nSums of sums:\na = 3\nb = 1\nc = 5"
-        assert self.problem.score(text) == 1
+    def test_a_mistake_is_none_of_those_that_follow_from_it(self) -> None:
+        slip = self.first.replace("3 makes 3", "3 makes 5").replace("a is 3", "a is 5")
+        second = self.second.replace(
+            "a is 3, and 3 + 8 makes 1", "a is 5, and 5 + 8 makes 3"
+        )
+        assert self.score(slip, second.replace("b is 1", "b is 3")) == 1
+        assert self.score(slip, self.second) == 0
 
     @pytest.mark.parametrize(
-        ("text", "score"),
+        ("right", "wrong"),
         [
-            ("", 0),
-            ("a: 3\nb: 9\nc: 4\n", 0),
-            ("a: 3\nb: 9\nc: 4\nSums of sums:\na = 3", 1 / 3),
-            ("a: 3\nb: 9\nSums of sums:\na = 3\nb = 2\nc = 6", 2 / 3),
-            ("a: 3\nx: 9\nc: 4\nSums of sums:\na = 3\nb = 2\nc = 6", 2 / 3),
-            ("a: 3\nb: 9\nc: 4\nSums of sums:\na = 3\nstop\nc = 6", 1 / 3),
+            ("know that a is 3", "know that a is 4"),
+            ("know that a is", "know that b is"),
+            ("b is 1", "b is 2"),
+            ("on b is", "on c is"),
+            ("a + 8", "a + 7"),
+            ("2. a", "9. a"),
         ],
     )
-    def test_what_is_missing_is_wrong(self, text: str, score: float) -> None:
-        assert self.problem.score(text) == pytest.approx(score)
+    def test_what_differs_is_wrong(self, right: str, wrong: str) -> None:
+        assert right in self.second
+        assert self.score(self.first, self.second.replace(right, wrong, 1)) == 1
 
-    def test_what_an_adapter_is_trained_to_write_is_right(self, tokenizer: Any) -> None:
-        draw = random.Random(1)
-        (exchange,) = write("recite", draw, "seed", tokenizer, 512)
-        problem = Recital([1], 99, exchange.answers)
-        assert problem.score(exchange.reply) == 1
+    @pytest.mark.parametrize("context", [1024, 3072, 6144])
+    def test_what_an_adapter_is_trained_to_write_is_right_and_has_room(
+        self, tokenizer: Any, context: int
+    ) -> None:
+        for seed in range(3):
+            exchanges = write(
+                "derivation", random.Random(seed), f"{seed}", tokenizer, context
+            )
+            (exchange,) = exchanges
+            problem = to_derivation(exchange, tokenizer)
+            assert problem.score(exchange.reply) == 1
+            assert problem.score(exchange.reply.rpartition("\n")[0]) < 1
+            written = len(tokenizer(exchange.reply)["input_ids"])
+            assert 0.6 * problem.max_tokens < written < problem.max_tokens
+            assert len(problem.token_ids) + problem.max_tokens <= context
+
+    def test_any_earlier_value_is_as_likely_to_be_needed(self, tokenizer: Any) -> None:
+        back = []
+        for problem in build("derivation", tokenizer, 3072, 8, 7):
+            assert isinstance(problem, Derivation)
+            names = ["zero", *(step.name for step in problem.steps)]
+            for place, step in enumerate(problem.steps):
+                back.append((place - names.index(step.operand)) / (place + 1))
+        assert sum(share > 0.5 for share in back) / len(back) > 0.4
 
 
 def test_score_is_the_share_of_answers_that_are_told(tokenizer: Any) -> None:

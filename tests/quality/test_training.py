@@ -102,6 +102,32 @@ def test_an_adapter_is_in_the_format_of_peft(folder: Path) -> None:
     assert len(tensors) == 3 * 7 * 2
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_a_training_goes_on_from_an_adapter(folder: Path) -> None:
+    """Without a step, what is there is what it started from."""
+    model = load(folder)
+    for parameter in low_rank.attach(model, 4):
+        parameter.data = torch.randn_like(parameter).bfloat16().float()
+    low_rank.save(model, folder / "adapter", "tiny")
+    again, other = load(folder), load(folder)
+    low_rank.attach(again, 4)
+    low_rank.restore(again, folder / "adapter")
+    low_rank.attach(other, 8)
+
+    ids = torch.arange(40)[None]
+    with torch.inference_mode(), parametrize.cached():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"q_proj, not \(8, 32\)"):
+        low_rank.restore(other, folder / "adapter")
+
+
+def test_only_tasks_with_a_share_are_drawn(tokenizer: Any) -> None:
+    for index in range(3):
+        sample = samples.draw_sample(f"{index}", tokenizer, 1024, {"derivation": 1})
+        text = tokenizer.decode(sample.token_ids)
+        assert text.startswith("Work out the steps")
+
+
 def test_an_adapter_of_another_model_is_refused(folder: Path, tokenizer: Any) -> None:
     model = load(folder)
     low_rank.attach(model, 4)

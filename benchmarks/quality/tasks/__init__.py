@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 from benchmarks.quality.tasks.conversation import CONVERSATIONS, build_conversations
+from benchmarks.quality.tasks.derivation import DERIVATION, build_derivations
 from benchmarks.quality.tasks.needle import build_needles
 from benchmarks.quality.tasks.passkey import build_passkeys
 from benchmarks.quality.tasks.problem import Problem, Question
 from benchmarks.quality.tasks.prose import FIRST_REPORT_SEED, prose
-from benchmarks.quality.tasks.recite import build_recite
 from benchmarks.quality.tasks.ruler import HARD_TASKS, RULER_TASKS, build_ruler
 
 __all__ = [
@@ -33,7 +33,7 @@ TASKS: dict[str, Callable[[Any, int, int, int], list[Problem]]] = {
     "needle": build_needles,
     **{task: partial(build_ruler, task) for task in RULER_TASKS},
     **{name: partial(build_conversations, name) for name in CONVERSATIONS},
-    "recite": build_recite,
+    DERIVATION: build_derivations,
 }
 """What builds the problems of each task, see `build`."""
 

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import machine
 from benchmarks.quality.training import evaluation, low_rank
-from benchmarks.quality.training.samples import LENGTHS
+from benchmarks.quality.training.samples import LENGTHS, SHARES
 from benchmarks.quality.training.supply import supply
 from benchmarks.quality.training.trained import (
     ADAPTER,
@@ -71,6 +71,15 @@ def main() -> None:
             add("--rank", type=int, default=12)
             add("--rate", type=float, default=2e-3, help="largest learning rate")
             add("--batch-tokens", type=int, default=32 * 1024)
+            add("--start", type=Path, metavar="DIR", help="adapter to go on from")
+            add(
+                *("--shares", "-s"),
+                type=_share,
+                nargs="+",
+                default=list(SHARES.items()),
+                metavar="TASK=N",
+                help="how often each task is drawn; others not at all",
+            )
             add("--lengths", type=int, nargs="+", default=LENGTHS)
             add("--evaluate-every", type=int, default=300, metavar="STEPS")
             add("--target", type=float, default=0.99, help="of every task: then end")
@@ -81,6 +90,13 @@ def main() -> None:
     # there is a process for every core
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     arguments.run(arguments)
+
+
+def _share(text: str) -> tuple[str, float]:
+    task, _, share = text.partition("=")
+    if task not in SHARES:
+        raise argparse.ArgumentTypeError(f"{task!r} is not one of {', '.join(SHARES)}")
+    return task, float(share)
 
 
 def _load(folder: str) -> Any:
@@ -116,6 +132,7 @@ def _train(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.processes,
         tuple(arguments.lengths),
+        dict(arguments.shares),
     ) as batches:
         model = _load(folder)
         _say(f"loaded after {time.monotonic() - begin:.0f} s")
@@ -125,7 +142,7 @@ def _train(arguments: argparse.Namespace) -> None:
             low_rank.save(model, arguments.out, arguments.model)
             return evaluation.judge(model, paper)
 
-        course = train(model, batches, plan, judge, _say)
+        course = train(model, batches, plan, judge, _say, arguments.start)
     low_rank.save(model, arguments.out, arguments.model)
     report = {
         "gpu": machine.device_name(),
@@ -136,6 +153,8 @@ def _train(arguments: argparse.Namespace) -> None:
         "seed": arguments.seed,
         "batch_tokens": arguments.batch_tokens,
         "lengths": list(arguments.lengths),
+        "shares": dict(arguments.shares),
+        "start": str(arguments.start or ""),
         "problems": arguments.problems,
     }
     # whatever becomes of the last evaluation

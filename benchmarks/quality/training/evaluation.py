@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.quality.tasks import HARD_TASKS, build
 from benchmarks.quality.tasks.conversation import CONVERSATIONS
+from benchmarks.quality.tasks.derivation import prompt_tokens, write_derivation
 from benchmarks.quality.tasks.exchange import Exchange, fitted
 from benchmarks.quality.tasks.material import report_material
-from benchmarks.quality.tasks.recite import write_recite
 
 SEED = 90_000
 CONTEXTS = (2048, 4096)
 TASKS = (
     *("needle, 4 questions", "multikey, 4 questions", "multivalue, 4 questions"),
-    *("multikey, later", "variables", "common_words", "recite"),
+    *("multikey, later", "variables", "common_words", "derivation"),
 )
 """Judged in one pass."""
 
@@ -179,10 +179,10 @@ def mark(exchanges: list[Exchange], tokenizer: Any) -> Marked:
 def _write(tokenizer: Any, task: str, context: int, index: int) -> Marked:
     form = CONVERSATIONS.get(task)
     exchanges = fitted(
-        form.write if form else lambda writer: write_recite(writer),
+        form.write if form else lambda writer: write_derivation(writer),
         f"{task} {SEED} {index}",
         report_material(),
         tokenizer,
-        context if form else context // 3,
+        context if form else prompt_tokens(context),
     )
     return mark(exchanges, tokenizer)

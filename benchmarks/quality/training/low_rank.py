@@ -77,6 +77,30 @@ def attach(model: nn.Module, rank: int) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def restore(model: nn.Module, folder: Path) -> None:
+    """Give a model's adapters the values of a folder's.
+
+    Args:
+        model: What `attach` changed.
+        folder: Of adapters of the same rank.
+
+    Raises:
+        ValueError: The adapters are not those of this model, or of another rank.
+    """
+    tensors = load_file(folder / WEIGHTS)
+    for name, layer in _targets(model):
+        added = _added(layer)
+        for letter, parameter in (("A", added.a), ("B", added.b)):
+            stored = tensors.get(f"{_PREFIX}{name}.lora_{letter}.weight")
+            shape = None if stored is None else tuple(stored.shape)
+            if stored is None or shape != tuple(parameter.shape):
+                raise ValueError(
+                    f"{folder / WEIGHTS} has {shape or 'nothing'} for {name}, not "
+                    f"{tuple(parameter.shape)}. Give an adapter of this model and rank."
+                )
+            parameter.data.copy_(stored)
+
+
 def save(model: nn.Module, folder: Path, base: str) -> None:
     """Write a model's adapters in bfloat16, in PEFT's format.
 

@@ -7,13 +7,14 @@ No word, name or passage of a novel is the reports', see `tasks.material`.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
 
 from benchmarks.quality.tasks.conversation import GENERATORS, RETRIEVAL
+from benchmarks.quality.tasks.derivation import prompt_tokens, write_derivation
 from benchmarks.quality.tasks.exchange import (
     PAUSE_TOKENS,
     Exchange,
@@ -22,21 +23,20 @@ from benchmarks.quality.tasks.exchange import (
     with_a_pause,
 )
 from benchmarks.quality.tasks.material import training_material
-from benchmarks.quality.tasks.recite import write_recite
 
 LENGTHS = (512, 1024, 1536, 2304, 3328, 4608)
 """Tokens of a text with all that is said about it."""
 
-_WRITERS = {**GENERATORS, "recite": write_recite}
+_WRITERS = {**GENERATORS, "derivation": write_derivation}
 SHARES = {
     "needle": 2,
     "multikey": 4,
     "multivalue": 3,
     "variables": 4,
     "common_words": 4,
-    "recite": 4,
+    "derivation": 4,
 }
-"""How often each is drawn."""
+"""How often each is drawn, where nothing else is asked for."""
 TASKS = tuple(SHARES)
 _MOST_QUESTIONS = {"needle": 4, "multikey": 20, "multivalue": 4, "variables": 3}
 _EXCHANGE_TOKENS = {
@@ -70,17 +70,20 @@ class Sample:
     weights: numpy.ndarray
 
 
-def draw_sample(seed: str, tokenizer: Any, length: int) -> Sample:
+def draw_sample(
+    seed: str, tokenizer: Any, length: int, shares: Mapping[str, float] = SHARES
+) -> Sample:
     """Return a problem of any task, with its answers.
 
     Args:
         seed: Of everything that is random.
         tokenizer: A fast Hugging Face tokenizer.
         length: About the most tokens.
+        shares: How often each task is drawn.
     """
     draw = random.Random(seed)
-    tasks = [task for task in SHARES if length >= _LEAST_LENGTH.get(task, 0)]
-    (task,) = draw.choices(tasks, [SHARES[task] for task in tasks])
+    tasks = [task for task in shares if length >= _LEAST_LENGTH.get(task, 0)]
+    (task,) = draw.choices(tasks, [shares[task] for task in tasks])
     return encode(write(task, draw, seed, tokenizer, length), tokenizer, draw)
 
 
@@ -93,8 +96,8 @@ def write(
     most = min(_MOST_QUESTIONS.get(task, 1), spare // _EXCHANGE_TOKENS.get(task, 1))
     questions = draw.randint(1, max(1, most))
     context = length - questions * _EXCHANGE_TOKENS.get(task, 0)
-    if task == "recite":
-        context = length // 3
+    if task == "derivation":
+        context = prompt_tokens(length)
     story = 0
     if task in RETRIEVAL and length >= 1024 and draw.random() < _PAUSES:
         story = draw.randint(_LEAST_STORY, min(PAUSE_TOKENS, length // 3))

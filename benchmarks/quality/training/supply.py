@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from typing import Any
 
 import numpy
 
-from benchmarks.quality.training.samples import LENGTHS, Sample, draw_sample
+from benchmarks.quality.training.samples import LENGTHS, SHARES, Sample, draw_sample
 
 FULL_LENGTH_AT = 0.35
 """Progress from which on texts of every length are drawn."""
@@ -35,7 +35,12 @@ class Batch:
 
 
 def make_batch(
-    seed: str, tokenizer: Any, tokens: int, progress: float, lengths: tuple[int, ...]
+    seed: str,
+    tokenizer: Any,
+    tokens: int,
+    progress: float,
+    lengths: tuple[int, ...],
+    shares: Mapping[str, float] = SHARES,
 ) -> Batch:
     """Return about `tokens` tokens of texts of one length.
 
@@ -45,6 +50,7 @@ def make_batch(
         tokens: Padding counts.
         progress: Of the training, 0 to 1: longer texts come later.
         lengths: Of texts, short ones first.
+        shares: How often each task is drawn.
     """
     share = min(1.0, progress / FULL_LENGTH_AT)
     known = 1 + int(share * (len(lengths) - 1) + 1e-6)
@@ -52,7 +58,8 @@ def make_batch(
     length = random.Random(seed).choices(lengths[:known], range(1, known + 1))[0]
     count = max(1, tokens // length)
     samples = [
-        draw_sample(f"{seed} {index}", tokenizer, length) for index in range(count)
+        draw_sample(f"{seed} {index}", tokenizer, length, shares)
+        for index in range(count)
     ]
     return pad(samples, tokenizer.eos_token_id)
 
@@ -79,6 +86,7 @@ class Supply:
         seed: int,
         processes: int,
         lengths: tuple[int, ...] = LENGTHS,
+        shares: Mapping[str, float] = SHARES,
     ) -> None:
         """Start them; no thread may have used a GPU before.
 
@@ -88,6 +96,7 @@ class Supply:
             seed: Of the training.
             processes: How many.
             lengths: Of texts, short ones first.
+            shares: How often each task is drawn.
         """
         context = multiprocessing.get_context("fork")
         self._progress = context.Value("d", 0.0)
@@ -98,7 +107,7 @@ class Supply:
                 target=_produce,
                 args=(
                     *(self._queue, self._progress, tokenizer, tokens),
-                    *(f"training {seed} {number}", lengths),
+                    *(f"training {seed} {number}", lengths, shares),
                 ),
                 daemon=True,
             )
@@ -137,10 +146,10 @@ def _produce(
     tokens: int,
     seed: str,
     lengths: tuple[int, ...],
+    shares: Mapping[str, float],
 ) -> None:
     index = 0
     while True:
-        queue.put(
-            make_batch(f"{seed} {index}", tokenizer, tokens, progress.value, lengths)
-        )
+        name = f"{seed} {index}"
+        queue.put(make_batch(name, tokenizer, tokens, progress.value, lengths, shares))
         index += 1

@@ -108,6 +108,7 @@ def train(
     plan: Plan,
     evaluate: Callable[[], dict[str, float]],
     say: Callable[[str], None] = print,
+    start: Path | None = None,
 ) -> Course:
     """Train adapters, which the model gets here.
 
@@ -117,8 +118,11 @@ def train(
         plan: How.
         evaluate: Returns the score of each task.
         say: Takes the lines of the log.
+        start: Folder of adapters that the training goes on from.
     """
     parameters = low_rank.attach(model, plan.rank)
+    if start:
+        low_rank.restore(model, start)
     optimizer = torch.optim.AdamW(
         parameters, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0
     )
