@@ -73,6 +73,13 @@ class Host:
         """The file of `tests.soak.audit`."""
         return self.folder / "audit.json"
 
+    @property
+    def _num_blocks(self) -> int:
+        # a request alone may come to hold 64, and most want about ten
+        number = max(72, 4 * self.seqs)
+        # of which layers with a window take their own
+        return 2 * number if self.windows else number
+
     def find_model(self) -> Path:
         """Return the model's folder, and make it if need be."""
         if self.model is None:
@@ -101,8 +108,7 @@ class Host:
             cuda=current_platform.is_cuda(),
             dtype=self.dtype,
             max_num_seqs=self.seqs,
-            # a request alone may come to hold 64, and most want about ten
-            num_blocks=self.num_blocks or max(72, 4 * self.seqs),
+            num_blocks=self.num_blocks or self._num_blocks,
             adapter=self.adapter,
         )
         return arguments | ({"enable_sleep_mode": True} if self.sleep_mode else {})

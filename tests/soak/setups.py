@@ -33,7 +33,8 @@ def save_small_model(tokenizer_of: Path, folder: Path, *, windows: bool) -> Path
         folder.mkdir(exist_ok=True)
         shutil.copy(file, folder)
     if windows:
-        return save_mixed("olmo3", folder, vocab_size=vocabulary)
+        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+        return save_mixed("olmo3", folder, vocab_size=vocabulary, **special)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
