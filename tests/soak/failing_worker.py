@@ -22,4 +22,4 @@ class FailingWorker(CPUWorker):
         def fail(*args: Any, **kwargs: Any) -> None:
             raise RuntimeError(CAUSE)
 
-        impl.evict = fail
+        vars(impl)["evict"] = fail

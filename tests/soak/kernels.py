@@ -360,10 +360,10 @@ def check_oldest(draw: random.Random, shape: Shape) -> None:
     schedule, sink = group.schedule, -(-how.sink // shape.block_size)
     expected = []
     for row, (before, after) in enumerate(group.steps):
-        evicted = [schedule.evicted_blocks(number) for number in (before, after)]
+        first, last = map(schedule.evicted_blocks, (before, after))
         places: list[tuple[int, int]] = []
-        if evicted[0] < evicted[1]:
-            places = policy.plan_recent_moves(*evicted, schedule.budget_blocks, sink)
+        if first < last:
+            places = policy.plan_recent_moves(first, last, schedule.budget_blocks, sink)
         expected.append(group.blocks(row, places))
     assert group.run(how, measures=False) == expected
 
