@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -70,6 +71,28 @@ def test_what_is_left_out_follows_the_budget(
     assert (config.stride, config.chunk) == (stride, chunk)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x" * 100_000,
+        # what Python does not print
+        10**5000,
+        functools.reduce(lambda inner, _: [inner], range(2000), []),
+    ],
+    ids=["long", "digits", "deep"],
+)
+@pytest.mark.parametrize("options", ["budget", "sink", "\ud800", None])
+def test_a_value_of_any_size_is_one_short_error(
+    options: str | None, value: object
+) -> None:
+    """A long one filled the log, and one too deep was a RecursionError."""
+    with pytest.raises(ValueError, match="roco: ") as error:
+        RocoConfig.from_additional_config(
+            {"roco": value if options is None else {options: value}}
+        )
+    assert len(str(error.value).encode()) < 700
+
+
 def test_options_do_not_change() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RocoConfig().budget = 1  # type: ignore[misc]
@@ -108,6 +131,8 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         ("prefill_tokens", 0, "a whole number of tokens, at least 1"),
         ("sink", -1, "a whole number of tokens, at least 0"),
         ("recent", -1, "a whole number of tokens, at least 0"),
+        ("budget", 2**31, "a whole number of tokens, at most 2147483647"),
+        ("chunk", 10**30, "a whole number of tokens, at most 2147483647"),
         ("recent", None, "a whole number of tokens, at least 0"),
         ("max_budget", 2032, "a whole number of tokens, at least 2048"),
         ("max_budget", 4096.0, "a whole number of tokens, at least 2048"),

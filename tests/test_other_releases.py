@@ -29,6 +29,7 @@ FILES = [
     "tests/test_window_prefixes.py",
     "tests/test_request_plans.py",
     "tests/test_block_sharing.py",
+    "tests/test_tenants.py",
     "tests/kv_cache/test_*.py",
 ]
 

@@ -18,12 +18,15 @@ NAMESPACE = "roco"
 
 POLICIES = ("roco", "h2o", "random", "recent")
 SHIELDS = ("contribution", "peak", "deviation")
+MAX_INTEGER = 2**31 - 1
+"""Tokens at most of any option: what evicts is told by numbers of 32 bits."""
 MODES = ("both", "prompt", "generation", "auto", "full")
 UNBOUNDED_MODES = ("prompt", "full")
 """Modes in which a sequence keeps what it generates."""
 
 # until `__post_init__` knows the budget; an instance has a number
 _FROM_BUDGET: Any = None
+_LONGEST_TEXT = 100
 _MOST = {"stride": 256, "chunk": 1024}
 """Tokens of an option that is left out, or the budget where that is less."""
 
@@ -145,7 +148,7 @@ class RocoConfig:
             options = additional_config.get(NAMESPACE, {})
         if not isinstance(options, Mapping):
             raise ValueError(
-                f"roco: additional_config['roco'] is {options!r}, but must be a "
+                f"roco: additional_config['roco'] is {spell(options)}, but must be a "
                 "dictionary of options, for example "
                 '{"roco": {"budget": 2048, "stride": 256}}.'
             )
@@ -153,8 +156,8 @@ class RocoConfig:
         for key in options:
             if key not in known:
                 raise ValueError(
-                    f"roco: unknown option {key!r} = {options[key]!r}. Allowed keys "
-                    f"are {', '.join(known)}. Correct or remove it."
+                    f"roco: unknown option {spell(key)} = {spell(options[key])}. "
+                    f"Allowed keys are {', '.join(known)}. Correct or remove it."
                 )
         return cls(**options)
 
@@ -251,9 +254,19 @@ def blocks_of(tokens: int, block_size: int) -> int:
 _LEAST = {"stride": 1, "chunk": 1, "prefill_tokens": 1, "sink": 0, "recent": 0}
 
 
+def spell(value: object) -> str:
+    """Return a value as a message can hold it, whatever was sent."""
+    try:
+        text = repr(value)
+    # a number of too many digits; lists in lists in lists
+    except (ValueError, RecursionError):
+        text = f"<{type(value).__name__}, too long to print>"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+
+
 def _bad(key: str, value: object, allowed: str) -> ValueError:
     return ValueError(
-        f"roco: {key} = {value!r} is not allowed. Use {allowed} "
+        f"roco: {key} = {spell(value)} is not allowed. Use {allowed} "
         f'(--additional-config \'{{"roco": {{"{key}": ...}}}}\').'
     )
 
@@ -276,9 +289,11 @@ def is_ratio(value: object) -> bool:
     return 0 <= value <= 1
 
 
-def _check_integer(key: str, value: object, least: int) -> None:
+def _check_integer(key: str, value: Any, least: int) -> None:
     if not is_integer(value, least):
         raise _bad(key, value, f"a whole number of tokens, at least {least}")
+    if value > MAX_INTEGER:
+        raise _bad(key, value, f"a whole number of tokens, at most {MAX_INTEGER}")
 
 
 def _check_ratio(key: str, value: object) -> None:

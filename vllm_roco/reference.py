@@ -130,7 +130,8 @@ def attend(
     """Attend causally over a sequence's live blocks, the newest tokens its queries.
 
     Args:
-        query: `[query_len, num_q_heads, head_size]`.
+        query: `[query_len, num_q_heads, head_size]`. Of float64, all is worked out in
+            float64, else in float32.
         kv_cache: `[num_blocks, num_kv_heads, block_size, 2 * head_size]`.
         blocks: Live blocks in order.
         live_len: Tokens in them.
@@ -145,18 +146,19 @@ def attend(
     group = num_q_heads // num_kv_heads
     # [num_kv_heads, live_len, 2 * head_size]
     content = kv_cache[blocks.long()].transpose(0, 1).flatten(1, 2)[:, :live_len]
-    keys, values = content.float().repeat_interleave(group, 0).split(head_size, -1)
-    logits = query.float().transpose(0, 1) @ keys.transpose(1, 2) * scale
+    wide = torch.promote_types(query.dtype, torch.float32)
+    keys, values = content.to(wide).repeat_interleave(group, 0).split(head_size, -1)
+    logits = query.to(wide).transpose(0, 1) @ keys.transpose(1, 2) * scale
     if soft_cap:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     position = torch.arange(live_len, device=query.device)
     seen = position <= position[live_len - query_len :, None]
     logits = logits.masked_fill(~seen, float("-inf"))
     if sinks is not None:
-        of_sinks = sinks.float()[:, None, None].expand(-1, query_len, 1)
+        of_sinks = sinks.to(wide)[:, None, None].expand(-1, query_len, 1)
         logits = torch.cat((logits, of_sinks), -1)
     weights = logits.softmax(-1)[..., :live_len]
-    output = (weights.to(dtype).float() @ values).transpose(0, 1).to(dtype)
+    output = (weights.to(dtype).to(wide) @ values).transpose(0, 1).to(dtype)
 
     padded = weights.new_zeros(num_q_heads, query_len, len(blocks) * block_size)
     padded[..., :live_len] = weights

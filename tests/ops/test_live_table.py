@@ -126,9 +126,18 @@ def test_every_row_goes_by_its_own(device: torch.device) -> None:
         before = max(0, length - int(torch.randint(1, 70, (1,), generator=generator)))
         steps.append((before, length))
         rows.append(EvictionRow(int(resident), int(stride), until, 0, 0, 0, 0, 0))
-    got = run(
-        steps, EvictionSchedule(block_size=size, budget=16, stride=16), 48, device, rows
-    )
+    check(steps, rows, size, device)
+
+
+def check(
+    steps: list[tuple[int, int]],
+    rows: list[EvictionRow],
+    size: int,
+    device: torch.device,
+) -> None:
+    width = max(after for _, after in steps) // size + 2
+    schedule = EvictionSchedule(block_size=size, budget=size, stride=size)
+    got = run(steps, schedule, width, device, rows)
     for i, ((before, after), row) in enumerate(zip(steps, rows, strict=True)):
         schedule = row.schedule(size)
         evicted = schedule.evicted_blocks(before)

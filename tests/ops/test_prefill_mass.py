@@ -26,10 +26,22 @@ def check(
     exact: Expected | None = None,
 ) -> None:
     exact = exact or case.expected(soft_cap=soft_cap)
+    run(case, exact.lse, soft_cap=soft_cap, plan=plan)
+    case.check_tails(exact)
+
+
+def run(
+    case: PagedCase,
+    lse: torch.Tensor,
+    *,
+    soft_cap: float = 0.0,
+    plan: PrefillPlan | None = None,
+) -> None:
+    """Run the kernel, which updates the case's statistics."""
     measure_prefill(
         query=case.query,
         kv_cache=case.kv_cache,
-        lse=exact.lse,
+        lse=lse,
         query_start_loc=case.query_start_loc,
         live_table=case.live_table,
         live_lens=case.live_lens,
@@ -47,7 +59,6 @@ def check(
         soft_cap=soft_cap,
         k_scale=case.k_scale,
     )
-    case.check_tails(exact)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)

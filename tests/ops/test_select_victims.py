@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,12 +34,15 @@ class Group:
         caches: One a layer.
         live_table: `[num_rows, width]` int32.
         steps: Computed tokens of each row, before and after.
+        schedule: Of all rows.
+        head_size: Numbers of a key, and of a value.
     """
 
     caches: list[torch.Tensor]
     live_table: torch.Tensor
     steps: list[tuple[int, int]]
     schedule: EvictionSchedule
+    head_size: int = 16
 
     @classmethod
     def build(
@@ -51,21 +55,24 @@ class Group:
         kv_heads: int = 2,
         distinct: int | None = None,
         dtype: torch.dtype = torch.float16,
+        head_size: int = 16,
+        seed: int | None = None,
     ) -> Group:
         """Draw statistics at random, of `distinct` different values if given.
 
         Some blocks were seen by queries of other sequences too. First positions are
         those of blocks moved about: distinct, in no order.
         """
-        generator = torch.Generator().manual_seed(len(steps))
-        num_full = [after // BLOCK_SIZE for _, after in steps]
+        generator = torch.Generator().manual_seed(len(steps) if seed is None else seed)
+        size = schedule.block_size
+        num_full = [after // size for _, after in steps]
         width = max(schedule.budget_blocks, *(n + 1 for n in num_full))
         caches = [
             reference.paged_cache(
                 num_blocks=len(steps) * width,
                 num_kv_heads=kv_heads,
-                block_size=BLOCK_SIZE,
-                head_size=16,
+                block_size=size,
+                head_size=head_size,
                 dtype=dtype,
                 device=device,
             )
@@ -74,27 +81,31 @@ class Group:
         table = torch.randperm(len(steps) * width, generator=generator)
         table = table.view(-1, width)
         for row, (before, after) in enumerate(steps):
-            live = after // BLOCK_SIZE - schedule.evicted_blocks(before)
-            logical = torch.randperm(after // BLOCK_SIZE, generator=generator)[:live]
+            live = after // size - schedule.evicted_blocks(before)
+            logical = torch.randperm(after // size, generator=generator)[:live]
             for cache in caches:
                 drawn = torch.rand(live, kv_heads, page.NUM_FIELDS, generator=generator)
                 if distinct:
                     drawn = (drawn * distinct).ceil()
-                first = logical * BLOCK_SIZE
+                first = logical * size
                 others = torch.where(logical < 8, 100 * logical, 0)
                 drawn[..., page.NUM_QUERIES] = (after - first + others)[:, None]
                 blocks = table[row, :live]
                 values = torch.randn(
-                    live, kv_heads, BLOCK_SIZE, 16, generator=generator
+                    live, kv_heads, size, head_size, generator=generator
                 )
                 if distinct:
                     # of three kinds, so that distances tie (of two, all would)
                     values = values[torch.arange(live) % 3]
                 content = cache.view(E4M3) if dtype == torch.uint8 else cache
-                content[blocks.to(device), ..., 16:] = values.to(content)
+                content[blocks.to(device), ..., head_size:] = values.to(content)
                 page.statistics_view(cache)[blocks] = drawn.to(device)
                 page.first_positions_view(cache)[blocks] = first.to(device).float()
-        return cls(caches, table.to(device, torch.int32), steps, schedule)
+        return cls(caches, table.to(device, torch.int32), steps, schedule, head_size)
+
+    @property
+    def block_size(self) -> int:
+        return self.schedule.block_size
 
     def evicted(self, which: int) -> torch.Tensor:
         return self.int32(
@@ -104,8 +115,19 @@ class Group:
     def int32(self, values: list[int] | list[EvictionRow]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.live_table.device)
 
-    def expected(self, how: EvictionRow) -> Moves:
-        """Return each row's moves, as block ids, by the policy in PyTorch."""
+    def expected(
+        self,
+        how: EvictionRow,
+        dtype: torch.dtype = torch.float32,
+        change: Callable[[torch.Tensor], torch.Tensor] = lambda numbers: numbers,
+    ) -> Moves:
+        """Return each row's moves, as block ids, by the policy in PyTorch.
+
+        Args:
+            how: How all rows evict.
+            dtype: In which it is worked out.
+            change: Of statistics and of values' distances, before they are compared.
+        """
         result: Moves = []
         for row, (before, after) in enumerate(self.steps):
             evicted, victims = (
@@ -114,26 +136,26 @@ class Group:
             )
             places: list[tuple[int, int]] = []
             if victims > evicted:
-                full = self.live_table[row, : after // BLOCK_SIZE - evicted].long()
+                full = self.live_table[row, : after // self.block_size - evicted].long()
                 statistics = [
                     page.statistics_view(cache)[full] for cache in self.caches
                 ]
                 values = [
                     (cache.view(E4M3) if cache.dtype == torch.uint8 else cache)[full]
                     .transpose(0, 1)
-                    .float()
+                    .to(dtype)
                     .chunk(2, -1)[1]
                     for cache in self.caches
                 ]
                 places = policy.plan_moves(
                     policy.select_victims(
-                        torch.stack(statistics).transpose(1, 2),
+                        change(torch.stack(statistics).transpose(1, 2).to(dtype)),
                         page.first_positions_view(self.caches[0])[full],
                         after,
                         victims - evicted,
-                        BLOCK_SIZE,
+                        self.block_size,
                         how,
-                        policy.value_distances(torch.stack(values)),
+                        change(policy.value_distances(torch.stack(values))),
                     ),
                     self.schedule.budget_blocks,
                 )
@@ -169,7 +191,7 @@ class Group:
             "num_moves": num_moves,
             "moved": moved,
             "rows": self.int32(hows),
-            "block_size": BLOCK_SIZE,
+            "block_size": self.block_size,
         }
         if measures:
             select_victims(
@@ -177,7 +199,7 @@ class Group:
                 first_statistics_of_layer=first_statistics(views),
                 page_bytes=views[0].stride(0) * views[0].element_size(),
                 num_kv_heads=views[0].shape[1],
-                head_size=16,
+                head_size=self.head_size,
                 dtype=self.caches[0].dtype,
                 seq_lens=self.int32([after for _, after in self.steps]),
                 scores=torch.empty(

@@ -31,7 +31,11 @@ def main() -> int:
     add("--canaries", type=int, help="whose answers are compared (50 at most)")
     add("--seed", type=int, default=0, help="of the crowd (%(default)s)")
     add("--in-process", action="store_true", help="without a server")
-    add("--model", type=Path, help="a Hugging Face folder (CPU: small and random)")
+    add("--model", type=Path, help="a Hugging Face folder (a small and random model)")
+    add("--tokenizer", type=Path, help="a folder with the random model's (SmolLM2's)")
+    add("--windows", action="store_true", help="in every other layer of that model")
+    add("--adapter", action="store_true", help="requests of a LoRA adapter, too")
+    add("--sleep-mode", action="store_true", help="vLLM's; on a GPU, in process")
     add("--dtype", default="float32", help="of the model (%(default)s)")
     add("--max-num-seqs", type=int, help="requests in a step (CPU: 16, GPU: 128)")
     add("--num-blocks", type=int, help="of the cache (4 for each of these)")
@@ -47,6 +51,10 @@ def main() -> int:
         host = Host(
             folder=Path(folder),
             model=arguments.model,
+            tokenizer=arguments.tokenizer,
+            windows=arguments.windows,
+            adapter=arguments.adapter,
+            sleep_mode=arguments.sleep_mode,
             dtype=arguments.dtype,
             max_num_seqs=arguments.max_num_seqs,
             num_blocks=arguments.num_blocks,

@@ -8,6 +8,19 @@ from typing import Protocol
 
 from tests.soak.mix import Planned
 
+DISTURBANCES = ("reset", "reset running", "sleep", "reload")
+"""What happens to an engine in mid-traffic.
+
+The prefix cache is emptied; so it is while all that runs is preempted; the engine goes
+to sleep with its requests and wakes up; its weights are loaded again.
+"""
+
+ADAPTER = "adapter"
+"""Name of the LoRA adapter of requests that have one."""
+
+SLEEP = 0.5
+"""Seconds."""
+
 TIE_CANDIDATES = 5
 """Likeliest tokens that canaries ask for where rounding may choose."""
 
@@ -55,5 +68,5 @@ class Client(Protocol):
     async def send(self, planned: Planned) -> Answer:
         """Send a request and do with it what is planned."""
 
-    async def reset_prefix_cache(self) -> None:
-        """Let the engine forget all prefixes."""
+    async def disturb(self, how: str) -> None:
+        """Do one of `DISTURBANCES`."""

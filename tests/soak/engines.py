@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from tests.soak.adapter import save_adapter
 from tests.soak.audit import AUDIT_FILE
+from tests.soak.clients import ADAPTER
 from tests.soak.in_process_client import InProcessClient
 from tests.soak.mix import Limits
 from tests.soak.run import Plan, Report, Soak
@@ -35,7 +38,11 @@ class Host:
 
     Attributes:
         folder: For files of the run.
-        model: A Hugging Face folder; None for a random one, or on a GPU for SmolLM2.
+        model: A Hugging Face folder; None for a small and random one.
+        tokenizer: A folder whose tokenizer that one has, None for SmolLM2's.
+        windows: Whether every other layer of that one has a sliding window.
+        adapter: Whether requests may bring a LoRA adapter.
+        sleep_mode: Whether weights and caches leave the device when the engine sleeps.
         dtype: Of weights and cache.
         max_num_seqs: Most requests in a step, None for what suits the platform.
         num_blocks: Blocks of the cache, likewise.
@@ -43,6 +50,10 @@ class Host:
 
     folder: Path
     model: Path | None = None
+    tokenizer: Path | None = None
+    windows: bool = False
+    adapter: bool = False
+    sleep_mode: bool = False
     dtype: str = "float32"
     max_num_seqs: int | None = None
     num_blocks: int | None = None
@@ -53,31 +64,54 @@ class Host:
         return self.max_num_seqs or (128 if current_platform.is_cuda() else 16)
 
     @property
+    def sleep_level(self) -> int:
+        """Level at which the engine can sleep: CPUs ignore what else there is to do."""
+        return int(self.sleep_mode or not current_platform.is_cuda())
+
+    @property
     def audit(self) -> Path:
         """The file of `tests.soak.audit`."""
         return self.folder / "audit.json"
 
+    @property
+    def _num_blocks(self) -> int:
+        # a request alone may come to hold 64, and most want about ten
+        number = max(72, 4 * self.seqs)
+        # of which layers with a window take their own
+        return 2 * number if self.windows else number
+
     def find_model(self) -> Path:
         """Return the model's folder, and make it if need be."""
         if self.model is None:
-            self.model = find_model(SMOLLM2)
-            if not current_platform.is_cuda():
-                self.model = save_small_model(self.model, self.folder / "model")
+            self.model = save_small_model(
+                self.tokenizer or find_model(SMOLLM2),
+                self.folder / "model",
+                windows=self.windows,
+            )
         return self.model
+
+    def find_adapter(self) -> Path:
+        """Return the folder of the LoRA adapter, and make it if need be."""
+        folder = self.folder / "adapter"
+        if not folder.exists():
+            save_adapter(self.find_model(), folder)
+        return folder
 
     def limits(self) -> Limits:
         """Return what requests must fit."""
-        return limits_for(AutoConfig.from_pretrained(self.find_model()).vocab_size)
+        vocabulary = AutoConfig.from_pretrained(self.find_model()).vocab_size
+        return limits_for(vocabulary, adapter=self.adapter)
 
     def arguments(self) -> dict[str, object]:
         """Return the engine's arguments, without the model."""
-        return engine_arguments(
+        arguments = engine_arguments(
             cuda=current_platform.is_cuda(),
             dtype=self.dtype,
             max_num_seqs=self.seqs,
-            # a request alone may come to hold 64, and most want about ten
-            num_blocks=self.num_blocks or max(72, 4 * self.seqs),
+            num_blocks=self.num_blocks or self._num_blocks,
+            adapter=self.adapter,
         )
+        return arguments | ({"enable_sleep_mode": True} if self.sleep_mode else {})
 
 
 async def soak_in_process(host: Host, plan: Plan, say: Callable[[str], None]) -> Report:
@@ -94,8 +128,12 @@ async def soak_in_process(host: Host, plan: Plan, say: Callable[[str], None]) ->
         engine_args = AsyncEngineArgs(model=str(host.find_model()), **host.arguments())
         engine = AsyncLLM.from_engine_args(engine_args)
         try:
+            adapter = None
+            if host.adapter:
+                adapter = LoRARequest(ADAPTER, 1, str(host.find_adapter()))
             soak = Soak(
-                *(InProcessClient(engine), plan, host.limits()),
+                *(InProcessClient(engine, host.sleep_level, adapter), plan),
+                host.limits(),
                 *(host.audit, os.getpid(), say),
             )
             return await soak.run()

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from tests.soak.clients import Answer, Choice
+from tests.soak.clients import ADAPTER, SLEEP, Answer, Choice
 from tests.soak.mix import Planned
 from tests.soak.setups import MODEL_NAME
 
@@ -29,7 +29,7 @@ class HttpClient:
     async def send(self, planned: Planned) -> Answer:
         """See `Client`."""
         body: dict[str, Any] = {
-            "model": MODEL_NAME,
+            "model": ADAPTER if planned.adapter else MODEL_NAME,
             "prompt": list(planned.prompt),
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
@@ -75,9 +75,20 @@ class HttpClient:
                     break
         return Answer(0)
 
-    async def reset_prefix_cache(self) -> None:
+    async def disturb(self, how: str) -> None:
         """See `Client`; the server must be in vLLM's development mode."""
-        answer = await self._client.post(f"{self._url}/reset_prefix_cache")
+        if how == "reload":
+            await self._post("/collective_rpc", {"method": "reload_weights"})
+        elif how == "sleep":
+            await self._post("/sleep?level=1&mode=keep")
+            await asyncio.sleep(SLEEP)
+            await self._post("/wake_up")
+        else:
+            running = str(how == "reset running").lower()
+            await self._post(f"/reset_prefix_cache?reset_running_requests={running}")
+
+    async def _post(self, path: str, body: object = None) -> None:
+        answer = await self._client.post(self._url + path, json=body)
         answer.raise_for_status()
 
     async def close(self) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from tests.soak.clients import Answer, Choice
+from tests.soak.clients import SLEEP, Answer, Choice
 from tests.soak.mix import Planned
 
 
@@ -21,10 +22,19 @@ class InProcessClient:
 
     Args:
         engine: Of this process; its engine core may live in another one.
+        sleep_level: 1 where weights and caches can leave the device, else 0.
+        adapter: What requests with a LoRA adapter bring.
     """
 
-    def __init__(self, engine: AsyncLLM) -> None:
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        sleep_level: int = 1,
+        adapter: LoRARequest | None = None,
+    ) -> None:
         self._engine = engine
+        self._sleep_level = sleep_level
+        self._adapter = adapter
         self._num_sent = 0
 
     async def send(self, planned: Planned) -> Answer:
@@ -46,7 +56,10 @@ class InProcessClient:
                 **sampling, output_kind=kind, extra_args=dict(planned.options)
             )
             async with asyncio.timeout(planned.leave_at):
-                stream = self._engine.generate(prompt, params, f"r{self._num_sent}")
+                stream = self._engine.generate(
+                    *(prompt, params, f"r{self._num_sent}"),
+                    lora_request=self._adapter if planned.adapter else None,
+                )
                 async with contextlib.aclosing(stream):
                     async for output in stream:
                         received += sum(len(each.token_ids) for each in output.outputs)
@@ -64,9 +77,17 @@ class InProcessClient:
         assert output is not None
         return _from_output(output)
 
-    async def reset_prefix_cache(self) -> None:
+    async def disturb(self, how: str) -> None:
         """See `Client`."""
-        await self._engine.reset_prefix_cache()
+        engine = self._engine
+        if how == "reload":
+            await engine.collective_rpc("reload_weights")
+        elif how == "sleep":
+            await engine.sleep(self._sleep_level, "keep")
+            await asyncio.sleep(SLEEP)
+            await engine.wake_up(None if self._sleep_level else ["scheduling"])
+        else:
+            await engine.reset_prefix_cache(how == "reset running")
 
 
 def _from_output(output: Any) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 FIRST_TOKEN = 1000
@@ -50,13 +50,13 @@ class Limits:
         max_model_len: Most tokens of a prompt and its answer.
         vocabulary: Tokens that there are.
         longest_kept_prompt: Of requests whose mode keeps the whole prompt.
-        structured: Whether answers of a given form are asked for.
+        adapter: Whether there is a LoRA adapter.
     """
 
     max_model_len: int
     vocabulary: int
     longest_kept_prompt: int
-    structured: bool = True
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Planned:
         leave_at: Seconds after which the client goes away, whatever it has.
         is_refused: Whether an error is the right answer.
         canary: Its number if its answer must be that of the same request alone.
+        adapter: Whether the LoRA adapter answers.
     """
 
     number: int
@@ -86,6 +87,7 @@ class Planned:
     leave_at: float | None = None
     is_refused: bool = False
     canary: int | None = None
+    adapter: bool = False
 
     @property
     def leaves(self) -> bool:
@@ -120,8 +122,13 @@ def canaries(count: int, limits: Limits, when: str) -> list[Planned]:
             length = draw.randint(300, limits.max_model_len - max_tokens)
         prompt = _tokens(draw, length, limits)
         sampling = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True}
+        adapter = limits.adapter and number % 4 == 3
         planned.append(
-            Planned(-1, ("canary",), prompt, sampling, options, salt, canary=number)
+            Planned(
+                *(-1, ("canary",), prompt, sampling, options, salt),
+                canary=number,
+                adapter=adapter,
+            )
         )
     return planned
 
@@ -136,12 +143,7 @@ def crowd(
     birds = dict(zip(places, canaries(num_canaries, limits, "crowd"), strict=True))
     for number in range(count):
         if number in birds:
-            bird = birds[number]
-            yield Planned(
-                number,
-                *(bird.traits, bird.prompt, bird.sampling, bird.options, bird.salt),
-                canary=bird.canary,
-            )
+            yield replace(birds[number], number=number)
         else:
             yield _draw_one(draw, number, headers, limits)
 
@@ -174,7 +176,7 @@ def _draw_one(
         if draw.random() < likelihood:
             sampling |= change
             traits.append(name)
-    if limits.structured and draw.random() < 0.06:
+    if draw.random() < 0.06:
         form = draw.choice([{"choice": ["red", "green", "blue"]}, {"regex": "[a-f]+"}])
         sampling["structured_outputs"] = form
         sampling["ignore_eos"] = False
@@ -201,9 +203,13 @@ def _draw_one(
         traits.append("salt")
     else:
         salt = None
+    adapter = limits.adapter and draw.random() < 0.2
+    if adapter:
+        traits.append("adapter")
     return Planned(
         *(number, tuple(traits), prompt, sampling, options),
         *(salt, leave_after, leave_at, is_refused),
+        adapter=adapter,
     )
 
 

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.soak import resources, verdicts
-from tests.soak.clients import TIE_CANDIDATES, Answer, Choice, Client
+from tests.soak.clients import (
+    DISTURBANCES,
+    TIE_CANDIDATES,
+    Answer,
+    Choice,
+    Client,
+)
 from tests.soak.mix import Limits, Planned, canaries, crowd
 from tests.soak.resources import Sample
 
@@ -56,7 +62,7 @@ class Report:
         statuses: Answers by status, 0 for clients that went away.
         traits: Requests by what was special about them.
         tokens: Generated ones, of complete answers.
-        resets: How often the prefix cache was emptied in mid-traffic.
+        disturbances: What was done to the engine in mid-traffic.
         canaries: Those compared, and those equal token for token.
         samples: The engine's processes after each part.
         audit: The last report of `tests.soak.audit`.
@@ -69,7 +75,7 @@ class Report:
     statuses: Counter[int] = field(default_factory=Counter)
     traits: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
-    resets: int = 0
+    disturbances: Counter[str] = field(default_factory=Counter)
     canaries: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
@@ -107,7 +113,7 @@ class Report:
                 f"{prefixes.get('published_snapshots')}, "
                 f"{prefixes.get('snapshot_hits')}; {prefixes.get('block_hits')}"
             ),
-            "prefix cache emptied": self.resets,
+            "disturbances": dict(self.disturbances),
             "canaries": dict(self.canaries),
             "MiB after each part": [round(each.mib) for each in self.samples],
             "open files after each part": [each.files for each in self.samples],
@@ -163,7 +169,8 @@ class Soak:
             first, last = (
                 edge * len(planned) // NUM_PARTS for edge in (part, part + 1)
             )
-            await self._send_all(planned[first:last], deadline)
+            how = DISTURBANCES[part % len(DISTURBANCES)]
+            await self._send_all(planned[first:last], how, deadline)
             name = f"part {part + 1} of {NUM_PARTS}"
             await self._rest(name)
             report.seconds = time.monotonic() - started
@@ -188,7 +195,9 @@ class Soak:
             report.fault(f"in the engine: {fault}")
         return report
 
-    async def _send_all(self, planned: list[Planned], deadline: float) -> None:
+    async def _send_all(
+        self, planned: list[Planned], disturbance: str, deadline: float
+    ) -> None:
         places = asyncio.Semaphore(self._plan.concurrency)
         middle = planned[len(planned) // 2].number if planned else None
 
@@ -197,10 +206,10 @@ class Soak:
                 if time.monotonic() > deadline:
                     return
                 self.report.sent += 1
-                if one.number == middle:
-                    await self._client.reset_prefix_cache()
-                    self.report.resets += 1
                 try:
+                    if one.number == middle:
+                        await self._client.disturb(disturbance)
+                        self.report.disturbances[disturbance] += 1
                     answer = await self._client.send(self._asked(one))
                 except Exception as error:
                     self.report.fault(f"request {one.number} {one.traits}: {error!r}")

@@ -10,6 +10,7 @@ import pytest
 
 from tests.serving.server import running_server
 from tests.soak.audit import AUDIT_FILE
+from tests.soak.clients import ADAPTER
 from tests.soak.engines import ROOT, Host
 from tests.soak.http_client import HttpClient
 from tests.soak.run import Plan, Report, Soak
@@ -25,10 +26,12 @@ async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Rep
         say: Takes lines of progress.
     """
     flags = [*as_flags(host.arguments()), "--served-model-name", MODEL_NAME]
+    if host.adapter:
+        flags += ["--lora-modules", f"{ADAPTER}={host.find_adapter()}"]
     log = host.folder / "log.txt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(AUDIT_FILE, str(host.audit))
-        # for /reset_prefix_cache
+        # for what disturbs it
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         with running_server(host.find_model(), flags, log) as server:

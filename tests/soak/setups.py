@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from tests.engine.mixed_models import save_mixed
 from tests.soak.mix import Limits
 
 ROCO = {"budget": 128, "stride": 32, "chunk": 64, "sink": 16, "recent": 32}
@@ -19,16 +20,24 @@ MAX_MODEL_LEN = 1024
 MODEL_NAME = "soaked"
 
 
-def save_small_model(tokenizer_of: Path, folder: Path) -> Path:
+def save_small_model(tokenizer_of: Path, folder: Path, *, windows: bool) -> Path:
     """Write a random float32 model that has another one's tokenizer.
 
     Args:
-        tokenizer_of: A Hugging Face folder.
+        tokenizer_of: A Hugging Face folder; weights are not needed.
         folder: Where to.
+        windows: Whether every other layer has a sliding window.
     """
+    vocabulary = AutoConfig.from_pretrained(tokenizer_of).vocab_size
+    for file in tokenizer_of.glob("tokenizer*"):
+        folder.mkdir(exist_ok=True)
+        shutil.copy(file, folder)
+    if windows:
+        special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+        return save_mixed("olmo3", folder, vocab_size=vocabulary, **special)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=AutoConfig.from_pretrained(tokenizer_of).vocab_size,
+        vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=96,
         num_hidden_layers=2,
@@ -41,13 +50,11 @@ def save_small_model(tokenizer_of: Path, folder: Path) -> Path:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
-    for file in tokenizer_of.glob("tokenizer*"):
-        shutil.copy(file, folder)
     return folder
 
 
 def engine_arguments(
-    *, cuda: bool, dtype: str, max_num_seqs: int, num_blocks: int
+    *, cuda: bool, dtype: str, max_num_seqs: int, num_blocks: int, adapter: bool
 ) -> dict[str, Any]:
     """Return arguments of vLLM's `EngineArgs`, without the model.
 
@@ -56,6 +63,7 @@ def engine_arguments(
         dtype: Of weights and cache.
         max_num_seqs: Most requests in a step.
         num_blocks: Blocks of the cache, fewer than these requests want.
+        adapter: Whether requests may bring a LoRA adapter.
     """
     arguments: dict[str, Any] = {
         "dtype": dtype,
@@ -70,11 +78,15 @@ def engine_arguments(
         "scheduler_reserve_full_isl": False,
         "worker_cls": "tests.soak.worker.PoisoningWorker",
     }
+    if adapter:
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
     if cuda:
         return arguments | {
             "scheduler_cls": "tests.soak.audit.AuditedAsyncScheduler",
             "async_scheduling": True,
             "gpu_memory_utilization": 0.3,
+            # nothing is measured, so others may come and go on the GPU
+            "kv_cache_memory_bytes": 2**30,
             "enforce_eager": False,
             # without torch.compile, which takes longer than most of the rest
             "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
@@ -98,12 +110,12 @@ def as_flags(arguments: dict[str, Any]) -> list[str]:
     return flags
 
 
-def limits_for(vocabulary: int, *, structured: bool = True) -> Limits:
+def limits_for(vocabulary: int, *, adapter: bool = False) -> Limits:
     """Return what requests must fit."""
     return Limits(
         max_model_len=MAX_MODEL_LEN,
         vocabulary=vocabulary,
         # mode `generation` keeps it with its budget on top, in whole blocks
         longest_kept_prompt=LIMITS["max_budget"] - ROCO["budget"] - 16,
-        structured=structured,
+        adapter=adapter,
     )

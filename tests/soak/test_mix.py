@@ -17,7 +17,7 @@ from vllm_roco.request_plans import ResolvedPlan
 from vllm_roco.request_size import RequestSizes
 
 SIZE = 16
-FITS = limits_for(49152)
+FITS = limits_for(49152, adapter=True)
 
 
 def test_the_crowd_is_of_every_kind_and_the_same_each_time() -> None:
@@ -29,6 +29,7 @@ def test_the_crowd_is_of_every_kind_and_the_same_each_time() -> None:
         *("one token", "short", "middle", "long", "to the limit", "shared prefix"),
         *("n", "logprobs", "prompt logprobs", "structured", "stop", "min_tokens"),
         *("cut off", "aborted", "options", "bad options", "too long", "salt"),
+        "adapter",
     }
     assert wanted | {"canary"} == traits.keys()
     assert all(traits[trait] >= 20 for trait in wanted)
@@ -45,6 +46,7 @@ def test_canaries_hit_nothing_that_others_have_read() -> None:
     salts = {each.salt for each in alone + crowded} - {None}
     assert len(salts) == sum(each.salt is not None for each in alone + crowded)
     assert all(len(each.prompt) >= 300 for each in alone if each.salt is None)
+    assert 0 < sum(each.adapter for each in alone) < len(alone)
 
 
 def blocks_held(in_flight: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.soak import resources, verdicts
-from tests.soak.clients import Answer, Choice
+from tests.soak.clients import DISTURBANCES, Answer, Choice
 from tests.soak.mix import Limits, Planned
 from tests.soak.resources import Sample
 from tests.soak.run import Plan, Report, Soak
@@ -68,8 +68,8 @@ class PerfectClient:
             number = len(planned.prompt) - 1
         return Answer(200, [choice] * sampling.get("n", 1), "", number)
 
-    async def reset_prefix_cache(self) -> None:
-        """Nothing is kept."""
+    async def disturb(self, how: str) -> None:
+        """Nothing disturbs it."""
 
 
 def soak(client: PerfectClient, path: Path, plan: Plan = PLAN) -> Report:
@@ -83,7 +83,8 @@ def test_nothing_is_wrong_with_good_answers(tmp_path: Path) -> None:
     assert report.faults == []
     assert report.sent == PLAN.num_requests
     assert report.canaries == Counter(compared=6, equal=6)
-    assert report.resets == 10
+    assert report.disturbances.total() == 10
+    assert report.disturbances.keys() == {*DISTURBANCES}
     assert "requests" in report.table()
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["num_faults"] == 0

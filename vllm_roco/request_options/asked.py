@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_roco.config import (
+    MAX_INTEGER,
     MODES,
     POLICIES,
     SHIELDS,
@@ -18,7 +19,6 @@ from vllm_roco.config import (
     whole_blocks_trouble,
 )
 from vllm_roco.request_options.error import (
-    MAX_INTEGER,
     RequestOptionError,
     not_allowed,
 )

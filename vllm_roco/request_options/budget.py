@@ -6,10 +6,9 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-from vllm_roco.config import is_integer
+from vllm_roco.config import MAX_INTEGER, is_integer
 from vllm_roco.request_options.asked import Asked
 from vllm_roco.request_options.error import (
-    MAX_INTEGER,
     RequestOptionError,
     not_allowed,
 )

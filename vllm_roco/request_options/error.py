@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-from vllm_roco.config import NAMESPACE
+from vllm_roco.config import MAX_INTEGER, NAMESPACE, spell
 from vllm_roco.request_options.names import OPTIONS, PREFIX
-
-MAX_INTEGER = 2**31 - 1
-"""The largest number of a row."""
-
-_LONGEST_TEXT = 100
 
 
 class RequestOptionError(ValueError):
@@ -35,13 +30,3 @@ def not_allowed(name: str, value: object, allowed: str) -> RequestOptionError:
         value,
         f"{name} = {spell(value)} is not allowed in a request. Use {allowed}.",
     )
-
-
-def spell(value: object) -> str:
-    """Return a value as a message can hold it, whatever a client has sent."""
-    try:
-        text = repr(value)
-    # a number of too many digits; lists in lists in lists
-    except (ValueError, RecursionError):
-        text = f"<{type(value).__name__}, too long to print>"
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."

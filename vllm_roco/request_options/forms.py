@@ -12,8 +12,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_roco.config import NAMESPACE
-from vllm_roco.request_options.error import RequestOptionError, spell
+from vllm_roco.config import NAMESPACE, spell
+from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.names import OPTIONS, PREFIX
 
 

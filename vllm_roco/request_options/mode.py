@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from vllm_roco.config import MODES, UNBOUNDED_MODES
+from vllm_roco.config import MODES, UNBOUNDED_MODES, spell
 from vllm_roco.request_options.asked import Asked
-from vllm_roco.request_options.error import RequestOptionError, spell
+from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.names import FULL
 
 
