@@ -86,6 +86,7 @@ class Setup:
         windows: Tokens in the window of each further group of layers.
         mode: Option of RoCo; likewise prefill_tokens.
         prefill_tokens: See `mode`.
+        prefix_hits: Option of RoCo.
     """
 
     budget: int = 16
@@ -102,6 +103,7 @@ class Setup:
     windows: tuple[int, ...] = ()
     mode: str = "both"
     prefill_tokens: int = RocoConfig().prefill_tokens
+    prefix_hits: str = RocoConfig().prefix_hits
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -116,6 +118,7 @@ class Setup:
             max_budget=self.max_budget or self.budget,
             mode=self.mode,
             prefill_tokens=self.prefill_tokens,
+            prefix_hits=self.prefix_hits,
         )
 
     def spec(self) -> RocoSpec:
@@ -213,7 +216,10 @@ class Driver:
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.windows = [each for each in managers if each is not manager]
         self.worker = PagedWorker(
-            manager.plans.default.schedule, setup.chunk, setup.windows
+            manager.plans.default.schedule,
+            setup.chunk,
+            setup.windows,
+            is_exact=setup.prefix_hits == "exact",
         )
         self.outputs: dict[str, list[int]] = {}
         self.finished: dict[str, EngineCoreOutput] = {}

@@ -127,6 +127,24 @@ def test_a_header_that_is_waited_for_is_published_on_the_way() -> None:
     assert cache_of(driver).store.num_saved_tokens == 96
 
 
+@modes
+def test_who_waits_for_its_turn_asks_for_a_snapshot(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """Passed over in each step, it had asked nobody, and read all of its prompt."""
+    driver = driver_of(
+        asynchronous,
+        max_steps_in_flight=max_steps_in_flight,
+        prefill_tokens=1,
+        max_num_batched_tokens=40,
+    )
+    driver.add(0, 1, prompt=PROMPT)
+    driver.add(0, 1, prompt=PROMPT[:50])
+    driver.drain(100)
+    assert cache_of(driver).store.num_saved_tokens == 48
+    assert cache_of(driver).num_waits == 1
+
+
 def test_others_go_ahead_of_those_that_wait() -> None:
     driver = driver_of(max_num_batched_tokens=40)
     driver.add(0, 1, prompt=PROMPT)

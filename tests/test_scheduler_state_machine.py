@@ -57,6 +57,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     max_steps_in_flight = 1
     caching = False
     has_options = False
+    prefix_hits = "exact"
     windows: tuple[int, ...] = ()
     done: ClassVar[Counter[str]] = Counter()
 
@@ -99,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 spare_blocks=spare_blocks,
                 prefill_tokens=prefill_tokens,
                 caching=self.caching,
+                prefix_hits=self.prefix_hits,
                 windows=self.windows,
                 allow_full=self.has_options,
                 max_budget=(MAX_PROMPT + 2) + 12 * BLOCK_SIZE
@@ -289,6 +291,19 @@ class DeepAsyncPrefixMachine(DeepAsyncMachine):
     caching = True
 
 
+class LongestHitsMachine(PrefixMachine):
+    """Requests begin behind answers, too."""
+
+    prefix_hits = "longest"
+
+
+class DeepAsyncOptionsLongestHitsMachine(DeepAsyncPrefixMachine):
+    """Likewise, asynchronously, over two pipeline stages and with options."""
+
+    has_options = True
+    prefix_hits = "longest"
+
+
 class OptionsMachine(SchedulerMachine):
     """Requests evict as they ask for."""
 
@@ -333,6 +348,8 @@ MACHINES = [
     PrefixMachine,
     AsyncPrefixMachine,
     DeepAsyncPrefixMachine,
+    LongestHitsMachine,
+    DeepAsyncOptionsLongestHitsMachine,
     OptionsMachine,
     AsyncOptionsPrefixMachine,
     DeepAsyncOptionsPrefixMachine,

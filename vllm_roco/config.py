@@ -21,6 +21,7 @@ SHIELDS = ("contribution", "peak", "deviation")
 MAX_INTEGER = 2**31 - 1
 """Tokens at most of any option: what evicts is told by numbers of 32 bits."""
 MODES = ("both", "prompt", "generation", "auto", "full")
+PREFIX_HITS = ("exact", "longest")
 UNBOUNDED_MODES = ("prompt", "full")
 """Modes in which a sequence keeps what it generates."""
 
@@ -57,6 +58,10 @@ class RocoConfig:
         prefill_tokens: Prompt tokens of a step that are enough to fill the GPU: a step
             that has so many goes on with no further prompt that would not be read to
             its end in it.
+        prefix_hits: What requests begin with that share a prefix. `"exact"`: what keeps
+            what reading it would keep, once they evict. `"longest"`: the longest prefix
+            there is, the answers of earlier turns included; what they keep, and so what
+            they answer, depends on what others have left.
         sink: First tokens of a sequence that are never evicted.
         recent: Newest tokens of a sequence that are never evicted.
         max_budget: Most tokens that a request's own budget may keep, the prompt
@@ -81,6 +86,7 @@ class RocoConfig:
     stride: int = _FROM_BUDGET
     chunk: int = _FROM_BUDGET
     prefill_tokens: int = 4096
+    prefix_hits: str = "exact"
     sink: int = 16
     recent: int = 32
     max_budget: int = _FROM_BUDGET
@@ -92,6 +98,7 @@ class RocoConfig:
         _check_choice("policy", self.policy, POLICIES)
         _check_choice("mode", self.mode, MODES)
         _check_choice("shield", self.shield, SHIELDS)
+        _check_choice("prefix_hits", self.prefix_hits, PREFIX_HITS)
         _check_integer("budget", self.budget, 1)
         for key, most in _MOST.items():
             if getattr(self, key) is None:

@@ -39,6 +39,7 @@ class PrefixScheduler(PlanningScheduler):
         self._num_left_waiting = 0
         self._why_none = self._trouble_with_prefixes()
         if self._why_none is None:
+            self._check_prefix_hits()
             (self._manager,) = self.roco_managers
             self.prefix_cache = PrefixCache(
                 self._manager.block_pool,
@@ -46,12 +47,25 @@ class PrefixScheduler(PlanningScheduler):
                 self._manager.block_size,
                 self.request_plans,
                 [*map(WindowManager.take_over, self._other_managers)],
+                is_exact=self._is_exact,
             )
             self._manager.share_prefixes(self.prefix_cache)
 
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""
-        return self._why_none or "on"
+        return self._why_none or ("on" if self._is_exact else "on, longest hits")
+
+    @property
+    def _is_exact(self) -> bool:
+        return self.roco_config.prefix_hits == "exact"
+
+    def _check_prefix_hits(self) -> None:
+        """Raise if hits are asked for that there are not in such a model."""
+        if not self._is_exact and self._other_managers:
+            raise NotImplementedError(
+                f"roco: prefix_hits = {self.roco_config.prefix_hits!r} is not supported "
+                'for a model with sliding-window layers. Use prefix_hits "exact".'
+            )
 
     def _trouble_with_prefixes(self) -> str | None:
         """Return why no prefix can be hit."""
@@ -84,6 +98,14 @@ class PrefixScheduler(PlanningScheduler):
             self.prefix_cache.enter(request)
 
     @override
+    def _free_blocks(self, request: Request) -> None:
+        """Free as vLLM does, and keep what a next turn may begin with."""
+        if self.prefix_cache is not None and _can_share(request):
+            row = self._manager.req_to_blocks.get(request.request_id, ())
+            self.prefix_cache.keep_end(request, row)
+        super()._free_blocks(request)
+
+    @override
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, with a new count of who is left waiting."""
         self._num_left_waiting = 0
@@ -98,19 +120,26 @@ class PrefixScheduler(PlanningScheduler):
         """
         if not super()._handle_blocked_waiting_request(request):
             return False
-        cache = self.prefix_cache
-        if (
-            cache is None
-            or request.num_computed_tokens
-            or not _can_share(request)
-            or not cache.must_wait(request)
-        ):
+        if not self._must_wait(request):
             return True
         self._num_left_waiting += 1
         if self._num_left_waiting <= MAX_WAITS_PER_STEP:
             return False
         self._manager.refuse(request.request_id)
         return True
+
+    def _must_wait(self, request: Request) -> bool:
+        """Return whether another request is reading more of a waiting one's prompt.
+
+        That one is then asked for a snapshot.
+        """
+        cache = self.prefix_cache
+        return (
+            cache is not None
+            and not request.num_computed_tokens
+            and _can_share(request)
+            and cache.must_wait(request)
+        )
 
     @override
     def _get_local_prefix_cache_hit(

@@ -142,6 +142,8 @@ class RocoSchedulerMixin(PrefixScheduler):
             and len(self._passed_over) < MAX_PASSED_OVER
             and self._is_read_in_turns(request)
         ):
+            # or else who reads its prefix may go past without leaving a snapshot
+            self._must_wait(request)
             self._passed_over.append(request)
             return False
         return super()._handle_blocked_waiting_request(request)
@@ -150,7 +152,7 @@ class RocoSchedulerMixin(PrefixScheduler):
         """Return whether a waiting request has more to read than a step's share."""
         start = request.num_computed_tokens
         if not start and self.prefix_cache is not None:
-            start = self.prefix_cache.last_snapshot(request)
+            start = self.prefix_cache.last_length(request)
         plan = self.request_plans.of(request.request_id)
         _, most = _step_ends(request, start, plan)
         return most < request.num_tokens

@@ -82,7 +82,8 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
 
 def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the same of rows of `prefixes.csv`, with the means of their rounds."""
-    setting = [*_SETTING, *_SHARING, "side", "backend", "budget", "stride", "chunk"]
+    roco_options = ["budget", "stride", "chunk", "prefix_hits"]
+    setting = [*_SETTING, *_SHARING, "side", "backend", *roco_options]
     newest = rows.drop_duplicates([*setting, "round"], keep="last")
     means = newest.groupby(setting, sort=False, dropna=False)
     found = means.mean(numeric_only=True).drop(columns="round").reset_index()
@@ -90,7 +91,9 @@ def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     chunk = found["chunk"].map(lambda chunk: f", chunk {chunk:g}", na_action="ignore")
     # the default of these budgets
     chunk = chunk.where(found["chunk"] != found["budget"].clip(upper=1024), "")
-    roco = "roco, budget " + found["budget"].astype("string") + chunk + uncached
+    hits = ", " + found["prefix_hits"] + " hits"
+    hits = hits.where(found["prefix_hits"] != "", "")
+    roco = "roco, budget " + found["budget"].astype("string") + chunk + hits + uncached
     return _beside_baselines(
         found.assign(
             engine=roco.fillna(found["backend"]),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_roco.config import NAMESPACE, RocoConfig
 
+DEFAULT = RocoConfig()
 MODELS = Path(__file__).parents[1] / "models"
 
 
@@ -68,10 +69,15 @@ class Engine:
     @property
     def columns(self) -> dict[str, object]:
         """The columns of a row that tell it from others; a table picks its own."""
-        names = ("policy", "shield", "budget", "stride", "chunk", "prefill_tokens")
+        names = (
+            *("policy", "shield", "budget", "stride", "chunk"),
+            *("prefill_tokens", "prefix_hits"),
+        )
         roco = {name: getattr(self.roco, name, None) for name in names}
         if roco["policy"] == "recent":
             roco["shield"] = None
+        if roco["prefix_hits"] == DEFAULT.prefix_hits:
+            roco["prefix_hits"] = None
         return {
             "model": self.model,
             "gpu_memory_utilization": self.gpu_memory_utilization,
@@ -87,10 +93,12 @@ class Engine:
         Args:
             common: What every engine is told, the tokenizer among it; has precedence.
         """
-        names = (
+        names: tuple[str, ...] = (
             *("policy", "budget", "max_budget", "stride", "chunk"),
             *("prefill_tokens", "trace"),
         )
+        if self.roco is not None and self.roco.prefix_hits != DEFAULT.prefix_hits:
+            names += ("prefix_hits",)
         given = {name: getattr(self.roco, name, None) for name in names}
         told = {name: value for name, value in given.items() if value is not None}
         memory = f"--kv-cache-memory-bytes={self.kv_cache_bytes}"

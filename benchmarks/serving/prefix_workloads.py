@@ -101,8 +101,12 @@ PREFIX_WORKLOADS = {
         suffix_len=300,
         output_len=200,
         num_turns=8,
-        # a turn begins behind whole chunks of the one before
-        configs=(RocoConfig(budget=2048), RocoConfig(budget=2048, chunk=256)),
+        configs=(
+            RocoConfig(budget=2048),
+            RocoConfig(budget=2048, prefix_hits="longest"),
+            # a turn begins behind whole chunks of the one before
+            RocoConfig(budget=2048, chunk=256),
+        ),
     ),
     "header-800": PrefixWorkload(
         about="8 prefixes of 800 tokens, nothing reaches its budget",

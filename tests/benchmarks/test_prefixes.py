@@ -90,7 +90,8 @@ def test_workloads_share_an_engine() -> None:
     ]
     together = "shared-4096 shared-16384 chat"
     own = ["documents", "prefix-repetition"]
-    once = [together, *own, together, "shared-4096", "chat", *own, together, *own]
+    more = ["shared-4096", "chat", "chat"]
+    once = [together, *own, together, *more, *own, together, *own]
     assert sorted(served) == sorted(2 * once)
     # a drift meets every side alike
     numbers = [columns["round"] for job in jobs for columns, _ in job]
@@ -137,8 +138,8 @@ def test_report(tmp_path: Path) -> None:
     assert set(found["commit"]) == {"new"}
     assert found.groupby("work", sort=False)["engine"].apply(list).tolist() == [
         [
-            *("FLASH_ATTN", "roco, budget 2048", "roco, budget 2048, chunk 256"),
-            "roco, budget 2048, no prefix caching",
+            *("FLASH_ATTN", "roco, budget 2048", "roco, budget 2048, longest hits"),
+            *("roco, budget 2048, chunk 256", "roco, budget 2048, no prefix caching"),
         ],
         ["FLASH_ATTN", "roco, budget 2048", "roco, budget 1024"],
         [

@@ -75,6 +75,13 @@ MUTANTS = (
         ("tests/kv_cache/test_snapshots.py",),
     ),
     Mutant(
+        "what steps in flight evict from is kept of an answer",
+        "kv_cache/prefix_cache.py",
+        "computed = request.num_computed_tokens\n",
+        "computed = request.num_computed_tokens - request.num_in_flight_tokens\n",
+        ("tests/test_longest_hits.py",),
+    ),
+    Mutant(
         "a statistic is not cleared",
         "attention/cpu/impl.py",
         "statistics[new] = 0",

@@ -59,6 +59,7 @@ class BlockCache:
         block_size: Tokens per block.
         plans: What holds for each request.
         is_used: Whether requests are served at all.
+        serves_all: Whether those that evict while they are read begin with blocks, too.
 
     Attributes:
         is_used: Likewise.
@@ -74,6 +75,7 @@ class BlockCache:
         plans: RequestPlans,
         *,
         is_used: bool = True,
+        serves_all: bool = False,
     ) -> None:
         self.num_hits = 0
         self.num_saved_tokens = 0
@@ -83,6 +85,7 @@ class BlockCache:
         self._block_size = block_size
         self._plans = plans
         self.is_used = is_used
+        self._serves_all = serves_all and is_used
         # requests whose blocks are hashed, and whether these are private
         self._owners: dict[str, tuple[Request, bool]] = {}
         # those of them that evict in the step being scheduled
@@ -101,10 +104,11 @@ class BlockCache:
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.
 
-        Not if it evicts while it is read. Nor if it has been preempted and may evict
-        later: what it has written must come out as if it had read all by itself.
+        Not if it evicts while it is read, unless all are served. Nor if it has been
+        preempted and may evict later: what it has written must come out as if it had
+        read all by itself.
         """
-        return self.serves(request) and not (
+        return (self._serves_all or self.serves(request)) and not (
             request.num_tokens > request.num_prompt_tokens and self._may_evict(request)
         )
 
@@ -135,7 +139,7 @@ class BlockCache:
             max_tokens: A bound on the tokens in them, of vLLM's own.
         """
         # the last token must be read to go on from
-        most = request.num_tokens - 1
+        most = min(request.num_tokens, self._first_eviction(request)) - 1
         if max_tokens is not None:
             most = min(most, max_tokens)
         blocks: list[KVCacheBlock] = []
@@ -155,6 +159,21 @@ class BlockCache:
         if num_shared is None:
             num_shared = len(blocks)
         return Found(blocks, num_shared, grows)
+
+    def has(self, request: Request, num_tokens: int) -> bool:
+        """Return whether a request may begin with so many tokens, in constant time.
+
+        As far as can be told by the last block of them.
+
+        Args:
+            request: One that can begin with blocks.
+            num_tokens: Tokens of whole blocks, fewer than the request's.
+        """
+        if not 0 < num_tokens < self._first_eviction(request):
+            return False
+        block_hash = request.block_hashes[num_tokens // self._block_size - 1]
+        measured = self._plans.of(request.request_id).is_measured
+        return self._find_one(block_hash, measured=measured) is not None
 
     @property
     def writes(self) -> bool:

@@ -5,6 +5,10 @@ A prompt that evicts while it is read begins with a snapshot: at the ends of its
 and nowhere else, what a sequence keeps is a function of its tokens alone. One that does
 not may also begin with blocks, see `block_cache`.
 
+That is `prefix_hits: exact`. With `longest` all prompts may begin with blocks, and with
+the blocks in which an answer ended, that has evicted: they hold what the conversation
+kept, which is not what its next turn would keep if it read all of it.
+
 Where other layers have a sliding window, a snapshot holds their blocks as well, and all
 prompts begin with snapshots: of one that evicts nothing it is a function of its tokens,
 too, but blocks that are found one by one would have to be there for all layers.
@@ -16,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash
 
+from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
@@ -23,7 +28,7 @@ from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -64,6 +69,8 @@ class PrefixCache:
         block_size: Tokens per block.
         plans: What holds for each request.
         windows: Managers of the groups of layers with a window, with the same blocks.
+        is_exact: Whether who evicts while it is read keeps what it would keep alone;
+            otherwise there are no windows.
 
     Attributes:
         windows: Likewise.
@@ -79,16 +86,26 @@ class PrefixCache:
         block_size: int,
         plans: RequestPlans,
         windows: Sequence[WindowManager] = (),
+        *,
+        is_exact: bool = True,
     ) -> None:
         self.windows = windows
         self.store = SnapshotStore(block_pool)
         self.blocks = BlockCache(
-            block_pool, group_id, block_size, plans, is_used=not windows
+            block_pool,
+            group_id,
+            block_size,
+            plans,
+            is_used=not windows,
+            serves_all=not is_exact,
         )
         self.num_waits = 0
         self._null_block = block_pool.null_block
         self._block_size = block_size
         self._plans = plans
+        self._is_exact = is_exact
+        # lengths at which earlier turns of waiting requests ended
+        self._earlier: dict[str, int] = {}
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
         # what blocks there are for whom vLLM asks about next, from `must_wait`
@@ -113,6 +130,8 @@ class PrefixCache:
 
     def enter(self, request: Request) -> None:
         """Take note of a new request's prompt."""
+        if not self._is_exact and (length := self._earlier_end(request)):
+            self._earlier[request.request_id] = length
         places = self._places(request, 0)
         if places:
             self._shared.enter(self._prefixes(request, places))
@@ -172,6 +191,36 @@ class PrefixCache:
         if places:
             self._readers.begin(request, places, self._prefixes(request, places))
 
+    def keep_end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep what a request holds that is done, for the turn that goes on from it.
+
+        Steps in flight may still write into its blocks, before anybody reads these.
+
+        Args:
+            request: A request that has evicted, or not.
+            row: Its block table.
+        """
+        self._earlier.pop(request.request_id, None)
+        if self._is_exact or not row:
+            return
+        size, request_id = self._block_size, request.request_id
+        schedule = self._plans.of(request_id).schedule
+        computed = request.num_computed_tokens
+        length = min(computed, self._num_hashed(request)) // size * size
+        evicted = schedule.evicted_blocks(computed)
+        if (
+            # who has evicted nothing leaves blocks
+            not evicted
+            or computed < request.num_prompt_tokens
+            or schedule.evicted_blocks(length) != evicted
+            # later turns evict by what is evicted of prompts
+            or schedule.next_eviction(length) == NEVER
+            or not self.blocks.is_used
+        ):
+            return
+        live = self._live(request, row, length)
+        self.store.keep(self._prefix(request, length), live)
+
     def drop(self, request_id: str, row: Sequence[KVCacheBlock]) -> None:
         """Forget a request that is preempted or done, and lets go of its row."""
         self._readers.drop(request_id)
@@ -198,14 +247,14 @@ class PrefixCache:
                 return self._wait(request, None)
             self._found = request, found
             start = len(found.blocks) * self._block_size
-        awaited = self._awaited(request, start)
+        awaited = self._awaited(request, max(start, self._earlier_length(request)))
         if awaited is None:
             return False
         self._readers.want(awaited)
         return self._wait(request, awaited)
 
-    def last_snapshot(self, request: Request) -> int:
-        """Return the last length at which a request can begin, 0 if it cannot there.
+    def last_length(self, request: Request) -> int:
+        """Return a length at which a request can begin, 0 if none of the last ones.
 
         Constant time: shorter prefixes are not looked for.
         """
@@ -213,7 +262,14 @@ class PrefixCache:
         if not places or request.skip_reading_prefix_cache:
             return 0
         length = places[-1]
-        return length if self.store.find(self._prefix(request, length)) else 0
+        if self.store.find(self._prefix(request, length)) is not None:
+            return length
+        if (earlier := self._earlier_length(request)) > 0:
+            return earlier
+        blocks = self.blocks
+        if blocks.can_begin_with_blocks(request) and blocks.has(request, length):
+            return length
+        return 0
 
     def _wait(self, request: Request, awaited: BlockHash | None) -> bool:
         self.num_waits += request.request_id not in self._waits
@@ -277,7 +333,11 @@ class PrefixCache:
         return copies + self.blocks.end_step(rows)
 
     def _find_snapshot(self, request: Request, max_tokens: int | None) -> Hit | None:
-        for length in reversed(self._hit_places(request, max_tokens)):
+        places: Iterable[int] = reversed(self._hit_places(request, max_tokens))
+        earlier = self._earlier.get(request.request_id, 0)
+        if earlier and (max_tokens is None or earlier <= max_tokens):
+            places = sorted({*places, earlier}, reverse=True)
+        for length in places:
             prefix = self._prefix(request, length)
             snapshot = self.store.find(prefix)
             if snapshot is not None:
@@ -294,6 +354,25 @@ class PrefixCache:
                 ]
                 return Hit(length, row, snapshot=prefix, windows=windows)
         return None
+
+    def _earlier_end(self, request: Request) -> int:
+        """Return the last length of a prompt at which a sequence was kept."""
+        size = self._block_size
+        plan = self._plans.of(request.request_id)
+        most = (request.num_prompt_tokens - 1) // size
+        hashes = request.block_hashes[:most]
+        for number in range(len(hashes), plan.first_eviction // size - 1, -1):
+            if self.store.may_have(BlockHash(hashes[number - 1] + plan.snapshot_key)):
+                return number * size
+        return 0
+
+    def _earlier_length(self, request: Request) -> int:
+        """Return at which length a request can begin behind an earlier turn, or 0."""
+        length = self._earlier.get(request.request_id, 0)
+        if length and self.store.find(self._prefix(request, length)) is None:
+            del self._earlier[request.request_id]
+            return 0
+        return length
 
     def _is_due(self, request: Request, length: int, prefix: BlockHash) -> bool:
         """Return whether a snapshot at a place of a prompt is worth its blocks."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sequences hold at a place in their prompts: frozen copies, and full blocks.
+"""What sequences hold at a place in their text: frozen copies, and full blocks.
 
 Owned by nobody: a snapshot's blocks lie in vLLM's free queue, where they count as free
 memory, are kept in the order of their last use and are taken when memory is short.
@@ -27,14 +27,15 @@ class Snapshot(NamedTuple):
 
     Attributes:
         name: What each copy bears as its hash while its content is the snapshot's.
-        blocks: Copies of resident blocks, then of incoming ones, all full.
+        blocks: Resident blocks, then incoming ones, all full: copies, or those of a
+            sequence that has ended.
         windows: Of each group of layers with a window the blocks in it, all full. They
             are no copies, and may be those of a sequence or of other snapshots, too.
         window_names: What each of these bears as its hash, one group after the other.
     """
 
     name: BlockHashWithGroupId
-    blocks: list[KVCacheBlock]
+    blocks: Sequence[KVCacheBlock]
     windows: Sequence[Sequence[KVCacheBlock]] = ()
     window_names: Sequence[BlockHashWithGroupId | None] = ()
 
@@ -94,6 +95,10 @@ class SnapshotStore:
             self.num_dead += 1
         return None
 
+    def may_have(self, prefix: BlockHash) -> bool:
+        """Return whether there is a snapshot of a prefix, whole or not."""
+        return prefix in self._snapshots
+
     def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
         """Note that a request begins behind a prefix of so many tokens."""
         self._snapshots.move_to_end(prefix)
@@ -121,12 +126,31 @@ class SnapshotStore:
             return []
         copies = self._pool.get_new_blocks(len(live_blocks))
         self._pool.touch(live_blocks)
+        self._enter(prefix, copies, windows)
+        return list(zip(live_blocks, copies, strict=True))
+
+    def keep(self, prefix: BlockHash, live_blocks: Sequence[KVCacheBlock]) -> None:
+        """Make a snapshot of what a sequence holds that ends, if there is none.
+
+        Args:
+            prefix: Hash of what it has read and written.
+            live_blocks: What it holds of that, without a hash, before it lets go of it.
+        """
+        if self.find(prefix) is None:
+            self._enter(prefix, live_blocks, ())
+
+    def _enter(
+        self,
+        prefix: BlockHash,
+        blocks: Sequence[KVCacheBlock],
+        windows: Sequence[Sequence[KVCacheBlock]],
+    ) -> None:
         self.num_published += 1
         # no hash of a prefix is so short
         name = make_block_hash_with_group_id(
             BlockHash(self.num_published.to_bytes(8, "big")), 0
         )
-        for block in copies:
+        for block in blocks:
             block.set_block_hash(name)
         in_windows = [*chain.from_iterable(windows)]
         for block in in_windows:
@@ -135,9 +159,8 @@ class SnapshotStore:
                 block.set_block_hash(name)
         self._forget_overwritten()
         self._snapshots[prefix] = Snapshot(
-            name, copies, windows, [block.block_hash for block in in_windows]
+            name, blocks, windows, [block.block_hash for block in in_windows]
         )
-        return list(zip(live_blocks, copies, strict=True))
 
     def _forget_overwritten(self) -> None:
         """Drop the oldest snapshots as far as vLLM has begun to hand them out."""
@@ -146,8 +169,10 @@ class SnapshotStore:
             prefix, snapshot = next(iter(snapshots.items()))
             # the first copy is the first of the snapshot in vLLM's free queue: blocks
             # in windows are freed later, when these have moved on. Without a KV
-            # connector copies are free as soon as their step is scheduled
-            if snapshot.blocks[0].block_hash == snapshot.name:
+            # connector copies are free as soon as their step is scheduled. A sequence
+            # that ends lets go of its last block first
+            ends = snapshot.blocks[0], snapshot.blocks[-1]
+            if all(block.block_hash == snapshot.name for block in ends):
                 return
             del snapshots[prefix]
             self._lost[prefix] = None
