@@ -10,11 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.decode.partial_sums import (
-    log_sum_exp,
-    split_range,
-    update_statistics,
-)
+from vllm_roco.ops.decode.partial_sums import split_range, update_statistics
 from vllm_roco.ops.fp8 import halves, load_scale, query_for_halves
 from vllm_roco.ops.logits import LOG2_E, cap_logits
 from vllm_roco.ops.statistics import read_statistics
@@ -85,7 +81,6 @@ def attend_kernel(
     max_pieces,
     max_tiles,
     GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
     DOT_GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -220,15 +215,18 @@ def attend_kernel(
         if MEASURE:
             piece_sum = tl.sum(_by_piece(weights, DOT_GROUP, TILE, PIECE, WARPS), 2)
             number = tile * PIECES + piece
+            # read once, soon: they stay in the L2 cache while keys and values pass
             tl.store(
                 partial_sums_ptr + number[None, :] * GROUP + group[:, None],
                 piece_sum,
                 mask=(group < GROUP)[:, None] & (number * PIECE < measured)[None, :],
+                eviction_policy="evict_last",
             )
             tl.store(
                 maxima_ptr + tile * GROUP + group,
                 new_max,
                 mask=group < tl.where(tile * TILE < measured, GROUP, 0),
+                eviction_policy="evict_last",
             )
 
         values = tl.load(
@@ -278,26 +276,13 @@ def attend_kernel(
             normalised.to(output_ptr.dtype.element_ty),
             mask=query_mask,
         )
-    if SPLIT or MEASURE:
-        tl.store(
-            partial_lse_ptr + slot_of_split,
-            running_max + tl.log2(total),
-            mask=group < GROUP,
-        )
+    lse = running_max + tl.log2(total)
+    if SPLIT:
+        tl.store(partial_lse_ptr + slot_of_split, lse, mask=group < GROUP)
     if MEASURE and not SPLIT:
         # what the program's other threads have stored is visible behind the barrier
         tl.debug_barrier()
         evicted = tl.load(evicted_before_ptr + row)
-        lse = log_sum_exp(
-            partial_lse_ptr,
-            (row * num_kv_heads + kv_head) * GROUP,
-            length,
-            num_splits,
-            GROUP,
-            GROUP_PADDED,
-            TILE,
-            1,
-        )
         num_blocks = tl.cdiv(measured, BLOCK_SIZE)
         for first_index in range(0, num_blocks, UPDATED_BLOCKS):
             update_statistics(
@@ -314,7 +299,7 @@ def attend_kernel(
                 measured,
                 evicted,
                 GROUP,
-                GROUP_PADDED,
+                DOT_GROUP,
                 BLOCK_SIZE,
                 PIECE,
                 TILE,

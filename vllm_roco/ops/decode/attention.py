@@ -146,7 +146,6 @@ def decode_attention(
         max_pieces=max_pieces,
         max_tiles=max_tiles,
         GROUP=group,
-        GROUP_PADDED=group_padded,
         DOT_GROUP=max(MIN_GROUP, group_padded),
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,

@@ -46,7 +46,7 @@ class DecodeScratchSize:
 
     Attributes:
         partial_output: `rows * q_heads * splits * head_size` where keys are split.
-        partial_lse: `rows * q_heads * splits`.
+        partial_lse: `rows * q_heads * splits`, likewise.
         partial_sums: For each row and query head a number for every piece and every
             tile of the longest row; none when nothing is measured.
         max_blocks: Blocks of the longest row.
@@ -79,18 +79,17 @@ class DecodeScratchSize:
             measure: Whether statistics are to be kept.
         """
         max_blocks = triton.cdiv(max_live_tokens, block_size)
-        # a program that sees all keys of its row writes the output itself
+        # a program that sees all keys of its row needs none of what splits leave
         splits = max(rows * plan.splits * (plan.splits > 1) for rows, plan in plans)
-        partial_lse, partial_sums = splits, 0
+        partial_sums = 0
         if measure:
-            partial_lse = max(rows * plan.splits for rows, plan in plans)
             partial_sums = max(
                 rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
                 for rows, plan in plans
             )
         return cls(
             partial_output=splits * num_q_heads * head_size,
-            partial_lse=partial_lse * num_q_heads,
+            partial_lse=splits * num_q_heads,
             partial_sums=partial_sums * num_q_heads,
             max_blocks=max_blocks,
         )
