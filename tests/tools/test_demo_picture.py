@@ -44,11 +44,11 @@ def test_the_picture_tells_what_was_held_and_how_long_a_hit_took(
 
     drawn = path.read_text()
     for words in (
-        "One long prompt: 96 tokens held, not 160",
+        "One long prompt: 96 of 160 tokens held",
         "first eviction",
-        "The same text asked again: answered after 0.8 s, not 5.6 s",
+        "Asked again: answered in 0.8 s, not 5.6 s",
         "144 of 160",
-        "One batch, 3 requests, budgets of their own",
+        "One batch, 3 requests, 2 budgets",
         "RoCo: at most 96 held",
         "RoCo: at most 48 held",
         "budget 32",
@@ -66,5 +66,5 @@ def test_a_text_that_fits_its_budget_is_drawn_without_an_eviction(
 
     draw_picture(path, answers, [whole, whole, whole])
 
-    assert ">One long prompt: 80 tokens held, not 80<" in path.read_text()
+    assert ">One long prompt: 80 of 80 tokens held<" in path.read_text()
     assert "first eviction" not in path.read_text()

@@ -30,12 +30,12 @@ def draw_picture(
         sequences: Their lines of the trace, in the same order.
     """
     questions = sum(answer.prompt.passkey is not None for answer in answers)
-    figure, axes = panels(3, columns=3, size=(3.9, 2.5))
+    figure, axes = panels(3, columns=3, size=(3.2, 2.4))
     _show_reading(axes[0], answers[0], sequences[0])
     _show_waiting(axes[1], answers[:questions], sequences[:questions])
     _show_budgets(axes[2], answers[questions:], sequences[questions:])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=150)
 
 
 def _show_reading(axes: Axes, answer: Answer, sequence: Sequence) -> None:
@@ -55,7 +55,7 @@ def _show_reading(axes: Axes, answer: Answer, sequence: Sequence) -> None:
             textcoords="offset points",
             arrowprops={"arrowstyle": "->", "color": GREY},
         )
-    _finish(axes, f"One long prompt: {max(held):,} tokens held, not {max(full):,}")
+    _finish(axes, f"One long prompt: {max(held):,} of {max(full):,} tokens held")
 
 
 def _show_waiting(
@@ -73,8 +73,7 @@ def _show_waiting(
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set(
-        title="The same text asked again: answered after "
-        f"{seconds[-1]:.1f} s, not {seconds[0]:.1f} s",
+        title=f"Asked again: answered in {seconds[-1]:.1f} s, not {seconds[0]:.1f} s",
         xlabel="seconds to the first token",
         xlim=(0, _ROOM_FOR_WORDS * max(seconds)),
     )
@@ -102,7 +101,7 @@ def _show_budgets(
                 axes, sequence, sequence.held_tokens, label, color=colour, linewidth=1.8
             )
         _draw_budget(axes, budget, colour)
-    _finish(axes, f"One batch, {len(answers)} requests, budgets of their own")
+    _finish(axes, f"One batch, {len(answers)} requests, {len(budgets)} budgets")
 
 
 def _seconds(sequence: Sequence) -> list[float]:
