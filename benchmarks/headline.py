@@ -65,13 +65,13 @@ def _speeds(found: dict[str, tuple[Any, Any]]) -> Iterable[str]:
     roco = {name: row for name, (_, row) in found.items()}
     stock, short = found["short"]
     yield (
-        f"* **Memory**: {short['max_running']} requests run at once where FLASH_ATTN "
-        f"runs {stock['max_running']} ({_requests(short)}, "
+        f"* **Memory**: {short['max_running']} requests run at once where stock vLLM, "
+        f"FLASH_ATTN, runs {stock['max_running']} ({_requests(short)}, "
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )
     long, prefix = roco["long"], roco["prefix"]
     yield (
-        f"* **Throughput**: {short['ratio']:.2f} times FLASH_ATTN's there. "
+        f"* **Throughput**: {short['ratio']:.2f} times stock vLLM's there. "
         f"{long['ratio']:.2f} times with long answers ({_requests(long)}, "
         f"{long['kv_cache_bytes'] / 2**30:.1f} GiB for KV, {_gpu(long)}), and "
         f"{prefix['ratio']:.2f} times behind a prefix of {prefix['prefix_len']:,.0f} "
