@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks import markdown, rows
+from benchmarks.headline import headline
 from benchmarks.quality.pictures import PICTURES as QUALITY_PICTURES
 from benchmarks.quality.tables import tables as quality_tables
 from benchmarks.serving.pictures import PICTURES as SERVING_PICTURES
@@ -39,7 +40,11 @@ def tables(results: Path) -> dict[str, str]:
     Args:
         results: Folder of the CSV files.
     """
-    return {**serving_tables(results), **quality_tables(results)}
+    return {
+        "headline": headline(results),
+        **serving_tables(results),
+        **quality_tables(results),
+    }
 
 
 def main() -> None:

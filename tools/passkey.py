@@ -8,7 +8,7 @@ The prompt is the published one of Mohtashami and Jaggi, "Landmark Attention"
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 TASK = (
@@ -21,6 +21,7 @@ FILLER = (
 )
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+SECOND_QUESTION = "Which number was I told to remember? The pass key is"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Passkey:
     def is_answered_by(self, completion: str) -> bool:
         """Return whether a continuation of the prompt starts with the key."""
         return completion.strip().startswith(self.key)
+
+    def asked_again(self, tokenizer: Any) -> Passkey:
+        """Return the same text with `SECOND_QUESTION` in the place of `QUESTION`."""
+        text = self.text.removesuffix(QUESTION) + SECOND_QUESTION
+        return replace(self, text=text, token_ids=list(tokenizer(text)["input_ids"]))
 
 
 def build_passkey(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tools.passkey import FILLER, build_passkey
+from tools.passkey import FILLER, QUESTION, SECOND_QUESTION, build_passkey
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,19 @@ def test_answer_is_the_key_at_the_start(tokenizer: Any) -> None:
 
     assert prompt.is_answered_by(f" {prompt.key}. Remember")
     assert not prompt.is_answered_by(f" not {prompt.key}")
+
+
+def test_asked_again_differs_in_the_question_alone(tokenizer: Any) -> None:
+    first = build_passkey(tokenizer, num_tokens=1000, depth=0.5, seed=0)
+
+    second = first.asked_again(tokenizer)
+
+    assert second.text.endswith(f"\n{FILLER}\n{SECOND_QUESTION}")
+    assert second.token_ids == tokenizer(second.text)["input_ids"]
+    pairs = enumerate(zip(first.token_ids, second.token_ids, strict=False))
+    alike = next(position for position, (one, other) in pairs if one != other)
+    assert tokenizer.decode(first.token_ids[alike:]) == QUESTION
+    assert (second.key, second.needle) == (first.key, first.needle)
 
 
 def test_too_short_is_refused(tokenizer: Any) -> None:

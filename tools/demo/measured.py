@@ -25,16 +25,19 @@ class Sequence:
         times: Seconds since the epoch.
         held_tokens: Tokens' worth of KV cache held, in whole blocks.
         full_tokens: What a cache that keeps everything holds, likewise.
+        hit_tokens: Tokens of the prompt that it began behind, from the prefix cache.
     """
 
     times: list[float] = field(default_factory=list)
     held_tokens: list[int] = field(default_factory=list)
     full_tokens: list[int] = field(default_factory=list)
+    hit_tokens: int = 0
 
     @property
     def freed_tokens(self) -> int:
-        """What it once needed and did not hold in its last step."""
-        return self.full_tokens[-1] - self.held_tokens[-1]
+        """What it gave back: what others gave back before a hit is none of its own."""
+        first, last = (self.full_tokens[i] - self.held_tokens[i] for i in (0, -1))
+        return last - first
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ def read_trace(path: Path, block_size: int) -> dict[str, Sequence]:
     sequences: dict[str, Sequence] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        sequence = sequences.setdefault(record["request"], Sequence())
+        name = record["request"]
+        # later only where a request comes back after a preemption
+        hit = record.get("hit_tokens", 0)
+        sequence = sequences.setdefault(name, Sequence(hit_tokens=hit))
         sequence.times.append(record["time"])
         sequence.held_tokens.append(block_size * record["held_blocks"])
         blocks = -(-record["computed_tokens"] // block_size)

@@ -47,7 +47,7 @@ class Options(argparse.Namespace):
         port: Where the server listens, on this machine only.
         roco: The plugin's options.
         block_size: Tokens per KV block.
-        prompt_tokens: Most tokens of the passkey prompt.
+        prompt_tokens: Most tokens of the first prompt that hides a passkey.
         generations: Concurrent long generations.
         tokens: Tokens that each of them writes.
         picture: The file to write.
@@ -149,7 +149,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./demo.sh",
         description="Serve a small model with a KV-cache budget per sequence, and show "
-        "what it holds against full attention: one table and one picture.",
+        "what it holds against full attention, what a text that was read before saves, "
+        "and two budgets in one batch: one table and one picture.",
         epilog=_EPILOG,
         usage="%(prog)s [options] [-- vllm serve arguments]",
         formatter_class=_HelpFormatter,
@@ -175,9 +176,14 @@ def _parser() -> argparse.ArgumentParser:
         "--prompt-tokens",
         type=_POSITIVE,
         default=2048,
-        help="length of the prompt that hides a passkey",
+        help="length of the prompt that hides a passkey, which is asked for twice",
     )
-    add("--generations", type=_POSITIVE, default=3, help="concurrent long generations")
+    add(
+        "--generations",
+        type=_POSITIVE,
+        default=2,
+        help="long generations in one batch, every second one with half of the budget",
+    )
     add("--tokens", type=_SEVERAL, default=640, help="tokens each of them writes")
     add(
         "--picture",

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo asks, and how: a hidden number, and a few long texts to write."""
+"""What the demo asks, and how: a hidden number, twice, and long texts to write."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,8 +49,8 @@ class Answer:
         text: What was written.
         tokens_read: Tokens of the prompt, as the server counts them.
         tokens_written: Tokens of the answer, likewise.
-        read_seconds: From sending to the first token.
-        write_seconds: From the first token to the last.
+        first_token_seconds: From sending to the first token.
+        seconds: From sending to the last token.
     """
 
     prompt: Prompt
@@ -59,26 +58,18 @@ class Answer:
     text: str
     tokens_read: int
     tokens_written: int
-    read_seconds: float
-    write_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed of reading a passkey's prompt, of writing anything else."""
-        if self.prompt.passkey is not None:
-            return self.tokens_read / self.read_seconds
-        # the first token belongs to reading
-        return (self.tokens_written - 1) / self.write_seconds
+    first_token_seconds: float
+    seconds: float
 
 
 def build_prompts(model: str, options: Options) -> list[list[Prompt]]:
     """Return what is sent, those of a list at once, as the tokenizer encodes it.
 
     First a short one, so that what the server compiles on first use is not timed; then
-    a number hidden in a long text; then generations, which continue the text of the
-    project's license, cut at different lengths up to the budget. Every second of them
-    asks for a budget of its own, half of the server's; what the others give back, they
-    give back while they write.
+    a question about a number that is hidden in a long text, and another one about the
+    same text, which is in the prefix cache by then; then generations, which continue
+    pieces of the project's license that are as long as half of the budget. Every second
+    of them asks for a budget of its own, just that half.
 
     Raises:
         DemoError: The prompt is too short for the passkey task, or the model's
@@ -94,19 +85,25 @@ def build_prompts(model: str, options: Options) -> list[list[Prompt]]:
     except (OSError, ValueError) as error:
         raise DemoError(str(error)) from error
     text = tokenizer(_LICENSE.read_text(encoding="utf-8"))["input_ids"]
-    count = options.generations
-    budget = options.roco.budget
-    lengths = [max(1, budget * n // count) for n in range(1, count + 1)]
-    budgets = itertools.cycle((budget, options.half_budget))
+    budget, half = options.roco.budget, options.half_budget
+    questions = [
+        Prompt(f"question {number}", asked.token_ids, _ANSWER_TOKENS, budget, asked)
+        for number, asked in enumerate((passkey, passkey.asked_again(tokenizer)), 1)
+    ]
+    generations = [
+        # no two begin alike, so that none finds another's blocks in the prefix cache
+        Prompt(
+            f"generation {number}",
+            text[number : number + half],
+            options.tokens,
+            budget if number % 2 else half,
+        )
+        for number in range(1, options.generations + 1)
+    ]
     return [
-        [Prompt("warm-up", text[:32], 4, budget)],
-        [Prompt("passkey", passkey.token_ids, _ANSWER_TOKENS, budget, passkey)],
-        [
-            Prompt(f"generation {number}", text[:length], options.tokens, own)
-            for number, (length, own) in enumerate(
-                zip(lengths, budgets, strict=False), 1
-            )
-        ],
+        [Prompt("warm-up", text[-32:], 4, budget)],
+        *([question] for question in questions),
+        generations,
     ]
 
 
@@ -159,21 +156,22 @@ async def _ask(
             "vllm_xargs": {"roco_budget": prompt.budget},
         },
     )
-    pieces: list[tuple[float, str]] = []
+    text, arrivals = "", []
     request_id, usage = "", None
     async for part in stream:
         request_id, usage = part.id, part.usage or usage
         if part.choices:
-            pieces.append((time.perf_counter(), part.choices[0].text))
+            text += part.choices[0].text
+            arrivals.append(time.perf_counter())
             on_token(prompt)
-    if usage is None or not pieces:
+    if usage is None or not arrivals:
         raise DemoError(f"the answer to {prompt.name} broke off.")
     return Answer(
         prompt=prompt,
         request_id=request_id,
-        text="".join(text for _, text in pieces),
+        text=text,
         tokens_read=usage.prompt_tokens,
         tokens_written=usage.completion_tokens,
-        read_seconds=pieces[0][0] - begin,
-        write_seconds=pieces[-1][0] - pieces[0][0],
+        first_token_seconds=arrivals[0] - begin,
+        seconds=arrivals[-1] - begin,
     )

@@ -18,8 +18,9 @@ from rich.console import Console
 from tools.demo import DemoError
 from tools.demo.measured import find_sequence, read_trace, scrape
 from tools.demo.options import HOST, Options
+from tools.demo.picture import draw_picture
 from tools.demo.requests import Answer, Prompt, ask, build_prompts
-from tools.demo.results import build_table, draw_picture
+from tools.demo.results import build_table
 from tools.demo.server import (
     running_server,
     serve_command,
@@ -88,15 +89,18 @@ def _serve_and_show(
             command, environment | {"TMPDIR": str(scratch)}, log
         ) as server:
             with console.status("starting"):
-                warm_up, passkey, generations = build_prompts(model, options)
+                warm_up, *stages = build_prompts(model, options)
                 wait_until_ready(server, url)
             _say(console, f"answers on {url} after {time.monotonic() - begin:.0f} s")
 
             _stage(console, 4, "requests")
             with console.status("warming up"):
                 ask(url, model, warm_up, lambda prompt: None)
-            answers = _ask(console, url, model, passkey)
-            answers += _ask(console, url, model, generations)
+            answers = [
+                answer
+                for prompts in stages
+                for answer in _ask(console, url, model, prompts)
+            ]
             metrics = scrape(url)
     except DemoError as error:
         raise _with_log(console, error, log, options.picture.parent) from error
@@ -110,8 +114,7 @@ def _serve_and_show(
             console,
             "On a CPU this shows memory, not speed: attention is plain PyTorch there.",
         )
-    prompts = [answer.prompt for answer in answers]
-    draw_picture(options.picture, prompts, sequences)
+    draw_picture(options.picture, answers, sequences)
     _say(console, f"picture: {options.picture}")
 
 
@@ -129,10 +132,9 @@ def _ask(
 
         answers = ask(url, model, prompts, count)
     for answer in answers:
-        seconds = answer.read_seconds + answer.write_seconds
         line = (
-            f"{answer.prompt.name}: read {answer.tokens_read:,} tokens, wrote "
-            f"{answer.tokens_written:,} in {seconds:.1f} s"
+            f"{answer.prompt.name}: {answer.tokens_read:,} tokens in the prompt, wrote "
+            f"{answer.tokens_written:,} in {answer.seconds:.1f} s"
         )
         if (passkey := answer.prompt.passkey) is not None:
             line += f"; hidden {passkey.key}, answered {answer.text.strip()!r}"

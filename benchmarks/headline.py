@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first numbers of the front page, in words that follow from the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks import rows
+from benchmarks.markdown import UNMEASURED
+from benchmarks.quality.scores import Scores
+from benchmarks.rows import matching
+from benchmarks.serving.comparisons import comparisons, prefix_comparisons
+
+_Works = Mapping[str, Mapping[str, object]]
+
+_SERVED: _Works = {
+    "short": {"workload": "r-kv-stress", "gpu_memory_utilization": 0.3},
+    "long": {"workload": "long-generation"},
+    "ample": {"workload": "no-pressure"},
+    "read": {"workload": "long-prompts"},
+}
+_SHARED: _Works = {
+    "prefix": {"workload": "shared-16384", "warm": "yes"},
+    "chat": {"workload": "chat"},
+}
+_CONTEXT, _SHARE = 2048, 0.25
+
+
+def headline(results: Path) -> str:
+    """Return memory, throughput, losses and quality, a line each.
+
+    Args:
+        results: Folder of the CSV files.
+    """
+    served = rows.read(results / "serving.csv")
+    shared = rows.read(results / "prefixes.csv")
+    scores = Scores.read(results)
+    if served.empty or shared.empty or scores is None:
+        return UNMEASURED
+    found = _pairs(comparisons(served), _SERVED)
+    found |= _pairs(prefix_comparisons(shared), _SHARED)
+    if found.keys() != {*_SERVED, *_SHARED}:
+        return UNMEASURED
+    return "\n".join((*_speeds(found), _quality(scores)))
+
+
+def _pairs(found: pd.DataFrame, works: _Works) -> dict[str, tuple[Any, Any]]:
+    """Return RoCo's newest row of each work that was measured, behind stock vLLM's."""
+    pairs = {}
+    for name, work in works.items():
+        same = matching(found, **work)
+        roco = same[same["engine"].isin(["roco", "roco, budget 2048"])]
+        if not roco.empty:
+            newest = roco.iloc[-1]
+            beside = matching(same, work=newest["work"], rank=0)
+            pairs[name] = beside.iloc[0], newest
+    return pairs
+
+
+def _speeds(found: dict[str, tuple[Any, Any]]) -> Iterable[str]:
+    roco = {name: row for name, (_, row) in found.items()}
+    stock, short = found["short"]
+    yield (
+        f"* **Memory**: {short['max_running']} requests run at once where stock vLLM, "
+        f"FLASH_ATTN, runs {stock['max_running']} ({_requests(short)}, "
+        f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
+    )
+    long, prefix = roco["long"], roco["prefix"]
+    yield (
+        f"* **Throughput**: {short['ratio']:.2f} times stock vLLM's there. "
+        f"{long['ratio']:.2f} times with long answers ({_requests(long)}, "
+        f"{long['kv_cache_bytes'] / 2**30:.1f} GiB for KV, {_gpu(long)}), and "
+        f"{prefix['ratio']:.2f} times behind a prefix of {prefix['prefix_len']:,.0f} "
+        f"tokens that all requests share (budget {prefix['budget']:,}, {_gpu(prefix)})."
+    )
+    ample, chat = roco["ample"], roco["chat"]
+    stock, read = found["read"]
+    yield (
+        f"* **Not everywhere**: {ample['ratio']:.2f} times where memory is ample and "
+        f"nothing is evicted ({_gpu(ample)}), {chat['ratio']:.2f} times in a chat of "
+        f"{chat['num_turns']:g} turns ({_gpu(chat)}). With many long prompts at once "
+        f"the first token takes {read['ttft_ms'] / stock['ttft_ms']:.2f} times as long "
+        f"({_requests(read)}, {_gpu(read)})."
+    )
+
+
+def _quality(scores: Scores) -> str:
+    def of(metric: str, task: str, column: str, method: str) -> float:
+        same = {"task": task, "context": _CONTEXT, "method": method}
+        found = matching(scores.at_budgets(metric), **same)
+        share = 1.0 if method == "full" else _SHARE
+        return float(found.loc[found["budget_ratio"] == share, column].iloc[0])
+
+    default, full, recent = (
+        of("accuracy", "needle", "score", method)
+        for method in (scores.default, "full", "recent")
+    )
+    perplexity = of("perplexity", "perplexity", "of_full", scores.default)
+    return (
+        f"* **Quality**: with a budget of a quarter of {_CONTEXT:,} tokens of prose, "
+        f"{default:.2f} of the facts hidden in it are found; {full:.2f} with the full "
+        f"cache, {recent:.2f} with the newest blocks alone. Perplexity rises by "
+        f"{100 * (perplexity - 1):.1f} %. One small model, SmolLM2-135M."
+    )
+
+
+def _requests(row: Any) -> str:
+    return (
+        f"{row['num_requests']} requests of {row['input_len']:,} + "
+        f"{row['output_len']:,} tokens, budget {row['budget']:,}"
+    )
+
+
+def _gpu(row: Any) -> str:
+    return str(row["gpu"]).removeprefix("NVIDIA ").split()[0]

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front page's first numbers follow from the rows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from benchmarks.headline import headline
+from benchmarks.markdown import UNMEASURED
+from benchmarks.rows import RESULTS, read, write
+
+TABLES = ("serving.csv", "prefixes.csv", "quality.csv")
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    for name in (*TABLES, "provenance.json"):
+        shutil.copy(RESULTS / name, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_without_a_table_there_is_no_headline(results: Path, name: str) -> None:
+    (results / name).unlink()
+    assert headline(results) == UNMEASURED
+
+
+def test_without_a_workload_there_is_no_headline(results: Path) -> None:
+    served = read(results / "serving.csv")
+    write(results / "serving.csv", served[served["workload"] != "long-generation"])
+    assert headline(results) == UNMEASURED
+
+
+def test_the_newest_rows_count_beside_their_own_baseline(results: Path) -> None:
+    served = read(results / "serving.csv")
+    again = served[served["workload"] == "no-pressure"].assign(
+        gpu="NVIDIA B200", commit="newer", output_tok_s=[200.0, 300.0]
+    )
+    write(results / "serving.csv", pd.concat([served, again]))
+    ample = "1.50 times where memory is ample and nothing is evicted (B200)"
+    assert ample in headline(results)
+    assert ample not in headline(RESULTS)
