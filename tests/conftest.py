@@ -23,8 +23,13 @@ PYTHONPATH = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 if QUICK_START not in PYTHONPATH:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [QUICK_START, *PYTHONPATH]))
 
+CACHE = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+
 # vLLM and the hub's client read these when they are imported
 for name, value in {
+    # also where a test moves XDG_CACHE_HOME: what vLLM has not kept of a model's class,
+    # it finds out in a process that imports all of vLLM
+    "VLLM_CACHE_ROOT": str(Path(CACHE, "vllm")),
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_NO_USAGE_STATS": "1",

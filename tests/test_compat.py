@@ -8,12 +8,8 @@ import copyreg
 import json
 import logging
 import logging.handlers
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +17,9 @@ from packaging.version import Version
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 import vllm_roco
+from tests.fresh_python import run_fresh
 from vllm_roco import compat
 
-ROOT = Path(__file__).parents[1]
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
 
@@ -83,8 +79,9 @@ def test_a_source_tree_without_a_version_asks_its_distribution(
 @pytest.fixture
 def reducer() -> Iterator[None]:
     """Registers the backend, and puts back how the enum was pickled before."""
-    before = copyreg.dispatch_table.pop(AttentionBackendEnum, None)
+    # which registers it too, the first time: later tests need that
     vllm_roco.register()
+    before = copyreg.dispatch_table.pop(AttentionBackendEnum, None)
     compat.pickle_backend_by_name()
     yield
     del copyreg.dispatch_table[AttentionBackendEnum]
@@ -94,14 +91,7 @@ def reducer() -> Iterator[None]:
 
 def _run(source: str, argument: Any = None) -> Any:
     """Run code in a process that has loaded no plugin; it prints its result as JSON."""
-    process = subprocess.run(
-        [sys.executable, "-c", source, json.dumps(argument)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    process = run_fresh(source, json.dumps(argument))
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
 
@@ -152,6 +142,7 @@ def test_members_stay_the_same_objects(name: str) -> None:
 
 
 def test_another_plugins_reducer_keeps_its_members() -> None:
+    vllm_roco.register()
     before = copyreg.dispatch_table.get(AttentionBackendEnum)
 
     def reduce_by_name(member: AttentionBackendEnum) -> Any:

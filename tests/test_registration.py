@@ -29,6 +29,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 import vllm_roco
 from tests.engine.engines import engines_in_process
+from tests.fresh_python import run_fresh
 from tests.model_configs import save_config
 from vllm_roco import cpu_platform
 from vllm_roco.cpu_platform import RocoCpuPlatform
@@ -134,15 +135,8 @@ def test_registering_again_changes_nothing() -> None:
 
 def run_python(code: str, *arguments: str, **environment: str) -> tuple[int, str]:
     """Run code in a Python of its own; return its status and all that it wrote."""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout
+    done = run_fresh(code, *arguments, environment=os.environ | environment)
+    return done.returncode, done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("module", ["vllm_roco", "vllm_roco.platform"])
@@ -153,7 +147,8 @@ import sys
 import {module}
 print([name for name in ("torch", "vllm", "numpy") if name in sys.modules])
 """
-    assert run_python(code) == (0, "[]\n")
+    printed = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert printed == "[]\n"
 
 
 def test_a_configuration_of_ones_own_needs_the_plugins_first() -> None:

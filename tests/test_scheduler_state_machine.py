@@ -37,7 +37,14 @@ STEMS = (
     [1] * MAX_PROMPT,
 )
 
-NIGHTLY_STEPS = 100_000
+EXAMPLES = 125
+"""Of each machine, with some 20 steps each; a nightly run has more."""
+
+LEAST_STEPS = 1_600
+"""Of each machine, 20,000 over all; each is of several scheduled ones."""
+
+LEAST_NIGHTLY_STEPS = 7_700
+"""100,000 over all machines."""
 
 # in blocks; None leaves an option to the server
 OPTIONS = st.none() | st.fixed_dictionaries(
@@ -362,11 +369,12 @@ MACHINES = [
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.__name__)
 def test_requests_in_any_order(machine: type[SchedulerMachine]) -> None:
     """`-rP` prints how much was done; `--hypothesis-profile=nightly` does more."""
-    more = settings(max_examples=2 * settings().max_examples, stateful_step_count=25)
-    machine.done.clear()
-    run_state_machine_as_test(machine, settings=more)
-    print(dict(machine.done))
-    # 5,000 and 100,000 steps over all machines, each of several scheduled ones
     is_nightly = settings().max_examples >= NIGHTLY_EXAMPLES
-    least = NIGHTLY_STEPS if is_nightly else NIGHTLY_STEPS // 20
-    assert machine.done["steps"] >= least // len(MACHINES)
+    examples = 2 * settings().max_examples if is_nightly else EXAMPLES
+    machine.done.clear()
+    run_state_machine_as_test(
+        machine, settings=settings(max_examples=examples, stateful_step_count=25)
+    )
+    print(dict(machine.done))
+    least = LEAST_NIGHTLY_STEPS if is_nightly else LEAST_STEPS
+    assert machine.done["steps"] >= least

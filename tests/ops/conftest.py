@@ -8,10 +8,16 @@ machine without GPU these tests run in a process of their own, which
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -22,3 +28,40 @@ if not INTERPRETED and not torch.cuda.is_available():
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def language_patched_once() -> Iterator[None]:
+    """Let the interpreter make its changes to Triton's language once a launch.
+
+    It makes the same ones at each call of a function within, which takes a third of
+    the time of these tests.
+    """
+    patch_language = interpreter._patch_lang
+    patched: set[str] = set()
+
+    def patch_once(function: FunctionType) -> Any:
+        languages = _languages_of(function)
+        if languages <= patched:
+            return None
+        is_launch = not patched
+        patched.update(languages)
+        scope = patch_language(function)
+        if is_launch:
+            scope.restore = functools.partial(_in_turn, scope.restore, patched.clear)
+        return scope
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
+
+
+@functools.cache
+def _languages_of(function: FunctionType) -> frozenset[str]:
+    values = function.__globals__.values()
+    return frozenset(each.__name__ for each in values if each is tl or each is tl.core)
+
+
+def _in_turn(*functions: Any) -> None:
+    for function in functions:
+        function()

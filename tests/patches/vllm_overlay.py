@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from tests.fresh_python import run_fresh
 
 PROBES = Path(__file__).with_name("probes")
 
@@ -81,14 +82,11 @@ def run_probe(name: str, overlay: Path, argument: Any = None) -> Any:
         "VLLM_PLUGINS": "none",
         "OMP_NUM_THREADS": "1",
     }
-    process = subprocess.run(
-        [sys.executable, str(PROBES / name), json.dumps(argument)],
-        cwd=overlay,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
+    process = run_fresh(
+        (PROBES / name).read_text(encoding="utf-8"),
+        json.dumps(argument),
+        environment=environment,
+        folder=overlay,
     )
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_roco import policy
+from vllm_roco import fp8_cache, policy
 from vllm_roco.config import blocks_of
 from vllm_roco.kv_cache.page import (
     first_positions_view,
@@ -94,5 +94,5 @@ def _values(kv_cache: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
     """
     values = kv_cache[blocks].transpose(0, 1).chunk(2, -1)[1]
     if values.dtype == torch.uint8:
-        values = values.contiguous().view(torch.float8_e4m3fn)
+        return fp8_cache.from_bytes(values, torch.ones(()))
     return values.float()
