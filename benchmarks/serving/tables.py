@@ -164,7 +164,7 @@ def eviction(measured: pd.DataFrame) -> str:
         [texts(measured, cell) for cell in cells.values()], columns=measured["policy"]
     )
     turned.insert(0, "what", list(cells))
-    return table(turned, caption(measured.tail(1)))
+    return table(turned, caption(measured, "policy"))
 
 
 def profile(measured: pd.DataFrame) -> str:
