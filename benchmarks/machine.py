@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import multiprocessing
 import platform
@@ -35,9 +36,13 @@ def environment() -> dict[str, str]:
 
 def environment_elsewhere() -> dict[str, str]:
     """Return the same without using CUDA here: engines are forked while it is not."""
+    return _asked_elsewhere() | {"command": _command()}
+
+
+@functools.cache
+def _asked_elsewhere() -> dict[str, str]:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        facts = pool.apply(environment)
-    return facts | {"command": _command()}
+        return pool.apply(environment)
 
 
 def device_name() -> str:

@@ -124,6 +124,7 @@ def _become(
     path = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = ["", *filter(None, path)]
     sys.argv = ["-c", *arguments]
+    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     assert not {"vllm", "vllm_roco"} & sys.modules.keys()
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     exec(compile(code, "<string>", "exec"), vars(main))

@@ -37,7 +37,7 @@ STEMS = (
     [1] * MAX_PROMPT,
 )
 
-EXAMPLES = 125
+EXAMPLES = 100
 """Of each machine, with some 20 steps each; a nightly run has more."""
 
 LEAST_STEPS = 1_600

@@ -86,7 +86,7 @@ def type_errors(release: Path, root: Path = ROOT) -> list[str]:
         return _complaints(
             "mypy",
             root,
-            ["-m", "mypy", "--package=vllm_roco", f"--cache-dir={made}/cache", *_LOOSE],
+            ["-m", "mypy", "--package=vllm_roco", f"--cache-dir={os.devnull}", *_LOOSE],
             ": error: ",
             MYPYPATH=os.pathsep.join([str(release), made]),
         )

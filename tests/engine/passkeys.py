@@ -35,12 +35,14 @@ ARGUMENTS: dict[str, Any] = dict(
 """Of an engine that serves all keys at once."""
 
 
-def passkeys(tokenizer: PreTrainedTokenizerBase) -> list[Passkey]:
+def passkeys(
+    tokenizer: PreTrainedTokenizerBase, num_tokens: int = NUM_TOKENS
+) -> list[Passkey]:
     """Return `NUM_KEYS` keys, the first ones near the beginning of their prompts."""
     return [
         build_passkey(
             tokenizer,
-            num_tokens=NUM_TOKENS,
+            num_tokens=num_tokens,
             depth=(index + 0.5) / NUM_KEYS,
             seed=index,
         )
@@ -49,13 +51,23 @@ def passkeys(tokenizer: PreTrainedTokenizerBase) -> list[Passkey]:
 
 
 def keys_found(
-    engine: Engine, tokenizer: PreTrainedTokenizerBase, keys: Sequence[Passkey]
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    keys: Sequence[Passkey],
+    options: Options = DEFAULT,
 ) -> int:
-    """Return how many of the keys are told, each from a prompt of its own."""
+    """Return how many of the keys are told, each from a prompt of its own.
+
+    Args:
+        engine: It has these options.
+        tokenizer: The model's.
+        keys: Each in a prompt of four times the budget.
+        options: Their budget and stride tell how much must have been evicted.
+    """
     freed = engine.manager.num_freed_blocks
     answers = engine.generate([key.token_ids for key in keys], 8)
-    # E at 2,048 tokens, less a stride for the prompt that ends a line earlier
-    evicted = NUM_TOKENS - DEFAULT.budget - DEFAULT.stride
+    # E at the end, less a stride for the prompt that ends a line earlier
+    evicted = 3 * options.budget - options.stride
     least = len(keys) * evicted // engine.manager.block_size
     assert engine.manager.num_freed_blocks - freed >= least
     assert engine.num_lost_blocks == 0

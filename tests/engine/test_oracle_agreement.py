@@ -49,10 +49,8 @@ RANDOM_MODEL = {
 }
 
 SMOLLM2 = {
-    "contribution": options(
-        shield="contribution", shield_ratio=1, budget=128, recent=32
-    ),
-    "peak": options(shield_ratio=0.7, budget=128, recent=32),
+    "contribution": options(shield="contribution", shield_ratio=1),
+    "peak": options(shield_ratio=0.7),
     "deviation-blocks-of-32": options(
         shield="deviation", shield_ratio=0.3, block_size=32, budget=96, chunk=128
     ),
@@ -89,17 +87,25 @@ def test_random_model(
         assert engine.num_lost_blocks == 0
 
 
+@pytest.fixture(scope="module")
+def smollm2_for_oracle(smollm2: Path) -> PreTrainedModel:
+    return load_for_oracle(smollm2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMOLLM2)
-def test_smollm2(name: str, smollm2: Path, prose: str) -> None:
+def test_smollm2(
+    name: str, smollm2: Path, smollm2_for_oracle: PreTrainedModel, prose: str
+) -> None:
     """A passkey prompt and free text, both longer than the budget, as is the answer."""
     options = SMOLLM2[name]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     key = build_passkey(tokenizer, num_tokens=300, depth=0.3, seed=7)
     prompts = [key.token_ids, tokenizer(prose)["input_ids"][:230]]
     num_new = options.budget + 12
-    model = load_for_oracle(smollm2)
-    expected = [generate(model, prompt, options, num_new) for prompt in prompts]
+    expected = [
+        generate(smollm2_for_oracle, prompt, options, num_new) for prompt in prompts
+    ]
     with running_engine(smollm2, options) as engine:
         with recorded_kept_blocks(engine) as kept:
             together = engine.generate(prompts, num_new)

@@ -210,36 +210,76 @@ def test_stop_strings(client: openai.OpenAI) -> None:
     assert choice.text == free[: free.index(stop)]
 
 
-@pytest.mark.usefixtures("evicts")
-def test_structured_output(client: openai.OpenAI) -> None:
-    schema = {
-        "type": "object",
-        "properties": {
-            "animal": {"enum": ["fox", "bear"]},
-            "places": {
-                "type": "array",
-                "items": {"enum": ["forest", "river", "hill"]},
-                "minItems": 2,
-                "maxItems": 3,
-            },
+STORY_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "animal": {"enum": ["fox", "bear"]},
+        "places": {
+            "type": "array",
+            "items": {"enum": ["forest", "river", "hill"]},
+            "minItems": 2,
+            "maxItems": 3,
         },
-        "required": ["animal", "places"],
-        "additionalProperties": False,
-    }
-    done = client.chat.completions.create(
+    },
+    "required": ["animal", "places"],
+    "additionalProperties": False,
+}
+
+FORBIDDEN = -9999.0
+"""What a client is told of a probability of zero, as JSON has no infinity."""
+
+
+def tell_as_json(
+    client: openai.OpenAI, **arguments: Any
+) -> openai.types.chat.ChatCompletion:
+    return client.chat.completions.create(
         model=MODEL,
         messages=[{"role": "user", "content": f"{LONG_PROMPT}. Tell it as JSON."}],
-        temperature=0,
         max_tokens=60,
         response_format={
             "type": "json_schema",
-            "json_schema": {"name": "story", "schema": schema},
+            "json_schema": {"name": "story", "schema": STORY_SCHEMA},
         },
+        **arguments,
     )
+
+
+@pytest.mark.usefixtures("evicts")
+def test_structured_output(client: openai.OpenAI) -> None:
+    done = tell_as_json(client, temperature=0)
     story = json.loads(done.choices[0].message.content)
     assert set(story) == {"animal", "places"}
-    assert story["animal"] in schema["properties"]["animal"]["enum"]
+    assert story["animal"] in STORY_SCHEMA["properties"]["animal"]["enum"]
     assert 2 <= len(story["places"]) <= 3
+
+
+@pytest.mark.usefixtures("evicts")
+def test_alternatives_in_structured_output(client: openai.OpenAI) -> None:
+    """Samples name the same ones but for tokens that the form forbids.
+
+    Those tie at a probability of zero, and which of them fill the list is chance.
+    """
+    done = tell_as_json(
+        client,
+        **{"n": 3, "temperature": 1, "logprobs": True, "top_logprobs": 3},
+        extra_body={"top_k": 1},
+    )
+    told = [choice.logprobs.content for choice in done.choices]
+    assert len(told) == 3
+    assert len({tuple(each.token for each in tokens) for tokens in told}) == 1
+    named, allowed = (
+        [
+            [
+                {each.token: each.logprob for each in place.top_logprobs if fits(each)}
+                for place in tokens
+            ]
+            for tokens in told
+        ]
+        for fits in (lambda each: True, lambda each: each.logprob > FORBIDDEN)
+    )
+    for first, *others in zip(*allowed, strict=True):
+        assert others == [pytest.approx(first, abs=1e-3)] * 2
+    assert allowed != named
 
 
 def begun_with(client: openai.OpenAI, prompt: list[int], **more: Any) -> int:
