@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.clients import DISTURBANCES
 from tests.soak.engines import Host
 from tests.soak.run import Plan
 from tests.soak.server import soak_server
@@ -28,7 +29,7 @@ PLAN = Plan(
 def test_nothing_is_lost_or_wrong_or_let_in(
     engine_lock: None, smollm2: Path, tmp_path: Path
 ) -> None:
-    host = Host(folder=tmp_path)
+    host = Host(folder=tmp_path, adapter=True)
     report = asyncio.run(soak_server(host, PLAN, print))
     print(report.table())
     assert report.faults == []
@@ -37,3 +38,5 @@ def test_nothing_is_lost_or_wrong_or_let_in(
     assert report.audit["prefixes"]["snapshot_hits"] > 0
     assert report.audit["counts"]["poisoned blocks"] > 0
     assert {0, 200, 400} <= report.statuses.keys()
+    assert {*DISTURBANCES} == report.disturbances.keys()
+    assert report.traits["adapter"] > 0
