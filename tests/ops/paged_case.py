@@ -137,7 +137,8 @@ class PagedCase:
         They follow each other without a pattern that a group could hide.
         """
         sinks = torch.tensor([4.0, -3.0, 9.0, 0.5, 6.0, 2.0, -torch.inf])
-        repeated = sinks.repeat(3)[: self.query.shape[1]]
+        num_heads = self.query.shape[1]
+        repeated = sinks.repeat(-(-num_heads // len(sinks)))[:num_heads]
         self.sinks = repeated.to(self.query.device, self.query.dtype)
 
     def in_fp8(self, *, per_head: bool, dtype: torch.dtype | None = None) -> PagedCase:
