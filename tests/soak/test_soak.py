@@ -29,7 +29,7 @@ PLAN = Plan(
 def test_nothing_is_lost_or_wrong_or_let_in(
     engine_lock: None, smollm2: Path, tmp_path: Path
 ) -> None:
-    host = Host(folder=tmp_path, adapter=True)
+    host = Host(folder=tmp_path)
     report = asyncio.run(soak_server(host, PLAN, print))
     print(report.table())
     assert report.faults == []
@@ -39,4 +39,3 @@ def test_nothing_is_lost_or_wrong_or_let_in(
     assert report.audit["counts"]["poisoned blocks"] > 0
     assert {0, 200, 400} <= report.statuses.keys()
     assert {*DISTURBANCES} == report.disturbances.keys()
-    assert report.traits["adapter"] > 0
