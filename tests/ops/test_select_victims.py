@@ -226,7 +226,7 @@ class Group:
 def options(schedule: EvictionSchedule, **changes: object) -> EvictionRow:
     sizes = {"budget": schedule.budget, "stride": schedule.stride}
     config = RocoConfig(**{"recent": 16, **sizes, **changes})  # type: ignore[arg-type]
-    return row_of(config, BLOCK_SIZE)
+    return row_of(config, schedule.block_size)
 
 
 E4M3 = torch.float8_e4m3fn

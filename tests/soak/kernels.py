@@ -417,6 +417,8 @@ def run(
             except Exception as error:
                 where = f"seed {seed}, shape {number}, batch {batch}"
                 faults.append(f"{name}, {where}, {shape}: {error!r:.500}")
+                # at once: what is wrong may end the process
+                print(f"FAULT {faults[-1]}", flush=True)
         counts["shapes"] += 1
     return counts, faults
 
@@ -439,8 +441,6 @@ def main() -> int:
         draw = random.Random(arguments.seed)
         drawn = (draw_shape(draw) for _ in count())
         counts, faults = run(arguments.seed, drawn, BATCHES, arguments.seconds)
-    for fault in faults[:20]:
-        print(f"FAULT {fault}")
     seconds = time.monotonic() - started
     print(f"{dict(counts)} in {seconds:.0f} s on {DEVICE}, {len(faults)} faults")
     return 1 if faults else 0

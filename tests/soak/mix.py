@@ -173,7 +173,10 @@ def _draw_one(
         ("stop", 0.08, {"stop": ["e", "th"], "ignore_eos": False}),
         ("min_tokens", 0.08, {"min_tokens": draw.randint(1, max_tokens)}),
     ):
-        if draw.random() < likelihood:
+        # vLLM's LoRA layers for CPUs expect a row for each answer, and the engine ends
+        if draw.random() < likelihood and not (
+            limits.adapter and name == "prompt logprobs"
+        ):
             sampling |= change
             traits.append(name)
     if draw.random() < 0.06:

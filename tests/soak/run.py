@@ -164,7 +164,7 @@ class Soak:
         planned = [
             *crowd(plan.seed, plan.num_requests, plan.num_canaries, self._limits)
         ]
-        preempted = 0
+        preempted = num_told = 0
         for part in range(NUM_PARTS):
             first, last = (
                 edge * len(planned) // NUM_PARTS for edge in (part, part + 1)
@@ -181,6 +181,10 @@ class Soak:
                 f"{now - preempted} preemptions, {report.samples[-1]}, "
                 f"{report.num_faults} faults"
             )
+            for fault in report.faults[num_told:]:
+                # now: who ends it early wants to know, too
+                self._say(f"fault: {fault}")
+            num_told = len(report.faults)
             if now == preempted and last - first >= _MANY:
                 report.fault(f"{name}: no request was preempted")
             preempted = now

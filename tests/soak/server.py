@@ -43,4 +43,6 @@ async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Rep
                     report.fault("the server is not healthy in the end")
                 return report
             finally:
+                if soak.report.num_faults:
+                    say(f"the end of the server's log:\n{log.read_text()[-6000:]}")
                 await client.close()

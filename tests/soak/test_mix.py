@@ -17,7 +17,7 @@ from vllm_roco.request_plans import ResolvedPlan
 from vllm_roco.request_size import RequestSizes
 
 SIZE = 16
-FITS = limits_for(49152, adapter=True)
+FITS = limits_for(49152)
 
 
 def test_the_crowd_is_of_every_kind_and_the_same_each_time() -> None:
@@ -29,7 +29,6 @@ def test_the_crowd_is_of_every_kind_and_the_same_each_time() -> None:
         *("one token", "short", "middle", "long", "to the limit", "shared prefix"),
         *("n", "logprobs", "prompt logprobs", "structured", "stop", "min_tokens"),
         *("cut off", "aborted", "options", "bad options", "too long", "salt"),
-        "adapter",
     }
     assert wanted | {"canary"} == traits.keys()
     assert all(traits[trait] >= 20 for trait in wanted)
@@ -46,7 +45,15 @@ def test_canaries_hit_nothing_that_others_have_read() -> None:
     salts = {each.salt for each in alone + crowded} - {None}
     assert len(salts) == sum(each.salt is not None for each in alone + crowded)
     assert all(len(each.prompt) >= 300 for each in alone if each.salt is None)
-    assert 0 < sum(each.adapter for each in alone) < len(alone)
+
+
+def test_some_ask_an_adapter_where_there_is_one() -> None:
+    limits = limits_for(49152, adapter=True)
+    requests = [*crowd(5, 2000, 20, limits)]
+    traits = Counter(trait for planned in requests for trait in planned.traits)
+    assert traits["adapter"] >= 200 and not traits["prompt logprobs"]
+    birds = canaries(20, limits, "alone")
+    assert 0 < sum(each.adapter for each in birds) < len(birds)
 
 
 def blocks_held(in_flight: int) -> list[tuple[int, int]]:

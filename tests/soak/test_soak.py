@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.soak.clients import DISTURBANCES
 from tests.soak.engines import Host
 from tests.soak.run import Plan
 from tests.soak.server import soak_server
@@ -37,3 +38,4 @@ def test_nothing_is_lost_or_wrong_or_let_in(
     assert report.audit["prefixes"]["snapshot_hits"] > 0
     assert report.audit["counts"]["poisoned blocks"] > 0
     assert {0, 200, 400} <= report.statuses.keys()
+    assert {*DISTURBANCES} == report.disturbances.keys()
