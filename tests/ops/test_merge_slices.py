@@ -72,8 +72,15 @@ def share_of(group: Group, rank: int) -> list[torch.Tensor]:
     return caches
 
 
-@pytest.mark.parametrize("has_prompts", [True, False])
-@pytest.mark.parametrize("shield", ["contribution", "peak", "deviation"])
+@pytest.mark.parametrize(
+    ("shield", "has_prompts"),
+    [
+        ("contribution", True),
+        ("contribution", False),
+        ("peak", True),
+        ("deviation", False),
+    ],
+)
 def test_ranks_move_what_one_would(
     shield: str, has_prompts: bool, device: torch.device
 ) -> None:

@@ -147,6 +147,21 @@ def test_budgets_of_requests_have_room() -> None:
         assert bounds.decode_tokens == most
 
 
+@pytest.mark.parametrize(("agree", "copies"), [(True, 2), (False, 0)])
+def test_ranks_have_room_for_what_they_tell_each_other(
+    agree: bool, copies: int
+) -> None:
+    vllm_config = config_for({"budget": 64, "stride": 32, "agree": agree})
+    vllm_config.parallel_config = copy.copy(vllm_config.parallel_config)
+    vllm_config.parallel_config.tensor_parallel_size = 2
+    spec = roco_spec(budget=64, stride=32)
+    bounds = StepBounds.of(spec, vllm_config, num_q_heads=4, num_layers=2)
+    # of 4 sequences in 256 blocks, what both stages go by
+    assert bounds.eviction_scratch.shared == copies * 4 * 2 * 256
+    # of a decode that is due, all that it attends over
+    assert bounds.evicting_decode_blocks == 6
+
+
 @pytest.mark.parametrize(
     ("model", "tiled"), [(torch.float32, torch.float32), (torch.bfloat16, torch.uint8)]
 )
