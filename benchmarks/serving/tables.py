@@ -80,7 +80,7 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
     found["share"] = 100 * found["gpu_memory_utilization"]
     result = {
         str(workload): lines(
-            group, _SERVED, caption(group.drop_duplicates("work"), "model")
+            group, _columns(group), caption(group.drop_duplicates("work"), "model")
         )
         for workload, group in found.groupby("workload", sort=False)
     }
@@ -93,6 +93,17 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
         stress = of_first_gpu(stress)
         result["throughput"] = grid(stress, {"memory": "{share:g} %"}, "{engine}", cell)
     return result
+
+
+def _columns(workload: pd.DataFrame) -> dict[str, str]:
+    """Return the columns of a workload's table: the text tells what all rows share."""
+    lengths = workload[["num_requests", "input_len", "output_len"]]
+    is_one = len(lengths.drop_duplicates()) == 1
+    return {
+        title: cell
+        for title, cell in _SERVED.items()
+        if not (is_one and title == "requests")
+    }
 
 
 def _of_other_gpus(found: pd.DataFrame) -> pd.Series[str]:
