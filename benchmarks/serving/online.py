@@ -126,6 +126,9 @@ class Servers:
         return server
 
     def _end(self) -> None:
+        # all of them at once; the stack waits for one after another
+        for server in self._alive.values():
+            server.process.terminate()
         self._alive.clear()
         self._warm.clear()
         self._stack.close()
