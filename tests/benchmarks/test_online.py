@@ -334,6 +334,6 @@ def test_both_sides_are_asked_at_two_rates(
     assert (found["ttft_p99_ms"] <= found["ttft_max_ms"]).all()
     # six of eight begin with one of two prefixes that were read before, and most of
     # what they ask is the prefix
-    assert (found["hit_rate"] > 0.4).all()
+    assert (found["hit_rate"] > 0.25).all()
     prompts = [list(trace(run.shape, seed=0)) for run in runs]
     assert prompts[0] == prompts[1]
