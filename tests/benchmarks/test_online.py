@@ -17,8 +17,9 @@ from benchmarks.rows import read, write
 from benchmarks.serving import online, online_client
 from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import MACHINE, Session
-from benchmarks.serving.online import Plan, Servers
+from benchmarks.serving.online import Plan
 from benchmarks.serving.online_client import READS, chunk_size, trace, warm_up
+from benchmarks.serving.online_servers import Servers
 from benchmarks.serving.online_shapes import (
     AT_ONCE,
     SHAPES,
