@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,9 +20,9 @@ from tqdm import tqdm
 from benchmarks.rows import Row, Table
 from benchmarks.serving.counters import cached_and_preempted
 from benchmarks.serving.engines import Engine
-from benchmarks.serving.http_server import Server, started
 from benchmarks.serving.jobs import Measurement, Session
-from benchmarks.serving.online_client import ask, warmed_up
+from benchmarks.serving.online_client import ask
+from benchmarks.serving.online_servers import Servers
 from benchmarks.serving.online_shapes import AT_ONCE, Run, online_runs, side_by_side
 from benchmarks.serving.rate_search import next_rate
 
@@ -77,58 +76,6 @@ class Plan:
         if given is None:
             return next_rate(kept, first, self.precision)
         return next((rate for rate in given if rate not in kept), 0)
-
-
-@dataclass
-class Servers:
-    """The servers of the runs, started when they are first asked.
-
-    Attributes:
-        common: What every engine is told.
-        tokenizer: Of servers and client.
-        together: Engines whose servers start together and live until the block's end;
-            all of them must fit into the GPU's memory. Any other ends with the next.
-    """
-
-    common: Sequence[str]
-    tokenizer: str
-    together: Sequence[Engine] = ()
-    _alive: dict[Engine, Server] = field(default_factory=dict)
-    _warm: set[tuple[Engine, str]] = field(default_factory=set)
-    _stack: ExitStack = field(default_factory=ExitStack)
-
-    def __enter__(self) -> Servers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._end()
-
-    def ready(self, run: Run) -> Server:
-        """Return a run's server, which has answered such requests before.
-
-        Raises:
-            RuntimeError: It does not start, or does not answer.
-        """
-        engine = run.engine
-        alive = self._alive.get(engine)
-        if alive is None or alive.process.poll() is not None:
-            self._end()
-            every = self.together if engine in self.together else [engine]
-            for other in every:
-                told = other.command([f"--tokenizer={self.tokenizer}", *self.common])
-                self._alive[other] = self._stack.enter_context(started(told))
-            for server in tqdm(self._alive.values(), "servers start", leave=False):
-                server.wait_until_ready()
-        server = self._alive[engine]
-        if (engine, run.name) not in self._warm:
-            warmed_up(server.url, run.shape, self.tokenizer)
-            self._warm.add((engine, run.name))
-        return server
-
-    def _end(self) -> None:
-        self._alive.clear()
-        self._warm.clear()
-        self._stack.close()
 
 
 def run(

@@ -74,7 +74,7 @@ def limits(rows: pd.DataFrame) -> pd.DataFrame:
         # of an even number the lower one
         middle = rounds[(len(rounds) - 1) // 2].to_dict()
         spread = {"limit_low": figures[0], "limit_high": figures[-1]}
-        found.append({**middle, **spread, "rounds": len(rounds)})
+        found.append(middle | spread | {"rounds": len(rounds)})
     table = pd.DataFrame(found)
     return table.assign(ratio=ratio(table, "limit", table["side"] == "stock", ["work"]))
 

@@ -174,7 +174,8 @@ SHAPES = {
         input_len=48,
         output_len=8,
         spread=0.3,
-        prefix_len=64,
+        # a block of vLLM's on a CPU
+        prefix_len=128,
         num_prefixes=2,
         fresh_share=0.25,
         ttft_ms=60000,

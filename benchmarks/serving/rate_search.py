@@ -8,8 +8,10 @@ from math import sqrt
 
 GROWTH = 1.5
 """From a rate that is kept to the next one, until one is not."""
-LEAST = 1 / 64
-"""Share of the first rate below which no lower one is tried."""
+DESCENT = 2
+"""From the next one to a rate that is not kept, until one is."""
+LEAST = 1 / 8
+"""Share of the first rate below which none is tried: so many requests take long."""
 _DIGITS = 3
 
 
@@ -30,7 +32,7 @@ def next_rate(kept: Mapping[float, bool], first: float, precision: float) -> flo
     if lowest is None:
         return _rounded(GROWTH * (highest or first))
     if highest is None:
-        lower = _rounded(lowest / GROWTH)
+        lower = _rounded(lowest / DESCENT)
         return lower if lower >= LEAST * first else 0
     middle = _rounded(sqrt(highest * lowest))
     is_known = lowest / highest <= precision or middle in kept

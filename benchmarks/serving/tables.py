@@ -79,9 +79,7 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
     found["memory"] = sizes.where(found["kv_cache_bytes"].notna(), shares)
     found["share"] = 100 * found["gpu_memory_utilization"]
     result = {
-        str(workload): lines(
-            group, _SERVED, caption(group.drop_duplicates("work"), "model")
-        )
+        str(workload): _workload(group)
         for workload, group in found.groupby("workload", sort=False)
     }
     for workload, group in every_run(served).groupby("workload", sort=False):
@@ -93,6 +91,18 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
         stress = of_first_gpu(stress)
         result["throughput"] = grid(stress, {"memory": "{share:g} %"}, "{engine}", cell)
     return result
+
+
+def _workload(rows: pd.DataFrame) -> str:
+    """Return a workload's table; what all rows share stands in the caption."""
+    told = {title: texts(rows, _SERVED[title]) for title in ("memory", "requests")}
+    shared = {title: each[0] for title, each in told.items() if len({*each}) == 1}
+    before = "".join(
+        f"{'memory ' if title == 'memory' else ''}{text}, "
+        for title, text in shared.items()
+    )
+    columns = {name: cell for name, cell in _SERVED.items() if name not in shared}
+    return lines(rows, columns, before + caption(rows.drop_duplicates("work"), "model"))
 
 
 def _of_other_gpus(found: pd.DataFrame) -> pd.Series[str]:
@@ -136,9 +146,10 @@ def prefill(measured: pd.DataFrame) -> str:
 def prefixes(measured: pd.DataFrame) -> str:
     """Return the table of what prefixes that requests share come to."""
     found = prefix_comparisons(measured)
+    warm = found["warm"].map({"yes": ", read before", "no": ""})
+    found = found.assign(requests=found["workload"] + warm)
     columns = {
-        "requests": "{workload}",
-        "prefix read before": "{warm}",
+        "requests": "{requests}",
         "engine": "{engine}",
         "tokens/s": "{output_tok_s:,.0f}",
         "ratio": "{ratio:.3f}",
@@ -179,7 +190,7 @@ def profile(measured: pd.DataFrame) -> str:
         )
         times = {"attention": attention, "evicting": evicting}
         others = float(group["us"].sum()) - attention - evicting
-        found.append({**group.iloc[0].to_dict(), **times, "others": others})
+        found.append(group.iloc[0].to_dict() | times | {"others": others})
     columns = {
         "step": "{variant}, {step}",
         "us": "{step_us:,.0f}",

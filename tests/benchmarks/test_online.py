@@ -17,8 +17,9 @@ from benchmarks.rows import read, write
 from benchmarks.serving import online, online_client
 from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import MACHINE, Session
-from benchmarks.serving.online import Plan, Servers
+from benchmarks.serving.online import Plan
 from benchmarks.serving.online_client import READS, chunk_size, trace, warm_up
+from benchmarks.serving.online_servers import Servers
 from benchmarks.serving.online_shapes import (
     AT_ONCE,
     SHAPES,
@@ -56,7 +57,7 @@ def test_the_search_brackets_the_limit(limit: float) -> None:
 
 
 def test_the_search_gives_up_and_costs_little() -> None:
-    assert searched(0, 1, 1.1)[-1] >= 1 / 64
+    assert searched(0, 1, 1.1) == [1, 0.5, 0.25, 0.125]
     assert searched(1.3, 1.25, 1.25) == [1.25, 1.88, 1.53]
 
 
@@ -332,7 +333,8 @@ def test_both_sides_are_asked_at_two_rates(
     assert found["good_share"].tolist() == 4 * [1]
     assert (found["ttft_p50_ms"] <= found["ttft_p99_ms"]).all()
     assert (found["ttft_p99_ms"] <= found["ttft_max_ms"]).all()
-    # six of eight begin with one of two prefixes of 64 tokens that were read before
-    assert (found["hit_rate"] > 0.35).all()
+    # six of eight begin with one of two prefixes that were read before, and most of
+    # what they ask is the prefix
+    assert (found["hit_rate"] > 0.25).all()
     prompts = [list(trace(run.shape, seed=0)) for run in runs]
     assert prompts[0] == prompts[1]

@@ -152,7 +152,7 @@ def test_report(tmp_path: Path) -> None:
     for label in ("chat", "shared-4096, read before", "1.50", "0.25", "budget 1024"):
         assert f">{label}" in picture or f"{label}<" in picture
     page = " ".join(tables(tmp_path)["prefixes"].split())
-    assert "| chat | no | FLASH_ATTN | 100 | 1.000 | 10 | 20 | 90.0% | 0 |" in page
+    assert "| chat | FLASH_ATTN | 100 | 1.000 | 10 | 20 | 90.0% | 0 |" in page
     assert "| roco, budget 2048 | 150 | 1.500 |" in page
     assert "no prefix caching | 25 | 0.250 | 10 | 20 | | 0 |" in page
 

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.markdown import UNMEASURED
 from benchmarks.rows import read, write
 from benchmarks.serving import prefill
+from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import comparisons
 from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.pictures import PICTURES
@@ -112,3 +113,63 @@ def test_pictures(tmp_path: Path) -> None:
     assert "roco, policy: recent" in (tmp_path / "throughput.svg").read_text()
     for name in ("prefill", "decode_ratio", "resident_tokens"):
         assert not PICTURES[name].write(tmp_path, tmp_path / f"{name}.svg")
+
+
+def test_lone_requests_show_every_run_and_not_the_best(tmp_path: Path) -> None:
+    """The newest run was the fastest of three, and the table showed it alone."""
+    runs = {"a": (100, 99), "b": (90, 108), "c": (100, 130)}
+    rows = [
+        row
+        for commit, (stock, roco) in runs.items()
+        for row in served("batch-1", commit, stock=stock, roco=roco)
+    ]
+    # one without a baseline counts for nothing
+    write(tmp_path / "serving.csv", rows + served("batch-1", "d", roco=1))
+    text = " ".join(tables(tmp_path)["batch-1"].split())
+    assert "commit a, b, c:" in text
+    assert "FLASH_ATTN | 100 (90 to 100) | 1.000 (1.000 to 1.000) |" in text
+    assert "roco | 108 (99 to 130) | 1.200 (0.990 to 1.300) | 10 (10 to 10) |" in text
+    assert text.count("| 3 |") == 4
+
+
+def test_what_rows_share_is_told_once() -> None:
+    found = pd.DataFrame(
+        {
+            **{"gpu": "a GPU", "vllm": "1.2.3", "commit": ["a", "b", "a"]},
+            "flags": ["--x '{\"y\":0}'", "--x '{\"y\": 0}'", "--x '{\"y\":0}'"],
+        }
+    )
+    one, other = "a GPU, vLLM 1.2.3, commit a", "a GPU, vLLM 1.2.3, commit b"
+    flags = "`--x '{\"y\":0}'`"
+    assert caption(found) == f"{one}; {other}; all with {flags}:"
+    assert caption(found.head(1)) == f"{one}, {flags}:"
+    differ = found.assign(flags=["", "--z", ""])
+    assert caption(differ) == f"{one}; {other}, `--z`:"
+
+
+def test_requests_that_all_rows_share_need_no_column(tmp_path: Path) -> None:
+    rows = served("no-pressure", "a", stock=1, roco=1)
+    write(tmp_path / "serving.csv", rows + served("crossover", "a", stock=1, roco=1))
+    found = tables(tmp_path)
+    assert "requests" not in found["no-pressure"]
+    assert "requests" in found["crossover"]
+
+
+def test_a_step_is_attention_evicting_and_the_rest(tmp_path: Path) -> None:
+    kernels = {"attend_kernel": ("yes", 60.0), "_score_kernel": ("yes", 5.0)}
+    kernels |= {"void flash::FlashAttnFwdCombine": ("no", 2.0), "gemm": ("no", 30.0)}
+    setting = {column: "x" for column in MACHINE}
+    times = {"step_us": 100.0, "idle_us": 3.0, "scheduler_us": 9.0}
+    write(
+        tmp_path / "profile.csv",
+        [
+            {
+                **setting,
+                **{"model": "m", "variant": "roco", "step": "decode", **times},
+                **{"kernel": kernel, "ours": ours, "us": us},
+            }
+            for kernel, (ours, us) in kernels.items()
+        ],
+    )
+    text = " ".join(tables(tmp_path)["profile"].split())
+    assert "| roco, decode | 100 | 62 | 5 | 30 | 3 | 9 |" in text
