@@ -16,7 +16,7 @@ pytestmark = pytest.mark.engine
 PROMPTS = [random_prompt(length, seed=length) for length in (300, 170, 60)]
 """The last one evicts while its answer is written, the others before."""
 # more than a stride, and then less than what is left of one
-NUM_FIRST, NUM_MORE = 90, 12
+NUM_FIRST, NUM_MORE = 90, 9
 
 
 def test_an_answer_goes_on_as_if_it_had_not_ended(
