@@ -63,8 +63,8 @@ class PrefixScheduler(PlanningScheduler):
         """Raise if hits are asked for that there are not in such a model."""
         if not self._is_exact and self._other_managers:
             raise NotImplementedError(
-                f"roco: prefix_hits = {self.roco_config.prefix_hits!r} is not supported "
-                'for a model with sliding-window layers. Use prefix_hits "exact".'
+                f"roco: prefix_hits = {self.roco_config.prefix_hits!r} is not for "
+                'models with sliding-window layers. Use prefix_hits "exact".'
             )
 
     def _trouble_with_prefixes(self) -> str | None:

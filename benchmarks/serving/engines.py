@@ -93,12 +93,12 @@ class Engine:
         Args:
             common: What every engine is told, the tokenizer among it; has precedence.
         """
-        names: tuple[str, ...] = (
+        names = [
             *("policy", "budget", "max_budget", "stride", "chunk"),
             *("prefill_tokens", "trace"),
-        )
+        ]
         if self.roco is not None and self.roco.prefix_hits != DEFAULT.prefix_hits:
-            names += ("prefix_hits",)
+            names.append("prefix_hits")
         given = {name: getattr(self.roco, name, None) for name in names}
         told = {name: value for name, value in given.items() if value is not None}
         memory = f"--kv-cache-memory-bytes={self.kv_cache_bytes}"

@@ -66,6 +66,26 @@ def test_copies_hold_both_ends(pool: BlockPool) -> None:
     assert pool.get_num_free_blocks() == NUM_BLOCKS - 8
 
 
+def test_who_ends_leaves_its_own_blocks(pool: BlockPool) -> None:
+    store = SnapshotStore(pool)
+    live, same = pool.get_new_blocks(5), pool.get_new_blocks(5)
+    for blocks in (live, same):
+        store.keep(prefix(1), blocks)
+        # as vLLM lets go of a sequence
+        pool.free_blocks(reversed(blocks))
+    assert pool.get_num_free_blocks() == NUM_BLOCKS
+    snapshot = store.find(prefix(1))
+    assert snapshot is not None
+    assert snapshot.blocks == live
+    assert (store.num_published, store.num_alive) == (1, 1)
+    # all blocks but these, and then its last one
+    pool.get_new_blocks(NUM_BLOCKS - 5)
+    assert store.num_alive == 1
+    assert pool.get_new_blocks(1) == live[-1:]
+    assert store.num_alive == 0
+    assert store.find(prefix(1)) is None
+
+
 def test_without_enough_free_blocks_there_is_none(pool: BlockPool) -> None:
     store = SnapshotStore(pool)
     live = pool.get_new_blocks(11)

@@ -247,7 +247,7 @@ class PrefixCache:
                 return self._wait(request, None)
             self._found = request, found
             start = len(found.blocks) * self._block_size
-        awaited = self._awaited(request, max(start, self._earlier_length(request)))
+        awaited = self._awaited(request, start)
         if awaited is None:
             return False
         self._readers.want(awaited)
@@ -281,6 +281,7 @@ class PrefixCache:
         if not self._readers:
             return None
         store, readers = self.store, self._readers
+        start = max(start, self._earlier_length(request))
         awaited = None
         others_length = 0
         for length in reversed(self._hit_places(request)):
