@@ -137,14 +137,17 @@ def paces(results: Path) -> Figure | None:
         for number, (task, line) in enumerate(every.groupby("problems", sort=False)):
             scores = line.set_index("method")["score"].astype(float)
             is_mean = task == MEAN
-            style = {"color": "black" if is_mean else f"C{number}", "label": task}
+            style: dict[str, Any] = {
+                "color": "black" if is_mean else f"C{number}",
+                "label": task,
+            }
             fixed = scores[[name for name in map(str, FIXED) if name in scores]]
             chosen = scores[[name for name in CHOSEN if name in scores]]
             width = 2.2 if is_mean else 1.2
             panel.plot(fixed.index, fixed, marker="o", ms=3, lw=width, **style)
-            places = [label.replace(" where ", "\nwhere ") for label in chosen.index]
+            places = [label.replace(" ", "\n") for label in chosen.index]
             panel.plot(places, chosen, marker="D", ms=4, ls="", color=style["color"])
-            panel.axhline(scores.get("full"), color=style["color"], lw=0.6, ls=":")
+            panel.axhline(float(scores["full"]), color=style["color"], lw=0.6, ls=":")
         panel.set(ylim=(-0.03, 1.05), ylabel="accuracy", xlabel="tokens a step")
         panel.set_title(f"at most {memory:,} tokens in a step; dotted: full cache")
     legend(figure, axes)

@@ -62,7 +62,7 @@ def with_mean(frame: pd.DataFrame) -> pd.DataFrame:
     tasks = frame["problems"].nunique()
     means = [
         group.head(1).assign(
-            problems=MEAN, score=group["score"].mean(), ci_low=pd.NA, ci_high=pd.NA
+            problems=MEAN, score=group["score"].mean(), ci_low=None, ci_high=None
         )
         for _, group in frame.groupby("method", sort=False)
         if len(group) == tasks

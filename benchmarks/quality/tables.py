@@ -286,9 +286,9 @@ def pace(found: pd.DataFrame) -> str:
     """
     full = matching(found, method="full")
     parts = []
-    for memory, swept in matching(found, engine="vllm").groupby("budget"):
-        if not memory:
-            continue
+    measured = matching(found, engine="vllm")
+    for memory in sorted(measured.loc[measured["budget"] > 0, "budget"].unique()):
+        swept = matching(measured, budget=memory)
         every = with_mean(pd.concat([full, swept]))
         every = every.assign(
             label=every["method"].replace({"full": "full cache"}),

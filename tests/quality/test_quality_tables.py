@@ -156,8 +156,8 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
     others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
-    others = (*others, "written", "pace")
-    assert missing == {f"quality_{name}" for name in others}
+    added = ("written", "pace")
+    assert missing == {f"quality_{name}" for name in (*others, *added)}
 
 
 def test_nothing_is_shown_of_nothing(tmp_path: Path) -> None:
