@@ -123,6 +123,39 @@ def _picture(draw: Callable[[Scores], Figure | None]) -> Picture:
     return Picture(drawn, ("quality",))
 
 
+def hard(results: Path) -> Figure | None:
+    """Accuracy of every method on hard tasks, a panel for each that was swept."""
+    found = rows.read(results / "hard.csv")
+    if found.empty:
+        return None
+    found = matching(named(found), metric="accuracy")
+    swept = found[(found["method"] != "full") & ~found["task"].str.contains(", ")]
+    sizes = swept.groupby("problems")["budget_ratio"].transform("nunique")
+    swept = swept[sizes > 1].sort_values("budget_ratio")
+    if swept.empty:
+        return None
+    groups = swept.sort_values(["context"], kind="stable").groupby(
+        "problems", sort=False
+    )
+    figure, axes = panels(len(groups))
+    for panel, (title, group) in zip(axes, groups, strict=True):
+        full = matching(found, problems=title, method="full")
+        panel.axhline(
+            float(full["score"].iloc[0]), color="black", ls="--", label="full cache"
+        )
+        for name, line in group.groupby("label", sort=False):
+            width = 2.2 if line["method"].iloc[0] == DEFAULT else 1.2
+            _line(panel, line, "budget_ratio", "score", label=name, linewidth=width)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(group["budget_ratio"].unique()))
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        panel.set(title=f"{title} tokens", ylabel="accuracy", ylim=(-0.03, 1.05))
+        panel.set_xlabel("budget, share of the text")
+    legend(figure, axes)
+    return figure
+
+
 def paces(results: Path) -> Figure | None:
     """Accuracy of every pace, a panel for each peak of memory."""
     found = rows.read(results / "pace.csv")
@@ -158,5 +191,6 @@ PICTURES = {
     "quality_budget": _picture(against_budget),
     "quality_stride": _picture(against_stride),
     "quality_perplexity": _picture(perplexity),
+    "quality_hard": Picture(hard, ("hard",)),
     "quality_pace": Picture(paces, ("pace",)),
 }

@@ -249,6 +249,7 @@ def hard(found: pd.DataFrame) -> str:
     swept = scores[scores["method"] != "full"]
     whole = _by_task("method", scores[scores["problems"].isin(swept["problems"])])
     single = found[found["metric"].str.startswith(QUESTION_METRIC)]
+    single = single[single["problems"].isin(swept["problems"])]
     if single.empty:
         return whole
     number = single["metric"].str.removeprefix(QUESTION_METRIC)
