@@ -97,6 +97,11 @@ def test_hard_tasks_are_shown_with_every_question(tmp_path: Path) -> None:
         "| needle, 2 questions 2,048 | h2o, tokens | 25 % | 1.00 [0.34, 1.00] | 0.50 "
     )
     assert line in text
+    assert PICTURES["quality_hard"].write(tmp_path, tmp_path / "hard.svg")
+    picture = (tmp_path / "hard.svg").read_text()
+    assert ">vt 2,048 tokens<" in picture
+    assert ">h2o, tokens<" in picture
+    assert "questions" not in picture
 
 
 def test_paces_are_shown_with_their_mean(tmp_path: Path) -> None:
