@@ -16,7 +16,14 @@ from benchmarks.pictures import Picture, legend, panels
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION
 from benchmarks.quality.grid import DEFAULT
 from benchmarks.quality.pace import CHOSEN, FIXED
-from benchmarks.quality.scores import MEAN, Scores, label_of, named, with_mean
+from benchmarks.quality.scores import (
+    MEAN,
+    Scores,
+    kind_of_pace,
+    label_of,
+    named,
+    with_mean,
+)
 from benchmarks.rows import matching
 
 _COLOURS = {
@@ -187,10 +194,43 @@ def paces(results: Path) -> Figure | None:
     return figure
 
 
+def pace_study(results: Path) -> Figure | None:
+    """What paces find at one peak of memory, against the steps that they take."""
+    found = rows.read(results / "pace_study.csv")
+    if found.empty:
+        return None
+    texts = {"mixed": "prose and filler", "prose": "prose"}
+    figure, axes = panels(len(texts))
+    for panel, (text, title) in zip(axes, texts.items(), strict=True):
+        swept = matching(found, text=text)
+        for kind, marker, colour in (
+            ("fixed", "o", "black"),
+            ("at random", "s", "tab:gray"),
+            ("by a signal", "D", "tab:orange"),
+            ("told where the needles are", "*", "tab:green"),
+        ):
+            line = swept[swept["pace"].map(kind_of_pace) == kind].sort_values("steps")
+            score = line["score"].to_numpy(float)
+            low, high = (line[name].to_numpy(float) for name in ("ci_low", "ci_high"))
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4}
+            style |= {"ls": "-" if kind == "fixed" else "", "label": kind}
+            steps = line["steps"].to_numpy(float)
+            panel.plot(steps, score, **style)
+            if kind == "fixed":
+                panel.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set(title=title, ylabel="answers found", ylim=(0.45, 0.85))
+        panel.set_xlabel("steps that a text of 2,048 tokens is read in")
+    legend(figure, axes)
+    return figure
+
+
 PICTURES = {
     "quality_budget": _picture(against_budget),
     "quality_stride": _picture(against_stride),
     "quality_perplexity": _picture(perplexity),
     "quality_hard": Picture(hard, ("hard",)),
+    "quality_pace_study": Picture(pace_study, ("pace_study",)),
     "quality_pace": Picture(paces, ("pace",)),
 }

@@ -128,6 +128,37 @@ def test_paces_are_shown_with_their_mean(tmp_path: Path) -> None:
     assert all(f">{word}<" in picture for word in ("easy", "hard", "random", "512"))
 
 
+def test_a_study_of_paces_shows_the_ends_of_each_kind(tmp_path: Path) -> None:
+    measured = [
+        {"text": text, "pace": pace, "chunk": 9, "steps": 3, "score": score}
+        for text in ("mixed", "prose")
+        for pace, score in (
+            ("32", 0.7),
+            ("64", 0.6),
+            ("512", 0.5),
+            ("random25", 0.4),
+            ("entropy+", 0.3),
+        )
+    ]
+    # not of both texts
+    measured.append({**measured[0], "pace": "cheat+", "score": 1.0})
+    for row in measured:
+        row |= {"ci_low": 0.1, "ci_high": 0.9}
+    write(tmp_path / "pace_study.csv", measured)
+    text = re.sub(" +", " ", tables(tmp_path)["quality_pace_study"])
+
+    lines = [line.split(" | ")[:3] for line in text.splitlines()[2:]]
+    assert [(pace.strip("| "), score[:4]) for pace, _, score in lines] == [
+        ("fixed: 32", "0.70"),
+        ("fixed: 512", "0.50"),
+        ("at random: random25", "0.40"),
+        ("by a signal: entropy+", "0.30"),
+    ]
+    path = tmp_path / "study.svg"
+    assert PICTURES["quality_pace_study"].write(tmp_path, path)
+    assert "told where the needles are" in path.read_text()
+
+
 def test_names_tell_tokens_from_policies() -> None:
     """The oracle's h2o chooses tokens, the plugin's policy of this name blocks."""
     assert label_of("h2o") == "h2o, tokens"
@@ -162,7 +193,7 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
     others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
-    added = ("written", "pace")
+    added = ("written", "pace", "pace_study")
     assert missing == {f"quality_{name}" for name in (*others, *added)}
 
 
