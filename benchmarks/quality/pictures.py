@@ -16,7 +16,14 @@ from benchmarks.pictures import Picture, legend, panels
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION
 from benchmarks.quality.grid import DEFAULT
 from benchmarks.quality.pace import CHOSEN, FIXED
-from benchmarks.quality.scores import MEAN, Scores, label_of, named, with_mean
+from benchmarks.quality.scores import (
+    MEAN,
+    Scores,
+    kind_of_pace,
+    label_of,
+    named,
+    with_mean,
+)
 from benchmarks.rows import matching
 
 _COLOURS = {
@@ -123,6 +130,39 @@ def _picture(draw: Callable[[Scores], Figure | None]) -> Picture:
     return Picture(drawn, ("quality",))
 
 
+def hard(results: Path) -> Figure | None:
+    """Accuracy of every method on hard tasks, a panel for each that was swept."""
+    found = rows.read(results / "hard.csv")
+    if found.empty:
+        return None
+    found = matching(named(found), metric="accuracy")
+    swept = found[(found["method"] != "full") & ~found["task"].str.contains(", ")]
+    sizes = swept.groupby("problems")["budget_ratio"].transform("nunique")
+    swept = swept[sizes > 1].sort_values("budget_ratio")
+    if swept.empty:
+        return None
+    groups = swept.sort_values(["context"], kind="stable").groupby(
+        "problems", sort=False
+    )
+    figure, axes = panels(len(groups))
+    for panel, (title, group) in zip(axes, groups, strict=True):
+        full = matching(found, problems=title, method="full")
+        panel.axhline(
+            float(full["score"].iloc[0]), color="black", ls="--", label="full cache"
+        )
+        for name, line in group.groupby("label", sort=False):
+            width = 2.2 if line["method"].iloc[0] == DEFAULT else 1.2
+            _line(panel, line, "budget_ratio", "score", label=name, linewidth=width)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(sorted(group["budget_ratio"].unique()))
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        panel.set(title=f"{title} tokens", ylabel="accuracy", ylim=(-0.03, 1.05))
+        panel.set_xlabel("budget, share of the text")
+    legend(figure, axes)
+    return figure
+
+
 def paces(results: Path) -> Figure | None:
     """Accuracy of every pace, a panel for each peak of memory."""
     found = rows.read(results / "pace.csv")
@@ -137,16 +177,51 @@ def paces(results: Path) -> Figure | None:
         for number, (task, line) in enumerate(every.groupby("problems", sort=False)):
             scores = line.set_index("method")["score"].astype(float)
             is_mean = task == MEAN
-            style = {"color": "black" if is_mean else f"C{number}", "label": task}
+            style: dict[str, Any] = {
+                "color": "black" if is_mean else f"C{number}",
+                "label": task,
+            }
             fixed = scores[[name for name in map(str, FIXED) if name in scores]]
             chosen = scores[[name for name in CHOSEN if name in scores]]
             width = 2.2 if is_mean else 1.2
             panel.plot(fixed.index, fixed, marker="o", ms=3, lw=width, **style)
-            places = [label.replace(" where ", "\nwhere ") for label in chosen.index]
+            places = [label.replace(" ", "\n") for label in chosen.index]
             panel.plot(places, chosen, marker="D", ms=4, ls="", color=style["color"])
-            panel.axhline(scores.get("full"), color=style["color"], lw=0.6, ls=":")
+            panel.axhline(float(scores["full"]), color=style["color"], lw=0.6, ls=":")
         panel.set(ylim=(-0.03, 1.05), ylabel="accuracy", xlabel="tokens a step")
         panel.set_title(f"at most {memory:,} tokens in a step; dotted: full cache")
+    legend(figure, axes)
+    return figure
+
+
+def pace_study(results: Path) -> Figure | None:
+    """What paces find at one peak of memory, against the steps that they take."""
+    found = rows.read(results / "pace_study.csv")
+    if found.empty:
+        return None
+    texts = {"mixed": "prose and filler", "prose": "prose"}
+    figure, axes = panels(len(texts))
+    for panel, (text, title) in zip(axes, texts.items(), strict=True):
+        swept = matching(found, text=text)
+        for kind, marker, colour in (
+            ("fixed", "o", "black"),
+            ("at random", "s", "tab:gray"),
+            ("by a signal", "D", "tab:orange"),
+            ("told where the needles are", "*", "tab:green"),
+        ):
+            line = swept[swept["pace"].map(kind_of_pace) == kind].sort_values("steps")
+            score = line["score"].to_numpy(float)
+            low, high = (line[name].to_numpy(float) for name in ("ci_low", "ci_high"))
+            style: dict[str, Any] = {"color": colour, "marker": marker, "ms": 4}
+            style |= {"ls": "-" if kind == "fixed" else "", "label": kind}
+            steps = line["steps"].to_numpy(float)
+            panel.plot(steps, score, **style)
+            if kind == "fixed":
+                panel.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
+        panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.set(title=title, ylabel="answers found", ylim=(0.45, 0.85))
+        panel.set_xlabel("steps that a text of 2,048 tokens is read in")
     legend(figure, axes)
     return figure
 
@@ -155,5 +230,7 @@ PICTURES = {
     "quality_budget": _picture(against_budget),
     "quality_stride": _picture(against_stride),
     "quality_perplexity": _picture(perplexity),
+    "quality_hard": Picture(hard, ("hard",)),
+    "quality_pace_study": Picture(pace_study, ("pace_study",)),
     "quality_pace": Picture(paces, ("pace",)),
 }

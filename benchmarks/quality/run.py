@@ -111,7 +111,8 @@ def _write_table(
     folder: Path, preset: Preset, grid: Sequence[Cell], done: Results
 ) -> None:
     """Write rows in the order of the grid, those of another run last."""
-    ordered = {cell: done[cell] for cell in grid if cell in done} | done
+    ordered = {cell: done[cell] for cell in grid if cell in done}
+    ordered |= done
     rows.write(folder / f"{preset.table}.csv", ROWS[preset.table](ordered))
 
 

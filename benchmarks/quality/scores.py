@@ -50,6 +50,16 @@ def named(frame: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def kind_of_pace(pace: str) -> str:
+    """Return how a pace of `pace_study.csv` was chosen."""
+    if pace.isdigit():
+        return "fixed"
+    name = pace.rstrip("+-")
+    if name.startswith("random"):
+        return "at random"
+    return "told where the needles are" if name == "cheat" else "by a signal"
+
+
 def with_mean(frame: pd.DataFrame) -> pd.DataFrame:
     """Return rows with those of the mean over all tasks behind them.
 
@@ -62,7 +72,7 @@ def with_mean(frame: pd.DataFrame) -> pd.DataFrame:
     tasks = frame["problems"].nunique()
     means = [
         group.head(1).assign(
-            problems=MEAN, score=group["score"].mean(), ci_low=pd.NA, ci_high=pd.NA
+            problems=MEAN, score=group["score"].mean(), ci_low=None, ci_high=None
         )
         for _, group in frame.groupby("method", sort=False)
         if len(group) == tasks

@@ -19,7 +19,7 @@ from benchmarks.quality.cells import (
 )
 from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PEAK, PRESETS
 from benchmarks.quality.policies import BASE, BASELINES
-from benchmarks.quality.scores import Scores, label_of, named, with_mean
+from benchmarks.quality.scores import Scores, kind_of_pace, label_of, named, with_mean
 from benchmarks.rows import matching
 
 _SCORE = "{score:.2f} [{ci_low:.2f}, {ci_high:.2f}]"
@@ -46,6 +46,8 @@ def tables(results: Path) -> dict[str, str]:
     found = {f"quality_{name}": UNMEASURED for name in (*_PARTS, *_OTHERS)}
     if scores := Scores.read(results):
         found |= {f"quality_{name}": part(scores) for name, part in _PARTS.items()}
+    study = rows.read(results / "pace_study.csv")
+    found["quality_pace_study"] = UNMEASURED if study.empty else pace_study(study)
     for name, shown in _OTHERS.items():
         if not (measured := rows.read(results / f"{name}.csv")).empty:
             found[f"quality_{name}"] = shown(named(measured))
@@ -249,6 +251,7 @@ def hard(found: pd.DataFrame) -> str:
     swept = scores[scores["method"] != "full"]
     whole = _by_task("method", scores[scores["problems"].isin(swept["problems"])])
     single = found[found["metric"].str.startswith(QUESTION_METRIC)]
+    single = single[single["problems"].isin(swept["problems"])]
     if single.empty:
         return whole
     number = single["metric"].str.removeprefix(QUESTION_METRIC)
@@ -286,9 +289,9 @@ def pace(found: pd.DataFrame) -> str:
     """
     full = matching(found, method="full")
     parts = []
-    for memory, swept in matching(found, engine="vllm").groupby("budget"):
-        if not memory:
-            continue
+    measured = matching(found, engine="vllm")
+    for memory in sorted(measured.loc[measured["budget"] > 0, "budget"].unique()):
+        swept = matching(measured, budget=memory)
         every = with_mean(pd.concat([full, swept]))
         every = every.assign(
             label=every["method"].replace({"full": "full cache"}),
@@ -304,6 +307,28 @@ def pace(found: pd.DataFrame) -> str:
         keys = {"tokens a step": "{label}"}
         parts.append(grid(every, keys, "{problems}", "{cell}", title))
     return "\n\n".join(parts) or UNMEASURED
+
+
+def pace_study(found: pd.DataFrame) -> str:
+    """Return the best and the worst pace of each kind, by the mean of both texts.
+
+    Args:
+        found: Rows of `pace_study.csv`.
+    """
+    found = found.assign(kind=found["pace"].map(kind_of_pace))
+    texts_of = found.groupby("pace")["text"].transform("nunique")
+    both = found[texts_of == found["text"].nunique()]
+    means = both.groupby("pace", sort=False)["score"].transform("mean")
+    ranked = both.assign(mean=means.round(4)).sort_values("mean", kind="stable")
+    ends = ranked.groupby("kind")["pace"].agg(["first", "last"])
+    shown = ranked[ranked["pace"].isin({*ends["first"], *ends["last"]})]
+    shown = shown.sort_values("mean", ascending=False, kind="stable")
+    shown = shown.assign(
+        # in every step, or on average
+        tokens=shown.groupby("pace")["chunk"].transform("mean").round().astype(int)
+    )
+    keys = {"pace": "{kind}: {pace}", "tokens a step, mean": "{tokens}"}
+    return grid(shown, keys, "{text}", _SCORE, order=("mixed", "prose"))
 
 
 _PARTS: dict[str, Callable[[Scores], str]] = {

@@ -97,6 +97,11 @@ def test_hard_tasks_are_shown_with_every_question(tmp_path: Path) -> None:
         "| needle, 2 questions 2,048 | h2o, tokens | 25 % | 1.00 [0.34, 1.00] | 0.50 "
     )
     assert line in text
+    assert PICTURES["quality_hard"].write(tmp_path, tmp_path / "hard.svg")
+    picture = (tmp_path / "hard.svg").read_text()
+    assert ">vt 2,048 tokens<" in picture
+    assert ">h2o, tokens<" in picture
+    assert "questions" not in picture
 
 
 def test_paces_are_shown_with_their_mean(tmp_path: Path) -> None:
@@ -119,7 +124,39 @@ def test_paces_are_shown_with_their_mean(tmp_path: Path) -> None:
     assert re.search(r"\| full cache \|.* 0\.20 \|", most)
     assert re.search(r"\| 512 \|.*\| +\|\n", most), "no mean without a task"
     assert PICTURES["quality_pace"].write(tmp_path, tmp_path / "pace.svg")
-    assert "where easy" in (tmp_path / "pace.svg").read_text()
+    picture = (tmp_path / "pace.svg").read_text()
+    assert all(f">{word}<" in picture for word in ("easy", "hard", "random", "512"))
+
+
+def test_a_study_of_paces_shows_the_ends_of_each_kind(tmp_path: Path) -> None:
+    measured = [
+        {"text": text, "pace": pace, "chunk": 9, "steps": 3, "score": score}
+        for text in ("mixed", "prose")
+        for pace, score in (
+            ("32", 0.7),
+            ("64", 0.6),
+            ("512", 0.5),
+            ("random25", 0.4),
+            ("entropy+", 0.3),
+        )
+    ]
+    # not of both texts
+    measured.append({**measured[0], "pace": "cheat+", "score": 1.0})
+    for row in measured:
+        row |= {"ci_low": 0.1, "ci_high": 0.9}
+    write(tmp_path / "pace_study.csv", measured)
+    text = re.sub(" +", " ", tables(tmp_path)["quality_pace_study"])
+
+    lines = [line.split(" | ")[:3] for line in text.splitlines()[2:]]
+    assert [(pace.strip("| "), score[:4]) for pace, _, score in lines] == [
+        ("fixed: 32", "0.70"),
+        ("fixed: 512", "0.50"),
+        ("at random: random25", "0.40"),
+        ("by a signal: entropy+", "0.30"),
+    ]
+    path = tmp_path / "study.svg"
+    assert PICTURES["quality_pace_study"].write(tmp_path, path)
+    assert "told where the needles are" in path.read_text()
 
 
 def test_names_tell_tokens_from_policies() -> None:
@@ -156,8 +193,8 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
     others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
-    others = (*others, "written", "pace")
-    assert missing == {f"quality_{name}" for name in others}
+    added = ("written", "pace", "pace_study")
+    assert missing == {f"quality_{name}" for name in (*others, *added)}
 
 
 def test_nothing_is_shown_of_nothing(tmp_path: Path) -> None:
