@@ -163,8 +163,9 @@ def plan_decode(
 
     Every row is taken to be as long as it can be. Where rows and heads alone give each
     multiprocessor two programs, splitting only costs, and large tiles save the most
-    work around them. Else keys are split until one program runs on each multiprocessor,
-    two where they have long work; a third stage hides what a single program waits for.
+    work around them; of an fp8 cache three are in flight. Else keys are split until one
+    program runs on each multiprocessor, two where they have long work; a third stage
+    hides what a single program waits for.
     `benchmarks/kernels/sweep_decode.py` tells how far from the best this is.
 
     Args:
@@ -192,7 +193,8 @@ def plan_decode(
     tile = TILE_BYTES // token_bytes
     programs = num_rows * num_kv_heads
     if programs >= 2 * device.num_multiprocessors:
-        return fitting(2 * tile, splits=1, num_stages=2)
+        # of a byte each, the numbers of the largest tile are half as much to wait for
+        return fitting(2 * tile, splits=1, num_stages=3 if dtype.itemsize == 1 else 2)
     work = programs * max_live_tokens * token_bytes / device.num_multiprocessors
     wanted = device.num_multiprocessors * (2 if work > LONG_WORK_BYTES else 1)
     splits = triton.next_power_of_2(max(1, wanted // programs))
