@@ -47,8 +47,8 @@ class DecodeScratchSize:
     Attributes:
         partial_output: `rows * q_heads * splits * head_size` where keys are split.
         partial_lse: `rows * q_heads * splits`, likewise.
-        partial_sums: For each row and query head a number for every piece and every
-            tile of the longest row; none when nothing is measured.
+        partial_sums: For each row and query head a number for every piece of the
+            longest row; none when nothing is measured.
         max_blocks: Blocks of the longest row.
     """
 
@@ -84,7 +84,7 @@ class DecodeScratchSize:
         partial_sums = 0
         if measure:
             partial_sums = max(
-                rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
+                rows * pieces_of(max_blocks, block_size, plan.tile)
                 for rows, plan in plans
             )
         return cls(
@@ -144,10 +144,9 @@ def piece_size(block_size: int, tile: int) -> int:
     return math.gcd(block_size, tile)
 
 
-def pieces_and_tiles(max_blocks: int, block_size: int, tile: int) -> tuple[int, int]:
-    """Return the most pieces and the most tiles of a row of `max_blocks` blocks."""
-    tokens = max_blocks * block_size
-    return tokens // piece_size(block_size, tile), triton.cdiv(tokens, tile)
+def pieces_of(max_blocks: int, block_size: int, tile: int) -> int:
+    """Return the most pieces of a row of `max_blocks` blocks."""
+    return max_blocks * block_size // piece_size(block_size, tile)
 
 
 def plan_decode(
