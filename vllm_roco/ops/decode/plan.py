@@ -47,8 +47,8 @@ class DecodeScratchSize:
     Attributes:
         partial_output: `rows * q_heads * splits * head_size` where keys are split.
         partial_lse: `rows * q_heads * splits`, likewise.
-        partial_sums: For each row and query head a number for every piece and every
-            tile of the longest row; none when nothing is measured.
+        partial_sums: For each row and query head a number for every piece of the
+            longest row; none when nothing is measured.
         max_blocks: Blocks of the longest row.
     """
 
@@ -84,7 +84,7 @@ class DecodeScratchSize:
         partial_sums = 0
         if measure:
             partial_sums = max(
-                rows * sum(pieces_and_tiles(max_blocks, block_size, plan.tile))
+                rows * pieces_of(max_blocks, block_size, plan.tile)
                 for rows, plan in plans
             )
         return cls(
@@ -144,10 +144,9 @@ def piece_size(block_size: int, tile: int) -> int:
     return math.gcd(block_size, tile)
 
 
-def pieces_and_tiles(max_blocks: int, block_size: int, tile: int) -> tuple[int, int]:
-    """Return the most pieces and the most tiles of a row of `max_blocks` blocks."""
-    tokens = max_blocks * block_size
-    return tokens // piece_size(block_size, tile), triton.cdiv(tokens, tile)
+def pieces_of(max_blocks: int, block_size: int, tile: int) -> int:
+    """Return the most pieces of a row of `max_blocks` blocks."""
+    return max_blocks * block_size // piece_size(block_size, tile)
 
 
 def plan_decode(
@@ -163,8 +162,9 @@ def plan_decode(
 
     Every row is taken to be as long as it can be. Where rows and heads alone give each
     multiprocessor two programs, splitting only costs, and large tiles save the most
-    work around them. Else keys are split until one program runs on each multiprocessor,
-    two where they have long work; a third stage hides what a single program waits for.
+    work around them; of an fp8 cache three are in flight. Else keys are split until one
+    program runs on each multiprocessor, two where they have long work; a third stage
+    hides what a single program waits for.
     `benchmarks/kernels/sweep_decode.py` tells how far from the best this is.
 
     Args:
@@ -192,7 +192,8 @@ def plan_decode(
     tile = TILE_BYTES // token_bytes
     programs = num_rows * num_kv_heads
     if programs >= 2 * device.num_multiprocessors:
-        return fitting(2 * tile, splits=1, num_stages=2)
+        # of a byte each, the numbers of the largest tile are half as much to wait for
+        return fitting(2 * tile, splits=1, num_stages=3 if dtype.itemsize == 1 else 2)
     work = programs * max_live_tokens * token_bytes / device.num_multiprocessors
     wanted = device.num_multiprocessors * (2 if work > LONG_WORK_BYTES else 1)
     splits = triton.next_power_of_2(max(1, wanted // programs))
