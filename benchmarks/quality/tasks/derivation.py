@@ -5,8 +5,8 @@ A short list of steps is read: each names an earlier value, a digit that is adde
 and the new value's name. The model works them out one after the other in sentences, as
 a chain of thought does: what an earlier value is stands nowhere but in what it wrote.
 Any earlier one is as likely to be needed. Each step is judged by the values as the
-model wrote them, so that one mistake is one mistake. What is written behind the last one does
-not count.
+model wrote them, so that one mistake is one mistake. What is written behind the last
+one does not count.
 """
 
 from __future__ import annotations
