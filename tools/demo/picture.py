@@ -134,7 +134,8 @@ def _draw_budget(axes: Axes, budget: int, colour: str) -> None:
 
 def _finish(axes: Axes, title: str) -> None:
     axes.set(title=title, xlabel="seconds", ylabel="KV tokens held")
-    axes.set(xlim=(0, None), ylim=(0, None))
+    # with room for the legend
+    axes.set(xlim=(0, None), ylim=(0, 1.15 * axes.get_ylim()[1]))
     axes.margins(x=0)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")
