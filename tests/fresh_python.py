@@ -8,6 +8,7 @@ it. Here they are imported once, by a process of which each of these Pythons is 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import importlib
 import json
@@ -90,7 +91,9 @@ def _server() -> subprocess.Popen[str]:
 def _wait_for_code() -> dict[str, Any] | None:
     """Return what is to be run, in a fork; None in the server, at the end."""
     for name in LIBRARIES:
-        importlib.import_module(name)
+        # another release of theirs may have moved one
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     # whatever else is printed is no answer
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -210,10 +210,11 @@ def _refuse_models(vllm_config: VllmConfig) -> None:
                 "Serve a model with layers of full attention, or use another "
                 "--attention-backend."
             )
-    # here as well as where a layer asks: vLLM remembers which backend serves a layer,
+    # here as well as in `check_windows`: vLLM remembers which backend serves a layer,
     # and does not ask again for a later engine of the process
+    _refuse_windows_alone(vllm_config)
     if has_windows(vllm_config):
-        check_windows(vllm_config)
+        _refuse_one_kind_of_cache(vllm_config)
 
 
 def _refuse_windows_alone(vllm_config: VllmConfig) -> None:
