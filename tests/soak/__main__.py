@@ -32,7 +32,7 @@ def main() -> int:
     add("--seed", type=int, default=0, help="of the crowd (%(default)s)")
     add("--in-process", action="store_true", help="without a server")
     add("--model", type=Path, help="a Hugging Face folder (a small and random model)")
-    add("--tokenizer", type=Path, help="a folder with the random model's (SmolLM2's)")
+    add("--tokenizer", type=Path, help="a folder with the random model's own")
     add("--windows", action="store_true", help="in every other layer of that model")
     add("--adapter", action="store_true", help="requests of a LoRA adapter, too")
     add("--sleep-mode", action="store_true", help="vLLM's; on a GPU, in process")

@@ -26,7 +26,8 @@ from tests.soak.setups import (
     limits_for,
     save_small_model,
 )
-from tools.packaged_models import SMOLLM2, find_model
+from tests.soak.tokenizer import save_tokenizer
+from tools.packaged_models import SMOLLM2, find_model, is_at_hand
 
 ROOT = Path(__file__).parents[2]
 """What an engine core must find this folder in."""
@@ -39,7 +40,8 @@ class Host:
     Attributes:
         folder: For files of the run.
         model: A Hugging Face folder; None for a small and random one.
-        tokenizer: A folder whose tokenizer that one has, None for SmolLM2's.
+        tokenizer: A folder whose tokenizer that one has. None for SmolLM2's where that
+            is at hand, else one of the repository's pages.
         windows: Whether every other layer of that one has a sliding window.
         adapter: Whether requests may bring a LoRA adapter.
         sleep_mode: Whether weights and caches leave the device when the engine sleeps.
@@ -83,8 +85,13 @@ class Host:
     def find_model(self) -> Path:
         """Return the model's folder, and make it if need be."""
         if self.model is None:
+            if self.tokenizer is None:
+                if is_at_hand(SMOLLM2):
+                    self.tokenizer = find_model(SMOLLM2)
+                else:
+                    self.tokenizer = save_tokenizer(self.folder / "tokenizer")
             self.model = save_small_model(
-                self.tokenizer or find_model(SMOLLM2),
+                self.tokenizer,
                 self.folder / "model",
                 windows=self.windows,
             )

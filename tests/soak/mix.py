@@ -173,7 +173,7 @@ def _draw_one(
         ("stop", 0.08, {"stop": ["e", "th"], "ignore_eos": False}),
         ("min_tokens", 0.08, {"min_tokens": draw.randint(1, max_tokens)}),
     ):
-        # vLLM's LoRA layers for CPUs expect a row for each answer, and the engine ends
+        # vLLM's LoRA layers for CPUs expect a row for each answer, and raise
         if draw.random() < likelihood and not (
             limits.adapter and name == "prompt logprobs"
         ):

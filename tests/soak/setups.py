@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.engine.mixed_models import save_mixed
 from tests.soak.mix import Limits
@@ -24,11 +25,12 @@ def save_small_model(tokenizer_of: Path, folder: Path, *, windows: bool) -> Path
     """Write a random float32 model that has another one's tokenizer.
 
     Args:
-        tokenizer_of: A Hugging Face folder; weights are not needed.
+        tokenizer_of: A folder with a fast tokenizer's files.
         folder: Where to.
         windows: Whether every other layer has a sliding window.
     """
-    vocabulary = AutoConfig.from_pretrained(tokenizer_of).vocab_size
+    tokenizer = Tokenizer.from_file(str(tokenizer_of / "tokenizer.json"))
+    vocabulary = tokenizer.get_vocab_size()
     for file in tokenizer_of.glob("tokenizer*"):
         folder.mkdir(exist_ok=True)
         shutil.copy(file, folder)

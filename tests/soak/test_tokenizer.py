@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A soak needs nothing but the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoTokenizer
+
+from tests.soak.mix import FIRST_TOKEN
+from tests.soak.setups import save_small_model
+from tests.soak.tokenizer import save_tokenizer
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_model_without_any_other_model(windows: bool, tmp_path: Path) -> None:
+    """On a host without a network no soak began."""
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    folder = save_small_model(tokenizer, tmp_path / "model", windows=windows)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
+    assert config.vocab_size == len(loaded) > 2 * FIRST_TOKEN
+    assert config.eos_token_id == loaded.eos_token_id
+    assert loaded.decode(loaded.encode("red green [a-f] é")) == "red green [a-f] é"
