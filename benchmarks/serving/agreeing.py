@@ -99,7 +99,8 @@ def _time(eviction: CudaEviction, step: StepBuffers, has_prompts: bool) -> float
             graph.replay()
         end.record()
     torch.cuda.synchronize()
-    return round(1e3 * start.elapsed_time(end) / (CALLS * REPLAYS), 2)
+    milliseconds: float = start.elapsed_time(end)
+    return round(1e3 * milliseconds / (CALLS * REPLAYS), 2)
 
 
 if __name__ == "__main__":
