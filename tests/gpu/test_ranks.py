@@ -93,61 +93,84 @@ def generate(engine: Engine, options: list[dict[str, Any]]) -> list[tuple[int, .
     return engine.generate(list(PROMPTS.values()), NUM_NEW, extra_args=named)
 
 
+def answers(model: Path, options: Options | None, **arguments: Any) -> list[Answer]:
+    """Return what bfloat16 engines say without an eviction."""
+    prompts = [random_prompt(length, seed=length) for length in range(50, 850, 50)]
+    with gpu_engine(
+        model,
+        options,
+        dtype="bfloat16",
+        max_num_seqs=16,
+        max_num_batched_tokens=1024,
+        **arguments,
+    ) as engine:
+        return answers_of(engine, prompts, 96)
+
+
+class TwoGpus(NamedTuple):
+    """What engines with ranks do.
+
+    Attributes:
+        tensor: Those that share heads.
+        pipeline: Those that share layers.
+        ours: Without an eviction, ranks that share heads.
+        flash: The same of FLASH_ATTN.
+    """
+
+    tensor: Ran
+    pipeline: Ran
+    ours: list[Answer]
+    flash: list[Answer]
+
+
 @pytest.fixture(scope="module")
-def ran(engine_lock: None, tiny_llama: Path) -> dict[str, Ran]:
-    """What two tensor ranks, two stages and one GPU do, in this order."""
-    return {
-        "tensor": run(tiny_llama, **TENSOR),
-        "pipeline": run(tiny_llama, **PIPELINE),
-        "one": run(tiny_llama),
-    }
+def two_gpus(engine_lock: None, tiny_llama: Path) -> TwoGpus:
+    """All engines with ranks, one after another."""
+    return TwoGpus(
+        run(tiny_llama, **TENSOR),
+        run(tiny_llama, **PIPELINE),
+        answers(tiny_llama, NEVER, **TENSOR),
+        answers(tiny_llama, None, attention_backend="FLASH_ATTN", **TENSOR),
+    )
 
 
-def test_tensor_ranks_keep_what_one_gpu_does(ran: dict[str, Ran]) -> None:
+@pytest.fixture(scope="module")
+def one(two_gpus: TwoGpus, tiny_llama: Path) -> Ran:
+    """What one GPU does, which this process uses from here on."""
+    return run(tiny_llama)
+
+
+def test_tensor_ranks_keep_what_one_gpu_does(two_gpus: TwoGpus, one: Ran) -> None:
     """Also inside graphs, which hold what the ranks tell each other."""
-    one, tensor = ran["one"], ran["tensor"]
+    tensor = two_gpus.tensor
     assert tensor.kept == {name: kept * 2 for name, kept in one.kept.items()}
     assert tensor.tokens == one.tokens
     # each with options of its own
     assert len(set(one.tokens.values())) == len(EVICTING)
 
 
-def test_stages_choose_by_their_own_layers(ran: dict[str, Ran]) -> None:
+def test_stages_choose_by_their_own_layers(two_gpus: TwoGpus, one: Ran) -> None:
     """They are one GPU where what is kept depends on no scores."""
-    one, pipeline = ran["one"], ran["pipeline"]
+    pipeline = two_gpus.pipeline
     for name in ALIKE:
         assert pipeline.kept[name] == one.kept[name] * 2, name
         assert pipeline.tokens[name] == one.tokens[name], name
     for name in BY_SCORES:
-        assert {len(kept) for kept in pipeline.kept[name]} == {
-            len(one.kept[name][0])
-        }, name
+        lengths = {len(kept) for kept in pipeline.kept[name]}
+        assert lengths == {len(one.kept[name][0])}, name
 
 
-@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
-def test_budgets_that_nobody_reaches(parallel: str, ran: dict[str, Ran]) -> None:
-    assert ran[parallel].unbounded == ran["one"].unbounded
+def test_budgets_that_nobody_reaches(two_gpus: TwoGpus, one: Ran) -> None:
+    assert two_gpus.tensor.unbounded == one.unbounded
+    assert two_gpus.pipeline.unbounded == one.unbounded
 
 
-def test_tensor_ranks_differ_from_stock_as_stock_does(tiny_llama: Path) -> None:
+def test_tensor_ranks_differ_from_stock_as_stock_does(
+    two_gpus: TwoGpus, one: Ran, tiny_llama: Path
+) -> None:
     """In bfloat16, no more than FLASH_ATTN on two GPUs from FLASH_ATTN on one."""
-
-    def answers(options: Options | None, **arguments: Any) -> list[Answer]:
-        prompts = [random_prompt(n, seed=n) for n in range(50, 850, 50)]
-        with gpu_engine(
-            tiny_llama,
-            options,
-            dtype="bfloat16",
-            max_num_seqs=16,
-            max_num_batched_tokens=1024,
-            **arguments,
-        ) as engine:
-            return answers_of(engine, prompts, 96)
-
-    stock = {"attention_backend": "FLASH_ATTN"}
-    ours = answers(NEVER, **TENSOR)
-    flash = answers(None, **stock, **TENSOR)
-    between_stock = Disagreement.between(answers(None, **stock), flash)
-    against_flash = Disagreement.between(ours, flash)
+    of_one = answers(tiny_llama, None, attention_backend="FLASH_ATTN")
+    between_stock = Disagreement.between(of_one, two_gpus.flash)
+    against_flash = Disagreement.between(two_gpus.ours, two_gpus.flash)
     assert against_flash.parted <= 2 * between_stock.parted + 1
     assert against_flash.widest_gap <= 2 * between_stock.widest_gap + 0.05
