@@ -85,7 +85,7 @@ class BlockCache:
         self._block_size = block_size
         self._plans = plans
         self.is_used = is_used
-        self._serves_all = serves_all and is_used
+        self._serves_all = serves_all
         # requests whose blocks are hashed, and whether these are private
         self._owners: dict[str, tuple[Request, bool]] = {}
         # those of them that evict in the step being scheduled

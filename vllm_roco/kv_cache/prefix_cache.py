@@ -213,9 +213,8 @@ class PrefixCache:
             not evicted
             or computed < request.num_prompt_tokens
             or schedule.evicted_blocks(length) != evicted
-            # later turns evict by what is evicted of prompts
+            # a next turn evicts on behind it
             or schedule.next_eviction(length) == NEVER
-            or not self.blocks.is_used
         ):
             return
         live = self._live(request, row, length)
