@@ -41,8 +41,9 @@ ALIKE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def nodes(engine_lock: None) -> Iterator[None]:
+    # an engine that is shut down keeps its place in Ray's cluster
     with running_nodes():
         yield
 
