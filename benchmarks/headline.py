@@ -26,6 +26,7 @@ _SERVED: _Works = {
 _SHARED: _Works = {
     "prefix": {"workload": "shared-16384", "warm": "yes"},
     "chat": {"workload": "chat"},
+    "longest": {"workload": "chat", "engine": "roco, budget 2048, longest hits"},
 }
 _CONTEXT, _SHARE = 2048, 0.25
 
@@ -52,8 +53,9 @@ def _pairs(found: pd.DataFrame, works: _Works) -> dict[str, tuple[Any, Any]]:
     """Return RoCo's newest row of each work that was measured, behind stock vLLM's."""
     pairs = {}
     for name, work in works.items():
-        same = matching(found, **work)
-        roco = same[same["engine"].isin(["roco", "roco, budget 2048"])]
+        engines = work.get("engine", "roco"), "roco, budget 2048"
+        same = matching(found, workload=work["workload"])
+        roco = matching(same[same["engine"].isin(engines)], **work)
         if not roco.empty:
             newest = roco.iloc[-1]
             beside = matching(same, work=newest["work"], rank=0)
@@ -66,7 +68,8 @@ def _speeds(found: dict[str, tuple[Any, Any]]) -> Iterable[str]:
     stock, short = found["short"]
     yield (
         f"* **Memory**: {short['max_running']} requests run at once where stock vLLM, "
-        f"FLASH_ATTN, runs {stock['max_running']} ({_requests(short)}, "
+        f"FLASH_ATTN, runs {stock['max_running']} at most and preempts "
+        f"{stock['preemptions']:g} times ({_requests(short)}, "
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )
     long, prefix = roco["long"], roco["prefix"]
@@ -81,8 +84,10 @@ def _speeds(found: dict[str, tuple[Any, Any]]) -> Iterable[str]:
     stock, read = found["read"]
     yield (
         f"* **Not everywhere**: {ample['ratio']:.2f} times where memory is ample and "
-        f"nothing is evicted ({_gpu(ample)}), {chat['ratio']:.2f} times in a chat of "
-        f"{chat['num_turns']:g} turns ({_gpu(chat)}). With many long prompts at once "
+        f"nothing is evicted ({_gpu(ample)}), {chat['ratio']:.2f} times in chats of "
+        f"{chat['num_turns']:g} turns that outgrow the budget "
+        f"({roco['longest']['ratio']:.2f} with `prefix_hits: longest`, {_gpu(chat)}). "
+        f"With many long prompts at once "
         f"the first token takes {read['ttft_ms'] / stock['ttft_ms']:.2f} times as long "
         f"({_requests(read)}, {_gpu(read)})."
     )
@@ -99,12 +104,16 @@ def _quality(scores: Scores) -> str:
         of("accuracy", "needle", "score", method)
         for method in (scores.default, "full", "recent")
     )
-    perplexity = of("perplexity", "perplexity", "of_full", scores.default)
+    perplexity, of_recent = (
+        100 * of("perplexity", "perplexity", "of_full", method) - 100
+        for method in (scores.default, "recent")
+    )
     return (
         f"* **Quality**: with a budget of a quarter of {_CONTEXT:,} tokens of prose, "
         f"{default:.2f} of the facts hidden in it are found; {full:.2f} with the full "
         f"cache, {recent:.2f} with the newest blocks alone. Perplexity rises by "
-        f"{100 * (perplexity - 1):.1f} %. One small model, SmolLM2-135M."
+        f"{perplexity:.1f} %, with the newest alone by {of_recent:.1f} %. One small "
+        "model, SmolLM2-135M-Instruct."
     )
 
 

@@ -120,7 +120,8 @@ class PrefixScheduler(PlanningScheduler):
         """
         if not super()._handle_blocked_waiting_request(request):
             return False
-        if not self._must_wait(request):
+        cache = self._cache_of(request)
+        if cache is None or not cache.must_wait(request):
             return True
         self._num_left_waiting += 1
         if self._num_left_waiting <= MAX_WAITS_PER_STEP:
@@ -128,18 +129,16 @@ class PrefixScheduler(PlanningScheduler):
         self._manager.refuse(request.request_id)
         return True
 
-    def _must_wait(self, request: Request) -> bool:
-        """Return whether another request is reading more of a waiting one's prompt.
+    def _ask_for_prefix(self, request: Request) -> None:
+        """Ask who reads the prompt of a request that waits for its turn to leave it."""
+        if (cache := self._cache_of(request)) is not None:
+            cache.ask(request)
 
-        That one is then asked for a snapshot.
-        """
-        cache = self.prefix_cache
-        return (
-            cache is not None
-            and not request.num_computed_tokens
-            and _can_share(request)
-            and cache.must_wait(request)
-        )
+    def _cache_of(self, request: Request) -> PrefixCache | None:
+        """Return what a waiting request may begin with, None if with nothing."""
+        if request.num_computed_tokens or not _can_share(request):
+            return None
+        return self.prefix_cache
 
     @override
     def _get_local_prefix_cache_hit(

@@ -143,7 +143,7 @@ class RocoSchedulerMixin(PrefixScheduler):
             and self._is_read_in_turns(request)
         ):
             # or else who reads its prefix may go past without leaving a snapshot
-            self._must_wait(request)
+            self._ask_for_prefix(request)
             self._passed_over.append(request)
             return False
         return super()._handle_blocked_waiting_request(request)
@@ -301,8 +301,8 @@ def _bounds(scheduler: RocoSchedulerMixin) -> str:
 
 def _ranks(scheduler: RocoSchedulerMixin) -> str:
     """Return how tensor-parallel ranks choose, where that makes a difference."""
-    size = scheduler.vllm_config.parallel_config.tensor_parallel_size
-    config = scheduler.roco_config
+    parallel = scheduler.vllm_config.parallel_config
+    size, config = parallel.tensor_parallel_size, scheduler.roco_config
     if size == 1 or not config.measures:
         return ""
     how = "by its own heads"
@@ -312,6 +312,8 @@ def _ranks(scheduler: RocoSchedulerMixin) -> str:
         if scheduler.vllm_config.model_config.get_total_num_kv_heads() < size:
             how = "what the others do, though as they share KV heads not all that one "
             how += "GPU would"
+        if parallel.pipeline_parallel_size > 1:
+            how += " with the layers of its stage"
     return f" Each of {size} tensor-parallel ranks chooses {how}."
 
 

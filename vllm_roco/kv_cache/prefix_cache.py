@@ -114,6 +114,8 @@ class PrefixCache:
         self._offered: tuple[Request, Hit | None] | None = None
         # for what waiting requests wait; None for blocks of the step being chosen
         self._waits: dict[str, BlockHash | None] = {}
+        # of waiting requests, the readers' changes that they have seen
+        self._asked: dict[str, int] = {}
 
     def counts(self) -> PrefixCounts:
         """Return what is there and was done; each dead snapshot costs time once."""
@@ -177,6 +179,7 @@ class PrefixCache:
         request, hit = self._offered
         self._offered = None
         self._waits.pop(request_id, None)
+        self._asked.pop(request_id, None)
         start = 0
         if hit is not None:
             start = hit.num_tokens
@@ -224,6 +227,7 @@ class PrefixCache:
         """Forget a request that is preempted or done, and lets go of its row."""
         self._readers.drop(request_id)
         self._waits.pop(request_id, None)
+        self._asked.pop(request_id, None)
         self.blocks.drop(request_id, row)
 
     def must_wait(self, request: Request) -> bool:
@@ -251,6 +255,16 @@ class PrefixCache:
             return False
         self._readers.want(awaited)
         return self._wait(request, awaited)
+
+    def ask(self, request: Request) -> None:
+        """Ask who reads more of a waiting request's prompt for a snapshot.
+
+        Constant time as long as nobody begins or ceases to read.
+        """
+        changes = self._readers.num_changes
+        if self._asked.get(request.request_id) != changes:
+            self._asked[request.request_id] = changes
+            self.must_wait(request)
 
     def last_length(self, request: Request) -> int:
         """Return a length at which a request can begin, 0 if none of the last ones.

@@ -30,9 +30,14 @@ class Reader:
 
 
 class PrefixReaders:
-    """Who reads which prefix, and which of them are waited for."""
+    """Who reads which prefix, and which of them are waited for.
+
+    Attributes:
+        num_changes: How often a request has begun to read, or ended before its time.
+    """
 
     def __init__(self) -> None:
+        self.num_changes = 0
         self._readers: dict[str, Reader] = {}
         self._reader_of: dict[BlockHash, Reader] = {}
         self._wanted: set[BlockHash] = set()
@@ -52,6 +57,7 @@ class PrefixReaders:
         """
         reader = Reader(request, places, prefixes)
         self._readers[request.request_id] = reader
+        self.num_changes += 1
         for prefix in prefixes:
             self._reader_of.setdefault(prefix, reader)
 
@@ -94,6 +100,7 @@ class PrefixReaders:
         """Forget a request that reads no more."""
         reader = self._readers.pop(request_id, None)
         if reader is not None:
+            self.num_changes += 1
             for prefix in reader.prefixes[reader.next_place :]:
                 self._release(reader, prefix)
 

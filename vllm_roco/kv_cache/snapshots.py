@@ -23,10 +23,12 @@ MAX_LOST = 1024
 
 
 class Snapshot(NamedTuple):
-    """The live blocks of a sequence that has read a prefix and no more.
+    """The live blocks of a sequence at the end of a prefix.
+
+    It has read no more, or ends there: then statistics may count its last tokens, too.
 
     Attributes:
-        name: What each copy bears as its hash while its content is the snapshot's.
+        name: What each block bears as its hash while its content is the snapshot's.
         blocks: Resident blocks, then incoming ones, all full: copies, or those of a
             sequence that has ended.
         windows: Of each group of layers with a window the blocks in it, all full. They

@@ -154,8 +154,9 @@ class MovedBlocks:
     """A worker's side: counts blocks copied over evicted ones, in a file beside.
 
     One worker of an engine counts: tensor-parallel rank 0 of the first pipeline stage.
-    The others move blocks in the same steps, but choose by their own heads and layers,
-    so that their numbers may differ a little. One thread, the worker's own, writes.
+    The others move blocks in the same steps, but stages choose by their own layers, and
+    ranks that do not agree by their own heads, so that their numbers may differ a
+    little. One thread, the worker's own, writes.
     Nothing here raises: where a file cannot be written, counting ends with a warning.
 
     Args:
