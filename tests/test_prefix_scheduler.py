@@ -145,6 +145,30 @@ def test_who_waits_for_its_turn_asks_for_a_snapshot(
     assert cache_of(driver).num_waits == 1
 
 
+def test_who_waits_for_its_turn_asks_anew_only_if_readers_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It walked the ends of its chunks in each step, and so did all that waited."""
+    driver = driver_of(prefill_tokens=1, max_num_batched_tokens=40)
+    cache = cache_of(driver)
+    asked: list[str] = []
+    ask = cache.must_wait
+
+    def noted(request: Request) -> bool:
+        asked.append(request.request_id)
+        return ask(request)
+
+    monkeypatch.setattr(cache, "must_wait", noted)
+    first = driver.add(0, 1, prompt=PROMPT)
+    waiting = driver.add(0, 1, prompt=[token + 1 for token in PROMPT])
+    for _ in range(3):
+        assert waiting not in driver.step()
+    assert asked.count(waiting) == 1
+    driver.abort(first)
+    assert waiting in driver.step()
+    driver.drain(100)
+
+
 def test_others_go_ahead_of_those_that_wait() -> None:
     driver = driver_of(max_num_batched_tokens=40)
     driver.add(0, 1, prompt=PROMPT)

@@ -67,7 +67,8 @@ setups = st.builds(
     spare_blocks=st.sampled_from([30, 1000]),
     asynchronous=st.booleans(),
     windows=st.sampled_from([(), (8,)]),
-)
+    prefix_hits=st.sampled_from(["exact", "longest"]),
+).filter(lambda setup: not setup.windows or setup.prefix_hits == "exact")
 Seen = list[dict[str, int]]
 
 
