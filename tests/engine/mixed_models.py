@@ -17,6 +17,12 @@ from transformers import (
     Olmo3Config,
     PreTrainedConfig,
 )
+from vllm.config import (
+    CompilationConfig,
+    CompilationMode,
+    VllmConfig,
+    set_current_vllm_config,
+)
 
 WINDOW = 64
 """Tokens."""
@@ -64,10 +70,14 @@ def save_mixed(name: str, folder: Path, **changes: Any) -> Path:
         folder: Where to.
         **changes: Of its configuration.
     """
-    torch.manual_seed(0)
     config_class, own = MIXED_MODELS[name]
     config = config_class(**_SHAPE | own | changes)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # once an engine of this process has served a model by Transformers' classes, vLLM
+    # has changed these, and asks for a configuration
+    uncompiled = CompilationConfig(mode=CompilationMode.NONE)
+    with set_current_vllm_config(VllmConfig(compilation_config=uncompiled)):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if config.tie_word_embeddings:
         # large ones, which are the output's as well, repeat the last token for ever
         model.get_input_embeddings().weight.data *= 0.02
