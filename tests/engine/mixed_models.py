@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -73,9 +74,12 @@ def save_mixed(name: str, folder: Path, **changes: Any) -> Path:
     config_class, own = MIXED_MODELS[name]
     config = config_class(**_SHAPE | own | changes)
     # once an engine of this process has served a model by Transformers' classes, vLLM
-    # has changed these, and asks for a configuration
-    uncompiled = CompilationConfig(mode=CompilationMode.NONE)
-    with set_current_vllm_config(VllmConfig(compilation_config=uncompiled)):
+    # has changed these, and asks for a configuration, and there for the model's own
+    uncompiled = VllmConfig(
+        compilation_config=CompilationConfig(mode=CompilationMode.NONE)
+    )
+    uncompiled.model_config = SimpleNamespace(hf_config=config)  # type: ignore[assignment]
+    with set_current_vllm_config(uncompiled):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if config.tie_word_embeddings:
