@@ -31,6 +31,7 @@ _TOKENS = 16
 _ROWS = 128
 # programs that are launched in every step, if there is anything for so many
 _MOST_PROGRAMS = 1024
+# of a program
 _WARPS = 4
 _TYPES = {
     torch.uint8: tl.uint8,
