@@ -251,6 +251,22 @@ def test_an_fp8_cache_is_read_three_tiles_at_a_time(rows: int) -> None:
     assert (plan.tile, plan.num_stages) == (128, 3)
 
 
+def test_the_keys_of_a_long_row_are_split_alike_at_every_element_type() -> None:
+    """Of a byte each they take as long to work on: one program for two was slower."""
+    splits = {
+        dtype: plan_decode(
+            num_rows=16,
+            num_kv_heads=3,
+            head_size=64,
+            max_live_tokens=16384,
+            dtype=dtype,
+            device=H100,
+        ).splits
+        for dtype in (torch.uint8, torch.bfloat16)
+    }
+    assert splits[torch.uint8] == splits[torch.bfloat16] > 2
+
+
 @pytest.mark.parametrize("splits", [1, 4])
 def test_rows_that_are_not_measured_may_be_longer_than_the_scratch(
     splits: int, device: torch.device

@@ -16,8 +16,10 @@ from vllm_roco.ops.scratch import carve, total
 TILE_BYTES = 32 * 1024
 """Keys and values that a program reads at a time while several share a row."""
 
-LONG_WORK_BYTES = 1.1 * 2**20
-"""Keys and values for each multiprocessor above which two programs share it."""
+LONG_WORK = 0.55 * 2**20
+"""Numbers of keys and values for each multiprocessor from which two programs share it.
+
+Of a byte each they take as long to work on, if not to read."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,9 @@ def plan_decode(
     if programs >= 2 * device.num_multiprocessors:
         # of a byte each, the numbers of the largest tile are half as much to wait for
         return fitting(2 * tile, splits=1, num_stages=3 if dtype.itemsize == 1 else 2)
-    work = programs * max_live_tokens * token_bytes / device.num_multiprocessors
-    wanted = device.num_multiprocessors * (2 if work > LONG_WORK_BYTES else 1)
+    numbers = programs * max_live_tokens * token_bytes // dtype.itemsize
+    long = numbers > LONG_WORK * device.num_multiprocessors
+    wanted = device.num_multiprocessors * (2 if long else 1)
     splits = triton.next_power_of_2(max(1, wanted // programs))
     # a split is worth its share of the second kernel from two tiles on
     most = max(1, max_live_tokens // (2 * tile))
