@@ -102,7 +102,7 @@ class PrefixScheduler(PlanningScheduler):
         """Free as vLLM does, and keep what a next turn may begin with."""
         if self.prefix_cache is not None and _can_share(request):
             row = self._manager.req_to_blocks.get(request.request_id, ())
-            self.prefix_cache.keep_end(request, row)
+            self.prefix_cache.end(request, row)
         super()._free_blocks(request)
 
     @override
