@@ -31,7 +31,7 @@ modes = pytest.mark.parametrize(
 
 
 def driver_of(**changes: Any) -> Driver:
-    return Driver(Setup(caching=True, **{"prefix_hits": "longest", **changes}))
+    return Driver(Setup(**{"caching": True, "prefix_hits": "longest", **changes}))
 
 
 def cache_of(driver: Driver) -> PrefixCache:
@@ -212,6 +212,15 @@ def test_a_pool_with_little_room_serves_all(spare_blocks: int) -> None:
 
 def test_the_start_up_line_tells_of_them() -> None:
     assert "Prefix caching: on, longest hits." in describe(driver_of().scheduler)
+
+
+def test_the_start_up_line_tells_when_they_do_nothing() -> None:
+    """It said that caching is off, and nothing of the option."""
+    line = describe(driver_of(caching=False).scheduler)
+    assert (
+        "Prefix caching: off (enable_prefix_caching = False); prefix_hits = 'longest' "
+        "does nothing." in line
+    )
 
 
 def test_windows_refuse_them() -> None:
