@@ -31,7 +31,7 @@ modes = pytest.mark.parametrize(
 
 
 def driver_of(**changes: Any) -> Driver:
-    return Driver(Setup(caching=True, **{"prefix_hits": "longest", **changes}))
+    return Driver(Setup(**{"caching": True, "prefix_hits": "longest", **changes}))
 
 
 def cache_of(driver: Driver) -> PrefixCache:
@@ -121,6 +121,18 @@ def test_an_answer_that_lost_a_block_is_not_hit() -> None:
         driver.check()
 
 
+def test_behind_a_lost_answer_the_one_before_it_is_hit() -> None:
+    """The last end alone had been tried, and its loss sent a turn back to a chunk."""
+    driver = driver_of()
+    _, text = answered(driver, PROMPT[:30], 8)
+    hit, text = answered(driver, [*text, 90], 8)
+    assert hit == 36
+    (*_, last) = cache_of(driver).store._snapshots.values()
+    last.blocks[0].reset_hash()
+    assert answered(driver, [*text, 91], 1)[0] == 36
+    driver.check()
+
+
 def test_what_others_may_not_have_stays_apart() -> None:
     driver = driver_of(max_budget=24)
     _, text = answered(driver, PROMPT[:30], 8)
@@ -153,8 +165,11 @@ def test_who_waits_for_none_is_forgotten() -> None:
     driver = driver_of()
     _, text = answered(driver, PROMPT[:30], 8)
     name = driver.add(0, 1, prompt=[*text, 1])
+    earlier = cache_of(driver)._earlier
+    assert earlier is not None
+    assert earlier._lengths
     driver.abort(name)
-    assert not cache_of(driver)._earlier
+    assert not earlier._lengths
 
 
 def test_the_rest_behind_an_answer_joins_any_step() -> None:
@@ -197,6 +212,15 @@ def test_a_pool_with_little_room_serves_all(spare_blocks: int) -> None:
 
 def test_the_start_up_line_tells_of_them() -> None:
     assert "Prefix caching: on, longest hits." in describe(driver_of().scheduler)
+
+
+def test_the_start_up_line_tells_when_they_do_nothing() -> None:
+    """It said that caching is off, and nothing of the option."""
+    line = describe(driver_of(caching=False).scheduler)
+    assert (
+        "Prefix caching: off (enable_prefix_caching = False); prefix_hits = 'longest' "
+        "does nothing." in line
+    )
 
 
 def test_windows_refuse_them() -> None:

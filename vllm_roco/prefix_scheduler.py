@@ -10,6 +10,7 @@ from typing_extensions import override
 from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
 from vllm_roco.kv_cache.window_manager import WindowManager
 from vllm_roco.planning_scheduler import PlanningScheduler
+from vllm_roco.validation import check_prefix_hits_beside_windows
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -39,7 +40,9 @@ class PrefixScheduler(PlanningScheduler):
         self._num_left_waiting = 0
         self._why_none = self._trouble_with_prefixes()
         if self._why_none is None:
-            self._check_prefix_hits()
+            if self._other_managers:
+                # what was not foreseen by the model's configuration
+                check_prefix_hits_beside_windows(self.roco_config)
             (self._manager,) = self.roco_managers
             self.prefix_cache = PrefixCache(
                 self._manager.block_pool,
@@ -53,19 +56,16 @@ class PrefixScheduler(PlanningScheduler):
 
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""
-        return self._why_none or ("on" if self._is_exact else "on, longest hits")
+        if self._is_exact:
+            return self._why_none or "on"
+        if self._why_none is None:
+            return "on, longest hits"
+        hits = self.roco_config.prefix_hits
+        return f"{self._why_none}; prefix_hits = {hits!r} does nothing"
 
     @property
     def _is_exact(self) -> bool:
         return self.roco_config.prefix_hits == "exact"
-
-    def _check_prefix_hits(self) -> None:
-        """Raise if hits are asked for that there are not in such a model."""
-        if not self._is_exact and self._other_managers:
-            raise NotImplementedError(
-                f"roco: prefix_hits = {self.roco_config.prefix_hits!r} is not for "
-                'models with sliding-window layers. Use prefix_hits "exact".'
-            )
 
     def _trouble_with_prefixes(self) -> str | None:
         """Return why no prefix can be hit."""
@@ -102,7 +102,7 @@ class PrefixScheduler(PlanningScheduler):
         """Free as vLLM does, and keep what a next turn may begin with."""
         if self.prefix_cache is not None and _can_share(request):
             row = self._manager.req_to_blocks.get(request.request_id, ())
-            self.prefix_cache.keep_end(request, row)
+            self.prefix_cache.end(request, row)
         super()._free_blocks(request)
 
     @override

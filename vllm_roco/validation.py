@@ -83,6 +83,8 @@ def validated_config(vllm_config: VllmConfig) -> RocoConfig:
     _refuse_features(vllm_config)
     _refuse_models(vllm_config)
     _check_scheduling(vllm_config, config)
+    if vllm_config.cache_config.enable_prefix_caching and has_windows(vllm_config):
+        check_prefix_hits_beside_windows(config)
     if vllm_config.cache_config.user_specified_block_size:
         _check_block_size(vllm_config.cache_config.block_size, config)
     return config
@@ -236,6 +238,20 @@ def _refuse_windows_alone(vllm_config: VllmConfig) -> None:
         f"roco: every layer of the model has a sliding window of {window} tokens, so "
         f"its KV cache is bounded already and there is nothing to evict. {instead}"
     )
+
+
+def check_prefix_hits_beside_windows(config: RocoConfig) -> None:
+    """Refuse hits that there are not where other layers have sliding windows.
+
+    Raises:
+        NotImplementedError: They are asked for.
+    """
+    if config.prefix_hits == "longest":
+        raise NotImplementedError(
+            f"roco: prefix_hits = {config.prefix_hits!r} is not supported for models "
+            "with sliding-window layers, which do not keep what an answer ends with. "
+            'Use prefix_hits "exact", or --no-enable-prefix-caching.'
+        )
 
 
 def _check_block_size(block_size: int, config: RocoConfig) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.kv_cache_interface import (
     KVCacheLayout,
@@ -23,6 +26,21 @@ from vllm_roco.kv_cache.page import first_positions_view, statistics_view
 
 NUM_BLOCKS = 6
 NUM_LAYERS = 2
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements that are put in place one by one."""
+
+    count = 0
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "index_put" in str(func):
+            self.count += args[2].numel()
+        return result
 
 
 def caches(layout: KVCacheLayout) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -72,3 +90,38 @@ def test_statistics_are_copied_too(name: str, layout: KVCacheLayout) -> None:
         for numbers in (statistics_view(states), first_positions_view(states)):
             assert torch.equal(numbers[4], numbers[1])
             assert not torch.equal(numbers[3], numbers[1])
+
+
+@pytest.mark.parametrize("name", [RUNNER_V1, RUNNER_V2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_pages_are_copied_in_wide_words(name: str, dtype: torch.dtype) -> None:
+    """A hit took as long as reading many tokens: its bytes were put one by one."""
+    runner = importlib.import_module(name)
+    copy_whole_pages()
+    layers = [
+        torch.randint(100, (NUM_BLOCKS, 1, 1, 96)).to(dtype) for _ in range(NUM_LAYERS)
+    ]
+    before = [layer.clone() for layer in layers]
+    with Elements() as elements:  # type: ignore[no-untyped-call]
+        runner.copy_kv_cache_blocks_inplace(
+            layers, NUM_BLOCKS, [KVCacheBlockCopy(1, 4), KVCacheBlockCopy(0, 2)]
+        )
+    for layer, old in zip(layers, before, strict=True):
+        assert torch.equal(layer, old[[0, 1, 0, 3, 1, 5]])
+    assert elements.count == NUM_LAYERS * 2 * layers[0][0].nbytes // 8
+
+
+def test_pages_of_other_kinds_are_left_to_vllm() -> None:
+    """Blocks of no whole words, of several kernel blocks, or with heads outside."""
+    runner = importlib.import_module(RUNNER_V2)
+    copy_whole_pages()
+    odd = torch.randint(100, (NUM_BLOCKS, 1, 1, 97)).to(torch.bfloat16)
+    halves = torch.randn(2 * NUM_BLOCKS, 2, 4, 8)
+    heads_outside = torch.randn(2, NUM_BLOCKS, 4, 8).transpose(0, 1)
+    layers = [odd, halves, heads_outside]
+    before = [layer.clone() for layer in layers]
+    runner.copy_kv_cache_blocks_inplace(layers, NUM_BLOCKS, [KVCacheBlockCopy(1, 4)])
+    old_odd, old_halves, old_heads = before
+    assert torch.equal(odd, old_odd[[0, 1, 2, 3, 1, 5]])
+    assert torch.equal(heads_outside, old_heads[[0, 1, 2, 3, 1, 5]])
+    assert torch.equal(halves, old_halves[[*range(8), 2, 3, 10, 11]])

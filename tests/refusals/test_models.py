@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,20 @@ MODELS = {
         "mimo_v2_flash",
         Case(("bring an attention backend of their own", OTHER_MODEL)),
     ),
+    "longest-hits-beside-windows": Model(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        Case(
+            (
+                "prefix_hits = 'longest' is not supported",
+                "sliding-window layers",
+                'Use prefix_hits "exact", or --no-enable-prefix-caching',
+            ),
+            {"prefix_hits": "longest"},
+            {"enable_prefix_caching": True},
+        ),
+        {"sliding_window": 64},
+    ),
     "windows-only": Model(
         "MistralForCausalLM",
         "mistral",
@@ -164,6 +178,15 @@ def test_model_is_refused_before_it_is_loaded(
     with pytest.raises(NotImplementedError) as error:
         engine_config(folder, model.case)
     refused(str(error.value), model.case)
+
+
+def test_longest_hits_beside_windows_are_no_matter_without_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = MODELS["longest-hits-beside-windows"]
+    without = {"enable_prefix_caching": False}
+    case = replace(model.case, arguments=without)
+    engine_config(model.save(tmp_path, monkeypatch), case)
 
 
 def test_a_window_that_no_sequence_reaches_can_be_switched_off(

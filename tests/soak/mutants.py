@@ -76,7 +76,7 @@ MUTANTS = (
     ),
     Mutant(
         "what steps in flight evict from is kept of an answer",
-        "kv_cache/prefix_cache.py",
+        "kv_cache/earlier_turns.py",
         "computed = request.num_computed_tokens\n",
         "computed = request.num_computed_tokens - request.num_in_flight_tokens\n",
         ("tests/test_longest_hits.py",),
@@ -133,7 +133,7 @@ MUTANTS = (
     ),
     Mutant(
         "cache_salt is ignored",
-        "kv_cache/prefix_cache.py",
+        "kv_cache/prefix_keys.py",
         "hashes = request.block_hashes\n        return [",
         "hashes = [\n"
         "            BlockHash(repr([*request.all_token_ids[: end * size]]).encode())\n"

@@ -5,9 +5,8 @@ A prompt that evicts while it is read begins with a snapshot: at the ends of its
 and nowhere else, what a sequence keeps is a function of its tokens alone. One that does
 not may also begin with blocks, see `block_cache`.
 
-That is `prefix_hits: exact`. With `longest` all prompts may begin with blocks, and with
-the blocks in which an answer ended, that has evicted: they hold what the conversation
-kept, which is not what its next turn would keep if it read all of it.
+That is `prefix_hits: exact`. With `longest` all prompts may begin with blocks, and
+where an earlier answer ended, see `earlier_turns`.
 
 Where other layers have a sliding window, a snapshot holds their blocks as well, and all
 prompts begin with snapshots: of one that evicts nothing it is a function of its tokens,
@@ -18,10 +17,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm.v1.core.kv_cache_utils import BlockHash
-
-from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
+from vllm_roco.kv_cache.earlier_turns import EarlierTurns
+from vllm_roco.kv_cache.prefix_keys import PrefixKeys
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
 from vllm_roco.kv_cache.snapshots import SnapshotStore
@@ -31,13 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.request import Request
 
     from vllm_roco.kv_cache.window_manager import WindowManager
     from vllm_roco.request_plans import RequestPlans
-
-_UNMEASURED = b"unmeasured"
 
 
 class Hit(NamedTuple):
@@ -100,12 +96,17 @@ class PrefixCache:
             serves_all=not is_exact,
         )
         self.num_waits = 0
-        self._null_block = block_pool.null_block
         self._block_size = block_size
         self._plans = plans
-        self._is_exact = is_exact
-        # lengths at which earlier turns of waiting requests ended
-        self._earlier: dict[str, int] = {}
+        self._keys = PrefixKeys(
+            block_size,
+            plans,
+            block_pool.null_block,
+            is_of_tokens=self.blocks.is_used,
+        )
+        self._earlier: EarlierTurns | None = None
+        if not is_exact:
+            self._earlier = EarlierTurns(self.store, self._keys, block_size, plans)
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
         # what blocks there are for whom vLLM asks about next, from `must_wait`
@@ -132,11 +133,11 @@ class PrefixCache:
 
     def enter(self, request: Request) -> None:
         """Take note of a new request's prompt."""
-        if not self._is_exact and (length := self._earlier_end(request)):
-            self._earlier[request.request_id] = length
+        if self._earlier is not None:
+            self._earlier.enter(request)
         places = self._places(request, 0)
         if places:
-            self._shared.enter(self._prefixes(request, places))
+            self._shared.enter(self._keys.keys(request, places))
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -192,36 +193,12 @@ class PrefixCache:
             return
         places = self._places(request, start)
         if places:
-            self._readers.begin(request, places, self._prefixes(request, places))
+            self._readers.begin(request, places, self._keys.keys(request, places))
 
-    def keep_end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
-        """Keep what a request holds that is done, for the turn that goes on from it.
-
-        Steps in flight may still write into its blocks, before anybody reads these.
-
-        Args:
-            request: A request that has evicted, or not.
-            row: Its block table.
-        """
-        self._earlier.pop(request.request_id, None)
-        if self._is_exact or not row:
-            return
-        size, request_id = self._block_size, request.request_id
-        schedule = self._plans.of(request_id).schedule
-        computed = request.num_computed_tokens
-        length = min(computed, self._num_hashed(request)) // size * size
-        evicted = schedule.evicted_blocks(computed)
-        if (
-            # who has evicted nothing leaves blocks
-            not evicted
-            or computed < request.num_prompt_tokens
-            or schedule.evicted_blocks(length) != evicted
-            # a next turn evicts on behind it
-            or schedule.next_eviction(length) == NEVER
-        ):
-            return
-        live = self._live(request, row, length)
-        self.store.keep(self._prefix(request, length), live)
+    def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Take note that a request is done, before it lets go of its row."""
+        if self._earlier is not None:
+            self._earlier.end(request, row)
 
     def drop(self, request_id: str, row: Sequence[KVCacheBlock]) -> None:
         """Forget a request that is preempted or done, and lets go of its row."""
@@ -275,9 +252,9 @@ class PrefixCache:
         if not places or request.skip_reading_prefix_cache:
             return 0
         length = places[-1]
-        if self.store.find(self._prefix(request, length)) is not None:
+        if self.store.find(self._keys.key(request, length)) is not None:
             return length
-        if (earlier := self._earlier_length(request)) > 0:
+        if self._earlier is not None and (earlier := self._earlier.longest(request)):
             return earlier
         blocks = self.blocks
         if blocks.can_begin_with_blocks(request) and blocks.has(request, length):
@@ -294,13 +271,14 @@ class PrefixCache:
         if not self._readers:
             return None
         store, readers = self.store, self._readers
-        start = max(start, self._earlier_length(request))
+        if self._earlier is not None:
+            start = max(start, self._earlier.longest(request))
         awaited = None
         others_length = 0
         for length in reversed(self._hit_places(request)):
             if length <= max(start, others_length):
                 break
-            prefix = self._prefix(request, length)
+            prefix = self._keys.key(request, length)
             # a request that can begin here is no further from the end than the other
             if store.find(prefix) is not None:
                 return None
@@ -319,9 +297,9 @@ class PrefixCache:
         if self.blocks.serves(request):
             return end
         chunk = self._plans.of(request.request_id).chunk
-        most = min(end - 1, request.num_prompt_tokens, self._num_hashed(request))
+        most = min(end - 1, request.num_prompt_tokens, self._keys.most_tokens(request))
         for length in range((start // chunk + 1) * chunk, most + 1, chunk):
-            if self._is_due(request, length, self._prefix(request, length)):
+            if self._is_due(request, length, self._keys.key(request, length)):
                 return length
         return end
 
@@ -340,7 +318,7 @@ class PrefixCache:
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
                 request_id = request.request_id
-                live = self._live(request, rows[request_id], length)
+                live = self._keys.live_blocks(request, rows[request_id], length)
                 windows = [w.blocks_at(request_id, length) for w in self.windows]
                 copies += self.store.publish(prefix, live, windows)
         self._found = None
@@ -348,18 +326,15 @@ class PrefixCache:
 
     def _find_snapshot(self, request: Request, max_tokens: int | None) -> Hit | None:
         places: Iterable[int] = reversed(self._hit_places(request, max_tokens))
-        earlier = self._earlier.get(request.request_id, 0)
-        if earlier and (max_tokens is None or earlier <= max_tokens):
-            places = sorted({*places, earlier}, reverse=True)
+        if self._earlier is not None and (ends := self._earlier.lengths(request)):
+            most = request.num_tokens if max_tokens is None else max_tokens
+            ends = [length for length in ends if length <= most]
+            places = sorted({*places, *ends}, reverse=True)
         for length in places:
-            prefix = self._prefix(request, length)
+            prefix = self._keys.key(request, length)
             snapshot = self.store.find(prefix)
             if snapshot is not None:
-                schedule = self._plans.of(request.request_id).schedule
-                resident = schedule.budget_blocks
-                gap = [self._null_block] * schedule.evicted_blocks(length)
-                blocks = snapshot.blocks
-                row = [*blocks[:resident], *gap, *blocks[resident:]]
+                row = self._keys.row_of(request, snapshot.blocks, length)
                 windows = [
                     manager.row_at(in_window, length)
                     for manager, in_window in zip(
@@ -368,25 +343,6 @@ class PrefixCache:
                 ]
                 return Hit(length, row, snapshot=prefix, windows=windows)
         return None
-
-    def _earlier_end(self, request: Request) -> int:
-        """Return the last length of a prompt at which a sequence was kept."""
-        size = self._block_size
-        plan = self._plans.of(request.request_id)
-        most = (request.num_prompt_tokens - 1) // size
-        hashes = request.block_hashes[:most]
-        for number in range(len(hashes), plan.first_eviction // size - 1, -1):
-            if self.store.may_have(BlockHash(hashes[number - 1] + plan.snapshot_key)):
-                return number * size
-        return 0
-
-    def _earlier_length(self, request: Request) -> int:
-        """Return at which length a request can begin behind an earlier turn, or 0."""
-        length = self._earlier.get(request.request_id, 0)
-        if length and self.store.find(self._prefix(request, length)) is None:
-            del self._earlier[request.request_id]
-            return 0
-        return length
 
     def _is_due(self, request: Request, length: int, prefix: BlockHash) -> bool:
         """Return whether a snapshot at a place of a prompt is worth its blocks."""
@@ -399,19 +355,10 @@ class PrefixCache:
             or self._readers.is_wanted(prefix)
         )
 
-    def _live(
-        self, request: Request, row: Sequence[KVCacheBlock], length: int
-    ) -> Sequence[KVCacheBlock]:
-        schedule = self._plans.of(request.request_id).schedule
-        resident = schedule.budget_blocks
-        full = length // self._block_size
-        incoming = resident + schedule.evicted_blocks(length)
-        return [*row[: min(resident, full)], *row[incoming:full]]
-
     def _places(self, request: Request, start: int) -> range:
         """Return the lengths of a prompt behind `start` where it can be cut."""
         chunk = self._plans.of(request.request_id).chunk
-        most = min(request.num_prompt_tokens, self._num_hashed(request))
+        most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
         return range((start // chunk + 1) * chunk, most + 1, chunk)
 
     def _hit_places(self, request: Request, max_tokens: int | None = None) -> range:
@@ -419,30 +366,9 @@ class PrefixCache:
         most = min(
             request.num_prompt_tokens,
             request.num_tokens - 1,
-            self._num_hashed(request),
+            self._keys.most_tokens(request),
         )
         if max_tokens is not None:
             most = min(most, max_tokens)
         chunk = self._plans.of(request.request_id).chunk
         return range(chunk, most + 1, chunk)
-
-    def _num_hashed(self, request: Request) -> int:
-        return len(request.block_hashes) * self._block_size
-
-    def _prefix(self, request: Request, length: int) -> BlockHash:
-        """Return what stands for all of which depends what is kept at a place."""
-        (prefix,) = self._prefixes(request, (length,))
-        return prefix
-
-    def _prefixes(self, request: Request, places: Sequence[int]) -> Sequence[BlockHash]:
-        plan = self._plans.of(request.request_id)
-        first, key, size = plan.first_eviction, plan.snapshot_key, self._block_size
-        # while nothing is evicted, only the tokens matter
-        early_key = b"" if plan.is_measured or self.blocks.is_used else _UNMEASURED
-        hashes = request.block_hashes
-        return [
-            BlockHash(
-                hashes[length // size - 1] + (early_key if length < first else key)
-            )
-            for length in places
-        ]

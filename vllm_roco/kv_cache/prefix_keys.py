@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands for a prefix, and where its blocks lie in a row and in a snapshot."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.core.kv_cache_utils import BlockHash
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_roco.request_plans import RequestPlans
+
+_UNMEASURED = b"unmeasured"
+
+
+class PrefixKeys:
+    """Keys of requests' prefixes, which say all of which depends what is kept there.
+
+    Args:
+        block_size: Tokens per block.
+        plans: What holds for each request.
+        null_block: vLLM's block in places of a row that hold none.
+        is_of_tokens: Whether before a first eviction the key is of the tokens alone,
+            statistics or none.
+    """
+
+    def __init__(
+        self,
+        block_size: int,
+        plans: RequestPlans,
+        null_block: KVCacheBlock,
+        *,
+        is_of_tokens: bool,
+    ) -> None:
+        self._block_size = block_size
+        self._plans = plans
+        self._null_block = null_block
+        self._is_of_tokens = is_of_tokens
+
+    def most_tokens(self, request: Request) -> int:
+        """Return the longest length of a request that has a key."""
+        return len(request.block_hashes) * self._block_size
+
+    def key(self, request: Request, length: int) -> BlockHash:
+        """Return the key of a request's first `length` tokens, whole blocks."""
+        (key,) = self.keys(request, (length,))
+        return key
+
+    def keys(self, request: Request, lengths: Sequence[int]) -> Sequence[BlockHash]:
+        """Return the keys of several prefixes, tokens of whole blocks each."""
+        plan = self._plans.of(request.request_id)
+        first, key, size = plan.first_eviction, plan.snapshot_key, self._block_size
+        # while nothing is evicted, only the tokens matter
+        early_key = b"" if plan.is_measured or self._is_of_tokens else _UNMEASURED
+        hashes = request.block_hashes
+        return [
+            BlockHash(
+                hashes[length // size - 1] + (early_key if length < first else key)
+            )
+            for length in lengths
+        ]
+
+    def live_blocks(
+        self, request: Request, row: Sequence[KVCacheBlock], length: int
+    ) -> Sequence[KVCacheBlock]:
+        """Return the full blocks that a request attends to at a length.
+
+        Args:
+            request: The request.
+            row: Its block table.
+            length: Tokens of whole blocks.
+        """
+        schedule = self._plans.of(request.request_id).schedule
+        resident = schedule.budget_blocks
+        full = length // self._block_size
+        incoming = resident + schedule.evicted_blocks(length)
+        return [*row[: min(resident, full)], *row[incoming:full]]
+
+    def row_of(
+        self, request: Request, live_blocks: Sequence[KVCacheBlock], length: int
+    ) -> list[KVCacheBlock]:
+        """Return the row in which these are the live blocks at a length."""
+        schedule = self._plans.of(request.request_id).schedule
+        resident = schedule.budget_blocks
+        gap = [self._null_block] * schedule.evicted_blocks(length)
+        return [*live_blocks[:resident], *gap, *live_blocks[resident:]]
