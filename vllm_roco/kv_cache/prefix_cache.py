@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from vllm_roco.request_plans import RequestPlans
 
 
+PLACES_PER_CHUNK = 4
+"""Most places in a server's chunk where prompts can be cut, however small their own.
+
+Each look-up goes through a prompt's places.
+"""
+
+
 class Hit(NamedTuple):
     """What a request may begin with.
 
@@ -296,9 +303,9 @@ class PrefixCache:
         """
         if self.blocks.serves(request):
             return end
-        chunk = self._plans.of(request.request_id).chunk
+        distance = self._distance(request)
         most = min(end - 1, request.num_prompt_tokens, self._keys.most_tokens(request))
-        for length in range((start // chunk + 1) * chunk, most + 1, chunk):
+        for length in range((start // distance + 1) * distance, most + 1, distance):
             if self._is_due(request, length, self._keys.key(request, length)):
                 return length
         return end
@@ -349,17 +356,16 @@ class PrefixCache:
         # the last place for a prompt that goes on, and for the same one once more:
         # its last token must be read to go on from
         return (
-            length + self._plans.of(request.request_id).chunk
-            >= request.num_prompt_tokens
+            length + self._distance(request) >= request.num_prompt_tokens
             or self._shared.part_at(prefix)
             or self._readers.is_wanted(prefix)
         )
 
     def _places(self, request: Request, start: int) -> range:
         """Return the lengths of a prompt behind `start` where it can be cut."""
-        chunk = self._plans.of(request.request_id).chunk
+        distance = self._distance(request)
         most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
-        return range((start // chunk + 1) * chunk, most + 1, chunk)
+        return range((start // distance + 1) * distance, most + 1, distance)
 
     def _hit_places(self, request: Request, max_tokens: int | None = None) -> range:
         # generated tokens were read one by one, the first time
@@ -370,5 +376,11 @@ class PrefixCache:
         )
         if max_tokens is not None:
             most = min(most, max_tokens)
+        distance = self._distance(request)
+        return range(distance, most + 1, distance)
+
+    def _distance(self, request: Request) -> int:
+        """Return the tokens from one place of a prompt to the next: whole chunks."""
         chunk = self._plans.of(request.request_id).chunk
-        return range(chunk, most + 1, chunk)
+        least = self._plans.default.chunk // PLACES_PER_CHUNK
+        return chunk * max(1, -(-least // chunk))
