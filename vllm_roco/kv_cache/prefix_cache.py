@@ -102,6 +102,8 @@ class PrefixCache:
         self.num_waits = 0
         self._null_block = block_pool.null_block
         self._block_size = block_size
+        # beside windows, --prefix-match-unit may make it less than a block
+        self._hash_size = block_pool.hash_block_size
         self._plans = plans
         self._is_exact = is_exact
         # lengths at which earlier turns of waiting requests ended
@@ -427,7 +429,7 @@ class PrefixCache:
         return range(chunk, most + 1, chunk)
 
     def _num_hashed(self, request: Request) -> int:
-        return len(request.block_hashes) * self._block_size
+        return len(request.block_hashes) * self._hash_size
 
     def _prefix(self, request: Request, length: int) -> BlockHash:
         """Return what stands for all of which depends what is kept at a place."""
@@ -436,7 +438,7 @@ class PrefixCache:
 
     def _prefixes(self, request: Request, places: Sequence[int]) -> Sequence[BlockHash]:
         plan = self._plans.of(request.request_id)
-        first, key, size = plan.first_eviction, plan.snapshot_key, self._block_size
+        first, key, size = plan.first_eviction, plan.snapshot_key, self._hash_size
         # while nothing is evicted, only the tokens matter
         early_key = b"" if plan.is_measured or self.blocks.is_used else _UNMEASURED
         hashes = request.block_hashes
