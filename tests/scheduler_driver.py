@@ -87,6 +87,7 @@ class Setup:
         mode: Option of RoCo; likewise prefill_tokens.
         prefill_tokens: See `mode`.
         prefix_hits: Option of RoCo.
+        hash_size: Tokens per hash, which divide a block: `--prefix-match-unit`.
     """
 
     budget: int = 16
@@ -104,6 +105,7 @@ class Setup:
     mode: str = "both"
     prefill_tokens: int = RocoConfig().prefill_tokens
     prefix_hits: str = RocoConfig().prefix_hits
+    hash_size: int = BLOCK_SIZE
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -179,6 +181,7 @@ class Setup:
             plan,
             StructuredOutputManager(config),
             block_size=BLOCK_SIZE,
+            hash_block_size=self.hash_size,
             log_stats=True,
         )
 
@@ -272,7 +275,7 @@ class Driver:
                 prompt_token_ids=list(prompt or [1] * num_prompt_tokens),
                 sampling_params=params,
                 pooling_params=None,
-                block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+                block_hasher=get_request_block_hasher(self.setup.hash_size, sha256),
                 resumable=resumable,
                 cache_salt=cache_salt,
                 lora_request=lora_request,

@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock, resolve_kv_cache_block_sizes
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -61,6 +62,30 @@ def test_prompts_that_share_a_prefix(
     assert hit_of(driver, sibling) == 0
     assert hit_of(driver, PROMPT[:50] + [90] * 30) == 48
     assert driver.worker.num_hits == cache_of(driver).store.num_hits == 4
+
+
+@pytest.mark.parametrize("hash_size", [1, 2])
+def test_a_snapshot_is_named_by_all_of_its_tokens(hash_size: int) -> None:
+    """Hashes finer than a block were counted as blocks.
+
+    A snapshot was named by a part of its tokens, and who shared that part alone began
+    with K and V of the others.
+    """
+    driver = with_windows(hash_size=hash_size)
+    assert hit_of(driver, PROMPT, 30) == 0
+    assert hit_of(driver, PROMPT[: LAST - 2] + [1] * 30) == 0
+    assert hit_of(driver, PROMPT, 30) == LAST
+    assert hit_of(driver, PROMPT[: LAST - 2] + [1] * 32) == 96
+    assert driver.worker.num_hits == 2
+
+
+def test_vllm_takes_hashes_finer_than_a_block_beside_windows() -> None:
+    setup = Setup(caching=True, windows=WINDOWS)
+    config = copy.copy(setup.scheduler().vllm_config)
+    config.cache_config = copy.copy(config.cache_config)
+    config.cache_config.prefix_match_unit = 2
+    sizes = resolve_kv_cache_block_sizes(setup.plan(config), config)
+    assert sizes == (BLOCK_SIZE, 2)
 
 
 @modes

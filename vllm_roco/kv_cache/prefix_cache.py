@@ -109,6 +109,8 @@ class PrefixCache:
             block_size,
             plans,
             block_pool.null_block,
+            # beside windows, --prefix-match-unit may make it less than a block
+            hash_size=block_pool.hash_block_size,
             is_of_tokens=self.blocks.is_used,
         )
         self._earlier: EarlierTurns | None = None

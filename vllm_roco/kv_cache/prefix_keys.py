@@ -25,6 +25,8 @@ class PrefixKeys:
         block_size: Tokens per block.
         plans: What holds for each request.
         null_block: vLLM's block in places of a row that hold none.
+        hash_size: Tokens from one of a request's hashes to the next; a block has whole
+            ones.
         is_of_tokens: Whether before a first eviction the key is of the tokens alone,
             statistics or none.
     """
@@ -35,16 +37,18 @@ class PrefixKeys:
         plans: RequestPlans,
         null_block: KVCacheBlock,
         *,
+        hash_size: int,
         is_of_tokens: bool,
     ) -> None:
         self._block_size = block_size
         self._plans = plans
         self._null_block = null_block
+        self._hash_size = hash_size
         self._is_of_tokens = is_of_tokens
 
     def most_tokens(self, request: Request) -> int:
         """Return the longest length of a request that has a key."""
-        return len(request.block_hashes) * self._block_size
+        return len(request.block_hashes) * self._hash_size
 
     def key(self, request: Request, length: int) -> BlockHash:
         """Return the key of a request's first `length` tokens, whole blocks."""
@@ -54,7 +58,7 @@ class PrefixKeys:
     def keys(self, request: Request, lengths: Sequence[int]) -> Sequence[BlockHash]:
         """Return the keys of several prefixes, tokens of whole blocks each."""
         plan = self._plans.of(request.request_id)
-        first, key, size = plan.first_eviction, plan.snapshot_key, self._block_size
+        first, key, size = plan.first_eviction, plan.snapshot_key, self._hash_size
         # while nothing is evicted, only the tokens matter
         early_key = b"" if plan.is_measured or self._is_of_tokens else _UNMEASURED
         hashes = request.block_hashes

@@ -146,6 +146,19 @@ def test_budgets_of_requests_have_room() -> None:
         assert bounds.decode_tokens == most
 
 
+def test_a_budget_beyond_every_sequence_takes_no_more_memory() -> None:
+    """Room was made for moves that no row can have: of 2^31 tokens, a tebibyte."""
+    spec = roco_spec(budget=64, stride=32)
+
+    def bounds_of(max_budget: int) -> StepBounds:
+        options = {"budget": 64, "stride": 32, "max_budget": max_budget}
+        return StepBounds.of(spec, config_for(options), num_q_heads=4, num_layers=2)
+
+    longest = bounds_of(4096)
+    assert longest.resident_blocks == 256
+    assert bounds_of(2**31 - 16) == longest
+
+
 @pytest.mark.parametrize(("agree", "copies"), [(True, 2), (False, 0)])
 def test_ranks_have_room_for_what_they_tell_each_other(
     agree: bool, copies: int

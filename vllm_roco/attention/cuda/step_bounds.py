@@ -100,7 +100,9 @@ class StepBounds:
             measured_tokens=min(max_model_len, after_a_step + 1),
             decode_tokens=decoding,
             block_size=spec.block_size,
-            resident_blocks=config.max_budget // spec.block_size,
+            resident_blocks=blocks_of(
+                min(max_model_len, config.max_budget), spec.block_size
+            ),
             measures=spec.has_statistics,
             num_layers=num_layers,
             num_q_heads=num_q_heads,
