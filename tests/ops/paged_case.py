@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -171,6 +171,18 @@ class PagedCase:
             self, query=query, kv_cache=cache, k_scale=k_scale, v_scale=v_scale
         )
 
+    def to(self, device: torch.device) -> PagedCase:
+        """Return the case on another device; itself where it lies there already."""
+        if self.query.device == device:
+            return self
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {
+            name: value.to(device)
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved | {"kv_cache": paged_on(device, self.kv_cache)})
+
     @property
     def states(self) -> torch.Tensor:
         """Keys and values as numbers, whatever the cache holds."""
@@ -253,6 +265,12 @@ class PagedCase:
         torch.testing.assert_close(
             self.first_positions, exact.first_positions, rtol=0, atol=0, equal_nan=True
         )
+
+
+def paged_on(device: torch.device, cache: torch.Tensor) -> torch.Tensor:
+    """Return a copy of whole pages on a device, as a cache of the same layout."""
+    pages = page.page_view(cache).to(device, copy=True)
+    return pages.as_strided(cache.shape, cache.stride())
 
 
 @dataclass(frozen=True)

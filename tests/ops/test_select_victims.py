@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.ops.paged_case import paged_on
 from tests.rows import row_of
 from vllm_roco import policy, reference
 from vllm_roco.config import RocoConfig, blocks_of
@@ -106,6 +107,14 @@ class Group:
     @property
     def block_size(self) -> int:
         return self.schedule.block_size
+
+    def to(self, device: torch.device) -> Group:
+        """Return the group on another device; itself where it lies there already."""
+        if self.live_table.device == device:
+            return self
+        caches = [paged_on(device, cache) for cache in self.caches]
+        table = self.live_table.to(device)
+        return dataclasses.replace(self, caches=caches, live_table=table)
 
     def evicted(self, which: int) -> torch.Tensor:
         return self.int32(

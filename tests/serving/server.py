@@ -66,10 +66,11 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = Path(sys.executable).with_name("vllm")
+    # as the script `vllm` does, which not every host has
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [command, "serve", model, "--port", str(port), *arguments],
+            [*command, model, "--port", str(port), *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
         )

@@ -15,7 +15,9 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,26 @@ import psutil
 import pytest
 
 import tests.soak.environment  # noqa: F401 -- before vLLM
-from tests.serving.server import Server, running_server
+from tests.serving.server import Server, eventually, running_server
 from tests.soak.engines import Host
 from tests.soak.setups import MODEL_NAME, as_flags
 
 NUM_CLIENTS = 16
 PATIENCE = 60
 """Seconds in which each client must have heard that its answer will not come."""
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the clients of a killed engine core heard.
+
+    Attributes:
+        answers: How often it was what, complete answers before the kill among them.
+        seconds: From the kill to the last of it.
+    """
+
+    answers: Counter[str]
+    seconds: float
 
 
 def flags(host: Host, trace: Path) -> list[str]:
@@ -53,6 +68,14 @@ def engine_core(server: Server) -> psutil.Process:
     return core
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process may still do something."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 async def ask(client: httpx.AsyncClient, url: str, number: int) -> str:
     """Ask for a long answer; return `complete`, or how that failed."""
     body = {
@@ -73,26 +96,62 @@ async def ask(client: httpx.AsyncClient, url: str, number: int) -> str:
     return "complete" if is_whole and '"error"' not in text else "error in the stream"
 
 
-async def kill_in_mid_answer(server: Server, delay: float) -> Counter[str]:
-    """Kill an engine core that is busy; return what its clients heard.
+async def ask_on(client: httpx.AsyncClient, url: str, number: int) -> Counter[str]:
+    """Ask again and again, until there is no answer; return what was heard."""
+    heard: Counter[str] = Counter()
+    while True:
+        last = await ask(client, url, number)
+        heard[last] += 1
+        if last != "complete":
+            return heard
+
+
+async def kill_in_mid_answer(core: psutil.Process, url: str, delay: float) -> Heard:
+    """Kill an engine core that is busy.
 
     Args:
-        server: A running one.
+        core: Of a running server.
+        url: Where that listens.
         delay: Seconds that it is busy before.
 
     Raises:
         TimeoutError: A client hears nothing.
     """
-    core = engine_core(server)
-    async with httpx.AsyncClient(timeout=None) as client:
+    # as many at once as there are clients
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=None, limits=limits) as client:
         asking = [
-            asyncio.create_task(ask(client, server.url, number))
+            asyncio.create_task(ask_on(client, url, number))
             for number in range(NUM_CLIENTS)
         ]
         await asyncio.sleep(delay)
         core.send_signal(signal.SIGKILL)
+        killed = time.monotonic()
         async with asyncio.timeout(PATIENCE):
-            return Counter(await asyncio.gather(*asking))
+            heard = sum(await asyncio.gather(*asking), Counter())
+    return Heard(heard, time.monotonic() - killed)
+
+
+def kill(server: Server, delay: float) -> list[str]:
+    """Kill a server's engine core in mid-answer; return what was wrong.
+
+    Args:
+        server: A running one.
+        delay: Seconds that it is busy before.
+    """
+    when, core = f"killed after {delay:.2f} s", engine_core(server)
+    family = [core, *core.children(recursive=True)]
+    try:
+        heard = asyncio.run(kill_in_mid_answer(core, server.url, delay))
+    except TimeoutError:
+        return [f"{when}: a client heard nothing"]
+    print(
+        f"{when}: {dict(heard.answers)}, the last {heard.seconds:.1f} s later",
+        flush=True,
+    )
+    if eventually(lambda: not any(map(is_alive, family)), PATIENCE):
+        return []
+    return [f"{when}: processes are left of {family}"]
 
 
 def run(host: Host, delays: list[float], folder: Path) -> list[str]:
@@ -120,14 +179,7 @@ def run(host: Host, delays: list[float], folder: Path) -> list[str]:
                 faults.append(f"server {number} begins with a trace")
             if delay is None:
                 continue
-            try:
-                heard = asyncio.run(kill_in_mid_answer(server, delay))
-            except TimeoutError:
-                faults.append(f"killed after {delay:.2f} s: a client heard nothing")
-                continue
-            print(f"killed after {delay:.2f} s: {dict(heard)}", flush=True)
-            if heard["complete"] == NUM_CLIENTS:
-                faults.append(f"killed after {delay:.2f} s: nobody was answered")
+            faults += kill(server, delay)
             for line in trace.read_text().splitlines():
                 json.loads(line)
     if not num_files[0] or len(set(num_files)) > 1:
@@ -143,13 +195,15 @@ def main() -> int:
     )
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="float32", help="of the model (%(default)s)")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     delays = [draw.uniform(0, 8) for _ in range(arguments.times)]
     with tempfile.TemporaryDirectory(prefix="k-") as folder:
         inner = Path(folder, "tmp")
         inner.mkdir()
-        faults = run(Host(folder=Path(folder)), delays, inner)
+        host = Host(folder=Path(folder), dtype=arguments.dtype)
+        faults = run(host, delays, inner)
     for fault in faults:
         print(f"FAULT {fault}")
     print(f"{len(delays)} engine cores killed, {len(faults)} faults")
