@@ -86,8 +86,8 @@ def engine_arguments(
         return arguments | {
             "scheduler_cls": "tests.soak.audit.AuditedAsyncScheduler",
             "async_scheduling": True,
-            "gpu_memory_utilization": 0.3,
             # nothing is measured, so others may come and go on the GPU
+            "gpu_memory_utilization": 0.1,
             "kv_cache_memory_bytes": 2**30,
             "enforce_eager": False,
             # without torch.compile, which takes longer than most of the rest
