@@ -85,7 +85,9 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
 
     try:
         if not eventually(answers, START_TIMEOUT):
-            raise RuntimeError(f"no answer from vllm serve:\n{log.read_text()[-12_000:]}")
+            raise RuntimeError(
+                f"no answer from vllm serve:\n{log.read_text()[-12_000:]}"
+            )
         yield server
     finally:
         process.terminate()
