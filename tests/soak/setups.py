@@ -76,6 +76,8 @@ def engine_arguments(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + (1024 if cuda else 256),
         "num_gpu_blocks_override": num_blocks,
+        # of a GPU, or on a CPU of the host: what must be free for it to start
+        "gpu_memory_utilization": 0.1,
         # requests are let in on what is free at the moment, and preempt each other
         "scheduler_reserve_full_isl": False,
         "worker_cls": "tests.soak.worker.PoisoningWorker",
@@ -89,7 +91,6 @@ def engine_arguments(
             "scheduler_cls": "tests.soak.audit.AuditedAsyncScheduler",
             "async_scheduling": True,
             # nothing is measured, so others may come and go on the GPU
-            "gpu_memory_utilization": 0.1,
             "kv_cache_memory_bytes": 2**30,
             "enforce_eager": False,
             # without torch.compile, which takes longer than most of the rest
