@@ -78,14 +78,16 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
 
     def answers() -> bool:
         if process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended:\n{log.read_text()[-4000:]}")
+            raise RuntimeError(f"vllm serve ended:\n{log.read_text()[-12_000:]}")
         with contextlib.suppress(httpx.TransportError):
             return server.is_healthy()
         return False
 
     try:
         if not eventually(answers, START_TIMEOUT):
-            raise RuntimeError(f"no answer from vllm serve:\n{log.read_text()[-4000:]}")
+            raise RuntimeError(
+                f"no answer from vllm serve:\n{log.read_text()[-12_000:]}"
+            )
         yield server
     finally:
         process.terminate()

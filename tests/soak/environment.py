@@ -15,6 +15,9 @@ for name, value in {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
+    # of 1,024 it would compile a matrix product for each number of tokens of a step,
+    # and memory grow by hundreds of MiB until all have been seen
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }.items():

@@ -76,17 +76,20 @@ def engine_arguments(
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + (1024 if cuda else 256),
         "num_gpu_blocks_override": num_blocks,
+        # of a GPU, or on a CPU of the host: what must be free for it to start
+        "gpu_memory_utilization": 0.1,
         # requests are let in on what is free at the moment, and preempt each other
         "scheduler_reserve_full_isl": False,
         "worker_cls": "tests.soak.worker.PoisoningWorker",
     }
     if adapter:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+        # vLLM 0.32 gives what lies in the last place to requests without an adapter,
+        # on a CPU beside one with an adapter: that place stays empty
+        arguments |= {"enable_lora": True, "max_loras": 2, "max_lora_rank": 8}
     if cuda:
         return arguments | {
             "scheduler_cls": "tests.soak.audit.AuditedAsyncScheduler",
             "async_scheduling": True,
-            "gpu_memory_utilization": 0.3,
             # nothing is measured, so others may come and go on the GPU
             "kv_cache_memory_bytes": 2**30,
             "enforce_eager": False,
