@@ -27,7 +27,7 @@ DASHBOARD: dict[str, Any] = json.loads(
 
 
 def faults(dashboard: dict[str, Any]) -> list[str]:
-    """Return where a dashboard does not follow the schema: unknown keys, wrong types."""
+    """Return where a dashboard breaks the schema: unknown keys, wrong types."""
     plugins.register_default_plugins()
     read = Dashboard.from_json(dashboard)
     written = json.loads(JSONEncoder().encode(read))
