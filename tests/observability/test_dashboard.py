@@ -14,13 +14,10 @@ import pytest
 import yaml
 
 from tests.releases import release_path
+from tools.dashboard.panels import ALERTS, DASHBOARD, panels
 from vllm_roco.compat import TESTED_VLLM
 from vllm_roco.observability.families import FAMILIES, REQUEST_BOUND
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docs" / "grafana"
-ALERTS = FOLDER / "alerts.yml"
-DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 VARIABLES = {"datasource", "model", "engine", "__rate_interval"}
 
@@ -116,12 +113,11 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def test_prometheus_reads_every_expression(tmp_path: Path) -> None:
-    values = {"model": ".*", "engine": ".*", "__rate_interval": "1m"}
-    rules = []
-    for number, expression in enumerate(dashboard_expressions()):
-        for name, value in values.items():
-            expression = expression.replace(f"${name}", value)
-        rules.append({"record": f"dashboard:{number}", "expr": expression})
+    filled = [target.expression for panel in panels("1m") for target in panel.targets]
+    rules = [
+        {"record": f"dashboard:{number}", "expr": expression}
+        for number, expression in enumerate(filled)
+    ]
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     promtool("check", "rules", file, ALERTS)

@@ -13,7 +13,6 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +20,7 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-DASHBOARD: dict[str, Any] = json.loads(
-    (Path(__file__).parents[2] / "docs" / "grafana" / "dashboard.json").read_text()
-)
+from tools.dashboard.panels import DASHBOARD
 
 
 def faults(dashboard: dict[str, Any]) -> list[str]:
