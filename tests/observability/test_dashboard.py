@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,24 @@ def test_alerts_fire_when_they_have_to(tmp_path: Path) -> None:
     file = tmp_path / "alerts_test.yml"
     file.write_text(cases.replace("[RULES]", json.dumps([str(ALERTS)])))
     promtool("test", "rules", file)
+
+
+def test_prometheus_takes_the_configuration_of_the_page(tmp_path: Path) -> None:
+    page = (ALERTS.parents[1] / "dashboard.md").read_text()
+    (config,) = re.findall(
+        r"^    ```yaml\n(.*?)^    ```", page, re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "prometheus.yml").write_text(textwrap.dedent(config))
+    shutil.copy(ALERTS, tmp_path)
+    promtool("check", "config", tmp_path / "prometheus.yml")
+
+
+def test_the_page_explains_every_panel_and_alert() -> None:
+    page = (ALERTS.parents[1] / "dashboard.md").read_text()
+    explained = re.findall(r"^\| `?([^|`]+?)`? \|", page, re.MULTILINE)
+    (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
+    named = [panel["title"] for panel in PANELS]
+    named += [rule["alert"] for rule in group["rules"]]
+    assert [
+        each for each in explained if each not in ("panel", "alert", "---")
+    ] == named
