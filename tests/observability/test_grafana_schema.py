@@ -86,7 +86,7 @@ def test_the_dashboard_follows_grafanas_schema() -> None:
 @pytest.mark.parametrize(
     "keys, value",
     [
-        (("refreshs",), "10s"),
+        (("refreshing",), "10s"),
         (("schemaVersion",), "39"),
         (("graphTooltip",), 3),
         (("templating", "list", 1, "refresh"), 7),

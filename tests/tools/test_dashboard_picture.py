@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.dashboard import DashboardError
+from tools.dashboard import DashboardError, __main__
 from tools.dashboard.__main__ import show
 from tools.dashboard.panels import Target, panels
 from tools.dashboard.prometheus import running_prometheus
@@ -71,10 +71,14 @@ def test_a_line_is_called_by_its_labels() -> None:
 
 @needs_prometheus
 def test_every_panel_is_answered_and_drawn(
-    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    url: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(__main__, "SCRAPE_SECONDS", 1)
     picture = tmp_path / "pictures" / "dashboard.svg"
-    works = [sys.executable, "-c", "import time; time.sleep(10)"]
+    works = [sys.executable, "-c", "import time; time.sleep(2)"]
     assert show(url, works, picture) == 0
     assert "no answer" not in capsys.readouterr().out
     drawn = picture.read_text()
