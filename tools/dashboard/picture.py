@@ -15,13 +15,16 @@ from tools.dashboard.panels import Panel
 from tools.dashboard.prometheus import Series
 
 COLUMNS = 24
-CELL_WIDTH, CELL_HEIGHT = 0.55, 0.31
+CELL_WIDTH, CELL_HEIGHT = 0.4, 0.25
 """Inches of one cell of Grafana's grid."""
 
 COLOURS = ("#56a64b", "#f2a900", "#3274d9", "#c2571a", "#8f3bb8", "#8a8f98")
 _FORMATS = {"percentunit": "{x:.0%}", "s": "{x:,g} s", "ops": "{x:,g}/s"}
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.55, 0.15, 0.32, 0.5
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.5, 0.12, 0.3, 0.58
 """Inches between a panel's edges and its axes, for title, labels and legend."""
+
+_ONE_LINE = 50
+"""Letters of a legend that fit side by side."""
 
 Answers = Mapping[str, Series]
 """The lines of one panel, by the names that its legend gives them."""
@@ -46,7 +49,7 @@ def draw_dashboard(
         x, y = panel.place["x"] * CELL_WIDTH, panel.place["y"] * CELL_HEIGHT
         if not panel.targets:
             bottom = 1 - (y + 0.7 * CELL_HEIGHT) / height
-            figure.text(0.1 / width, bottom, panel.title, size=12, weight="bold")
+            figure.text(0.1 / width, bottom, panel.title, size=11, weight="bold")
             continue
         w, h = panel.place["w"] * CELL_WIDTH, panel.place["h"] * CELL_HEIGHT
         axes = figure.add_axes(
@@ -76,8 +79,8 @@ def _draw(axes: Axes, panel: Panel, answers: Answers, begin: float, end: float) 
     if answers:
         axes.legend(
             loc="upper center",
-            bbox_to_anchor=(0.5, -0.12),
-            ncols=len(answers),
+            bbox_to_anchor=(0.5, -0.18),
+            ncols=len(answers) if len("".join(answers)) < _ONE_LINE else 2,
             borderpad=0,
             columnspacing=1,
             handlelength=1,
