@@ -57,6 +57,24 @@ def test_modules_that_a_page_runs_are_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_of_modules_that_a_page_runs_are_there(page: Path) -> None:
+    """Each stands in the source of the package that is run."""
+    text = page.read_text().replace("\\\n", " ")
+    commands = re.findall(
+        r"python -m ((?:benchmarks|tests|tools|vllm_roco)\.[a-z_.]*\w)([^`|\n#]*)", text
+    )
+    for module, words in commands:
+        # what follows goes to another program
+        options = re.findall(r"(?<= )--[a-z][a-z-]*", words.split(" -- ")[0])
+        parts = module.split(".")
+        folder = ROOT.joinpath(*parts[:2] if len(parts) > 2 else parts)
+        files = [folder.with_suffix(".py"), *folder.rglob("*.py")]
+        source = "".join(file.read_text() for file in files if file.exists())
+        for option in options:
+            assert f'"{option}"' in source, f"{module} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_of_a_page_work_on_a_forge(page: Path) -> None:
     """On the site, MkDocs looks at them."""
     broken = []

@@ -42,6 +42,7 @@ package() {
 forms() {
   local templates=.github/ISSUE_TEMPLATE
   hadolint Dockerfile &&
+    actionlint &&
     _schema github-workflows .github/workflows/*.yml &&
     _schema github-issue-config "$templates/config.yml" &&
     _schema github-issue-forms "$templates"/!(config).yml &&

@@ -56,12 +56,12 @@ class RocoConfig:
             before; a multiple of the block size. None: 1024, or the budget where that
             is less.
         prefill_tokens: Prompt tokens of a step that are enough to fill the GPU: a step
-            that has so many goes on with no further prompt that would not be read to
-            its end in it.
-        prefix_hits: What requests begin with that share a prefix. `"exact"`: what keeps
-            what reading it would keep, once they evict. `"longest"`: the longest prefix
-            there is, the answers of earlier turns included; what they keep, and so what
-            they answer, depends on what others have left.
+            that has this many takes more of another prompt only if it can read that
+            one to its end.
+        prefix_hits: How much of a prefix requests take over from others. `"exact"`: of
+            one that evicts, only what leaves it with the blocks that reading would
+            keep. `"longest"`: all that is there, answers of earlier turns included;
+            what is kept, and so the answer, then depends on what others have left.
         sink: First tokens of a sequence that are never evicted.
         recent: Newest tokens of a sequence that are never evicted.
         max_budget: Most tokens that a request's own budget may keep, the prompt

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,10 @@ import pytest
 import yaml
 
 from tests.releases import release_path
+from tools.dashboard.panels import ALERTS, DASHBOARD, panels
 from vllm_roco.compat import TESTED_VLLM
 from vllm_roco.observability.families import FAMILIES, REQUEST_BOUND
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "docs" / "grafana"
-ALERTS = FOLDER / "alerts.yml"
-DASHBOARD: dict[str, Any] = json.loads((FOLDER / "dashboard.json").read_text())
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 VARIABLES = {"datasource", "model", "engine", "__rate_interval"}
 
@@ -116,12 +114,11 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def test_prometheus_reads_every_expression(tmp_path: Path) -> None:
-    values = {"model": ".*", "engine": ".*", "__rate_interval": "1m"}
-    rules = []
-    for number, expression in enumerate(dashboard_expressions()):
-        for name, value in values.items():
-            expression = expression.replace(f"${name}", value)
-        rules.append({"record": f"dashboard:{number}", "expr": expression})
+    filled = [target.expression for panel in panels("1m") for target in panel.targets]
+    rules = [
+        {"record": f"dashboard:{number}", "expr": expression}
+        for number, expression in enumerate(filled)
+    ]
     file = tmp_path / "rules.yml"
     file.write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     promtool("check", "rules", file, ALERTS)
@@ -132,3 +129,24 @@ def test_alerts_fire_when_they_have_to(tmp_path: Path) -> None:
     file = tmp_path / "alerts_test.yml"
     file.write_text(cases.replace("[RULES]", json.dumps([str(ALERTS)])))
     promtool("test", "rules", file)
+
+
+def test_prometheus_takes_the_configuration_of_the_page(tmp_path: Path) -> None:
+    page = (ALERTS.parents[1] / "dashboard.md").read_text()
+    (config,) = re.findall(
+        r"^    ```yaml\n(.*?)^    ```", page, re.MULTILINE | re.DOTALL
+    )
+    (tmp_path / "prometheus.yml").write_text(textwrap.dedent(config))
+    shutil.copy(ALERTS, tmp_path)
+    promtool("check", "config", tmp_path / "prometheus.yml")
+
+
+def test_the_page_explains_every_panel_and_alert() -> None:
+    page = (ALERTS.parents[1] / "dashboard.md").read_text()
+    explained = re.findall(r"^\| `?([^|`]+?)`? \|", page, re.MULTILINE)
+    (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
+    named = [panel["title"] for panel in PANELS]
+    named += [rule["alert"] for rule in group["rules"]]
+    assert [
+        each for each in explained if each not in ("panel", "alert", "---")
+    ] == named

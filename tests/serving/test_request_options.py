@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 MODEL = "small"
 PROMPT = "Once upon a time there was a little fox who lived in the deep dark forest."
+FRONT_PAGE = Path(__file__).parents[2] / "README.md"
 PAGE = Path(__file__).parents[2] / "docs" / "request-options.md"
 NUM_FUZZED = int(os.environ.get("ROCO_FUZZED_REQUESTS", "200"))
 """Requests of the fuzz; 2,000 look for more."""
@@ -325,13 +326,17 @@ def examples(language: str) -> list[str]:
 
 
 def to(server: Server, example: str) -> str:
-    return example.replace("http://localhost:8000", server.url).replace("MODEL", MODEL)
+    at = example.replace("http://", "").replace("localhost:8000", server.url)
+    return at.replace("MODEL", MODEL)
 
 
 def test_the_pages_curl_examples_run(server: Server) -> None:
     found = examples("bash")
-    assert found
-    for example in found:
+    front = re.findall(
+        r"^ {4}(curl .*?}'\n)", FRONT_PAGE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert found and front
+    for example in [*found, *front]:
         done = subprocess.run(
             ["bash", "-ec", to(server, example)],
             capture_output=True,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import openai
 import pytest
 
 from tests.serving.server import Server, eventually, running_server
+from tools.dashboard import __main__ as dashboard
 
 pytestmark = pytest.mark.engine
 
@@ -306,3 +309,24 @@ def test_clients_are_told_how_much_was_cached(
     reset = httpx.post(f"{server.url}/reset_prefix_cache", timeout=30)
     assert reset.status_code == 200
     assert begun_with(client, [*short, 7]) == begun_with(client, [*long, 7]) == 0
+
+
+ASK_TWICE = """
+import httpx, sys
+url, prompt = sys.argv[1:]
+body = {"model": "small", "prompt": prompt, "max_tokens": 40, "ignore_eos": True}
+for _ in range(2):
+    httpx.post(f"{url}/v1/completions", json=body, timeout=60).raise_for_status()
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="needs Debian's package prometheus"
+)
+def test_prometheus_answers_for_every_panel_of_the_dashboard(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "SCRAPE_SECONDS", 1)
+    asks = [sys.executable, "-c", ASK_TWICE, server.url, LONG_PROMPT]
+    # 1 where a query has no answer
+    assert dashboard.show(server.url, asks, tmp_path / "dashboard.svg") == 0
