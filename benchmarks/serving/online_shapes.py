@@ -251,8 +251,12 @@ def online_runs(
             prefix_caching=True,
         )
         return Run(
-            **{"name": name, "side": side, "engine": engine, "number": number},
-            **{"shape": shape, "memory": size},
+            name=name,
+            side=side,
+            engine=engine,
+            number=number,
+            shape=shape,
+            memory=size,
         )
 
     every = [
