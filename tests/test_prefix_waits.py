@@ -122,3 +122,32 @@ def test_a_long_queue_of_waiting_requests_is_not_walked_to_its_end() -> None:
     driver.drain(1000)
     assert last in driver.finished
     assert cache_of(driver).store.num_saved_tokens == (MAX_WAITS_PER_STEP + 20) * LAST
+
+
+@pytest.mark.parametrize(
+    ("changes", "others", "counts"),
+    [
+        pytest.param({}, PROMPT, (1, 0, 1), id="for-a-prefix"),
+        pytest.param(
+            {"prefill_tokens": 1, "max_num_batched_tokens": 40},
+            PROMPT[::-1],
+            (1, 1, 0),
+            id="for-its-turn",
+        ),
+    ],
+)
+def test_vllms_counters_tell_who_waits_and_why(
+    changes: dict[str, int], others: list[int], counts: tuple[int, int, int]
+) -> None:
+    """Balancers of several engines go by all that wait."""
+    driver = driver_of(**changes)
+    driver.add(0, 1, prompt=PROMPT)
+    driver.add(0, 1, prompt=others)
+    for _ in range(3):
+        driver.step()
+    assert driver.scheduler.get_request_counts() == (1, 1)
+    stats = driver.stats[-1]
+    found = stats.num_running_reqs, stats.num_waiting_reqs
+    assert (*found, stats.num_skipped_waiting_reqs) == counts
+    driver.drain(100)
+    assert driver.scheduler.get_request_counts() == (0, 0)
