@@ -387,6 +387,7 @@ class Driver:
             assert pool.blocks[block_id].ref_cnt == num_rows
         self._check_snapshots(held)
         self._check_in_flight()
+        self._check_counts()
 
     def _check_snapshots(self, held: Set[int]) -> None:
         """Assert that each block is of one snapshot at most, and that none changes."""
@@ -452,3 +453,9 @@ class Driver:
                     row = window.req_to_blocks[request_id]
                     for place, block_id in blocks.items():
                         assert row[place].block_id == block_id, "freed in a window"
+
+    def _check_counts(self) -> None:
+        """Assert that balancers of several engines are told of each request once."""
+        scheduler = self.scheduler
+        assert sum(scheduler.get_request_counts()) == len(scheduler.requests)
+        assert scheduler.deferred_waiting <= {*scheduler.waiting}

@@ -25,7 +25,7 @@ FILES = [
     "tests/test_chunking.py",
     "tests/test_eviction_schedule.py",
     "tests/test_scheduler*.py",
-    "tests/test_prefix_scheduler.py",
+    "tests/test_prefix_*.py",
     "tests/test_longest_hits.py",
     "tests/test_window_prefixes.py",
     "tests/test_request_plans.py",

@@ -27,7 +27,6 @@ from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.kv_cache.prefix_cache import PrefixCache
 from vllm_roco.observability.families import PrefixCounts
 from vllm_roco.observability.metrics import read_engines
-from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
 from vllm_roco.scheduler import describe
 
 CHUNK = 8
@@ -95,120 +94,6 @@ def test_a_prompt_of_whole_chunks_serves_itself_and_longer_ones() -> None:
     assert hit_of(driver, prompt, 2) == 0
     assert hit_of(driver, prompt) == 40
     assert hit_of(driver, PROMPT) == 48
-
-
-@modes
-def test_a_burst_reads_its_prefix_once(
-    asynchronous: bool, max_steps_in_flight: int
-) -> None:
-    """A dozen of them had read it before the first one was done with it."""
-    driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
-    for number in range(12):
-        driver.add(0, 10, prompt=PROMPT + [number] * 5)
-    read = 0
-    while driver.scheduler.has_requests() or driver.num_in_flight:
-        scheduled = driver.step()
-        read += sum(tokens for tokens in scheduled.values() if tokens > 1)
-    # all that is behind the last common chunk is each request's own
-    assert read == 12 * (83 - LAST) + LAST
-    assert cache_of(driver).store.num_hits == 11
-    assert cache_of(driver).num_waits == 11
-
-
-def test_a_header_that_is_waited_for_is_published_on_the_way() -> None:
-    """The one that reads it goes on, and is cut where the others end."""
-    driver = driver_of()
-    driver.add(0, 1, prompt=PROMPT)
-    header = PROMPT[:50]
-    driver.add(0, 1, prompt=header)
-    driver.add(0, 1, prompt=header)
-    driver.drain(100)
-    assert cache_of(driver).store.num_hits == 2
-    assert cache_of(driver).store.num_saved_tokens == 96
-
-
-@modes
-def test_who_waits_for_its_turn_asks_for_a_snapshot(
-    asynchronous: bool, max_steps_in_flight: int
-) -> None:
-    """Passed over in each step, it had asked nobody, and read all of its prompt."""
-    driver = driver_of(
-        asynchronous,
-        max_steps_in_flight=max_steps_in_flight,
-        prefill_tokens=1,
-        max_num_batched_tokens=40,
-    )
-    driver.add(0, 1, prompt=PROMPT)
-    driver.add(0, 1, prompt=PROMPT[:50])
-    driver.drain(100)
-    assert cache_of(driver).store.num_saved_tokens == 48
-    assert cache_of(driver).num_waits == 1
-
-
-def test_who_waits_for_its_turn_asks_anew_only_if_readers_change(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It walked the ends of its chunks in each step, and so did all that waited."""
-    driver = driver_of(prefill_tokens=1, max_num_batched_tokens=40)
-    cache = cache_of(driver)
-    asked: list[str] = []
-    ask = cache.must_wait
-
-    def noted(request: Request) -> bool:
-        asked.append(request.request_id)
-        return ask(request)
-
-    monkeypatch.setattr(cache, "must_wait", noted)
-    first = driver.add(0, 1, prompt=PROMPT)
-    waiting = driver.add(0, 1, prompt=[token + 1 for token in PROMPT])
-    for _ in range(3):
-        assert waiting not in driver.step()
-    assert asked.count(waiting) == 1
-    driver.abort(first)
-    assert waiting in driver.step()
-    driver.drain(100)
-
-
-def test_others_go_ahead_of_those_that_wait() -> None:
-    driver = driver_of(max_num_batched_tokens=40)
-    driver.add(0, 1, prompt=PROMPT)
-    waiting = driver.add(0, 1, prompt=PROMPT)
-    other = driver.add(0, 1, prompt=[1] * 12)
-    driver.step()
-    driver.step()
-    assert other in driver.finished
-    assert waiting not in driver.finished
-    driver.drain(100)
-
-
-@pytest.mark.parametrize("end", ["abort", "preempt"])
-def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
-    driver = driver_of()
-    reader = driver.add(0, 1, prompt=PROMPT)
-    waiting = driver.add(0, 1, prompt=PROMPT)
-    for _ in range(3):
-        driver.step()
-    assert cache_of(driver).num_waits == 1
-    if end == "abort":
-        driver.abort(reader)
-        assert waiting in driver.step()
-    else:
-        driver.preempt_all()
-    driver.drain(100)
-    assert waiting in driver.finished
-
-
-def test_a_long_queue_of_waiting_requests_is_not_walked_to_its_end() -> None:
-    driver = driver_of(max_num_batched_tokens=40)
-    driver.add(0, 1, prompt=PROMPT)
-    for _ in range(MAX_WAITS_PER_STEP + 20):
-        driver.add(0, 1, prompt=PROMPT)
-    last = driver.add(0, 1, prompt=[1] * 4)
-    driver.step()
-    assert cache_of(driver).num_waits == MAX_WAITS_PER_STEP + 1
-    driver.drain(1000)
-    assert last in driver.finished
-    assert cache_of(driver).store.num_saved_tokens == (MAX_WAITS_PER_STEP + 20) * LAST
 
 
 @modes

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.quality.estimate import estimate
-from benchmarks.quality.grid import PRESETS
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.run import ORDERS, run
 from benchmarks.quality.training.trained import ADAPTERS
 from benchmarks.serving.engines import MODELS

@@ -26,7 +26,8 @@ from benchmarks.quality.cells import (
     PROMPT_OF_GENERATION,
     Cell,
 )
-from benchmarks.quality.grid import DEFAULT, PRESETS, Preset, cells, jobs, setup_of
+from benchmarks.quality.grid import DEFAULT, Preset, cells, jobs, setup_of
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.tasks import CONVERSATIONS
 from benchmarks.quality.tasks.derivation import DERIVATION, prompt_tokens
 from benchmarks.quality.tasks.exchange import PAUSE_TOKENS

@@ -15,15 +15,9 @@ from tqdm import tqdm
 from benchmarks import machine, rows
 from benchmarks.quality import jobs, results, scoring
 from benchmarks.quality.cells import Cell
-from benchmarks.quality.grid import (
-    BASE,
-    FULL,
-    LEAST_FULL_ACCURACY,
-    PRESETS,
-    Preset,
-    cells,
-)
+from benchmarks.quality.grid import BASE, FULL, LEAST_FULL_ACCURACY, Preset, cells
 from benchmarks.quality.grid import jobs as jobs_of
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.results import Result
 from benchmarks.quality.training.trained import ADAPTERS, find_any
 from tools.packaged_models import PACKAGED_MODELS

@@ -17,8 +17,9 @@ from benchmarks.quality.cells import (
     PERPLEXITY_GENERATION,
     QUESTION_METRIC,
 )
-from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PEAK, PRESETS
+from benchmarks.quality.grid import LEAST_FULL_ACCURACY, PEAK
 from benchmarks.quality.policies import BASE, BASELINES
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.scores import Scores, kind_of_pace, label_of, named, with_mean
 from benchmarks.rows import matching
 

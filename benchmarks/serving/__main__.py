@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.serving.online_shapes import DEFAULT_SIDES, SHAPES
 from benchmarks.serving.online_shapes import SIDES as ONLINE_SIDES
 from benchmarks.serving.prefix_workloads import PREFIX_WORKLOADS, SIDES, prefix_runs
+from benchmarks.serving.signals import unwind_once
 from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 
 
@@ -232,4 +233,5 @@ def main(command: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    unwind_once()
     sys.exit(main(sys.argv[1:]))

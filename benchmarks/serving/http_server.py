@@ -20,6 +20,7 @@ from tools.demo import DemoError
 from tools.demo.server import running_server, wait_until_ready
 
 _HOST = "127.0.0.1"
+_SERVE = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,28 @@ def started(told: Sequence[str]) -> Iterator[Server]:
     Args:
         told: What `Engine.command` returns.
     """
-    with socket.socket() as probe:
-        probe.bind((_HOST, 0))
-        port = probe.getsockname()[1]
     # a server is told its model by place, and has text to return
     (model,) = [text for text in told if text.startswith("--model=")]
     arguments = [text for text in told if text not in (model, "--disable-detokenize")]
-    vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
-    at = (model.removeprefix("--model="), f"--host={_HOST}", f"--port={port}")
-    with TemporaryDirectory() as folder:
+    with _own_port() as port, TemporaryDirectory() as folder:
+        at = (model.removeprefix("--model="), f"--host={_HOST}", f"--port={port}")
         log = Path(folder) / "server.log"
         environment = {"VLLM_NO_USAGE_STATS": "1"}
-        with running_server([*vllm, *at, *arguments], environment, log) as process:
+        with running_server([*_SERVE, *at, *arguments], environment, log) as process:
             yield Server(f"http://{_HOST}:{port}", process, log)
+
+
+@contextmanager
+def _own_port() -> Iterator[int]:
+    """Yield a port that nobody else is given within the block.
+
+    It is minutes until a server listens. What is only bound refuses connections, and
+    lets the server bind as well, which asks to share its address as this does.
+    """
+    with socket.socket() as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((_HOST, 0))
+        yield bound.getsockname()[1]
 
 
 @contextmanager

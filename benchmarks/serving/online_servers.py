@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from subprocess import TimeoutExpired
 
 from tqdm import tqdm
 
@@ -13,6 +14,8 @@ from benchmarks.serving.engines import Engine
 from benchmarks.serving.http_server import Server, started
 from benchmarks.serving.online_client import warmed_up
 from benchmarks.serving.online_shapes import Run
+from benchmarks.serving.signals import held_back
+from tools.demo.server import STOP_SECONDS
 
 
 @dataclass
@@ -52,7 +55,8 @@ class Servers:
             every = self.together if engine in self.together else [engine]
             for other in every:
                 told = other.command([f"--tokenizer={self.tokenizer}", *self.common])
-                self._alive[other] = self._stack.enter_context(started(told))
+                with held_back():
+                    self._alive[other] = self._stack.enter_context(started(told))
             for server in tqdm(self._alive.values(), "servers start", leave=False):
                 server.wait_until_ready()
         server = self._alive[engine]
@@ -62,9 +66,14 @@ class Servers:
         return server
 
     def _end(self) -> None:
-        # all of them at once; the stack waits for one after another
-        for server in self._alive.values():
-            server.process.terminate()
-        self._alive.clear()
-        self._warm.clear()
-        self._stack.close()
+        with held_back():
+            # all of them at once; the stack ends what is left, one after another
+            servers = [*self._alive.values()]
+            for server in servers:
+                server.process.terminate()
+            for server in servers:
+                with suppress(TimeoutExpired):
+                    server.process.wait(STOP_SECONDS)
+            self._alive.clear()
+            self._warm.clear()
+            self._stack.close()

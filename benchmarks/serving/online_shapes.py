@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from benchmarks.serving.engines import Engine, Requests
+from benchmarks.serving.request_shapes import RequestShape, SideRun, grouped
 from vllm_roco.config import RocoConfig
 
 MAX_NUM_SEQS = 256
@@ -46,43 +47,32 @@ DEFAULT_SIDES = ("stock", "stock-fp8", "roco")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """Requests of a kind.
+class Shape(RequestShape):
+    """Requests that arrive at a rate, behind prefixes that have been read before.
 
     Attributes:
-        about: What it stands for.
-        input_len: Mean tokens of a prompt, without its prefix.
-        output_len: Mean tokens to write.
+        input_len: Mean tokens of a prompt, without its prefix; `output_len` is a mean,
+            too.
         spread: Standard deviation of the logarithms of both lengths; 0: all are equal.
-        prefix_len: Tokens at a prompt's beginning that requests share.
-        num_prefixes: Different ones, which have been read before.
         fresh_share: Share of the requests whose prefix is one that nobody has read.
         ttft_ms: Most milliseconds to a request's first token.
         tpot_ms: Most milliseconds for each later one, in the mean of a request.
-        num_requests: Asked at each rate.
         rate: Requests a second that are tried first; `AT_ONCE`: the only one.
         memory: KV memory in bytes by name: `scarce` is what a card of 24 GB leaves
             beside the weights, `ample` has room for all that runs.
         budget: RoCo's.
-        model: Folder of `benchmarks/models`.
     """
 
-    about: str
     input_len: int
-    output_len: int
     spread: float = 0.0
-    prefix_len: int = 0
-    num_prefixes: int = 0
     fresh_share: float = 0.05
     ttft_ms: int
     tpot_ms: int
-    num_requests: int
     rate: float
     memory: Mapping[str, int] = field(
         default_factory=lambda: {"ample": 32 * 2**30, "scarce": 5 * 2**30}
     )
     budget: int = 2048
-    model: str = "qwen2.5-7b"
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -98,14 +88,12 @@ class Shape:
     @property
     def columns(self) -> dict[str, object]:
         """The columns of a row that tell the requests from others."""
-        names = (
-            *("num_requests", "input_len", "output_len", "spread", "prefix_len"),
-            *("num_prefixes", "ttft_ms", "tpot_ms"),
-        )
-        found = {name: getattr(self, name) for name in names}
-        limits = {f"{name}_limit": found.pop(name) for name in names[-2:]}
-        return found | limits
+        lengths = ("num_requests", "input_len", "output_len", "spread")
+        limits = {f"{name}_limit": getattr(self, name) for name in _LIMITS}
+        return {**self.named(*lengths, "prefix_len", "num_prefixes"), **limits}
 
+
+_LIMITS = ("ttft_ms", "tpot_ms")
 
 SHAPES = {
     "chat": Shape(
@@ -189,25 +177,18 @@ SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, kw_only=True)
+class Run(SideRun):
     """A sweep of the rate: one shape, asked of one engine.
 
     Attributes:
-        name: Key of `SHAPES`.
+        name: Key of `SHAPES`; `side` is one of `SIDES`.
         shape: The same, perhaps with other lengths.
         memory: Name of the KV memory.
-        side: Key of `SIDES`.
-        engine: What serves it.
-        number: Of the round, from 1.
     """
 
-    name: str
     shape: Shape
     memory: str
-    side: str
-    engine: Engine
-    number: int
 
     @property
     def columns(self) -> dict[str, object]:
@@ -269,28 +250,29 @@ def online_runs(
             # vLLM's default
             prefix_caching=True,
         )
-        return Run(name, shape, size, side, engine, number)
+        return Run(
+            name=name,
+            side=side,
+            engine=engine,
+            number=number,
+            shape=shape,
+            memory=size,
+        )
 
-    found = []
-    for number in range(1, rounds + 1):
-        every = [
-            made(name, size, side, number)
-            for (name, size), side in product(asked, sides)
-        ]
-        place = {run.engine: index for index, run in reversed([*enumerate(every)])}
-        found += sorted(every, key=lambda run: place[run.engine])
-    return found
+    every = [
+        made(name, size, side, number)
+        for number in range(1, rounds + 1)
+        for (name, size), side in product(asked, sides)
+    ]
+    return [*chain(*grouped(every, lambda run: (run.number, run.engine)))]
 
 
 def side_by_side(runs: Sequence[Run]) -> list[Run]:
     """Return the runs of a shape next to each other, for servers that all live."""
-    together: dict[tuple[int, str, str], list[Run]] = {}
-    for run in runs:
-        together.setdefault((run.number, run.memory, run.name), []).append(run)
     sides = list(SIDES)
     return [
         run
-        for same in together.values()
+        for same in grouped(runs, lambda run: (run.number, run.memory, run.name))
         for run in sorted(same, key=lambda run: sides.index(run.side))
     ]
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 
 from benchmarks.serving.engines import Engine, Requests
+from benchmarks.serving.request_shapes import RequestShape, SideRun, grouped
 from benchmarks.serving.workloads import QWEN_BYTES_PER_TOKEN
 from vllm_roco.config import RocoConfig
 
@@ -20,38 +21,27 @@ TOKEN_IDS = (1000, 40000)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefixWorkload:
+class PrefixWorkload(RequestShape):
     """Equal requests, which begin with prefixes in rotation and arrive at once.
 
     Attributes:
-        about: What it shows.
-        num_requests: Of one turn.
-        prefix_len: Tokens of a prefix.
         suffix_len: Tokens that only one request has, and in a turn reads anew.
-        output_len: Tokens to write.
-        num_prefixes: Different prefixes.
         num_turns: A turn's requests arrive when all of the turn before are answered,
             and go on from what was read and written there.
         max_tokens: What clients ask for; more than `output_len` ends with a stop token.
         configs: RoCo's options; without a cache the first ones only.
         warm: Whether the prefixes have been read before the clock starts.
-        model: Folder of `benchmarks/models`.
         max_num_seqs: Requests that run at once; None: all.
         kv_cache_bytes: KV memory of every side; None: what half of the GPU leaves.
         over_http: Whether vLLM's own client asks a server.
     """
 
-    about: str
-    num_requests: int
-    prefix_len: int
     suffix_len: int
-    output_len: int
     num_prefixes: int = 1
     num_turns: int = 1
     max_tokens: int | None = None
     configs: tuple[RocoConfig, ...] = (RocoConfig(budget=2048),)
     warm: tuple[bool, ...] = (False,)
-    model: str = "qwen2.5-7b"
     max_num_seqs: int | None = None
     kv_cache_bytes: int | None = None
     over_http: bool = False
@@ -69,9 +59,9 @@ class PrefixWorkload:
     @property
     def columns(self) -> dict[str, object]:
         """The columns of a row that tell the requests from others."""
-        names = ("num_requests", "num_prefixes", "num_turns")
+        counts = ("num_requests", "num_prefixes", "num_turns")
         lengths = ("prefix_len", "suffix_len", "output_len", "max_tokens")
-        return {name: getattr(self, name) for name in (*names, *lengths)}
+        return self.named(*counts, *lengths)
 
 
 _DOCUMENT, _QUESTION, _ANSWER = 8192, 64, 64
@@ -169,23 +159,16 @@ PREFIX_WORKLOADS = {
 }
 
 
-@dataclass(frozen=True)
-class PrefixRun:
+@dataclass(frozen=True, kw_only=True)
+class PrefixRun(SideRun):
     """What fills one row.
 
     Attributes:
-        name: Key of `PREFIX_WORKLOADS`.
-        side: One of `SIDES`.
-        engine: What serves it.
+        name: Key of `PREFIX_WORKLOADS`; `side` is one of `SIDES`.
         warm: Whether the prefixes have been read before the clock starts.
-        number: Of the round, from 1.
     """
 
-    name: str
-    side: str
-    engine: Engine
     warm: bool
-    number: int
 
     @property
     def workload(self) -> PrefixWorkload:
@@ -239,23 +222,24 @@ def prefix_runs(
             prefix_caching=side != "roco-uncached",
         )
 
-    found: dict[object, list[PrefixRun]] = {}
-    for number, side in product(range(1, rounds + 1), sides):
-        for name in names:
-            workload = PREFIX_WORKLOADS[name]
-            several = workload.configs
-            if budgets is not None:
-                several = tuple(RocoConfig(budget=budget) for budget in budgets)
-            for config in several if side == "roco" else several[:1]:
-                own = engine(workload, side, config)
-                same = found.setdefault((number, own, workload.over_http), [])
-                same += [
-                    PrefixRun(name, side, own, warm, number)
-                    for warm in workload.warm
-                    # nothing that was read stays
-                    if not (warm and side == "roco-uncached")
-                ]
-    return [run for same in found.values() for run in same]
+    found: list[PrefixRun] = []
+    for number, side, name in product(range(1, rounds + 1), sides, names):
+        workload = PREFIX_WORKLOADS[name]
+        several = workload.configs
+        if budgets is not None:
+            several = tuple(RocoConfig(budget=budget) for budget in budgets)
+        for config in several if side == "roco" else several[:1]:
+            own = engine(workload, side, config)
+            found += [
+                PrefixRun(name=name, side=side, engine=own, warm=warm, number=number)
+                for warm in workload.warm
+                # nothing that was read stays
+                if not (warm and side == "roco-uncached")
+            ]
+    groups = grouped(
+        found, lambda run: (run.number, run.engine, run.workload.over_http)
+    )
+    return [*chain(*groups)]
 
 
 def _place(workload: PrefixWorkload) -> tuple[object, ...]:

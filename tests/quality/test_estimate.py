@@ -9,7 +9,8 @@ import pytest
 
 from benchmarks.quality.cells import PERPLEXITY, Cell
 from benchmarks.quality.estimate import ANSWER_TOKENS, Pace, cells_of_vllm, work_of
-from benchmarks.quality.grid import DEFAULT, FULL, PRESETS, setup_of
+from benchmarks.quality.grid import DEFAULT, FULL, setup_of
+from benchmarks.quality.presets import PRESETS
 
 CELL = Cell(task="vt", context=4096, n=10, seed=1, model="m", setup=FULL)
 

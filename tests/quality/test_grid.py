@@ -14,16 +14,10 @@ import pytest
 
 from benchmarks.quality import jobs, results, scoring
 from benchmarks.quality.cells import PERPLEXITY, PERPLEXITY_GENERATION, Cell, Job
-from benchmarks.quality.grid import (
-    BASE,
-    FULL,
-    METHODS,
-    ORACLE_METHODS,
-    PRESETS,
-    cells,
-)
+from benchmarks.quality.grid import BASE, FULL, METHODS, ORACLE_METHODS, cells
 from benchmarks.quality.grid import jobs as jobs_of
 from benchmarks.quality.pace import chunk_of
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.results import Result
 from benchmarks.quality.run import can_be_swept, run
 from benchmarks.quality.tasks import FIRST_REPORT_SEED

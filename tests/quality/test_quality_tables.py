@@ -13,9 +13,10 @@ import pytest
 from benchmarks.markdown import UNMEASURED
 from benchmarks.quality import grid, scoring
 from benchmarks.quality.cells import GENERATION, PERPLEXITY, PERPLEXITY_GENERATION, Cell
-from benchmarks.quality.grid import FULL, METHODS, ORACLE_METHODS, PRESETS, cells
+from benchmarks.quality.grid import FULL, METHODS, ORACLE_METHODS, cells
 from benchmarks.quality.pictures import PICTURES
 from benchmarks.quality.policies import BASE
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.results import Result
 from benchmarks.quality.scores import label_of, named
 from benchmarks.quality.tables import search, tables, verdicts

@@ -11,9 +11,10 @@ from transformers import AutoTokenizer
 
 from benchmarks.quality import scoring, with_oracle, worker
 from benchmarks.quality.cells import PERPLEXITY, Cell
-from benchmarks.quality.grid import PRESETS, cells
+from benchmarks.quality.grid import cells
 from benchmarks.quality.oracle import EvictionMethod, Oracle
 from benchmarks.quality.policies import BASE, POLICIES, setup
+from benchmarks.quality.presets import PRESETS
 from benchmarks.quality.results import Result
 from benchmarks.quality.significance import compare
 from benchmarks.quality.with_oracle import method_of
