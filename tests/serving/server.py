@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.fresh_python import FreshPython
+
 ASK: dict[str, Any] = dict(verify=False)
 """Reading the certificates that nobody needs here takes 25 ms of a core each time."""
 
@@ -68,7 +70,7 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
         port = probe.getsockname()[1]
     command = Path(sys.executable).with_name("vllm")
     with log.open("wb") as file:
-        process = subprocess.Popen(
+        process = FreshPython(
             [command, "serve", model, "--port", str(port), *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
