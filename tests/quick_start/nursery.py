@@ -146,6 +146,9 @@ def import_libraries() -> None:
         # another release of theirs may have moved one
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
+    # where a title goes is found by the variables, and forks will have others
+    with contextlib.suppress(ModuleNotFoundError):
+        importlib.import_module("setproctitle").getproctitle()
     gc.freeze()
     if collects:
         gc.enable()
