@@ -46,7 +46,7 @@ from filelock import FileLock  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests.fresh_python import nursery  # noqa: E402
-from tests.quick_start.nursery import serve_spawn  # noqa: E402
+from tests.quick_start.nursery import is_possible, serve_spawn  # noqa: E402
 from tools.packaged_models import (  # noqa: E402
     GEMMA_3,
     PACKAGED_MODELS,
@@ -55,8 +55,9 @@ from tools.packaged_models import (  # noqa: E402
     is_at_hand,
 )
 
-# of engines, too, as far as they start processes from here
-serve_spawn(nursery)
+if is_possible():
+    # those of engines, too, as far as they are started from here
+    serve_spawn(nursery)
 
 NIGHTLY_EXAMPLES = 200
 """Of each property, and twice as many of each state machine."""

@@ -6,11 +6,12 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.quick_start.nursery import Nursery, opened
+from tests.quick_start.nursery import Nursery, is_possible, opened
 
 TIME_LIMIT = 300
 """Seconds."""
@@ -29,6 +30,9 @@ class FreshPython(subprocess.Popen[str]):
     """
 
     def _execute_child(self, args: list[str | Path], *rest: Any) -> None:
+        if not is_possible():
+            super()._execute_child([sys.executable, *args], *rest)
+            return
         *_, cwd, env, _, _, _ = rest[:9]
         pipes = rest[9:15]
         streams = (pipes[0], pipes[3], pipes[5])

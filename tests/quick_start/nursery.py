@@ -109,6 +109,11 @@ class Nursery:
         return pid
 
 
+def is_possible() -> bool:
+    """Tell whether forks are sound here: what CUDA has begun does not survive one."""
+    return sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
+
+
 def opened() -> Nursery:
     """Return a nursery in a process of its own, which imports in its own time."""
     here, there = socket.socketpair()

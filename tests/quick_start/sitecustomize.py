@@ -28,6 +28,7 @@ program = sys.orig_argv[1:2] if "-m" not in sys.orig_argv[1:2] else sys.orig_arg
 if ENGINES.intersection(map(os.path.basename, program)):
     import nursery
 
-    nursery.import_libraries()
-    of_this_process = nursery.branch_off()
-    nursery.serve_spawn(lambda: of_this_process)
+    if nursery.is_possible():
+        nursery.import_libraries()
+        of_this_process = nursery.branch_off()
+        nursery.serve_spawn(lambda: of_this_process)
