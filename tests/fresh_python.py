@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+
+import pytest
 
 from tests.quick_start.nursery import Nursery, is_possible, opened
 
@@ -83,6 +87,21 @@ def run_python(
         finally:
             process.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
+
+
+@contextlib.contextmanager
+def forking(module: ModuleType) -> Iterator[None]:
+    """Let the Pythons that a module runs come from this process's nursery."""
+
+    def run(
+        command: Sequence[str], *, cwd: Path, env: Mapping[str, str], **_: Any
+    ) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable
+        return run_python(command[1:], folder=cwd, environment=env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "subprocess", SimpleNamespace(run=run))
+        yield
 
 
 def run_fresh(

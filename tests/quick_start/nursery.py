@@ -154,7 +154,6 @@ def import_libraries() -> None:
     # where a title goes is found by the variables, and forks will have others
     with contextlib.suppress(ModuleNotFoundError):
         importlib.import_module("setproctitle").getproctitle()
-    gc.freeze()
     if collects:
         gc.enable()
 
@@ -212,6 +211,8 @@ def _rear(connection: socket.socket) -> None:
         if int(name) > 2 and int(name) != connection.fileno():
             with contextlib.suppress(OSError):
                 os.close(int(name))
+    # a look for garbage would copy every page of what the forks share
+    gc.freeze()
     while True:
         head, files, *_ = socket.recv_fds(connection, 8, _MOST_FILES)
         if not head:
