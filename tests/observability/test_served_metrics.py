@@ -177,7 +177,7 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[str]:
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"{' '.join(command)} did not start:\n{log.read_text()}")
-            time.sleep(1)
+            time.sleep(0.2)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
