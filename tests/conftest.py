@@ -45,6 +45,8 @@ import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.fresh_python import nursery  # noqa: E402
+from tests.quick_start.nursery import is_possible, serve_spawn  # noqa: E402
 from tools.packaged_models import (  # noqa: E402
     GEMMA_3,
     PACKAGED_MODELS,
@@ -52,6 +54,10 @@ from tools.packaged_models import (  # noqa: E402
     find_model,
     is_at_hand,
 )
+
+if is_possible():
+    # those of engines, too, as far as they are started from here
+    serve_spawn(nursery)
 
 NIGHTLY_EXAMPLES = 200
 """Of each property, and twice as many of each state machine."""

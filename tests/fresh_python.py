@@ -1,138 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pythons in which nothing of vLLM has happened yet, and little is left to import.
-
-Importing vLLM takes some 8 s of a core, most of them for libraries that know nothing of
-it. Here they are imported once, by a process of which each of these Pythons is a fork.
-"""
+"""Pythons in which nothing of vLLM has happened yet, and little is left to import."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import importlib
-import json
 import os
-import signal
 import subprocess
 import sys
-import tempfile
-import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-LIBRARIES = [
-    "openai.types.responses",
-    "scipy.signal",
-    "torch._inductor.lowering",
-    "torch._inductor.standalone_compile",
-    "torch.distributed.fsdp",
-    "transformers.modeling_gguf_pytorch_utils",
-    "transformers.models.auto.image_processing_auto",
-    "triton",
-    "xgrammar",
-]
-"""What vLLM imports of others, as far as that takes long."""
+import pytest
+
+from tests.quick_start.nursery import Nursery, is_possible, opened
 
 TIME_LIMIT = 300
 """Seconds."""
 
 
-def run_fresh(
-    code: str,
-    *arguments: str,
-    environment: Mapping[str, str] = os.environ,
+@functools.cache
+def nursery() -> Nursery:
+    """Return the nursery of this process."""
+    return opened()
+
+
+class FreshPython(subprocess.Popen[str]):
+    """Runs what `sys.executable` would run, from this process's nursery.
+
+    `Popen`'s arguments for standard streams and text are heeded, `cwd` and `env`.
+    """
+
+    def _execute_child(self, args: list[str | Path], *rest: Any) -> None:
+        if not is_possible():
+            super()._execute_child([sys.executable, *args], *rest)
+            return
+        *_, cwd, env, _, _, _ = rest[:9]
+        pipes = rest[9:15]
+        streams = (pipes[0], pipes[3], pipes[5])
+        try:
+            self.pid = nursery().start(
+                [os.fspath(argument) for argument in args],
+                environment=env,
+                folder=cwd,
+                files={n: file for n, file in enumerate(streams) if file != -1},
+            )
+            self._child_created = True
+        finally:
+            self._close_pipe_fds(*pipes)
+
+
+def run_python(
+    arguments: Sequence[str | Path],
+    *,
+    environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    stderr: int = subprocess.PIPE,
+    timeout: float | None = TIME_LIMIT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run code as `python -c` does.
+    """Run what `sys.executable` would run, to its end.
 
     Args:
-        code: The code.
-        arguments: What `sys.argv` holds behind its first entry.
+        arguments: Of the interpreter: `-c` and code, `-m` and a module's name, or a
+            script, and more behind it.
         environment: All variables that it sees; `PYTHONPATH` goes before other places.
+            None for those of the caller.
         folder: The current folder; None for that of the caller.
+        stderr: Where that goes.
+        timeout: Seconds after which it is killed, and `TimeoutExpired` raised.
 
     Returns:
         Its exit status and what it wrote.
     """
-    server = _server()
-    assert server.stdin is not None and server.stdout is not None
-    with tempfile.TemporaryDirectory() as written:
-        files = [Path(written, name) for name in ("stdout", "stderr")]
-        asked = {
-            "code": code,
-            "arguments": arguments,
-            "environment": dict(environment),
-            "folder": str(folder or Path.cwd()),
-            "files": [str(file) for file in files],
-        }
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        output, errors = (file.read_text(encoding="utf-8") for file in files)
-    return subprocess.CompletedProcess(arguments, status, output, errors)
-
-
-@functools.cache
-def _server() -> subprocess.Popen[str]:
-    server = subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        cwd=Path(__file__).parents[1],
-        stdin=subprocess.PIPE,
+    with FreshPython(
+        arguments,
+        env=environment,
+        cwd=folder,
         stdout=subprocess.PIPE,
+        stderr=stderr,
         text=True,
-    )
-    # the end of its input is its own
-    atexit.register(server.communicate)
-    return server
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
-def _wait_for_code() -> dict[str, Any] | None:
-    """Return what is to be run, in a fork; None in the server, at the end."""
-    for name in LIBRARIES:
-        # another release of theirs may have moved one
-        with contextlib.suppress(ModuleNotFoundError):
-            importlib.import_module(name)
-    # whatever else is printed is no answer
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in iter(sys.stdin.readline, ""):
-        child = os.fork()
-        if not child:
-            asked: dict[str, Any] = json.loads(line)
-            return asked
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
-    return None
+@contextlib.contextmanager
+def forking(module: ModuleType) -> Iterator[None]:
+    """Let the Pythons that a module runs come from this process's nursery."""
+
+    def run(
+        command: Sequence[str], *, cwd: Path, env: Mapping[str, str], **_: Any
+    ) -> subprocess.CompletedProcess[str]:
+        assert command[0] == sys.executable
+        return run_python(command[1:], folder=cwd, environment=env)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "subprocess", SimpleNamespace(run=run))
+        yield
 
 
-def _become(
-    code: str,
-    arguments: list[str],
-    environment: dict[str, str],
-    folder: str,
-    files: list[str],
-) -> None:
-    signal.alarm(TIME_LIMIT)
-    for number, name in enumerate([os.devnull, *files]):
-        opened = os.open(name, os.O_RDWR | os.O_CREAT)
-        os.dup2(opened, number)
-        os.close(opened)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(environment)
-    # found out anew, by the variables
-    tempfile.tempdir = None
-    path = environment.get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:0] = ["", *filter(None, path)]
-    sys.argv = ["-c", *arguments]
-    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
-    assert not {"vllm", "vllm_roco"} & sys.modules.keys()
-    main = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(code, "<string>", "exec"), vars(main))
-
-
-if __name__ == "__main__":
-    if (asked := _wait_for_code()) is not None:
-        _become(**asked)
+def run_fresh(
+    code: str, *arguments: str, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run code as `python -c` does; `options` are those of `run_python`."""
+    return run_python(["-c", code, *arguments], **options)

@@ -9,11 +9,13 @@ import inspect
 import re
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
+from tests.fresh_python import forking
 from tests.patches.vllm_overlay import make_overlay
 from tests.releases import release_path
 from tools import check_vllm
@@ -23,6 +25,12 @@ from vllm_roco.signatures import function_of, override_trouble
 
 ROOT = Path(__file__).parents[1]
 VLLM = release_path(str(installed_release())) / "vllm"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def checks_are_forks() -> Iterator[None]:
+    with forking(check_vllm):
+        yield
 
 
 def troubles() -> list[str]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
 
+from tests.fresh_python import run_python
 from tests.inner_run import order_options
 from tests.releases import release_path
 from tools.releases import other_releases
@@ -52,18 +52,18 @@ def test_passes_on_another_release(
     release_path(version)
     files = found(FILES)
     report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "tests.on_release", version]
+    command = ["-m", "tests.on_release", version]
     # temporary folders of its own: pytest clears away those of runs before
     options = [f"--junitxml={report}", f"--basetemp={tmp_path / 'temporary'}"]
     options.append("--color=no")
-    run = subprocess.run(
+    run = run_python(
         [*command, *options, *order_options(pytestconfig), *sorted(files)],
-        cwd=ROOT,
-        env={name: os.environ[name] for name in os.environ if "PYTEST" not in name},
-        stdout=subprocess.PIPE,
+        folder=ROOT,
+        environment={
+            name: os.environ[name] for name in os.environ if "PYTEST" not in name
+        },
         stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+        timeout=None,
     )
     if run.returncode:
         pytest.fail(f"on vLLM {version}:\n{run.stdout}", pytrace=False)

@@ -7,10 +7,12 @@ applied and compiled.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fresh_python import forking
 from tests.patches.vllm_overlay import (
     apply_patch,
     make_overlay,
@@ -18,7 +20,7 @@ from tests.patches.vllm_overlay import (
     touched_files,
 )
 from tests.releases import release_path
-from tools.check_vllm import check
+from tools import check_vllm
 from tools.releases import installed_release
 
 PATCHES = Path(__file__).parents[1] / "patches"
@@ -26,6 +28,12 @@ DIFFS = sorted(PATCHES.glob("*/*.diff"))
 
 
 INSTALLED = str(installed_release())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def checks_are_forks() -> Iterator[None]:
+    with forking(check_vllm):
+        yield
 
 
 def _package(version: str) -> Path:
@@ -89,7 +97,7 @@ def test_every_hook_is_there_with_all_patches(tmp_path: Path) -> None:
     overlay = make_overlay(_package(INSTALLED), files, tmp_path / "overlay")
     for diff in diffs:
         assert apply_patch(diff, overlay).returncode == 0
-    assert check(overlay) == []
+    assert check_vllm.check(overlay) == []
 
 
 def test_ledger_lists_every_patch() -> None:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +14,7 @@ import torch
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 from tests.engine.engines import engines_in_process
+from tests.fresh_python import run_python
 from vllm_roco import verify
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.kv_cache.manager import RocoManager
@@ -28,12 +28,8 @@ take_pending_cow_copies = RocoManager.take_pending_cow_copies
 
 
 def run_verify(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vllm_roco.verify", *arguments],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
+    return run_python(
+        ["-m", "vllm_roco.verify", *arguments], environment=os.environ | environment
     )
 
 

@@ -88,18 +88,14 @@ class DenseSequence:
         self.keys[layer], self.values[layer] = key, value
         blocks = sorted(self.kept | set(range(start // size, -(-len(key) // size))))
         group = query.shape[1] // key.shape[1]
-        output = torch.empty_like(query)
+        output, every = torch.empty_like(query), torch.arange(len(key))
         for index in range(len(query)):
             position = start + index
             seen = [block for block in blocks if block * size <= position]
-            tokens = torch.tensor(
-                [
-                    token
-                    for block in seen
-                    for token in range(
-                        block * size, min((block + 1) * size, position + 1)
-                    )
-                ]
+            ends = [min((block + 1) * size, position + 1) for block in seen]
+            sizes = [end - block * size for block, end in zip(seen, ends, strict=True)]
+            tokens = torch.cat(
+                [every[end - n : end] for end, n in zip(ends, sizes, strict=True)]
             )
             for kv_head in range(key.shape[1]):
                 heads = slice(kv_head * group, (kv_head + 1) * group)
@@ -112,10 +108,9 @@ class DenseSequence:
                     total += self._sinks[heads, None].double().exp()
                 probabilities = weights / total
                 output[index, heads] = probabilities @ value[tokens, kv_head]
-                by_token = probabilities.mean(0)
-                for block in seen:
-                    mass = by_token[tokens // size == block].sum().item()
-                    self.masses[layer, kv_head, block].append(mass)
+                by_block = probabilities.mean(0).split(sizes)
+                for block, shares in zip(seen, by_block, strict=True):
+                    self.masses[layer, kv_head, block].append(shares.sum().item())
         return output
 
     def evict(self, num_queries: int) -> set[int]:

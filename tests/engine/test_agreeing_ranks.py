@@ -29,7 +29,7 @@ OPTIONS = [
         ("contribution", 0.5),
     )
 ]
-NUM_NEW = 120
+NUM_NEW = 64
 
 
 def run(

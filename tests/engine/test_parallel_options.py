@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.usefixtures("engine_lock"),
 ]
 
-NUM_NEW = 100
+NUM_NEW = 60
 # a second stage of vLLM's has no room for what it receives until a run that warms up,
 # which is left out on a CPU where nothing is compiled
 PIPELINE: dict[str, Any] = {
@@ -62,7 +62,10 @@ SAME_EVERYWHERE = {
     "random": Case(OTHER, {"policy": "random", "seed": 3}),
     "random-prompt": Case(LONG, {"policy": "random", "mode": "prompt", "stride": 16}),
     "recent-generation": Case(
-        OTHER, {"policy": "recent", "mode": "generation", "budget": 48, "recent": 16}
+        OTHER,
+        # evicts when 48 tokens are generated
+        {"policy": "recent", "mode": "generation", "budget": 32, "stride": 16}
+        | {"recent": 16},
     ),
 }
 OWN_CHOICE = {

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
 SHORT = [random_prompt(length, seed=length) for length in (80, 33)]
 NUM_NEW_SHORT = 30
 LONG = [random_prompt(length, seed=length) for length in (300, 150, 70)]
-NUM_NEW_LONG = 120
+NUM_NEW_LONG = 64
 
 
 def begun_with(

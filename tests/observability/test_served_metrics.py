@@ -21,6 +21,7 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.engine.tiny_models import save_tiny_model
+from tests.fresh_python import FreshPython, run_python
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("engine_lock")]
@@ -170,13 +171,13 @@ def serving(model: Path, log: Path, *arguments: str) -> Iterator[str]:
     ]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = FreshPython(command, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + START_SECONDS
         while not answers(url):
             if process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"{' '.join(command)} did not start:\n{log.read_text()}")
-            time.sleep(1)
+            time.sleep(0.2)
         yield url
     finally:
         process.send_signal(signal.SIGTERM)
@@ -271,14 +272,11 @@ def test_an_llm_tells_what_the_budget_did(model: Path, tmp_path: Path) -> None:
     arguments = map(
         json.dumps, (str(model), OPTIONS, PROMPT, NUM_REQUESTS, NUM_NEW_TOKENS)
     )
-    run = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        stdout=subprocess.PIPE,
+    run = run_python(
+        [script, *arguments],
+        environment=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         stderr=subprocess.STDOUT,
-        text=True,
         timeout=START_SECONDS,
-        check=False,
     )
     assert run.returncode == 0, run.stdout
     (line,) = (line for line in run.stdout.splitlines() if line.startswith("METRICS"))

@@ -11,6 +11,7 @@ that they wait for.
 
 import gc
 import os
+import sys
 import time
 
 gc.set_threshold(100_000, 20, 20)
@@ -19,3 +20,15 @@ PAUSE = 1e-4
 """Seconds between two looks."""
 
 os.sched_yield = lambda: time.sleep(PAUSE)
+
+ENGINES = {"vllm", "vllm.entrypoints.cli.main"}
+"""Scripts and modules that start engines, whose processes import what these import."""
+
+program = sys.orig_argv[1:2] if "-m" not in sys.orig_argv[1:2] else sys.orig_argv[2:3]
+if ENGINES.intersection(map(os.path.basename, program)):
+    import nursery
+
+    if nursery.is_possible():
+        nursery.import_libraries()
+        of_this_process = nursery.branch_off()
+        nursery.serve_spawn(lambda: of_this_process)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+
+from tests.fresh_python import FreshPython
 
 ASK: dict[str, Any] = dict(verify=False)
 """Reading the certificates that nobody needs here takes 25 ms of a core each time."""
@@ -90,9 +91,9 @@ def running_server(
     """
     port = free_port() if port is None else port
     # as the script `vllm` does, which not every host has
-    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+    command = ["-m", "vllm.entrypoints.cli.main", "serve"]
     with log.open("wb") as file:
-        process = subprocess.Popen(
+        process = FreshPython(
             [*command, model, "--port", str(port), *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,

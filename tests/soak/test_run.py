@@ -30,6 +30,13 @@ PLAN = Plan(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look again at once whether an engine rests that is none."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda _: sleep(0))
+
+
 class PerfectClient:
     """Answers as an engine should, and writes the audit's file."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.fresh_python import FreshPython
 from tools.packaged_models import (
     GEMMA_3,
     PACKAGED_MODELS,
@@ -58,11 +59,9 @@ def test_gemma_begins_texts_with_its_own_token(gemma_3: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_make_one_folder(empty_cache: Path) -> None:
-    command = [sys.executable, "-m", "tools.packaged_models", "--dtype", "float16"]
+    command = ["-m", "tools.packaged_models", "--dtype", "float16"]
 
-    both = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
+    both = [FreshPython(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [process.communicate()[0].strip() for process in both]
 
     assert [process.returncode for process in both] == [0, 0]
