@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVEventsConfig, VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -88,6 +88,7 @@ class Setup:
         prefill_tokens: See `mode`.
         prefix_hits: Option of RoCo.
         hash_size: Tokens per hash, which divide a block: `--prefix-match-unit`.
+        events: Whether vLLM tells of blocks that are stored and removed.
     """
 
     budget: int = 16
@@ -106,6 +107,7 @@ class Setup:
     prefill_tokens: int = RocoConfig().prefill_tokens
     prefix_hits: str = RocoConfig().prefix_hits
     hash_size: int = BLOCK_SIZE
+    events: bool = False
 
     def roco_config(self) -> RocoConfig:
         """The options."""
@@ -173,6 +175,10 @@ class Setup:
             setattr(config.scheduler_config, name, value)
         plan = self.plan(config)
         config.cache_config.num_gpu_blocks = plan.num_blocks
+        if self.events:
+            config.kv_events_config = KVEventsConfig(
+                enable_kv_cache_events=True, publisher="null"
+            )
         options = self.roco_config()
         config.additional_config = {"roco": vars(options)}
         scheduler = RocoAsyncScheduler if self.asynchronous else RocoScheduler

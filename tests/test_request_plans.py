@@ -14,10 +14,10 @@ from vllm.v1.engine import FinishReason
 from tests.scheduler_driver import Driver, Setup
 from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
 from vllm_roco.config import MODES
-from vllm_roco.eviction_row import ROW_KEY
+from vllm_roco.eviction_row import NUM_ROW_FIELDS, ROW_KEY, EvictionRow
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.request_options.error import RequestOptionError
-from vllm_roco.request_options.planner import RequestPlanner
+from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
 from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler import describe
 
@@ -53,6 +53,22 @@ def test_each_request_is_held_to_its_own_bound(
     assert most - 2 <= held <= most
     assert len(driver.outputs[request_id]) == 80
     assert not len(driver.scheduler.request_plans)
+
+
+def test_a_snapshot_is_of_all_that_decides_what_is_kept() -> None:
+    """All but where evictions end, which for a place in the prompt is behind it."""
+    row = EvictionRow(*range(1, 1 + NUM_ROW_FIELDS))
+    plan = RequestPlan(row, chunk=4)
+
+    def key_of(plan: RequestPlan) -> bytes:
+        return ResolvedPlan.of(plan, 4, 1, 1024).snapshot_key
+
+    keys = {key_of(plan), key_of(plan._replace(chunk=8))}
+    for name in row._fields:
+        other = key_of(plan._replace(row=row._replace(**{name: 99})))
+        assert (other in keys) == (name == "until")
+        keys.add(other)
+    assert len(keys) == 1 + NUM_ROW_FIELDS
 
 
 def test_workers_are_told_what_differs_alone() -> None:

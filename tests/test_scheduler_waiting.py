@@ -117,6 +117,21 @@ def test_who_waits_counts_as_waiting(setup: Setup) -> None:
         assert stats.num_skipped_waiting_reqs == 0
 
 
+@pytest.mark.parametrize("num_new_tokens", [0, 8])
+def test_who_is_refused_is_let_in_by_the_next_step(num_new_tokens: int) -> None:
+    """The answer was kept until vLLM asked, which it does not where it skips a request.
+
+    It does if too many adapters are in the step, or if nothing is left of an image.
+    """
+    driver = Driver(Setup())
+    waiting = driver.add(LONG)
+    request = driver.scheduler.requests[waiting]
+    driver.scheduler._is_held_back = True
+    ask = driver.scheduler._reserve_prefill_lookahead
+    assert ask(request, 0, num_new_tokens) == num_new_tokens
+    assert waiting in driver.step()
+
+
 def test_a_prefill_cadence_does_not_starve() -> None:
     """While capacity is what prompts wait for, their cadence does not hold them back:
     3 prompts were done in 200 steps instead of 33."""

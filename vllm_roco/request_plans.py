@@ -12,10 +12,12 @@ import struct
 from dataclasses import dataclass, field
 
 from vllm_roco.config import RocoConfig, blocks_of
+from vllm_roco.eviction_row import NUM_ROW_FIELDS
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.request_options.planner import RequestPlan
 
-_INTEGERS = struct.Struct("<8i")
+# the fields of a row but one, and the chunk
+_KEY = struct.Struct(f"<{NUM_ROW_FIELDS}i")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +82,10 @@ class ResolvedPlan:
 
 
 def _snapshot_key(plan: RequestPlan) -> bytes:
+    fields = plan.row._asdict()
     # a place of a snapshot lies in the prompt, where all that evict go on evicting
-    row = plan.row._replace(until=plan.chunk)
-    return _INTEGERS.pack(*row)
+    del fields["until"]
+    return _KEY.pack(*fields.values(), plan.chunk)
 
 
 def most_blocks_by_default(

@@ -107,8 +107,7 @@ class RocoSchedulerMixin(PrefixScheduler):
         plan = self.request_plans.of(request.request_id)
         least, most = _step_ends(request, num_computed_tokens, plan)
         if self._is_filled and most < request.num_tokens:
-            if is_running or not num_new_tokens:
-                # without tokens, vLLM never comes to ask for blocks
+            if is_running:
                 return 0
             return self._refuse_memory(request, num_new_tokens)
         most = self._end_of_step(request, num_computed_tokens, most)
@@ -158,8 +157,10 @@ class RocoSchedulerMixin(PrefixScheduler):
         return most < request.num_tokens
 
     def _refuse_memory(self, request: Request, num_new_tokens: int) -> int:
-        for manager in self.roco_managers:
-            manager.refuse(request.request_id)
+        # without tokens, vLLM never comes to ask for blocks
+        if num_new_tokens:
+            for manager in self.roco_managers:
+                manager.refuse(request.request_id)
         return num_new_tokens
 
     @override
@@ -167,6 +168,8 @@ class RocoSchedulerMixin(PrefixScheduler):
         """Schedule as vLLM does, and show what is held."""
         self._is_held_back = False
         self._num_prompt_tokens = 0
+        for manager in self.roco_managers:
+            manager.begin_step()
         output = super().schedule(*args, **kwargs)
         if self._passed_over:
             # they wait for capacity, not for something that is yet to come

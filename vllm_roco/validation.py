@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of vLLM goes together with RoCo: every refusal at start-up.
+"""What of vLLM's settings and of a model's configuration goes together with RoCo.
 
-Each check names what is wrong, the value, what is allowed and what to do. Refusals that
-need a layer (its window, say) are in `vllm_roco.attention`.
+Each check names what is wrong, the value, what is allowed and what to do. Options among
+themselves are `config`'s affair; refusals that need a layer (its window, say) are in
+`vllm_roco.attention`, those that need the cache's size in `planning_scheduler`.
 """
 
 from __future__ import annotations

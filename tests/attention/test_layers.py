@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -50,6 +51,29 @@ def test_the_last_layer_is_the_one_with_the_largest_index(
     group = LayerGroup(names, vllm_config)
     assert len(group) == 4
     assert group.last == name_of(10)
+
+
+def profile(layers: Iterable[Attention]) -> None:
+    """Run layers as vLLM does before there are caches."""
+    for layer in layers:
+        query = torch.ones(3, 4, 64)
+        layer.impl.forward(layer, query, query, query, None, None, query)
+        assert not query.any()
+
+
+def test_who_decides_must_be_the_last_to_run(vllm_config: VllmConfig) -> None:
+    """On CUDA it would have decided by what the step before left; a CPU told at the
+    first request."""
+    layers = [build(vllm_config, name_of(index)) for index in range(4)]
+    names = [name_of(index) for index in range(3)]
+    for order in ((0, 1, 2, 3), (1, 0, 2, 3), (3, 0, 1, 2)):
+        profile(layers[index] for index in order)
+        assert LayerGroup(names, vllm_config).last == name_of(2)
+    profile(layers[index] for index in (0, 2, 1, 3))
+    message = r"'model.layers.1.self_attn.attn' runs behind layer 'model.layers.2"
+    with pytest.raises(NotImplementedError, match=message):
+        LayerGroup(names, vllm_config)
+    assert LayerGroup([name_of(0), name_of(2)], vllm_config).last == name_of(2)
 
 
 def test_a_group_has_only_its_own_layers(vllm_config: VllmConfig) -> None:

@@ -21,13 +21,17 @@ from typing import Literal
 import pytest
 
 from tests.observability.publishing import distribution, prefix_counts, publisher
+from vllm_roco.observability import publisher as publisher_module
 from vllm_roco.observability.families import (
     PREFIX_FAMILIES,
     REQUEST_BOUND,
     Distribution,
     PrefixCounts,
 )
+from vllm_roco.observability.file import find_files
+from vllm_roco.observability.file_names import FileName
 from vllm_roco.observability.metrics import RocoMetrics, get_metrics, read_engines
+from vllm_roco.observability.places import Place
 from vllm_roco.observability.publisher import MovedBlocks
 
 Method = Literal["fork", "spawn"]
@@ -222,6 +226,51 @@ def test_moves_do_not_count_before_their_engine_serves() -> None:
         # an engine that has gone is no reason for its worker to fail
         moved.add(1)
         assert [engine.moved_blocks for engine in read_engines()] == [0, 0]
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Grows by one when somebody looks for the files of an engine core."""
+    looks: list[None] = []
+
+    def look() -> Iterator[tuple[Place, FileName]]:
+        looks.append(None)
+        return find_files()
+
+    monkeypatch.setattr(publisher_module, "find_files", look)
+    return looks
+
+
+def test_steps_do_not_look_again_for_an_engine_that_is_not_there(
+    looks: list[None], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step listed and parsed all files, which took up to a millisecond of it."""
+    monkeypatch.setattr(publisher_module, "CHECK_SECONDS", 1e9)
+    moved = MovedBlocks("1", 0)
+    for _ in range(50):
+        assert not moved.connect()
+    assert len(looks) == 1
+    with contextlib.closing(publisher(engine=1)):
+        os.utime(directory, (1, 1))
+        for _ in range(50):
+            assert not moved.connect()
+        assert len(looks) == 2
+        with contextlib.closing(publisher()):
+            assert moved.connect()
+
+
+def test_a_change_that_does_not_show_is_not_missed(
+    looks: list[None], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine's files may come at the tick at which another's were looked at."""
+    with contextlib.closing(publisher(engine=1)):
+        moved = MovedBlocks("1", 0)
+        for tick, due, num_looks in ((10**18, 1e9, 3), (-(10**18), 0.0, 6)):
+            monkeypatch.setattr(publisher_module, "TICK_NANOSECONDS", tick)
+            monkeypatch.setattr(publisher_module, "CHECK_SECONDS", due)
+            for _ in range(3):
+                assert not moved.connect()
+            assert len(looks) == num_looks
 
 
 def run_front_end(connection: Connection) -> None:

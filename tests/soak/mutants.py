@@ -127,7 +127,7 @@ MUTANTS = (
     Mutant(
         "a prefix is hit that was read with other options",
         "request_plans.py",
-        "return _INTEGERS.pack(*row)",
+        "return _KEY.pack(*fields.values(), plan.chunk)",
         'return b""',
         ("tests/test_request_plans.py",),
     ),

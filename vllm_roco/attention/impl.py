@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound=AttentionMetadata)
 
+_turns = itertools.count(1)
+
 
 class RocoImpl(AttentionImpl[T]):
     """One layer's attention, without the arithmetic; arguments as in `AttentionImpl`.
@@ -39,6 +42,8 @@ class RocoImpl(AttentionImpl[T]):
         is_fp8: Whether the cache holds bytes, see `fp8_cache`.
         page_shape: What a page of the layer holds.
         views: Views of the cache that vLLM has bound to the layer.
+        turn: Of the layer in vLLM's profiling runs, which go through the layers in the
+            order of the model; larger than those of layers before it, 0 for no run yet.
 
     Raises:
         NotImplementedError: The layer cannot have its cache bounded.
@@ -76,6 +81,7 @@ class RocoImpl(AttentionImpl[T]):
         copy_whole_pages()
         self.page_shape = PageShape(self.num_kv_heads, head_size, self.config.measures)
         self.views = WhileBound(partial(CacheViews.of, shape=self.page_shape))
+        self.turn = 0
 
     def _scales(
         self, layer: AttentionLayer
@@ -130,6 +136,7 @@ class RocoImpl(AttentionImpl[T]):
             output_block_scale: Likewise.
         """
         if attn_metadata is None:
+            self.turn = next(_turns)
             self._profile(query)
             return output.fill_(0)
         views = self.views.of(kv_cache)

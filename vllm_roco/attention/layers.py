@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -47,6 +47,12 @@ def describe_other_layers(vllm_config: VllmConfig) -> str | None:
     )
 
 
+class HasTurn(Protocol):
+    """A layer's implementation, as far as it has seen when it runs: see `RocoImpl`."""
+
+    turn: int
+
+
 class LayerGroup:
     """The RoCo layers that share one block table, in the order of the model.
 
@@ -59,7 +65,8 @@ class LayerGroup:
 
     Raises:
         NotImplementedError: Layers differ in their number of query heads, for which
-            vLLM would build several groups over one block table.
+            vLLM would build several groups over one block table. Or they have run in
+            another order.
     """
 
     def __init__(self, layer_names: Sequence[str], vllm_config: VllmConfig) -> None:
@@ -75,6 +82,19 @@ class LayerGroup:
         self._layers = [
             every[name] for name in sorted(layer_names, key=extract_layer_index)
         ]
+        self._check_order()
+
+    def _check_order(self) -> None:
+        """Raise if the last layer was not the last one in vLLM's profiling run."""
+        turns = [impl.turn for impl in cast("list[HasTurn]", self.implementations)]
+        if max(turns) > turns[-1]:
+            behind = self._layers[turns.index(max(turns))].layer_name
+            raise NotImplementedError(
+                f"roco: a model in which layer {behind!r} runs behind layer "
+                f"{self.last!r} is not supported: what goes is decided by the layer "
+                "with the largest number, once all have run. Use another "
+                "--attention-backend."
+            )
 
     def __len__(self) -> int:
         return len(self._layers)

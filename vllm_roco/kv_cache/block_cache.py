@@ -21,17 +21,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_roco.kv_cache.block_events import UNMEASURED_GROUP_ID, ToldBlockPool
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.request import Request
 
     from vllm_roco.request_plans import RequestPlans
-
-UNMEASURED_GROUP_ID = (1 << 32) - 1
-"""Stands in hashes of blocks without statistics for vLLM's number of their group."""
 
 
 class Found(NamedTuple):
@@ -80,6 +79,8 @@ class BlockCache:
         self.num_hits = 0
         self.num_saved_tokens = 0
         self._pool = block_pool
+        if block_pool.enable_kv_cache_events:
+            ToldBlockPool.take_over(block_pool, group_id)
         self._group_id = group_id
         self._group_ids = [group_id]
         self._block_size = block_size
@@ -256,18 +257,19 @@ class BlockCache:
         sources = [row[place] for place in gone]
         targets = self._pool.get_new_blocks(len(gone))
         self._pool.touch(sources)
-        blocks, is_copied = list(row), [False] * len(hashes)
+        blocks = list(row)
         for place, target in zip(gone, targets, strict=True):
-            blocks[place], is_copied[place] = target, True
-        self._pool.cache_full_blocks(
-            request=request,
-            blocks=blocks,
-            num_cached_blocks=0,
-            num_full_blocks=len(hashes),
-            block_size=self._block_size,
-            kv_cache_group_id=self._group_id,
-            block_mask=is_copied,
-        )
+            blocks[place] = target
+        for run in _runs(gone):
+            # apart, or the event of it would tell of the blocks between them, too
+            self._pool.cache_full_blocks(
+                request=request,
+                blocks=blocks,
+                num_cached_blocks=run.start,
+                num_full_blocks=run.stop,
+                block_size=self._block_size,
+                kv_cache_group_id=self._group_id,
+            )
         return list(zip(sources, targets, strict=True))
 
     def count_hit(self, num_tokens: int) -> None:
@@ -292,3 +294,16 @@ class BlockCache:
             if cached is not None:
                 return cached
         return self._pool.get_cached_block(block_hash, self._group_ids)
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[range]:
+    """Yield the runs of consecutive numbers, which ascend."""
+    run = range(0)
+    for number in numbers:
+        if number != run.stop:
+            if run:
+                yield run
+            run = range(number, number)
+        run = range(run.start, number + 1)
+    if run:
+        yield run

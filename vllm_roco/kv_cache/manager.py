@@ -200,6 +200,10 @@ class RocoManager(FullAttentionManager):
         """
         self._refused_id = request_id
 
+    def begin_step(self) -> None:
+        """Refuse nobody whom vLLM has not asked about in the last step, after all."""
+        self._refused_id = None
+
     def foreseen_blocks(self) -> int:
         """Return by how many blocks more than now running requests will hold."""
         return self._forecast.blocks()

@@ -25,7 +25,7 @@ PAGE_ALIGNMENT = 128
 """Bytes. Keeps every row of K and V aligned for vector loads and TMA."""
 
 NUM_FIELDS = 4
-"""Float32 numbers of an entry."""
+"""Float32 numbers of an entry: a power of two, for kernels read whole entries."""
 
 # places in a kv head's entry
 MASS_SUM = 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-@dataclass
+@dataclass(eq=False)
 class Reader:
     """A running request with places of its prompt ahead.
 
@@ -40,6 +40,8 @@ class PrefixReaders:
         self.num_changes = 0
         self._readers: dict[str, Reader] = {}
         self._reader_of: dict[BlockHash, Reader] = {}
+        # who reads the same prefixes and has begun later, in order
+        self._others: dict[BlockHash, list[Reader]] = {}
         self._wanted: set[BlockHash] = set()
 
     def __bool__(self) -> bool:
@@ -59,7 +61,8 @@ class PrefixReaders:
         self._readers[request.request_id] = reader
         self.num_changes += 1
         for prefix in prefixes:
-            self._reader_of.setdefault(prefix, reader)
+            if self._reader_of.setdefault(prefix, reader) is not reader:
+                self._others.setdefault(prefix, []).append(reader)
 
     def reader_of(self, prefix: BlockHash) -> Request | None:
         """Return the request that is on its way to the end of a prefix."""
@@ -90,7 +93,7 @@ class PrefixReaders:
                 prefix = reader.prefixes[index]
                 if places[index] == length:
                     yield reader.request, length, prefix
-                self._release(reader, prefix)
+                self._go_past(reader, prefix)
                 index += 1
             reader.next_place = index
             if index == len(places):
@@ -102,9 +105,30 @@ class PrefixReaders:
         if reader is not None:
             self.num_changes += 1
             for prefix in reader.prefixes[reader.next_place :]:
-                self._release(reader, prefix)
+                self._give_up(reader, prefix)
 
-    def _release(self, reader: Reader, prefix: BlockHash) -> None:
+    def _go_past(self, reader: Reader, prefix: BlockHash) -> None:
         if self._reader_of.get(prefix) is reader:
             del self._reader_of[prefix]
+            # those that waited for the first one wait no more
+            self._others.pop(prefix, None)
             self._wanted.discard(prefix)
+        else:
+            self._leave_others(reader, prefix)
+
+    def _give_up(self, reader: Reader, prefix: BlockHash) -> None:
+        if self._reader_of.get(prefix) is not reader:
+            self._leave_others(reader, prefix)
+        elif prefix in self._others:
+            self._reader_of[prefix] = self._others[prefix][0]
+            self._leave_others(self._others[prefix][0], prefix)
+        else:
+            del self._reader_of[prefix]
+            self._wanted.discard(prefix)
+
+    def _leave_others(self, reader: Reader, prefix: BlockHash) -> None:
+        others = self._others.get(prefix)
+        if others is not None and reader in others:
+            others.remove(reader)
+            if not others:
+                del self._others[prefix]

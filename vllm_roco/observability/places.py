@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,3 +74,17 @@ def places() -> Iterator[Place]:
     with contextlib.suppress(RuntimeError):
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         yield Place(Path(cache) / f"vllm_roco-{os.geteuid()}", is_private=True)
+
+
+def times_of_change(directories: Iterable[Path]) -> list[int]:
+    """Return when files have last come or gone, in nanoseconds; 0 without a directory.
+
+    Two changes at one tick of the system's clock have one time.
+    """
+    times = []
+    for directory in directories:
+        try:
+            times.append(os.stat(directory).st_mtime_ns)
+        except OSError:
+            times.append(0)
+    return times

@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from vllm_roco.observability.families import (
     BUDGET,
@@ -27,11 +28,14 @@ from vllm_roco.observability.families import (
 )
 from vllm_roco.observability.file import NumbersFile, find_files, read_file, sweep
 from vllm_roco.observability.file_names import FileName, instance_name
-from vllm_roco.observability.places import places
+from vllm_roco.observability.places import places, times_of_change
 from vllm_roco.observability.warning import logger, warn_of_end
 
 CHECK_SECONDS = 1.0
 """How often a process looks whether its files are still there, at most."""
+
+TICK_NANOSECONDS = 20_000_000
+"""Changes of a directory that are so close may have one time: ticks are 1 to 10 ms."""
 
 
 class MetricsPublisher:
@@ -171,14 +175,19 @@ class MovedBlocks:
         self._count = 0
         self._due = 0.0
         self._ended = False
+        # where the last look for the core's files was, and what had changed there when
+        self._directories: Sequence[Path] = ()
+        self._changes: Sequence[int] | None = None
 
     def connect(self) -> bool:
         """Return whether moves count by now.
 
         The engine core makes its files when it is about to serve. What workers move
-        before, in warm-up runs, is nobody's block.
+        before, in warm-up runs, is nobody's block. To be asked in each step: while
+        there are no such files, a look for them is due when a file has come or gone,
+        and each `CHECK_SECONDS`.
         """
-        if self._file is None and not self._ended:
+        if self._file is None and not self._ended and self._is_look_due():
             try:
                 self._find_core()
             except (OSError, ValueError) as error:
@@ -198,6 +207,18 @@ class MovedBlocks:
                 self._file.keep()
         except (OSError, ValueError) as error:
             self._end(error)
+
+    def _is_look_due(self) -> bool:
+        now, changes = time.monotonic(), times_of_change(self._directories)
+        if now < self._due and changes == self._changes:
+            return False
+        self._due = now + CHECK_SECONDS
+        self._directories = [place.path for place in places()]
+        self._changes = times_of_change(self._directories)
+        if time.time_ns() - max(self._changes) < TICK_NANOSECONDS:
+            # another change might not show
+            self._changes = None
+        return True
 
     def _find_core(self) -> None:
         for place, name in find_files():

@@ -27,13 +27,13 @@ from vllm_roco.attention.cuda.metadata import (
     RocoCudaMetadata,
     RocoCudaMetadataBuilder,
 )
+from vllm_roco.attention.cuda.prompt_sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.prompt_tensors import (
     PromptTensors,
     empty_bfloat16,
     empty_fp8,
     empty_lse,
 )
-from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
 from vllm_roco.attention.cuda.step_memory import StepMemory, reserve
 from vllm_roco.attention.cuda.warmup import KERNEL_WARM_UP
 from vllm_roco.attention.impl import RocoImpl

@@ -2,7 +2,8 @@
 """The first kernel of decode attention: attends, and sums up each block.
 
 The keys of a (row, kv head) are split over several programs, each with an online
-softmax over tiles of tokens; see `attention`.
+softmax over tiles of tokens; see `attention`. A head's learned sink enters here, as one
+more key without a value, in the last split alone.
 """
 
 from __future__ import annotations

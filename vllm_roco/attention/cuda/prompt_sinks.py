@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's attention sinks where FlashAttention leaves them out."""
+"""A model's attention sinks where FlashAttention leaves them out: of prompts alone.
+
+Those of decodes enter in `ops.decode.attend`, and where a kernel of ours attends for
+prompts, in `ops.prefill_attention`.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_roco import reference
-from vllm_roco.attention.cuda.sinks import add_sinks, flash_has_sinks
+from vllm_roco.attention.cuda.prompt_sinks import add_sinks, flash_has_sinks
 
 GROUP, NUM_KV_HEADS, HEAD_SIZE = 3, 2, 16
 BLOCK_SIZE, NUM_BLOCKS = 16, 5
