@@ -102,7 +102,7 @@ def test_pages_are_copied_in_wide_words(name: str, dtype: torch.dtype) -> None:
         torch.randint(100, (NUM_BLOCKS, 1, 1, 96)).to(dtype) for _ in range(NUM_LAYERS)
     ]
     before = [layer.clone() for layer in layers]
-    with Elements() as elements:  # type: ignore[no-untyped-call]
+    with Elements() as elements:
         runner.copy_kv_cache_blocks_inplace(
             layers, NUM_BLOCKS, [KVCacheBlockCopy(1, 4), KVCacheBlockCopy(0, 2)]
         )
