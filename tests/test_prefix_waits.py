@@ -28,6 +28,36 @@ def test_a_burst_reads_its_prefix_once(
     assert cache_of(driver).num_waits == 11
 
 
+@modes
+def test_who_waits_begins_in_the_step_that_publishes(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """It began a step later, and the reader's last tokens had a step of their own."""
+    driver = driver_of(
+        asynchronous,
+        max_steps_in_flight=max_steps_in_flight,
+        max_num_batched_tokens=40,
+    )
+    names = [driver.add(0, 1, prompt=PROMPT) for _ in range(3)]
+    steps = [driver.step() for _ in range(9)]
+    assert steps[-1] == dict.fromkeys(names, len(PROMPT) - LAST)
+    driver.drain(100)
+    counts = cache_of(driver).counts()
+    assert (counts.published_snapshots, counts.snapshot_hits) == (1, 2)
+
+
+@pytest.mark.parametrize("spare_blocks", range(4, 40, 4))
+def test_a_snapshot_is_made_before_those_that_wait_take_its_room(
+    spare_blocks: int,
+) -> None:
+    driver = driver_of(spare_blocks=spare_blocks, max_num_batched_tokens=40)
+    names = [driver.add(0, 9, prompt=[*PROMPT, n]) for n in range(4)]
+    driver.drain(1000)
+    assert {len(driver.outputs[name]) for name in names} == {9}
+    counts = cache_of(driver).counts()
+    assert (counts.published_snapshots, counts.snapshot_hits) == (1, 3)
+
+
 def test_a_header_that_is_waited_for_is_published_on_the_way() -> None:
     """The one that reads it goes on, and is cut where the others end."""
     driver = driver_of()

@@ -49,6 +49,7 @@ class PrefixScheduler(PlanningScheduler):
                 self._manager.kv_cache_group_id,
                 self._manager.block_size,
                 self.request_plans,
+                self._manager.req_to_blocks,
                 [*map(WindowManager.take_over, self._other_managers)],
                 is_exact=self._is_exact,
             )

@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from tests.kv_cache.specs import roco_spec
+from vllm_roco.attention import block_copies
 from vllm_roco.attention.block_copies import copy_whole_pages
 from vllm_roco.attention.request_rows import RUNNER_V1, RUNNER_V2
 from vllm_roco.kv_cache.page import first_positions_view, statistics_view
@@ -32,6 +33,7 @@ class Elements(TorchDispatchMode):
     """Counts the elements that are put in place one by one."""
 
     count = 0
+    most_at_once = 0
 
     @override
     def __torch_dispatch__(
@@ -40,6 +42,7 @@ class Elements(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if "index_put" in str(func):
             self.count += args[2].numel()
+            self.most_at_once = max(self.most_at_once, args[2].nbytes)
         return result
 
 
@@ -102,13 +105,27 @@ def test_pages_are_copied_in_wide_words(name: str, dtype: torch.dtype) -> None:
         torch.randint(100, (NUM_BLOCKS, 1, 1, 96)).to(dtype) for _ in range(NUM_LAYERS)
     ]
     before = [layer.clone() for layer in layers]
-    with Elements() as elements:  # type: ignore[no-untyped-call]
+    with Elements() as elements:
         runner.copy_kv_cache_blocks_inplace(
             layers, NUM_BLOCKS, [KVCacheBlockCopy(1, 4), KVCacheBlockCopy(0, 2)]
         )
     for layer, old in zip(layers, before, strict=True):
         assert torch.equal(layer, old[[0, 1, 0, 3, 1, 5]])
     assert elements.count == NUM_LAYERS * 2 * layers[0][0].nbytes // 8
+
+
+def test_many_copies_take_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pages of a step lay in memory once more, in a whole that nobody planned."""
+    runner = importlib.import_module(RUNNER_V2)
+    copy_whole_pages()
+    layer = torch.randn(20, 1, 1, 96)
+    old = layer.clone()
+    monkeypatch.setattr(block_copies, "MAX_BYTES", 3 * layer[0].nbytes)
+    pairs = [KVCacheBlockCopy(number, 10 + number) for number in range(10)]
+    with Elements() as elements:
+        runner.copy_kv_cache_blocks_inplace([layer], 20, pairs)
+    assert torch.equal(layer, torch.cat([old[:10], old[:10]]))
+    assert elements.most_at_once == 3 * layer[0].nbytes
 
 
 def test_pages_of_other_kinds_are_left_to_vllm() -> None:

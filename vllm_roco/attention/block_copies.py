@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
     Copy = Callable[[Iterable[torch.Tensor], int, Sequence[KVCacheBlockCopy]], None]
 
+MAX_BYTES = 1 << 25
+"""Bytes that are on their way at a time: no memory is planned for them.
+
+Few enough for a GPU's cache, so that they are written to memory once.
+"""
 _WORD = torch.int64
 
 
@@ -66,8 +71,10 @@ def _in_words(copy: Copy) -> Copy:
                 # a list of pairs becomes a tensor ten times as slowly
                 table = np.array(kv_cache_block_copies, dtype=np.int64)
                 pairs = async_tensor_h2d(table, device=cache.device)
-            sources, targets = pairs.unbind(dim=1)
-            pages[targets] = pages[sources]
+            # no page is copied and written at once, so parts may follow each other
+            for part in pairs.split(max(1, MAX_BYTES // pages[0].nbytes)):
+                sources, targets = part.unbind(dim=1)
+                pages[targets] = pages[sources]
         if others:
             copy(others, num_blocks, kv_cache_block_copies)
 

@@ -327,7 +327,7 @@ class RocoManager(FullAttentionManager):
         """
         copies = super().take_pending_cow_copies()
         if self.prefix_cache is not None:
-            copies += self.prefix_cache.publish(self.req_to_blocks)
+            copies += self.prefix_cache.publish()
         return copies
 
     @override

@@ -71,6 +71,7 @@ class PrefixCache:
         group_id: vLLM's number of the manager's KV cache group.
         block_size: Tokens per block.
         plans: What holds for each request.
+        rows: The block table of each request.
         windows: Managers of the groups of layers with a window, with the same blocks.
         is_exact: Whether who evicts while it is read keeps what it would keep alone;
             otherwise there are no windows.
@@ -88,6 +89,7 @@ class PrefixCache:
         group_id: int,
         block_size: int,
         plans: RequestPlans,
+        rows: Mapping[str, Sequence[KVCacheBlock]],
         windows: Sequence[WindowManager] = (),
         *,
         is_exact: bool = True,
@@ -105,6 +107,7 @@ class PrefixCache:
         self.num_waits = 0
         self._block_size = block_size
         self._plans = plans
+        self._rows = rows
         self._keys = PrefixKeys(
             block_size,
             plans,
@@ -118,6 +121,10 @@ class PrefixCache:
             self._earlier = EarlierTurns(self.store, self._keys, block_size, plans)
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
+        # of snapshots that the step being scheduled makes, and of what; who begins
+        # with one in the same step copies that
+        self._copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
+        self._sources: dict[BlockHash, Sequence[KVCacheBlock]] = {}
         # what blocks there are for whom vLLM asks about next, from `must_wait`
         self._found: tuple[Request, Found] | None = None
         # whom vLLM is about to let in, and what it was offered
@@ -219,13 +226,18 @@ class PrefixCache:
     def must_wait(self, request: Request) -> bool:
         """Return whether another request is reading more of this one's prompt.
 
-        Constant time for one that waits already.
+        Not one that has read what both share, and no more: of that a snapshot is made
+        at once, if there is room for it. Constant time for one that waits already.
         """
         self._found = None
         if request.skip_reading_prefix_cache:
             return False
         awaited = self._waits.get(request.request_id)
-        if awaited is not None and self._readers.reader_of(awaited) is not None:
+        if (
+            awaited is not None
+            and self._readers.reader_of(awaited) is not None
+            and not self._readers.is_at(awaited)
+        ):
             return True
         start = 0
         if self.blocks.can_begin_with_blocks(request) and (
@@ -292,7 +304,10 @@ class PrefixCache:
             if store.find(prefix) is not None:
                 return None
             if awaited is None and (other := readers.reader_of(prefix)) is not None:
-                awaited, others_length = prefix, other.num_computed_tokens
+                others_length = other.num_computed_tokens
+                if others_length == length and self._publish(other, length, prefix):
+                    return None
+                awaited = prefix
         return awaited
 
     def first_stop(self, request: Request, start: int, end: int) -> int:
@@ -312,26 +327,31 @@ class PrefixCache:
                 return length
         return end
 
-    def publish(
-        self, rows: Mapping[str, Sequence[KVCacheBlock]]
-    ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+    def publish(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Keep what is due, when all requests of a step are chosen.
-
-        Args:
-            rows: The block table of each request.
 
         Returns:
             Blocks to copy from and to before the step, each with a reference for that.
         """
-        copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
-                request_id = request.request_id
-                live = self._keys.live_blocks(request, rows[request_id], length)
-                windows = [w.blocks_at(request_id, length) for w in self.windows]
-                copies += self.store.publish(prefix, live, windows)
+                self._publish(request, length, prefix)
+        copies, self._copies = self._copies, []
+        self._sources.clear()
         self._found = None
-        return copies + self.blocks.end_step(rows)
+        return copies + self.blocks.end_step(self._rows)
+
+    def _publish(self, request: Request, length: int, prefix: BlockHash) -> bool:
+        """Make a snapshot of what a request holds, and return whether one was made."""
+        request_id = request.request_id
+        live = self._keys.live_blocks(request, self._rows[request_id], length)
+        windows = [w.blocks_at(request_id, length) for w in self.windows]
+        copies = self.store.publish(prefix, live, windows)
+        if not copies:
+            return False
+        self._copies += copies
+        self._sources[prefix] = live
+        return True
 
     def _find_snapshot(self, request: Request, max_tokens: int | None) -> Hit | None:
         places: Iterable[int] = reversed(self._hit_places(request, max_tokens))
@@ -343,7 +363,8 @@ class PrefixCache:
             prefix = self._keys.key(request, length)
             snapshot = self.store.find(prefix)
             if snapshot is not None:
-                row = self._keys.row_of(request, snapshot.blocks, length)
+                blocks = self._sources.get(prefix, snapshot.blocks)
+                row = self._keys.row_of(request, blocks, length)
                 windows = [
                     manager.row_at(in_window, length)
                     for manager, in_window in zip(

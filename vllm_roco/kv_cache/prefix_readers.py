@@ -18,13 +18,13 @@ class Reader:
 
     Attributes:
         request: The request.
-        places: Lengths at which a snapshot could be made, in order.
+        places: Lengths at which a snapshot could be made.
         prefixes: Hashes of the prompt up to there.
         next_place: Index of the first place that it has not gone past.
     """
 
     request: Request
-    places: Sequence[int]
+    places: range
     prefixes: Sequence[BlockHash]
     next_place: int = 0
 
@@ -48,13 +48,13 @@ class PrefixReaders:
         return bool(self._readers)
 
     def begin(
-        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
+        self, request: Request, places: range, prefixes: Sequence[BlockHash]
     ) -> None:
         """Note that a request is let in, with places of its prompt before it.
 
         Args:
             request: The request.
-            places: Lengths at which a snapshot could be made, in order.
+            places: Lengths at which a snapshot could be made.
             prefixes: Hashes of the prompt up to there.
         """
         reader = Reader(request, places, prefixes)
@@ -68,6 +68,17 @@ class PrefixReaders:
         """Return the request that is on its way to the end of a prefix."""
         reader = self._reader_of.get(prefix)
         return None if reader is None else reader.request
+
+    def is_at(self, prefix: BlockHash) -> bool:
+        """Return whether the one that reads a prefix has read it, and no more.
+
+        To be asked until a step's requests are chosen, see `arrivals`.
+        """
+        reader = self._reader_of.get(prefix)
+        if reader is None:
+            return False
+        places, length = reader.places, reader.request.num_computed_tokens
+        return length in places and reader.prefixes[places.index(length)] == prefix
 
     def want(self, prefix: BlockHash) -> None:
         """Ask for a snapshot of a prefix that is being read."""
