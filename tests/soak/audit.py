@@ -13,7 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests.soak.bounds import Bound, ServerOptions, bound_of
 from vllm_roco.scheduler import RocoAsyncScheduler, RocoScheduler
@@ -28,6 +28,21 @@ _MOST_FAULTS = 20
 _LOOKS_BETWEEN_WRITES = 500
 _MOST_OLD_NAMES = 4
 """Requests that are gone and still named: who was asked about last, and the like."""
+
+
+class Place(NamedTuple):
+    """A block in a request's row.
+
+    Attributes:
+        request_id: Whose row.
+        manager: Of the group of layers.
+        end: Tokens of the request up to the end of the block; of RoCo's layers only
+            until the first eviction.
+    """
+
+    request_id: str
+    manager: int
+    end: int
 
 
 class Auditor:
@@ -119,15 +134,19 @@ class Auditor:
         if len(self.faults) < _MOST_FAULTS:
             self.faults.append(f"look {self._num_looks}: {what}")
 
-    def _check_rows(self) -> dict[int, list[str]]:
+    def _check_rows(self) -> dict[int, list[Place]]:
         """Check each request's row; return who holds each block."""
-        holders: dict[int, list[str]] = {}
+        holders: dict[int, list[Place]] = {}
         requests, size = self._scheduler.requests, self._roco.block_size
-        for manager in self._managers:
+        for number, manager in enumerate(self._managers):
             for request_id, row in manager.req_to_blocks.items():
-                held = [block.block_id for block in row if not block.is_null]
-                for block_id in held:
-                    holders.setdefault(block_id, []).append(request_id)
+                held = []
+                for index, block in enumerate(row):
+                    if not block.is_null:
+                        held.append(block.block_id)
+                        end = (index + 1) * manager.block_size
+                        place = Place(request_id, number, end)
+                        holders.setdefault(block.block_id, []).append(place)
                 if request_id not in requests:
                     if held:
                         self._fault(f"{request_id} is gone and holds {held}")
@@ -144,13 +163,33 @@ class Auditor:
                 known = requests[request_id].num_tokens
                 if len(row) * size > known + self._server.steps_in_flight + size:
                     self._fault(f"{request_id} has a row longer than its tokens")
-        for block_id, names in holders.items():
-            if len(names) > 1 and any(map(self._may_evict, names)):
-                self._fault(f"block {block_id} is held by {names}, and one may evict")
+        for block_id, places in holders.items():
+            if len(places) > 1:
+                self._check_shared(block_id, places)
         self.counts["most sharers"] = max(
             self.counts["most sharers"], *map(len, holders.values()), 0
         )
         return holders
+
+    def _check_shared(self, block_id: int, places: list[Place]) -> None:
+        """Check a block that several requests hold: nobody may write to it any more."""
+        names = [place.request_id for place in places]
+        managers = {place.manager for place in places}
+        if len(managers) > 1:
+            self._fault(f"block {block_id} is held by {names} for several groups")
+        elif self._managers[managers.pop()] is self._roco:
+            if any(map(self._may_evict, names)):
+                self._fault(f"block {block_id} is held by {names}, and one may evict")
+        elif any(map(self._may_be_written, places)):
+            self._fault(f"block {block_id} is held by {names}, and one may write")
+
+    def _may_be_written(self, place: Place) -> bool:
+        """Return whether a request has not come to the end of a block yet.
+
+        What eviction leaves behind is written to; a window only moves on.
+        """
+        request = self._scheduler.requests.get(place.request_id)
+        return request is not None and request.num_computed_tokens < place.end
 
     def _bound(self, request_id: str) -> Bound:
         bound = self._bounds.get(request_id)
@@ -172,7 +211,7 @@ class Auditor:
         most = request.num_prompt_tokens + request.max_tokens
         return first is not None and most >= first
 
-    def _check_references(self, holders: dict[int, list[str]]) -> None:
+    def _check_references(self, holders: dict[int, list[Place]]) -> None:
         """Compare every reference with the rows: free and held blocks are all."""
         retained = Counter(
             block.block_id

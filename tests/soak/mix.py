@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 FIRST_TOKEN = 1000
-"""The first token that prompts are made of: those before it may mean something."""
+"""The first token that prompts are made of: those before it may mean something.
+
+This one itself is a whole word of the tokenizers that soaks have.
+"""
 
 _NUM_HEADERS = 6
 _LONGEST_HEADER = 384
@@ -183,6 +186,8 @@ def _draw_one(
         form = draw.choice([{"choice": ["red", "green", "blue"]}, {"regex": "[a-f]+"}])
         sampling["structured_outputs"] = form
         sampling["ignore_eos"] = False
+        # behind a prompt that ends in mid-character vLLM returns both as the answer
+        prompt = (*prompt[:-1], FIRST_TOKEN)
         for name in ("stop", "min_tokens"):
             sampling.pop(name, None)
         traits.append("structured")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,39 @@ def test_a_fault_is_seen(
     driver.auditor.look()
     faults = json.loads((tmp_path / "audit.json").read_text())["faults"]
     assert any(says in fault for fault in faults), faults
+
+
+@pytest.fixture
+def beside_windows(tmp_path: Path) -> Audited:
+    """Three requests with one prefix, the second of which has just begun behind it."""
+    setup = replace(SETUP, spare_blocks=60, windows=(30,))
+    driver = Audited(setup, tmp_path / "audit.json")
+    driver.auditor.enter(driver.add(60, 4))
+    driver.drain(1000)
+    for _ in range(2):
+        driver.auditor.enter(driver.add(60, 30))
+        driver.step()
+    return driver
+
+
+def test_who_evicts_shares_what_a_window_reads(beside_windows: Audited) -> None:
+    driver = beside_windows
+    first, second = driver.windows[0].req_to_blocks.values()
+    assert {b.block_id for b in first if not b.is_null} & {b.block_id for b in second}
+    assert driver.auditor.faults == []
+    driver.drain(1000)
+    assert driver.auditor.faults == []
+
+
+def test_a_shared_block_that_is_written_is_seen(beside_windows: Audited) -> None:
+    driver = beside_windows
+    first, second = driver.windows[0].req_to_blocks.values()
+    pool = driver.scheduler.kv_cache_manager.block_pool
+    pool.free_blocks([second[-1]])
+    pool.touch([first[-1]])
+    second[-1] = first[-1]
+    driver.auditor.look()
+    assert any("and one may write" in fault for fault in driver.auditor.faults)
 
 
 def test_a_snapshot_that_shares_a_block_is_seen(driver: Audited) -> None:

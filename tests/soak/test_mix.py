@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tests.soak.bounds import ServerOptions, bound_of
-from tests.soak.mix import canaries, crowd
+from tests.soak.mix import FIRST_TOKEN, canaries, crowd
 from tests.soak.setups import LIMITS, ROCO, limits_for
 from vllm_roco.config import RocoConfig
 from vllm_roco.request_options.error import RequestOptionError
@@ -34,6 +34,8 @@ def test_the_crowd_is_of_every_kind_and_the_same_each_time() -> None:
     assert all(traits[trait] >= 20 for trait in wanted)
     assert [each.canary for each in once if each.canary is not None] == [*range(20)]
     for planned in once:
+        if "structured" in planned.traits and not planned.is_refused:
+            assert planned.prompt[-1] == FIRST_TOKEN
         most = len(planned.prompt) + planned.sampling["max_tokens"]
         assert planned.is_refused or most <= FITS.max_model_len
 
