@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -179,9 +180,23 @@ FORMS: dict[str, tuple[Any, dict[str, int]]] = {
     "independent": (independent, {}),
 }
 """How engines start, and what the model's configuration says besides."""
+EVERY_FORM = "ROCO_EVERY_FORM"
+"""Environment variable that asks for more than the first form: two minutes each."""
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(
+            form,
+            marks=pytest.mark.skipif(
+                bool(number) and EVERY_FORM not in os.environ,
+                reason=f"only with {EVERY_FORM} in the environment",
+            ),
+        )
+        for number, form in enumerate(FORMS)
+    ],
+)
 def together(
     request: pytest.FixtureRequest,
     engine_lock: None,

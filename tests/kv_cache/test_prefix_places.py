@@ -27,7 +27,8 @@ class Cache(PrefixCache):
 
     def __init__(self) -> None:
         self.book = RequestPlans(self.plan({}))
-        super().__init__(BlockPool(1000, True, BLOCK_SIZE), 0, BLOCK_SIZE, self.book)
+        pool = BlockPool(1000, True, BLOCK_SIZE)
+        super().__init__(pool, 0, BLOCK_SIZE, self.book, {})
         self.num_asked = 0
         find = self.store.find
 
