@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,10 +67,11 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = Path(sys.executable).with_name("vllm")
+    # as the script `vllm` does, which not every host has
+    command = ["-P", "-m", "vllm.entrypoints.cli.main", "serve"]
     with log.open("wb") as file:
         process = FreshPython(
-            [command, "serve", model, "--port", str(port), *arguments],
+            [*command, model, "--port", str(port), *arguments],
             stdout=file,
             stderr=subprocess.STDOUT,
         )
