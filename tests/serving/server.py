@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from tests.fresh_python import FreshPython
 
@@ -41,34 +42,56 @@ class Server:
         """Ask `/health`, which asks the engine."""
         return httpx.get(f"{self.url}/health", timeout=30, **ASK).status_code == 200
 
-    def metrics(self) -> dict[str, float]:
-        """Return every sample of `/metrics`, summed over its labels, by name."""
-        response = httpx.get(f"{self.url}/metrics", timeout=30, **ASK)
-        response.raise_for_status()
+    def metrics(self, engine: int | None = None) -> dict[str, float]:
+        """Return every sample of `/metrics`, summed over its labels, by name.
+
+        Args:
+            engine: Only what has this label; None for all.
+        """
         values: dict[str, float] = {}
-        for family in text_string_to_metric_families(response.text):
-            for sample in family.samples:
+        for sample in self.samples():
+            if engine is None or sample.labels.get("engine") == str(engine):
                 values[sample.name] = values.get(sample.name, 0) + sample.value
         return values
 
+    def samples(self) -> list[Sample]:
+        """Return every line of `/metrics`."""
+        response = httpx.get(f"{self.url}/metrics", timeout=30, **ASK)
+        response.raise_for_status()
+        families = text_string_to_metric_families(response.text)
+        return [sample for family in families for sample in family.samples]
+
+
+def free_port(num_ports: int = 1) -> int:
+    """Return the first of so many neighbours that nobody listens at."""
+    while True:
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            first = 0
+            for place in range(num_ports):
+                probe = probes.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", first + place if first else 0))
+                first = first or probe.getsockname()[1]
+            return first
+
 
 @contextlib.contextmanager
-def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Server]:
-    """Start a server on a free port, and stop it at the end.
+def running_server(
+    model: Path, arguments: list[str], log: Path, port: int | None = None
+) -> Iterator[Server]:
+    """Start a server, and stop it at the end.
 
     Args:
         model: A Hugging Face folder.
         arguments: Of `vllm serve`, after the model.
         log: A file for what it writes.
+        port: Where it listens; None for any that is free.
 
     Raises:
         RuntimeError: It ended, or did not answer in time; with the end of its log.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port() if port is None else port
     # as the script `vllm` does, which not every host has
-    command = ["-P", "-m", "vllm.entrypoints.cli.main", "serve"]
+    command = ["-m", "vllm.entrypoints.cli.main", "serve"]
     with log.open("wb") as file:
         process = FreshPython(
             [*command, model, "--port", str(port), *arguments],
@@ -79,14 +102,16 @@ def running_server(model: Path, arguments: list[str], log: Path) -> Iterator[Ser
 
     def answers() -> bool:
         if process.poll() is not None:
-            raise RuntimeError(f"vllm serve ended:\n{log.read_text()[-4000:]}")
+            raise RuntimeError(f"vllm serve ended:\n{log.read_text()[-12_000:]}")
         with contextlib.suppress(httpx.TransportError):
             return server.is_healthy()
         return False
 
     try:
         if not eventually(answers, START_TIMEOUT):
-            raise RuntimeError(f"no answer from vllm serve:\n{log.read_text()[-4000:]}")
+            raise RuntimeError(
+                f"no answer from vllm serve:\n{log.read_text()[-12_000:]}"
+            )
         yield server
     finally:
         process.terminate()
