@@ -66,6 +66,14 @@ def test_scripts_and_modules_run_too(tmp_path: Path) -> None:
         assert (found["name"], found["file"]) == ("__main__", str(script))
 
 
+def test_places_of_modules_are_pythons(tmp_path: Path) -> None:
+    (tmp_path / "hidden.py").touch()
+    code = "import hidden"
+    assert run_fresh(code, folder=tmp_path).returncode == 0
+    process = run_python(["-P", "-c", code], folder=tmp_path)
+    assert "No module named 'hidden'" in process.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "status", "says"),
     [

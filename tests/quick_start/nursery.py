@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import util
@@ -78,7 +79,7 @@ class Nursery:
 
         Args:
             arguments: Of the interpreter: `-c` and code, `-m` and a module's name, or a
-                script, and more behind it.
+                script, and more behind it; before it `-P`, or no option.
             environment: All variables; `PYTHONPATH` goes before other places. None for
                 those of the caller.
             folder: The current folder; None for that of the caller.
@@ -220,9 +221,12 @@ def _rear(connection: socket.socket) -> None:
         asked = json.loads(_read(connection, int.from_bytes(head, "big")))
         between = os.fork()
         if not between:
+            first_parent = os.getpid()
             child = os.fork()
             if not child:
                 connection.close()
+                while os.getppid() == first_parent:
+                    time.sleep(1e-4)
                 _become(asked, files)
             connection.sendall(child.to_bytes(8, "big"))
             # the child's next parent is the owner
@@ -269,19 +273,21 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
 def _run(arguments: list[str], path: list[str]) -> int:
     """Run a program and return its exit status."""
     main = sys.modules["__main__"] = types.ModuleType("__main__")
+    is_safe = arguments[0] == "-P"
+    arguments = arguments[is_safe:]
     sys.argv = list(arguments)
+    places = {"-c": "", "-m": os.getcwd()}
+    place = places.get(arguments[0], str(Path(arguments[0]).parent))
+    sys.path[:0] = path if is_safe else [place, *path]
     try:
         if arguments[0] == "-c":
             del sys.argv[1]
-            sys.path[:0] = ["", *path]
             exec(compile(arguments[1], "<string>", "exec"), vars(main))
         elif arguments[0] == "-m":
             del sys.argv[0]
-            sys.path[:0] = [os.getcwd(), *path]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             main.__file__ = arguments[0]
-            sys.path[:0] = [str(Path(arguments[0]).parent), *path]
             source = Path(arguments[0]).read_bytes()
             exec(compile(source, arguments[0], "exec"), vars(main))
     except SystemExit as ended:

@@ -24,8 +24,9 @@ os.sched_yield = lambda: time.sleep(PAUSE)
 ENGINES = {"vllm", "vllm.entrypoints.cli.main"}
 """Scripts and modules that start engines, whose processes import what these import."""
 
-program = sys.orig_argv[1:2] if "-m" not in sys.orig_argv[1:2] else sys.orig_argv[2:3]
-if ENGINES.intersection(map(os.path.basename, program)):
+# behind options, as `-P` is one
+program = next((name for name in sys.orig_argv[1:] if not name.startswith("-")), "")
+if os.path.basename(program) in ENGINES:
     import nursery
 
     if nursery.is_possible():
