@@ -115,7 +115,11 @@ def running_server(
         yield server
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 def eventually(holds: Callable[[], bool], timeout: float) -> bool:

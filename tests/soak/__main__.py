@@ -19,6 +19,7 @@ from pathlib import Path
 import tests.soak.environment  # noqa: F401 -- before vLLM
 from tests.soak.engines import Host, soak_in_process
 from tests.soak.run import Plan, Report
+from tests.soak.setups import SERVER
 
 
 def main() -> int:
@@ -66,6 +67,7 @@ def main() -> int:
             concurrency=arguments.concurrency or 3 * host.seqs,
             time_limit=arguments.time_limit,
             exact=exact,
+            server=SERVER,
         )
         soak = soak_in_process
         if not arguments.in_process:

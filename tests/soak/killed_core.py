@@ -164,7 +164,7 @@ def run(host: Host, delays: list[float], folder: Path) -> list[str]:
     """
     faults: list[str] = []
     trace, model = host.folder / "trace.jsonl", host.find_model()
-    num_files = []
+    num_files: list[int] = []
     for number, delay in enumerate([*delays, None]):
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
             patch.setenv("TMPDIR", str(folder))
@@ -172,6 +172,8 @@ def run(host: Host, delays: list[float], folder: Path) -> list[str]:
             server = stack.enter_context(running_server(model, flags(host, trace), log))
             # as the server before has left its own
             num_files.append(len([*folder.glob(f"vllm_roco-{os.getuid()}/*")]))
+            if not 0 < num_files[-1] <= num_files[0]:
+                faults.append(f"files of numbers at each start: {num_files}")
             freed = server.metrics()["vllm:roco_freed_blocks_total"]
             if freed:
                 faults.append(f"server {number} begins with {freed} freed blocks")
@@ -182,8 +184,7 @@ def run(host: Host, delays: list[float], folder: Path) -> list[str]:
             faults += kill(server, delay)
             for line in trace.read_text().splitlines():
                 json.loads(line)
-    if not num_files[0] or len(set(num_files)) > 1:
-        faults.append(f"files of numbers at each start: {num_files}")
+            print(f"{len(faults)} faults by then", flush=True)
     return faults
 
 

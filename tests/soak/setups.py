@@ -13,10 +13,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.engine.mixed_models import save_mixed
+from tests.soak.bounds import ServerOptions
 from tests.soak.mix import Limits
 
 ROCO = {"budget": 128, "stride": 32, "chunk": 64, "sink": 16, "recent": 32}
 LIMITS = {"max_budget": 512, "allow_full": True}
+BLOCK_SIZE = 16
+SERVER = ServerOptions(**ROCO, block_size=BLOCK_SIZE, steps_in_flight=1)
 MAX_MODEL_LEN = 1024
 MODEL_NAME = "soaked"
 
@@ -71,7 +74,7 @@ def engine_arguments(
         "dtype": dtype,
         "attention_backend": "roco",
         "additional_config": {"roco": ROCO | LIMITS},
-        "block_size": 16,
+        "block_size": BLOCK_SIZE,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_seqs + (1024 if cuda else 256),

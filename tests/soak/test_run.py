@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.soak import resources, verdicts
+from tests.soak.bounds import ServerOptions, bound_of
 from tests.soak.clients import DISTURBANCES, Answer, Choice
-from tests.soak.mix import Limits, Planned
+from tests.soak.mix import Limits, Planned, canaries
 from tests.soak.resources import Sample
 from tests.soak.run import Plan, Report, Soak
 
+SERVER = ServerOptions(*(128, 32, 64, 16, 32), block_size=16, steps_in_flight=1)
 LIMITS = Limits(max_model_len=1024, vocabulary=49152, longest_kept_prompt=368)
 PLAN = Plan(
     num_requests=200,
@@ -27,6 +29,7 @@ PLAN = Plan(
     concurrency=16,
     time_limit=None,
     exact=True,
+    server=SERVER,
 )
 
 
@@ -145,6 +148,36 @@ def test_bad_answers_are_told(
     path = tmp_path / "audit.json"
     report = soak(Client(path), path)
     assert any(says in fault for fault in report.faults), report.faults
+
+
+def test_with_16_bits_rounding_may_choose_which_blocks_are_kept(
+    tmp_path: Path,
+) -> None:
+    """So no answer is as good as a tie alone from the first eviction on."""
+
+    class Client(PerfectClient):
+        def answer(self, planned: Planned) -> Answer:
+            answer = super().answer(planned)
+            if planned.canary is None:
+                return answer
+            (choice,) = answer.choices
+            likeliest = [{token: -1.0} for token in choice.tokens]
+            choice = replace(choice, candidates=likeliest)
+            if planned.number >= 0:
+                choice = replace(choice, tokens=[9, *choice.tokens[1:]])
+            return replace(answer, choices=[choice])
+
+    path = tmp_path / "audit.json"
+    plan = replace(PLAN, exact=False, num_canaries=18)
+    report = soak(Client(path), path, plan)
+    evicting = 0
+    for bird in canaries(plan.num_canaries, LIMITS, "crowd"):
+        number = len(bird.prompt)
+        bound = bound_of(SERVER, bird.options, number, bird.sampling["max_tokens"])
+        evicting += number >= (bound.first_eviction or number + 1)
+    assert 0 < evicting < plan.num_canaries
+    assert report.canaries["other blocks kept"] == evicting
+    assert report.num_faults == plan.num_canaries - evicting
 
 
 def test_what_the_engine_says_is_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from tests.soak.clients import DISTURBANCES
 from tests.soak.engines import Host
 from tests.soak.run import Plan
 from tests.soak.server import soak_server
+from tests.soak.setups import SERVER
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -23,6 +24,7 @@ PLAN = Plan(
     # a busy machine does what it can: half is asked for below
     time_limit=240,
     exact=True,
+    server=SERVER,
 )
 
 

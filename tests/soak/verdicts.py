@@ -73,6 +73,12 @@ def _faults_of_choice(planned: Planned, choice: Choice) -> list[str]:
     return faults
 
 
+def first_difference(crowd: Choice, alone: Choice) -> int | None:
+    """Return the place of the first token that differs, None where there is none."""
+    pairs = zip(crowd.tokens, alone.tokens, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+
+
 def differs_from_alone(crowd: Choice, alone: Choice, *, exact: bool) -> str | None:
     """Return how a canary's answer differs from that of the same request alone.
 
@@ -85,8 +91,7 @@ def differs_from_alone(crowd: Choice, alone: Choice, *, exact: bool) -> str | No
     """
     if crowd.tokens == alone.tokens:
         return None
-    pairs = zip(crowd.tokens, alone.tokens, strict=False)
-    place = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    place = first_difference(crowd, alone)
     if place is None:
         return f"{len(crowd.tokens)} tokens, alone {len(alone.tokens)}"
     got, expected = crowd.tokens[place], alone.tokens[place]
