@@ -157,7 +157,7 @@ def _add_online(online: argparse.ArgumentParser) -> None:
         nargs="+",
         help="at each rate, one figure or one for each shape",
     )
-    for name in ("input_len", "output_len", "budget"):
+    for name in ("least_seconds", "input_len", "output_len", "budget"):
         option = f"--{name.replace('_', '-')}"
         online.add_argument(option, type=int, help="instead of the shapes'")
 

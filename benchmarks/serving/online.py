@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from benchmarks.serving.online_client import ask
 from benchmarks.serving.online_servers import Servers
 from benchmarks.serving.online_shapes import AT_ONCE, Run, online_runs, side_by_side
 from benchmarks.serving.rate_search import next_rate
+from benchmarks.serving.request_shapes import grouped
 
 TABLE = Table(
     "serving_online",
@@ -32,11 +33,11 @@ TABLE = Table(
         *("shape", "memory", "side", "round", "model", "kv_cache_bytes"),
         *("max_num_seqs", "backend", "kv_cache_dtype", "policy", "shield"),
         *("budget", "stride", "chunk", "prefill_tokens"),
-        *("num_requests", "input_len", "output_len", "spread"),
+        *("num_requests", "least_seconds", "input_len", "output_len", "spread"),
         *("prefix_len", "num_prefixes", "ttft_ms_limit", "tpot_ms_limit", "rate"),
     ),
     results=(
-        *("good_share", "goodput", "seconds", "output_tok_s"),
+        *("num_asked", "good_share", "goodput", "seconds", "output_tok_s"),
         *("ttft_ms", "ttft_p50_ms", "ttft_p90_ms", "ttft_p99_ms", "ttft_max_ms"),
         *("tpot_ms", "tpot_p50_ms", "tpot_p90_ms", "tpot_p99_ms", "itl_p99_ms"),
         *("max_in_flight", "hit_rate", "preemptions"),
@@ -85,7 +86,7 @@ def run(
     common: Sequence[str],
 ) -> int:
     """Measure what the command line asks for; return how much failed."""
-    fields = ("input_len", "output_len", "budget")
+    fields = ("least_seconds", "input_len", "output_len", "budget")
     given = {name: getattr(options, name) for name in fields}
     sizes = [round(gib * 2**30) for gib in _each(options.kv_cache_gib, options.sides)]
     runs = online_runs(
@@ -117,14 +118,23 @@ def jobs(
 ) -> Iterator[Iterator[Measurement]]:
     """Yield each run's measurements, of which each depends on those before.
 
+    Servers that live together are asked in turns: a search that is cut short has told
+    as much of one as of the other.
+
     Args:
         runs: The sweeps.
         plan: Which rates.
         servers: Who is asked.
         known: Returns the rows that have some columns, those just measured included.
     """
-    for run in tqdm(runs, "sweeps"):
-        yield _sweep(run, plan, servers, known)
+
+    def beside(run: Run) -> Hashable:
+        if run.engine not in servers.together:
+            return id(run)
+        return run.number, run.memory, run.name
+
+    for same in tqdm(grouped(runs, beside), "sweeps"):
+        yield _in_turns([_sweep(run, plan, servers, known) for run in same])
 
 
 def measure(run: Run, rate: float, servers: Servers) -> dict[str, object]:
@@ -138,9 +148,10 @@ def measure(run: Run, rate: float, servers: Servers) -> dict[str, object]:
     # every rate and round has requests of its own, and every side the same
     seeds = np.random.SeedSequence([run.number, round(1e3 * min(rate, 1e6))])
     seed = int(seeds.generate_state(1)[0])
-    found = ask(server.url, run.shape, rate, seed, servers.tokenizer)
+    shape = run.shape.at(rate)
+    found = ask(server.url, shape, rate, seed, servers.tokenizer)
     after = server.metrics()
-    seconds, count = float(found["duration"]), run.shape.num_requests
+    seconds, count = float(found["duration"]), shape.num_requests
     times = {
         column: round(float(found[f"{_TIMES[time]}_{name}_ms"]), 2)
         for column in TABLE.results
@@ -148,6 +159,7 @@ def measure(run: Run, rate: float, servers: Servers) -> dict[str, object]:
         for name, time in [named.groups()]
     }
     return {
+        "num_asked": count,
         "good_share": round(found["request_goodput"] * seconds / count, 4),
         "goodput": round(found["request_goodput"], 4),
         "seconds": round(seconds, 2),
@@ -179,3 +191,14 @@ def _sweep(
         if len(found) == before:
             # it failed, or no time is left
             return
+
+
+def _in_turns(sweeps: Sequence[Iterator[Measurement]]) -> Iterator[Measurement]:
+    left = list(sweeps)
+    while left:
+        for sweep in tuple(left):
+            measurement = next(sweep, None)
+            if measurement is None:
+                left.remove(sweep)
+            else:
+                yield measurement

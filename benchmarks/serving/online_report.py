@@ -17,7 +17,8 @@ SHARE = 0.99
 """Of the requests, must keep their limits; of fewer than a hundred, all."""
 _SETTING = ["gpu", "vllm", "commit", "flags"]
 _WORK = [
-    *("shape", "memory", "model", "num_requests", "input_len", "output_len"),
+    *("shape", "memory", "model", "num_requests", "least_seconds"),
+    *("input_len", "output_len"),
     *("spread", "prefix_len", "num_prefixes", "ttft_ms_limit", "tpot_ms_limit"),
 ]
 _ENGINE = ["side", "kv_cache_bytes", "budget", "stride", "chunk"]
@@ -93,7 +94,7 @@ def online(measured: pd.DataFrame) -> str:
         "ratio": "{ratio:.2f}",
         "TTFT P50, P99": "{ttft_p50_ms:,.0f}, {ttft_p99_ms:,.0f}",
         "TPOT P50, P99": "{tpot_p50_ms:.1f}, {tpot_p99_ms:.1f}",
-        "asked": "{num_requests}",
+        "asked": "{num_asked}",
     }
     return lines(limits(rows), columns, caption(rows, "model"))
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
+from math import ceil
 from typing import Any
 
 from benchmarks.serving.engines import Engine, Requests
@@ -58,6 +59,8 @@ class Shape(RequestShape):
         ttft_ms: Most milliseconds to a request's first token.
         tpot_ms: Most milliseconds for each later one, in the mean of a request.
         rate: Requests a second that are tried first; `AT_ONCE`: the only one.
+        least_seconds: How long they go on arriving at least, by more requests than
+            `num_requests` where they come fast: a queue takes time to grow.
         memory: KV memory in bytes by name: `scarce` is what a card of 24 GB leaves
             beside the weights, `ample` has room for all that runs.
         budget: RoCo's.
@@ -69,10 +72,18 @@ class Shape(RequestShape):
     ttft_ms: int
     tpot_ms: int
     rate: float
+    least_seconds: int = 20
     memory: Mapping[str, int] = field(
         default_factory=lambda: {"ample": 32 * 2**30, "scarce": 5 * 2**30}
     )
     budget: int = 2048
+
+    def at(self, rate: float) -> Shape:
+        """Return the requests that are asked at a rate."""
+        if rate == AT_ONCE:
+            return self
+        count = ceil(rate * self.least_seconds)
+        return replace(self, num_requests=max(self.num_requests, count))
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -88,7 +99,10 @@ class Shape(RequestShape):
     @property
     def columns(self) -> dict[str, object]:
         """The columns of a row that tell the requests from others."""
-        lengths = ("num_requests", "input_len", "output_len", "spread")
+        lengths = (
+            *("num_requests", "least_seconds", "input_len", "output_len"),
+            "spread",
+        )
         limits = {f"{name}_limit": getattr(self, name) for name in _LIMITS}
         return {**self.named(*lengths, "prefix_len", "num_prefixes"), **limits}
 
@@ -103,8 +117,8 @@ SHAPES = {
         spread=0.6,
         ttft_ms=500,
         tpot_ms=40,
-        num_requests=400,
-        rate=20,
+        num_requests=200,
+        rate=30,
         memory={"ample": 16 * 2**30, "scarce": 5 * 2**30},
     ),
     "long-document": Shape(
@@ -113,7 +127,7 @@ SHAPES = {
         output_len=256,
         ttft_ms=3000,
         tpot_ms=50,
-        num_requests=100,
+        num_requests=40,
         rate=1.25,
     ),
     "reasoning": Shape(
@@ -122,7 +136,7 @@ SHAPES = {
         output_len=6144,
         ttft_ms=1000,
         tpot_ms=25,
-        num_requests=100,
+        num_requests=40,
         rate=0.5,
     ),
     "reasoning-short": Shape(
@@ -131,7 +145,7 @@ SHAPES = {
         output_len=1536,
         ttft_ms=1000,
         tpot_ms=25,
-        num_requests=100,
+        num_requests=60,
         rate=2,
         memory={"scarce": 5 * 2**28},
         budget=512,
@@ -144,8 +158,8 @@ SHAPES = {
         num_prefixes=4,
         ttft_ms=1500,
         tpot_ms=40,
-        num_requests=200,
-        rate=4,
+        num_requests=100,
+        rate=12,
     ),
     "many-long-prompts": Shape(
         about="32 prompts of 16K tokens, all at once: whose first token comes when",
@@ -170,6 +184,7 @@ SHAPES = {
         tpot_ms=60000,
         num_requests=8,
         rate=4,
+        least_seconds=1,
         memory={"scarce": 2**26},
         budget=64,
         model="smollm2-135m",

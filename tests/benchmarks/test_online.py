@@ -15,7 +15,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from benchmarks.rows import read, write
 from benchmarks.serving import online, online_client
-from benchmarks.serving.engines import MODELS
+from benchmarks.serving.engines import MODELS, Engine
 from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.online import Plan
 from benchmarks.serving.online_client import READS, chunk_size, trace, warm_up
@@ -25,6 +25,7 @@ from benchmarks.serving.online_shapes import (
     SHAPES,
     SIDES,
     Run,
+    Shape,
     online_runs,
     side_by_side,
 )
@@ -91,11 +92,72 @@ def test_what_fails_ends_its_sweep_only(tmp_path: Path) -> None:
     assert found["side"].tolist() == ["roco", "roco"]
 
 
+def test_servers_that_live_together_are_asked_in_turns(tmp_path: Path) -> None:
+    """A search that was cut short had told all of one side and nothing of others."""
+    runs = side_by_side(online_runs(["chat:ample", "agent:ample"], ["stock", "roco"]))
+    session = Session(tmp_path, dict.fromkeys(MACHINE, ""), time_limit=1e9)
+    limits = {"stock": 40, "roco": 70}
+    swept(
+        session,
+        runs,
+        Plan(precision=2),
+        lambda run, rate: float(rate < limits[run.side]),
+        together=[run.engine for run in runs],
+    )
+    found = read(tmp_path / "serving_online.csv")
+    chat = found[found["shape"] == "chat"]
+    assert list(zip(chat["side"], chat["rate"], strict=True)) == [
+        *(("stock", 30), ("roco", 30), ("stock", 45), ("roco", 45)),
+        ("roco", 67.5),
+        ("roco", 101),
+    ]
+    assert found["shape"].drop_duplicates().tolist() == ["chat", "agent"]
+
+
+def test_requests_that_come_fast_are_more_of_them() -> None:
+    """Sixty that all came within a second had never let a queue grow."""
+    shape = SHAPES["agent"]
+    assert shape.at(1).num_requests == shape.num_requests == 100
+    assert shape.at(30).num_requests == 30 * shape.least_seconds == 600
+    assert SHAPES["many-long-prompts"].at(AT_ONCE) == SHAPES["many-long-prompts"]
+    asked = []
+
+    def ask(url: str, shape: Shape, *_: object) -> dict[str, float]:
+        asked.append(shape.num_requests)
+        names = ("ttft", "tpot", "itl")
+        times = {
+            f"{of}_{time}_ms": 1
+            for of in ("mean", "p50", "p90", "p99", "p100")
+            for time in names
+        }
+        return {
+            **{"duration": 25, "request_goodput": 23.4, "output_throughput": 1},
+            **{"max_concurrent_requests": 1, **times},
+        }
+
+    class Stand:
+        url = ""
+
+        def metrics(self) -> dict[str, float]:
+            return {}
+
+    (run,) = online_runs(["agent:ample"], ["stock"])
+    servers = Servers([], "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "ask", ask)
+        patch.setattr(online, "cached_and_preempted", lambda *_: {})
+        patch.setattr(Servers, "ready", lambda *_: Stand())
+        row = online.measure(run, 30, servers)
+    assert asked == [600]
+    assert (row["num_asked"], row["good_share"]) == (600, 0.975)
+
+
 def swept(
     session: Session,
-    run: Run,
+    runs: Run | list[Run],
     plan: Plan,
     share: Callable[[Run, float], float] = lambda run, rate: float(rate < 7),
+    together: Sequence[Engine] = (),
 ) -> list[tuple[float, float]]:
     """Sweep without a server; return what was asked, and the share that was kept."""
     asked = []
@@ -108,7 +170,8 @@ def swept(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(online, "measure", measured)
         known = online.partial(session.known, online.TABLE)
-        jobs = online.jobs([run], plan, Servers([], ""), known)
+        runs = runs if isinstance(runs, list) else [runs]
+        jobs = online.jobs(runs, plan, Servers([], "", together), known)
         session.run(online.TABLE, jobs)
     return asked
 
@@ -273,6 +336,7 @@ def measured(
             "rate": rate,
             "good_share": 1.0 if rate <= limits[run.side][run.number - 1] else 0.5,
             "output_tok_s": 300 + run.number,
+            "num_asked": 50,
             "preemptions": 0,
         }
         for run in online_runs([name], list(limits), rounds=rounds)
@@ -291,7 +355,7 @@ def test_report(tmp_path: Path) -> None:
     assert "| roco, budget 2048 | 6 (4 to 8) | 3.00 |" in page
     assert "| long-document, 16384 + 256 | 5 GiB | 3,000 / 50 |" in page
     page = " ".join(found["many-long-prompts"].split())
-    assert "| 32 x (16384 + 128) | 32 GiB | roco, budget 2048 | 1,004 (1,004 to" in page
+    assert "| 32 x (16384 + 128) | 32 GiB | roco, budget 2048 | 1,005 (1,005 to" in page
     assert GOODPUT.write(tmp_path, tmp_path / "picture.svg")
     picture = (tmp_path / "picture.svg").read_text()
     assert "long-document, 5 GiB" in picture
