@@ -172,7 +172,7 @@ def run(host: Host, delays: list[float], folder: Path) -> list[str]:
             server = stack.enter_context(running_server(model, flags(host, trace), log))
             # as the server before has left its own
             num_files.append(len([*folder.glob(f"vllm_roco-{os.getuid()}/*")]))
-            if not 0 < num_files[-1] <= num_files[0]:
+            if not num_files[-1] or num_files[-1] != num_files[0]:
                 faults.append(f"files of numbers at each start: {num_files}")
             freed = server.metrics()["vllm:roco_freed_blocks_total"]
             if freed:
