@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from vllm.benchmarks.serve import add_cli_args
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -18,6 +19,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from tests.configs import SHAPE
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.request_options.planner import RequestPlanner
 from vllm_roco.validation import validated_config
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +75,23 @@ def test_vllm_and_roco_take_a_command(
     engine = AsyncEngineArgs.from_cli_args(arguments)
     assert engine.additional_config["roco"].keys()
     validated_config(engine.create_engine_config())
+
+
+def test_the_dashboards_command_evicts() -> None:
+    """With vLLM's own lengths its panels stayed at 0."""
+    page = (ROOT / "docs" / "dashboard.md").read_text().replace("\\\n", " ")
+    (command,) = re.findall(r"^python -m tools.dashboard .*? -- (.*)$", page, re.M)
+    words = shlex.split(command)
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    arguments = parser.parse_args(words[3:])
+    assert words[:3] == ["vllm", "bench", "serve"]
+    prompt = arguments.prefix_repetition_prefix_len
+    prompt += arguments.prefix_repetition_suffix_len
+    options = arguments.extra_body["vllm_xargs"]
+    for extra_args in (None, options):
+        row = RequestPlanner(RocoConfig(), 16).plan(extra_args, prompt).row
+        assert row.schedule(16).evicted_blocks(prompt) > 0
 
 
 def test_commands_of_every_page_are_found() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -15,6 +16,8 @@ from vllm_roco.compat import TESTED_VLLM
 from vllm_roco.config import RocoConfig
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
+from vllm_roco.request_options.planner import RequestPlanner
+from vllm_roco.request_plans import ResolvedPlan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -34,6 +37,29 @@ def test_the_front_page_tells_the_bound_of_the_defaults() -> None:
     assert f"chunk {config.chunk:,}" in page
     assert f"at most {schedule.max_live_tokens():,} tokens after a step" in page
     assert f"holds at most {held:,} tokens" in page
+
+
+def test_pages_tell_what_a_larger_budget_of_a_request_comes_to() -> None:
+    """The bound of the start-up line was said to hold for every sequence."""
+    plan = RequestPlanner(RocoConfig(max_budget=8192), 16).plan(
+        {"roco_budget": 8192}, 10_000
+    )
+    held = 16 * ResolvedPlan.of(plan, 16, 2, 10**6).max_blocks
+    page = " ".join((ROOT / "docs" / "options.md").read_text().split())
+    assert "`max_budget` 8192 and else the defaults, one that asks for that" in page
+    assert f"budget holds up to {held:,} tokens" in page
+
+
+def test_the_example_of_a_request_evicts_what_its_page_says() -> None:
+    page = (ROOT / "docs" / "request-options.md").read_text()
+    (example,) = re.findall(r"^curl .*? -d '({.*?^})'$", page, re.MULTILINE | re.DOTALL)
+    (freed,) = re.findall(r"^vllm:roco_freed_blocks_total{.*} ([\d.]+)$", page, re.M)
+    body = json.loads(example)
+    for num_prompt_tokens in (4, 8):
+        planner = RequestPlanner(RocoConfig(max_budget=8192), 16)
+        row = planner.plan(body["vllm_xargs"], num_prompt_tokens).row
+        computed = num_prompt_tokens + body["max_tokens"] - 2
+        assert row.schedule(16).evicted_blocks(computed) == float(freed)
 
 
 def test_prefix_caching_tells_how_many_requests_a_step_leaves_waiting() -> None:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm.v1.engine import FinishReason
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.kv_cache.specs import one_group
@@ -236,6 +238,28 @@ def test_a_scheduler_without_roco_layers_is_refused() -> None:
     with pytest.raises(ValueError, match="scheduler_cls = RocoScheduler .* no layer"):
         RocoScheduler(
             config, plan, StructuredOutputManager(config), block_size=BLOCK_SIZE
+        )
+
+
+@pytest.mark.parametrize("mode", ["both", "full"])
+def test_unlike_layers_of_full_attention_are_refused(mode: str) -> None:
+    """The engine began, and each request with options ended in an HTTP 500.
+
+    A row counts in blocks of one size, and front ends know of no other.
+    """
+    setup = Setup(mode=mode, allow_full=True)
+    spec = setup.spec()
+    config = setup.scheduler().vllm_config
+    plan = one_group(spec, 1000)
+    larger = replace(spec, block_size=2 * BLOCK_SIZE)
+    plan.kv_cache_groups.append(KVCacheGroupSpec(["another layer"], larger))
+    with pytest.raises(NotImplementedError, match=r"several sizes \(\[4, 8\] tokens"):
+        RocoScheduler(
+            config,
+            plan,
+            StructuredOutputManager(config),
+            block_size=2 * BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
         )
 
 

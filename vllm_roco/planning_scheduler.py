@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
@@ -16,7 +15,6 @@ from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.refusing_scheduler import RefusingScheduler
 from vllm_roco.request_options.error import RequestOptionError
-from vllm_roco.request_options.forms import options_in
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.validation import request_planner
@@ -25,10 +23,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_row import EvictionRow
-
-
-_ONE_FOR_ALL = ("both", "full")
-"""Modes in which requests without options have one plan, whatever their prompts."""
 
 
 class PlanningScheduler(RefusingScheduler):
@@ -55,12 +49,12 @@ class PlanningScheduler(RefusingScheduler):
                 "ROCO attention backend, but no layer uses it. Add "
                 "--attention-backend roco, or leave --scheduler-cls out."
             )
+        self._check_block_sizes()
         manager = self.roco_managers[0]
         self._planner = request_planner(self.vllm_config, manager.block_size)
         self.roco_config = self._planner.config
-        for manager in self.roco_managers:
-            # vLLM may have enlarged the blocks since the options were checked
-            self.roco_config.check_block_size(manager.block_size)
+        # vLLM may have enlarged the blocks since the options were checked
+        self.roco_config.check_block_size(manager.block_size)
         self.max_steps_in_flight = manager.max_steps_in_flight
         self._sizes = RequestSizes(
             manager.block_size, self.max_steps_in_flight, self.max_model_len
@@ -77,18 +71,16 @@ class PlanningScheduler(RefusingScheduler):
             self.max_model_len,
         )
         self._check_pool()
-        self.request_plans = self._default_plans(manager.block_size)
-        for manager in self.roco_managers:
-            manager.serve(self._plans_for(manager))
-        self._has_one_block_size = all(
-            manager.plans is self.request_plans for manager in self.roco_managers
-        )
-        if not self._has_one_block_size and self.roco_config.mode not in _ONE_FOR_ALL:
-            raise NotImplementedError(
-                f"roco: mode = {self.roco_config.mode!r} is not supported for this "
-                "model, whose layers have KV cache blocks of several sizes. Use mode "
-                '"both" or "full".'
+        self.request_plans = RequestPlans(
+            ResolvedPlan.of(
+                self._default_plan,
+                manager.block_size,
+                self.max_steps_in_flight,
+                self.max_model_len,
             )
+        )
+        for manager in self.roco_managers:
+            manager.serve(self.request_plans)
 
     @override
     def _trouble_with(self, request: Request) -> str | None:
@@ -106,12 +98,6 @@ class PlanningScheduler(RefusingScheduler):
         except (RequestOptionError, RequestTooLargeError) as error:
             return str(error)
         if plan != self._default_plan:
-            if not self._has_one_block_size and options_in(extra_args):
-                return (
-                    "roco: options of a request are not supported for this model, "
-                    "whose layers have KV cache blocks of several sizes. Leave them "
-                    "out."
-                )
             self.request_plans.enter(request.request_id, resolved)
         if plan.row != self._default_plan.row:
             _tell_workers(request, plan.row)
@@ -139,20 +125,19 @@ class PlanningScheduler(RefusingScheduler):
         # all groups take from one pool, and one block is the null block
         return int(pool.num_gpu_blocks - 1 - others) // len(self.roco_managers)
 
-    def _default_plans(self, block_size: int) -> RequestPlans:
-        """Return a book without entries; rows are in blocks of one size."""
-        plan = replace(self._planner, block_size=block_size).plan(None, 1)
-        return RequestPlans(
-            ResolvedPlan.of(
-                plan, block_size, self.max_steps_in_flight, self.max_model_len
-            )
-        )
+    def _check_block_sizes(self) -> None:
+        """Raise unless all blocks that are evicted hold as many tokens.
 
-    def _plans_for(self, manager: RocoManager) -> RequestPlans:
-        """Return the book that a manager reads."""
-        if manager.block_size == self._planner.block_size:
-            return self.request_plans
-        return self._default_plans(manager.block_size)
+        vLLM gives layers with less in a page larger blocks, where there are layers with
+        a window, too.
+        """
+        sizes = sorted({manager.block_size for manager in self.roco_managers})
+        if len(sizes) > 1:
+            raise NotImplementedError(
+                "roco: a model whose layers of full attention have KV cache blocks of "
+                f"several sizes ({sizes} tokens), because some have more KV heads or "
+                "larger ones, is not supported. Use another --attention-backend."
+            )
 
     def _check_pool(self) -> None:
         """Raise if a request that evicts could hold more than there is."""

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -160,10 +161,18 @@ def test_bounds_of_requests_are_counted() -> None:
     assert metrics.request_bounds == distribution(*sizes, 128)
     counts = dict(zip(REQUEST_BOUND.labels, metrics.request_bounds.counts, strict=True))
     assert {bound: count for bound, count in counts.items() if count} == {
-        **{"128.0": 3, "256.0": 1, "8192.0": 1, "1.048576e+06": 1, "+Inf": 1}
+        **{"128.0": 3, "160.0": 1, "5120.0": 1, "1.048576e+06": 1, "+Inf": 1}
     }
     assert isinstance(metrics.request_bounds, Distribution)
     assert metrics.request_bounds.total == sum(sizes) + 128
+
+
+def test_buckets_tell_bounds_a_quarter_apart() -> None:
+    """P95 of requests that may all hold 4,368 tokens was said to be 7,987."""
+    bounds = REQUEST_BOUND.bounds
+    assert (bounds[0], bounds[-1], len(bounds)) == (128, 2**20, 53)
+    assert all(more <= least * 1.25 for least, more in pairwise(bounds))
+    assert all(bound % 32 == 0 for bound in bounds)
 
 
 def test_instances_are_told_apart() -> None:

@@ -202,8 +202,8 @@ def test_vllm_reads_them_offline_too() -> None:
     bounds = snapshot[BOUND]
     assert isinstance(bounds, Histogram)
     assert (bounds.labels, bounds.count, bounds.sum) == (labels, 1, 200)
-    assert bounds.buckets["128.0"] == 0
-    assert bounds.buckets["256.0"] == bounds.buckets["+Inf"] == 1
+    assert bounds.buckets["192.0"] == 0
+    assert bounds.buckets["224.0"] == bounds.buckets["+Inf"] == 1
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -149,7 +149,11 @@ REQUEST_BOUND = Histogram(
     "vllm:roco_request_bound_tokens",
     "request_bounds",
     "Most KV tokens that each request may come to hold, in whole blocks.",
-    bounds=tuple(2**power for power in range(7, 21)),
+    # four a doubling, so that what lies between is a quarter off at most
+    bounds=(
+        *(quarters << power for power in range(5, 18) for quarters in range(4, 8)),
+        2**20,
+    ),
 )
 
 

@@ -31,7 +31,11 @@ def _merge_output(
     TILE: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    """Write one query head's output, the average of its splits' outputs."""
+    """Write one query head's output, the average of its splits' outputs.
+
+    `log_sum_exp` in `partial_sums` sums up the same splits, for the statistics: what
+    changes here about which of them count, and by how much, changes there.
+    """
     split = tl.arange(0, SPLITS_PADDED)
     dim = tl.arange(0, HEAD_PADDED)
     # a split without tiles wrote nothing

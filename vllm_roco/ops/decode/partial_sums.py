@@ -31,7 +31,11 @@ def log_sum_exp(
     TILE: tl.constexpr,
     SPLITS_PADDED: tl.constexpr,
 ):
-    """Return `[GROUP_PADDED]`, the log-sum-exp of a group's query heads in base 2."""
+    """Return `[GROUP_PADDED]`, the log-sum-exp of a group's query heads in base 2.
+
+    `_merge_output` in `combine` sums up the same splits, for one head: what changes
+    here about which of them count, and by how much, changes there.
+    """
     split = tl.arange(0, SPLITS_PADDED)
     group = tl.arange(0, GROUP_PADDED)
     first_tile, last_tile = split_range(length, split, num_splits, TILE)
