@@ -82,7 +82,7 @@ def test_the_dashboards_command_evicts() -> None:
     page = (ROOT / "docs" / "dashboard.md").read_text().replace("\\\n", " ")
     (command,) = re.findall(r"^python -m tools.dashboard .*? -- (.*)$", page, re.M)
     words = shlex.split(command)
-    parser = argparse.ArgumentParser()
+    parser = FlexibleArgumentParser()
     add_cli_args(parser)
     arguments = parser.parse_args(words[3:])
     assert words[:3] == ["vllm", "bench", "serve"]
