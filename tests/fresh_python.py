@@ -34,10 +34,15 @@ class FreshPython(subprocess.Popen[str]):
     """
 
     def _execute_child(self, args: list[str | Path], *rest: Any) -> None:
-        if not is_possible():
+        if not (is_possible() and self._is_forked(args, *rest)):
             super()._execute_child([sys.executable, *args], *rest)
-            return
-        *_, cwd, env, _, _, _ = rest[:9]
+
+    def _is_forked(self, args: list[str | Path], *rest: Any) -> bool:
+        """Have it forked, and return whether that was possible."""
+        _, preexec_fn, _, pass_fds, cwd, env, *_ = rest
+        if preexec_fn or pass_fds or rest[-2]:
+            # nor a session of its own: of those a nursery knows nothing
+            return False
         pipes = rest[9:15]
         streams = (pipes[0], pipes[3], pipes[5])
         try:
@@ -47,9 +52,13 @@ class FreshPython(subprocess.Popen[str]):
                 folder=cwd,
                 files={n: file for n, file in enumerate(streams) if file != -1},
             )
-            self._child_created = True
-        finally:
-            self._close_pipe_fds(*pipes)
+        except OSError:
+            # it is gone; the next one asks another
+            nursery.cache_clear()
+            return False
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+        return True
 
 
 def run_python(

@@ -268,6 +268,8 @@ class PagedWorker:
         sources = [copy.src_block_id for copy in copies]
         targets = [copy.dst_block_id for copy in copies]
         assert len(set(targets)) == len(targets), "two copies into one block"
+        # a worker copies a few at a time, layer by layer
+        assert not {*targets} & {*sources}, "a copy of a copy"
         assert not set(sources) & set(targets), "a copy of what is being copied"
         pages = [self._pages[block] for block in sources]
         self._pages.update(zip(targets, pages, strict=True))

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fresh_python import FreshPython, run_fresh, run_python
+from tests.fresh_python import FreshPython, nursery, run_fresh, run_python
 from tests.quick_start.nursery import is_possible, opened, serve_spawn
 
 pytestmark = pytest.mark.skipif(not is_possible(), reason="processes are executed here")
@@ -55,6 +55,61 @@ def test_code_sees_what_it_is_given_alone(tmp_path: Path) -> None:
         "name": "__main__",
         "file": None,
     }
+
+
+@pytest.mark.parametrize("fails", ["the message", "the fork"])
+def test_a_copy_that_fails_does_not_go_on_as_its_owner(fails: str) -> None:
+    """It did: a second server started silently beside the first one."""
+    code = """
+import os, sys
+from tests.quick_start import nursery
+
+real_fork, forks = os.fork, []
+
+def fork():
+    forks.append(1)
+    if len(forks) > 1 and sys.argv[1] == "the fork":
+        raise OSError("no more processes")
+    return real_fork()
+
+os.fork = fork
+own = nursery.branch_off()
+if sys.argv[1] == "the message":
+    own._connection.sendall((3).to_bytes(8, "big") + b"no!")
+print("the owner goes on", flush=True)
+try:
+    own.start(["-c", "print('never')"])
+except OSError as error:
+    print("told:", error)
+"""
+    process = run_fresh(code, fails, folder=Path.cwd())
+    assert process.returncode == 0
+    assert process.stdout.splitlines()[0] == "the owner goes on"
+    assert len(process.stdout.splitlines()) == 2
+    assert process.stdout.splitlines()[1].startswith("told:")
+    # and why
+    reason = "no more processes" if fails == "the fork" else "JSONDecodeError"
+    assert reason in process.stderr
+
+
+def test_who_asks_for_more_than_a_nursery_knows_is_executed() -> None:
+    code = "import os; print(os.getsid(0) == os.getpid())"
+    for options, expected in (({"start_new_session": True}, "True"), ({}, "False")):
+        with FreshPython(
+            ["-c", code], stdout=subprocess.PIPE, text=True, **options
+        ) as process:
+            assert process.communicate()[0].strip() == expected
+
+
+def test_a_nursery_that_is_gone_is_replaced() -> None:
+    assert run_fresh("print(1)").stdout == "1\n"
+    first = nursery()
+    assert first._process is not None
+    first._process.kill()
+    first._process.wait()
+    assert run_fresh("print(2)").stdout == "2\n"
+    assert run_fresh("print(3)").stdout == "3\n"
+    assert nursery() is not first
 
 
 def test_scripts_and_modules_run_too(tmp_path: Path) -> None:

@@ -114,6 +114,28 @@ def test_the_least_recently_used_goes_first(pool: BlockPool) -> None:
     assert (store.num_hits, store.num_saved_tokens) == (1, 80)
 
 
+def test_one_made_while_requests_are_let_in_goes_behind_one_that_is_hit(
+    pool: BlockPool,
+) -> None:
+    """The oldest was looked for in another order than vLLM's free queue has."""
+    store = SnapshotStore(pool)
+    publish(store, pool, 1)
+    live = pool.get_new_blocks(5)
+    copies = store.publish(prefix(2), live)
+    hit = store.find(prefix(1))
+    assert hit is not None
+    pool.touch(hit.blocks)
+    store.count_hit(prefix(1), 80)
+    pool.free_blocks(hit.blocks)
+    # all are chosen, and the copies become free
+    store.renew(prefix(2))
+    pool.free_blocks([target for _, target in copies])
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 9)
+    assert hit.blocks[0] in taken
+    assert store.num_alive == 1
+    assert store.find(prefix(2)) is not None
+
+
 @pytest.mark.parametrize("lost", range(5))
 def test_any_block_that_is_handed_out_ends_a_snapshot(
     pool: BlockPool, lost: int

@@ -268,6 +268,19 @@ def test_steps_do_not_look_again_for_an_engine_that_is_not_there(
             assert moved.connect()
 
 
+def test_a_clock_that_was_set_back_lets_no_step_look(
+    looks: list[None], directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "CHECK_SECONDS", 1e9)
+    moved = MovedBlocks("1", 0)
+    with contextlib.closing(publisher(engine=1)):
+        an_hour_ahead = time.time() + 3600
+        os.utime(directory, (an_hour_ahead, an_hour_ahead))
+        for _ in range(50):
+            assert not moved.connect()
+    assert len(looks) == 1
+
+
 def test_a_change_that_does_not_show_is_not_missed(
     looks: list[None], directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,6 +29,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing import util
@@ -81,7 +82,8 @@ class Nursery:
             arguments: Of the interpreter: `-c` and code, `-m` and a module's name, or a
                 script, and more behind it; before it `-P`, or no option.
             environment: All variables; `PYTHONPATH` goes before other places. None for
-                those of the caller.
+                those of the caller. What a library reads while it is imported (`OMP_*`,
+                `HF_*`), and Python when it starts (`PYTHONHASHSEED`), it has read then.
             folder: The current folder; None for that of the caller.
             files: What each file descriptor of the process is here. The first three are
                 those of the caller where they are not named.
@@ -110,9 +112,17 @@ class Nursery:
         return pid
 
 
+EXECUTED = "ROCO_EXECUTED"
+"""Environment variable that lets each process be executed, none forked."""
+
+
 def is_possible() -> bool:
     """Tell whether forks are sound here: what CUDA has begun does not survive one."""
-    return sys.platform == "linux" and not Path("/dev/nvidiactl").exists()
+    return (
+        sys.platform == "linux"
+        and EXECUTED not in os.environ
+        and not Path("/dev/nvidiactl").exists()
+    )
 
 
 def opened() -> Nursery:
@@ -137,10 +147,11 @@ def branch_off() -> Nursery:
         there.close()
         return Nursery(here)
     here.close()
-    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != owner:
-        os._exit(0)
-    _rear(there)
+    # whatever happens, the copy does not go on with what its owner does
+    with _ending():
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == owner:
+            _rear(there)
     raise AssertionError("nothing comes back")
 
 
@@ -169,7 +180,7 @@ def serve_spawn(open_nursery: Any) -> None:
 
     def spawn(path: bytes, arguments: Sequence[str | bytes], files: Any) -> int:
         decoded = [os.fsdecode(argument) for argument in arguments]
-        if "--multiprocessing-fork" in decoded:
+        if "--multiprocessing-fork" in decoded and is_possible():
             # killed, as by a signal to the whole group, it leaves this to the original
             with contextlib.suppress(OSError):
                 numbers = {number: number for number in map(int, files)}
@@ -201,15 +212,32 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return read
 
 
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """End the process with the block, and tell why if that raises."""
+    status = 1
+    try:
+        yield
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
 def _rear(connection: socket.socket) -> None:
-    """Fork as the owner asks, until it is gone; never return."""
+    """Fork as the owner asks, until it is gone."""
+    # what goes wrong here is told where the owner complains
+    complaints = os.dup(2)
+    sys.stderr = os.fdopen(complaints, "w", closefd=False)
     # an interrupt is for the owner and for what it has started
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(nothing, number)
     for name in os.listdir("/proc/self/fd"):
-        if int(name) > 2 and int(name) != connection.fileno():
+        if int(name) > 2 and int(name) not in (connection.fileno(), complaints):
             with contextlib.suppress(OSError):
                 os.close(int(name))
     # a look for garbage would copy every page of what the forks share
@@ -217,17 +245,19 @@ def _rear(connection: socket.socket) -> None:
     while True:
         head, files, *_ = socket.recv_fds(connection, 8, _MOST_FILES)
         if not head:
-            os._exit(0)
+            return
         asked = json.loads(_read(connection, int.from_bytes(head, "big")))
         between = os.fork()
         if not between:
             first_parent = os.getpid()
             child = os.fork()
             if not child:
-                connection.close()
-                while os.getppid() == first_parent:
-                    time.sleep(1e-4)
-                _become(asked, files)
+                with _ending():
+                    connection.close()
+                    while os.getppid() == first_parent:
+                        time.sleep(1e-4)
+                    os.close(complaints)
+                    _become(asked, files)
             connection.sendall(child.to_bytes(8, "big"))
             # the child's next parent is the owner
             os._exit(0)
@@ -240,6 +270,7 @@ def _rear(connection: socket.socket) -> None:
 def _become(asked: dict[str, Any], files: list[int]) -> None:
     """Be the process that was asked for; never return."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stderr = sys.__stderr__
     numbers: list[int] = asked["files"]
     above = max([*numbers, *files]) + 1
     moved = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in files]
@@ -257,6 +288,9 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
     os.environ.update(environment)
     # found out anew, by the variables
     tempfile.tempdir = None
+    if "numpy" in sys.modules:
+        # two processes draw different numbers, as if each had been executed
+        sys.modules["numpy"].random.seed()
     importlib.invalidate_caches()
     path = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))

@@ -333,6 +333,9 @@ class PrefixCache:
         Returns:
             Blocks to copy from and to before the step, each with a reference for that.
         """
+        # their copies become free now, behind the blocks of snapshots hit in the meantime
+        for prefix in self._sources:
+            self.store.renew(prefix)
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
                 self._publish(request, length, prefix)

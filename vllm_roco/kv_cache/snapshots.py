@@ -101,6 +101,11 @@ class SnapshotStore:
         """Return whether there is a snapshot of a prefix, whole or not."""
         return prefix in self._snapshots
 
+    def renew(self, prefix: BlockHash) -> None:
+        """Note that a snapshot's blocks become the last ones of vLLM's free queue."""
+        if prefix in self._snapshots:
+            self._snapshots.move_to_end(prefix)
+
     def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
         """Note that a request begins behind a prefix of so many tokens."""
         self._snapshots.move_to_end(prefix)

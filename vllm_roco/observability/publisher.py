@@ -215,8 +215,8 @@ class MovedBlocks:
         self._due = now + CHECK_SECONDS
         self._directories = [place.path for place in places()]
         self._changes = times_of_change(self._directories)
-        if time.time_ns() - max(self._changes) < TICK_NANOSECONDS:
-            # another change might not show
+        if abs(time.time_ns() - max(self._changes)) < TICK_NANOSECONDS:
+            # another change might not show; a clock that was set back counts for nothing
             self._changes = None
         return True
 
