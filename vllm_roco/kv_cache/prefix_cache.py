@@ -333,7 +333,7 @@ class PrefixCache:
         Returns:
             Blocks to copy from and to before the step, each with a reference for that.
         """
-        # their copies become free now, behind the blocks of snapshots hit in the meantime
+        # their copies become free now, behind the blocks of snapshots that were hit
         for prefix in self._sources:
             self.store.renew(prefix)
         for request, length, prefix in self._readers.arrivals():

@@ -216,7 +216,7 @@ class MovedBlocks:
         self._directories = [place.path for place in places()]
         self._changes = times_of_change(self._directories)
         if abs(time.time_ns() - max(self._changes)) < TICK_NANOSECONDS:
-            # another change might not show; a clock that was set back counts for nothing
+            # another change might not show; of a clock that was set back, all do
             self._changes = None
         return True
 
