@@ -128,20 +128,6 @@ MODELS = {
         "mimo_v2_flash",
         Case(("bring an attention backend of their own", OTHER_MODEL)),
     ),
-    "longest-hits-beside-windows": Model(
-        "Gemma2ForCausalLM",
-        "gemma2",
-        Case(
-            (
-                "prefix_hits = 'longest' is not supported",
-                "sliding-window layers",
-                'Use prefix_hits "exact", or --no-enable-prefix-caching',
-            ),
-            {"prefix_hits": "longest"},
-            {"enable_prefix_caching": True},
-        ),
-        {"sliding_window": 64},
-    ),
     "windows-only": Model(
         "MistralForCausalLM",
         "mistral",
@@ -169,6 +155,23 @@ MODELS = {
 }
 
 
+LONGEST_HITS_BESIDE_WINDOWS = Model(
+    "Gemma2ForCausalLM",
+    "gemma2",
+    Case(
+        (
+            "prefix_hits = 'longest' is not supported",
+            "sliding-window layers",
+            'Use prefix_hits "exact", or --no-enable-prefix-caching',
+        ),
+        {"prefix_hits": "longest"},
+        {"enable_prefix_caching": True},
+    ),
+    {"sliding_window": 64},
+)
+"""Refused for an option: the model itself is served."""
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_model_is_refused_before_it_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -183,10 +186,13 @@ def test_model_is_refused_before_it_is_loaded(
 def test_longest_hits_beside_windows_are_no_matter_without_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = MODELS["longest-hits-beside-windows"]
+    model = LONGEST_HITS_BESIDE_WINDOWS
+    folder = model.save(tmp_path, monkeypatch)
+    with pytest.raises(NotImplementedError) as error:
+        engine_config(folder, model.case)
+    refused(str(error.value), model.case)
     without = {"enable_prefix_caching": False}
-    case = replace(model.case, arguments=without)
-    engine_config(model.save(tmp_path, monkeypatch), case)
+    engine_config(folder, replace(model.case, arguments=without))
 
 
 def test_a_window_that_no_sequence_reaches_can_be_switched_off(
