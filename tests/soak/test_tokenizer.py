@@ -28,6 +28,15 @@ def test_a_model_without_any_other_model(windows: bool, tmp_path: Path) -> None:
     assert loaded.decode(loaded.encode("red green [a-f] é")) == "red green [a-f] é"
 
 
+def test_whatever_the_pages_say_prompts_end_in_whole_characters(
+    tmp_path: Path,
+) -> None:
+    """A word of theirs moved the first token of prompts to half of an arrow."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "tokenizer"))
+    texts = tokenizer.batch_decode([[n] for n in range(FIRST_TOKEN, len(tokenizer))])
+    assert all(text.isascii() for text in texts)
+
+
 def test_text_behind_the_first_token_is_the_answer_alone(tmp_path: Path) -> None:
     """Behind a prompt that ends in mid-character vLLM returns both."""
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "tokenizer"))

@@ -29,7 +29,12 @@ def save_tokenizer(folder: Path) -> Path:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train([str(page) for page in sorted(DOCUMENTS.glob("*.md"))], trainer)
+    # without what takes several bytes: every token but those of one byte is whole
+    pages = (
+        page.read_text(encoding="utf-8") for page in sorted(DOCUMENTS.glob("*.md"))
+    )
+    texts = (page.encode("ascii", "ignore").decode() for page in pages)
+    tokenizer.train_from_iterator(texts, trainer)
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     whole.save_pretrained(folder)
