@@ -14,7 +14,7 @@ import pytest
 
 from tests.scheduler_driver import Driver, Setup
 from vllm_roco.kv_cache.prefix_cache import PrefixCache
-from vllm_roco.scheduler import describe
+from vllm_roco.start_up_line import describe
 
 PROMPT = list(range(2, 80))
 """78 tokens; the first eviction is at 24, chunks are of 8, blocks of 4."""

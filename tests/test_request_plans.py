@@ -19,7 +19,7 @@ from vllm_roco.observability.metrics import read_engines
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
 from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
-from vllm_roco.scheduler import describe
+from vllm_roco.start_up_line import describe
 
 OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
 

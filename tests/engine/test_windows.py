@@ -14,7 +14,7 @@ from tests.engine.engines import Engine, running_engine
 from tests.engine.mixed_models import MIXED_MODELS, save_mixed
 from tests.engine.steps import audited_manager, most_held_blocks, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
-from vllm_roco.scheduler import describe
+from vllm_roco.start_up_line import describe
 
 pytestmark = pytest.mark.engine
 
