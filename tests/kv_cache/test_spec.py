@@ -24,6 +24,7 @@ from tests.configs import engine_config
 from tests.kv_cache.planning import get_kv_cache_groups, plan_kv_cache
 from tests.kv_cache.specs import roco_spec
 from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache import spec as spec_module
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import statistics_bytes
 from vllm_roco.kv_cache.spec import RocoSpec
@@ -259,6 +260,59 @@ def test_one_sequence_of_any_length_fits_in_its_bound(vllm_config: VllmConfig) -
     assert plan(vllm_config, 12).num_blocks == 12
     with pytest.raises(ValueError, match="To serve at least one request"):
         plan(vllm_config, 11)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {},
+            ("hold 176 tokens: budget = 64, stride = 32, chunk = 64", "Lower budget,"),
+        ),
+        (
+            {"mode": "generation", "max_budget": 128},
+            ("hold 240 tokens: max_budget = 128, stride = 32", "Lower max_budget, "),
+        ),
+        (
+            {"mode": "full", "allow_full": True},
+            ("keeps all that it generates in mode = 'full'", "Lower --max-model-len"),
+        ),
+    ],
+)
+def test_a_cache_too_small_for_one_sequence_names_our_options(
+    vllm_config: VllmConfig,
+    said: list[str],
+    options: dict[str, Any],
+    says: tuple[str, ...],
+) -> None:
+    """vLLM's own error advised a smaller `max_model_len`, which changes nothing."""
+    vllm_config.additional_config = {"roco": OPTIONS | options}
+    with pytest.raises(ValueError, match="To serve at least one"):
+        plan(vllm_config, 9)
+    (message,) = said
+    assert message.startswith("roco: the KV cache is too small for one sequence, ")
+    for words in says:
+        assert words in message
+
+
+def test_nothing_is_said_of_a_cache_that_is_large_enough(
+    vllm_config: VllmConfig, said: list[str]
+) -> None:
+    """Nor where vLLM fits the length to the cache, which asks for one token too."""
+    plan(vllm_config, 12)
+    vllm_config.model_config.original_max_model_len = -1
+    plan(vllm_config, 9)
+    assert said == []
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is told as an error, also if another test has heard it before."""
+    errors: list[str] = []
+    monkeypatch.setattr(
+        spec_module.logger, "error_once", lambda text, *of: errors.append(text % of)
+    )
+    return errors
 
 
 def test_maximum_concurrency_counts_by_the_bound(vllm_config: VllmConfig) -> None:

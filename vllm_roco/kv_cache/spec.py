@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
+from vllm.logger import init_logger
 from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import (
@@ -25,6 +26,8 @@ from vllm_roco.scheduler_choice import use_roco_scheduler
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
+
+logger = init_logger(f"vllm.{__name__}")
 
 if not _REGISTRY_KVCACHESPEC_LIST:
     # vLLM registers its own specs only while nothing at all is registered
@@ -146,13 +149,41 @@ class RocoSpec(AttentionSpec):
         use_roco_scheduler(vllm_config)
         # read here, not stored: the automatic fit varies it
         max_model_len = vllm_config.model_config.max_model_len
+        config = RocoConfig.from_additional_config(vllm_config.additional_config)
+        if max_model_len == 1 and not _is_fitted(vllm_config):
+            # what one sequence needs was too much, and vLLM asks for what would fit,
+            # beginning with one token; then it raises an error that knows no budget
+            logger.error_once("%s", self._cure(config))
         blocks = most_blocks_by_default(
-            RocoConfig.from_additional_config(vllm_config.additional_config),
-            self.block_size,
-            self.max_steps_in_flight,
-            max_model_len,
+            config, self.block_size, self.max_steps_in_flight, max_model_len
         )
         return blocks * self.page_size_bytes
+
+    def _cure(self, config: RocoConfig) -> str:
+        """Return what helps where the KV cache is too small for one sequence."""
+        memory = (
+            "give the cache more memory (--gpu-memory-utilization, on a CPU "
+            "VLLM_CPU_KVCACHE_SPACE)"
+        )
+        kept = config.most_kept
+        if kept is None:
+            return (
+                "roco: the KV cache is too small for one sequence, which keeps all "
+                f"that it generates in mode = {config.mode!r}. Lower --max-model-len, "
+                f"use mode 'both', or {memory}."
+            )
+        held = EvictionSchedule(self.block_size, kept, config.stride).max_blocks(
+            self.max_steps_in_flight * config.chunk
+        )
+        which = "max_budget" if config.mode == "generation" else "budget"
+        return (
+            f"roco: the KV cache is too small for one sequence, which may hold "
+            f"{held * self.block_size} tokens: {which} = {kept}, stride = "
+            f"{config.stride}, chunk = {config.chunk} for each of "
+            f"{self.max_steps_in_flight} steps in flight, and one block of "
+            f"{self.block_size}. Lower {which}, chunk or stride, or {memory}; "
+            "--max-model-len helps only below that number of tokens."
+        )
 
     @classmethod
     @override
@@ -173,3 +204,8 @@ class RocoSpec(AttentionSpec):
     ) -> bool:
         """Return whether all layers are RoCo layers."""
         return all(type(spec) is type(self) for spec in kv_cache_specs.values())
+
+
+def _is_fitted(vllm_config: VllmConfig) -> bool:
+    """Return whether vLLM looks for the largest `max_model_len` by itself."""
+    return vllm_config.model_config.original_max_model_len == -1
