@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import vllm_roco
+from tools import file_map
 from tools.docs_site import as_on_site
 from vllm_roco.compat import TESTED_VLLM
 from vllm_roco.config import RocoConfig
@@ -60,6 +61,11 @@ def test_the_example_of_a_request_evicts_what_its_page_says() -> None:
         row = planner.plan(body["vllm_xargs"], num_prompt_tokens).row
         computed = num_prompt_tokens + body["max_tokens"] - 2
         assert row.schedule(16).evicted_blocks(computed) == float(freed)
+
+
+def test_the_page_of_files_has_every_module() -> None:
+    """`python -m tools.file_map --write` makes it anew."""
+    assert file_map.PAGE.read_text() == file_map.page()
 
 
 def test_prefix_caching_tells_how_many_requests_a_step_leaves_waiting() -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from benchmarks.serving.online_shapes import DEFAULT_SIDES, SHAPES
 from benchmarks.serving.online_shapes import SIDES as ONLINE_SIDES
 from benchmarks.serving.prefix_workloads import PREFIX_WORKLOADS, SIDES, prefix_runs
+from benchmarks.serving.rate_search import SHARE
 from benchmarks.serving.signals import unwind_once
 from benchmarks.serving.workloads import CHUNKS, VARIANTS, WORKLOADS, runs
 
@@ -124,7 +125,7 @@ def _add_online(online: argparse.ArgumentParser) -> None:
     online.add_argument(
         "--share",
         type=float,
-        default=0.99,
+        default=SHARE,
         help="share of the requests that must keep their limits",
     )
     online.add_argument(

@@ -24,7 +24,7 @@ from benchmarks.serving.jobs import Measurement, Session
 from benchmarks.serving.online_client import ask
 from benchmarks.serving.online_servers import Servers
 from benchmarks.serving.online_shapes import AT_ONCE, Run, online_runs, side_by_side
-from benchmarks.serving.rate_search import next_rate
+from benchmarks.serving.rate_search import SHARE, next_rate
 from benchmarks.serving.request_shapes import grouped
 
 TABLE = Table(
@@ -56,7 +56,7 @@ class Plan:
     """
 
     rates: tuple[float, ...] | None = None
-    share: float = 0.99
+    share: float = SHARE
     precision: float = 1.1
 
     def next(self, run: Run, known: pd.DataFrame) -> float:

@@ -11,10 +11,8 @@ from benchmarks.markdown import UNMEASURED, lines
 from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import ratio
 from benchmarks.serving.online_shapes import AT_ONCE, SIDES
-from benchmarks.serving.rate_search import bracket
+from benchmarks.serving.rate_search import SHARE, bracket
 
-SHARE = 0.99
-"""Of the requests, must keep their limits; of fewer than a hundred, all."""
 _SETTING = ["gpu", "vllm", "commit", "flags"]
 _WORK = [
     *("shape", "memory", "model", "num_requests", "least_seconds"),

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import sqrt
 
+SHARE = 0.99
+"""Of the requests, must keep their limits; of fewer than a hundred, all."""
 GROWTH = 1.5
 """From a rate that is kept to the next one, until one is not."""
 DESCENT = 2

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Whether the engine of a soak has room for all that it is sent."""
+
 from __future__ import annotations
 
 import torch
