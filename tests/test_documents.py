@@ -161,6 +161,7 @@ def test_every_file_that_tells_the_version_tells_the_same() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert project["version"] == vllm_roco.__version__
     assert f"\nversion: {vllm_roco.__version__}\n" in citation
+    assert f"\nVersion {vllm_roco.__version__}," in (ROOT / "README.md").read_text()
 
 
 def test_the_image_is_of_a_tested_release() -> None:

@@ -143,6 +143,7 @@ def test_prometheus_takes_the_configuration_of_the_page(tmp_path: Path) -> None:
 
 def test_the_page_explains_every_panel_and_alert() -> None:
     page = (ALERTS.parents[1] / "dashboard.md").read_text()
+    assert f"The dashboard's {len(PANELS)} panels" in page
     explained = re.findall(r"^\| `?([^|`]+?)`? \|", page, re.MULTILINE)
     (group,) = yaml.safe_load(ALERTS.read_text())["groups"]
     named = [panel["title"] for panel in PANELS]
