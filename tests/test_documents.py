@@ -68,6 +68,33 @@ def test_the_page_of_files_has_every_module() -> None:
     assert file_map.PAGE.read_text() == file_map.page()
 
 
+def test_what_contributing_names_is_there() -> None:
+    """Files by the end of their path, other names as words of some source.
+
+    One that ends in an underscore is how several begin.
+    """
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    files = [
+        path
+        for folder in ("vllm_roco", "tests", "benchmarks", "tools", "docs")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    source = "".join(path.read_text() for path in files if path.suffix == ".py")
+    words = {*re.findall(r"\w+", source)}
+    told = page[page.index("## How the code") : page.index("## Tests")]
+    for name in re.findall(r"`(\w[\w./]*)`", told):
+        if re.search(r"/|\.(py|md|json|toml|yml)$", name):
+            end = name.rstrip("/")
+            there = any(f"/{path.as_posix()}".endswith(f"/{end}") for path in files)
+            assert there or (ROOT / end).exists(), name
+        elif re.search("[_A-Z]", name):
+            for word in re.findall(r"\w+", name):
+                several = word.endswith("_") and any(
+                    other.startswith(word) for other in words
+                )
+                assert several or word in words, name
+
+
 def test_prefix_caching_tells_how_many_requests_a_step_leaves_waiting() -> None:
     page = " ".join((ROOT / "docs" / "prefix-caching.md").read_text().split())
     assert f"leaves at most {MAX_WAITS_PER_STEP} requests waiting" in page
