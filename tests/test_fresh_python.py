@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -17,7 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fresh_python import FreshPython, nursery, run_fresh, run_python
+from tests import fresh_python
+from tests.fresh_python import FreshPython, run_fresh, run_python
 from tests.quick_start.nursery import is_possible, opened, serve_spawn
 
 pytestmark = pytest.mark.skipif(not is_possible(), reason="processes are executed here")
@@ -101,7 +103,10 @@ def test_who_asks_for_more_than_a_nursery_knows_is_executed() -> None:
             assert process.communicate()[0].strip() == expected
 
 
-def test_a_nursery_that_is_gone_is_replaced() -> None:
+def test_a_nursery_that_is_gone_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    # others go on with theirs, and those of this test have nothing to import
+    nursery = functools.cache(lambda: opened([]))
+    monkeypatch.setattr(fresh_python, "nursery", nursery)
     assert run_fresh("print(1)").stdout == "1\n"
     first = nursery()
     assert first._process is not None
@@ -109,7 +114,11 @@ def test_a_nursery_that_is_gone_is_replaced() -> None:
     first._process.wait()
     assert run_fresh("print(2)").stdout == "2\n"
     assert run_fresh("print(3)").stdout == "3\n"
-    assert nursery() is not first
+    second = nursery()
+    assert second is not first
+    assert second._process is not None
+    second._process.kill()
+    second._process.wait()
 
 
 def test_scripts_and_modules_run_too(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_few_steps_teach_a_tiny_model(folder: Path, tokenizer: Any) -> None:
     model = load(folder)
     lines: list[str] = []
     plan = Plan(rank=4, rate=0.03, time_limit=60, steps=25, evaluate_every=10)
-    with supply(tokenizer, 2048, 0, 1, LENGTHS) as batches:
+    with supply(tokenizer, 1024, 0, 1, LENGTHS) as batches:
         seen = batches.take(0.0)
         before = float(loss_of(model, seen).detach())
         course = train(model, batches, plan, lambda: {"task": 0.5}, lines.append)
@@ -53,7 +53,7 @@ def test_a_few_steps_teach_a_tiny_model(folder: Path, tokenizer: Any) -> None:
 
     assert after < before - 0.2
     assert course.steps == 25
-    assert course.tokens > 25 * 1024
+    assert course.tokens > 25 * 512
     assert course.scores == {10: {"task": 0.5}, 20: {"task": 0.5}}
 
 

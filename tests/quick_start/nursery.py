@@ -125,12 +125,12 @@ def is_possible() -> bool:
     )
 
 
-def opened() -> Nursery:
+def opened(libraries: Sequence[str] = LIBRARIES) -> Nursery:
     """Return a nursery in a process of its own, which imports in its own time."""
     here, there = socket.socketpair()
     with there:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(there.fileno())],
+            [sys.executable, __file__, str(there.fileno()), *libraries],
             pass_fds=[there.fileno()],
             # what it starts has files of its own
             stdin=subprocess.DEVNULL,
@@ -155,11 +155,11 @@ def branch_off() -> Nursery:
     raise AssertionError("nothing comes back")
 
 
-def import_libraries() -> None:
-    """Import `LIBRARIES`."""
+def import_libraries(libraries: Sequence[str] = LIBRARIES) -> None:
+    """Import libraries, as far as they are there."""
     collects = gc.isenabled()
     gc.disable()
-    for name in LIBRARIES:
+    for name in libraries:
         # another release of theirs may have moved one
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -338,7 +338,7 @@ def _run(arguments: list[str], path: list[str]) -> int:
 def _main() -> None:
     # this folder is on the path for `sitecustomize` alone
     del sys.path[0]
-    import_libraries()
+    import_libraries(sys.argv[2:])
     _rear(socket.socket(fileno=int(sys.argv[1])))
 
 

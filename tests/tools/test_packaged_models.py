@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,12 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "vllm_roco"
 
 
+@functools.cache
+def tokenizer_of(folder: Path) -> Any:
+    """Read a model's tokenizer once: Gemma's, of 262,144 words, takes seconds."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [("smollm2", "LlamaForCausalLM"), ("gemma_3", "Gemma3ForCausalLM")],
@@ -37,7 +45,7 @@ def test_model_knows_a_fact(
     name: str, architecture: str, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = tokenizer_of(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     inputs = tokenizer("The capital of Japan is", return_tensors="pt")
 
@@ -50,9 +58,7 @@ def test_model_knows_a_fact(
 
 def test_gemma_begins_texts_with_its_own_token(gemma_3: Path) -> None:
     """Converted as it comes, the tokenizer leaves it out, and the model babbles."""
-    tokenizer = AutoTokenizer.from_pretrained(gemma_3)
-
-    encoded = tokenizer("The pass key is")
+    encoded = tokenizer_of(gemma_3)("The pass key is")
 
     assert encoded.tokens() == ["<bos>", "The", "▁pass", "▁key", "▁is"]
 
