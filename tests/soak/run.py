@@ -22,6 +22,7 @@ from tests.soak.clients import (
     Client,
 )
 from tests.soak.mix import Limits, Planned, canaries, crowd
+from tests.soak.ranks import Ranks
 from tests.soak.resources import Sample
 
 NUM_PARTS = 10
@@ -71,6 +72,7 @@ class Report:
         canaries: Those compared, and those equal token for token.
         samples: The engine's processes after each part.
         audit: The last report of `tests.soak.audit`.
+        ranks: What each of several ranks has done, in numbers.
         faults: What was wrong, empty if nothing was.
         num_faults: How often something was wrong.
     """
@@ -84,6 +86,7 @@ class Report:
     canaries: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
+    ranks: list[Counter[str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     num_faults: int = 0
 
@@ -124,6 +127,8 @@ class Report:
             "open files after each part": [each.files for each in self.samples],
             "faults": self.num_faults,
         }
+        for rank, done in enumerate(self.ranks):
+            rows[f"rank {rank}"] = dict(done)
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
@@ -138,6 +143,7 @@ class Soak:
         audit: The file of `tests.soak.audit`.
         root: The process of which the engine is a part, or which has started it.
         say: Takes lines of progress.
+        ranks: Those of the engine, if there are several.
     """
 
     def __init__(
@@ -148,9 +154,11 @@ class Soak:
         audit: Path,
         root: int,
         say: Callable[[str], None],
+        ranks: Ranks | None = None,
     ) -> None:
         self._client, self._plan, self._limits = client, plan, limits
         self._audit, self._root, self._say = audit, root, say
+        self._ranks = ranks
         self._alone: dict[int, Choice] = {}
         self.report = Report()
 
@@ -285,3 +293,7 @@ class Soak:
                 break
             await asyncio.sleep(0.3)
         self.report.audit = report
+        if self._ranks is not None:
+            for fault in await self._ranks.compare():
+                self.report.fault(f"{name}: {fault}")
+            self.report.ranks = self._ranks.counts

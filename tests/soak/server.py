@@ -36,7 +36,10 @@ async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Rep
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         with running_server(host.find_model(), flags, log) as server:
             client = HttpClient(server.url)
-            soak = Soak(client, plan, host.limits(), host.audit, server.pid, say)
+            soak = Soak(
+                *(client, plan, host.limits(), host.audit, server.pid, say),
+                host.ranks,
+            )
             try:
                 report = await soak.run()
                 if not server.is_healthy():
