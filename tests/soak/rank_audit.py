@@ -84,18 +84,16 @@ class RankAudit:
         # a dummy batch is in no step
         if self._step is not None:
             batch = self._request_ids()
-            self._requests = {
-                query_start_loc[row]: batch[row]
+            rows = {
+                query_start_loc[row]: (batch[row], block_table[row].tolist())
                 for row in range(len(seq_lens))
                 if query_start_loc[row + 1] > query_start_loc[row]
             }
-            rows = {
-                batch[row]: block_table[row].tolist() for row in range(len(seq_lens))
-            }
+            self._requests = {first: request for first, (request, _) in rows.items()}
             for sequence in sequences:
-                request = self._requests[sequence.first_token]
+                request, row = rows[sequence.first_token]
                 self._step.requests.append(request)
-                self._check_table(request, rows[request], sequence.live_blocks.tolist())
+                self._check_table(request, row, sequence.live_blocks.tolist())
         return iter(sequences)
 
     def _check_table(self, request: str, row: Blocks, live: Blocks) -> None:
