@@ -89,6 +89,14 @@ MUTANTS = (
         ("tests/attention/cpu/test_impl.py",),
     ),
     Mutant(
+        "a statistic is not cleared by one of several ranks",
+        "attention/cpu/impl.py",
+        "statistics[new] = 0",
+        "others = torch.distributed.is_initialized() and torch.distributed.get_rank()\n"
+        "            statistics[new & (not others)] = 0",
+        ("tests/soak/test_rank_soak.py",),
+    ),
+    Mutant(
         "a bound is a block too high",
         "eviction_schedule.py",
         "self.budget_blocks + self.stride_blocks + in_flight + 1",

@@ -25,7 +25,6 @@ from tests.soak.mix import Limits, Planned, canaries, crowd
 from tests.soak.ranks import Ranks
 from tests.soak.resources import Sample
 
-NUM_PARTS = 10
 _MOST_FAULTS = 20
 _MANY = 200
 """Requests of a part of which some must be preempted."""
@@ -47,6 +46,7 @@ class Plan:
         server: What a request evicts by unless it says otherwise. Where not all is
             exact, rounding may choose other blocks from the first eviction on, and
             canaries are compared with themselves alone until then.
+        num_parts: After how many parts the engine comes to rest.
     """
 
     num_requests: int
@@ -56,6 +56,7 @@ class Plan:
     time_limit: float | None
     exact: bool
     server: ServerOptions
+    num_parts: int = 10
 
 
 @dataclass
@@ -178,13 +179,13 @@ class Soak:
             *crowd(plan.seed, plan.num_requests, plan.num_canaries, self._limits)
         ]
         preempted = num_told = 0
-        for part in range(NUM_PARTS):
+        for part in range(plan.num_parts):
             first, last = (
-                edge * len(planned) // NUM_PARTS for edge in (part, part + 1)
+                edge * len(planned) // plan.num_parts for edge in (part, part + 1)
             )
             how = DISTURBANCES[part % len(DISTURBANCES)]
             await self._send_all(planned[first:last], how, deadline)
-            name = f"part {part + 1} of {NUM_PARTS}"
+            name = f"part {part + 1} of {plan.num_parts}"
             await self._rest(name)
             report.seconds = time.monotonic() - started
             report.samples.append(resources.sample(self._root, report.sent))
