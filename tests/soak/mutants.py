@@ -89,11 +89,11 @@ MUTANTS = (
         ("tests/attention/cpu/test_impl.py",),
     ),
     Mutant(
-        "a statistic is not cleared by one of several ranks",
+        "one of several ranks clears a statistic by multiplying what may be NaN",
         "attention/cpu/impl.py",
         "statistics[new] = 0",
         "others = torch.distributed.is_initialized() and torch.distributed.get_rank()\n"
-        "            statistics[new & (not others)] = 0",
+        "            statistics[new] = statistics[new] * 0 if others else 0",
         ("tests/soak/test_rank_soak.py",),
     ),
     Mutant(

@@ -15,14 +15,14 @@ from tests.soak.setups import SERVER
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 PLAN = Plan(
-    num_requests=24,
+    num_requests=40,
     num_canaries=2,
     seed=5,
     concurrency=24,
     time_limit=120,
     exact=True,
     server=SERVER,
-    # in the second all that runs is preempted
+    # as many at once as preempt each other
     num_parts=2,
 )
 
@@ -37,7 +37,7 @@ def test_ranks_read_the_same_tables_and_keep_what_they_must(
     smollm2: Path,
     tmp_path: Path,
 ) -> None:
-    host = Host(folder=tmp_path, tensor=tensor, pipeline=pipeline, max_num_seqs=8)
+    host = Host(folder=tmp_path, tensor=tensor, pipeline=pipeline)
     report = asyncio.run(soak_in_process(host, PLAN, print))
     print(report.table())
     assert report.faults == []
