@@ -145,7 +145,7 @@ def kill(server: Server, delay: float, rank: int | None) -> list[str]:
     """
     (core,) = titled(server, "EngineCore")
     victim = core if rank is None else titled(server, "Worker")[rank]
-    when = f"{' '.join(victim.cmdline())} killed after {delay:.2f} s"
+    when = f"{victim.cmdline()[0].strip()} killed after {delay:.2f} s"
     family = [core, *core.children(recursive=True)]
     try:
         heard = asyncio.run(kill_in_mid_answer(victim, server.url, delay))
