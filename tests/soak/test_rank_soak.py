@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.every_form import only_with_every_form
 from tests.soak.engines import Host, soak_in_process
 from tests.soak.run import Plan
 from tests.soak.setups import SERVER
@@ -28,7 +29,11 @@ PLAN = Plan(
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline"), [(2, 1), (1, 2)], ids=["tensor", "pipeline"]
+    ("tensor", "pipeline"),
+    [
+        pytest.param(2, 1, id="tensor"),
+        pytest.param(1, 2, id="pipeline", marks=only_with_every_form),
+    ],
 )
 def test_ranks_read_the_same_tables_and_keep_what_they_must(
     tensor: int,
