@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import pytest
 
 from tests.engine.engines import running_engine
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt, save_tiny_model
+from tests.every_form import only_with_every_form
 from tests.serving.server import ASK, Server, eventually, free_port, running_server
 from vllm_roco.eviction_schedule import EvictionSchedule
 
@@ -179,21 +179,16 @@ FORMS: dict[str, tuple[Any, dict[str, int]]] = {
     "port-each": (at_a_port_each, {"num_experts": 4}),
     "independent": (independent, {}),
 }
-"""How engines start, and what the model's configuration says besides."""
-EVERY_FORM = "ROCO_EVERY_FORM"
-"""Environment variable that asks for more than the first form: two minutes each."""
+"""How engines start, and what the model's configuration says besides.
+
+Two minutes each.
+"""
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(
-            form,
-            marks=pytest.mark.skipif(
-                bool(number) and EVERY_FORM not in os.environ,
-                reason=f"only with {EVERY_FORM} in the environment",
-            ),
-        )
+        pytest.param(form, marks=[only_with_every_form] if number else [])
         for number, form in enumerate(FORMS)
     ],
 )

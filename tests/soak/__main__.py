@@ -38,6 +38,9 @@ def main() -> int:
     add("--adapter", action="store_true", help="requests of a LoRA adapter, too")
     add("--sleep-mode", action="store_true", help="vLLM's; on a GPU, in process")
     add("--dtype", default="float32", help="of the model (%(default)s)")
+    add("--tensor-parallel-size", type=int, default=1, help="ranks, on CPUs")
+    add("--pipeline-parallel-size", type=int, default=1, help="stages, likewise")
+    add("--no-agree", action="store_true", help="each tensor rank chooses by itself")
     add("--max-num-seqs", type=int, help="requests in a step (CPU: 16, GPU: 128)")
     add("--num-blocks", type=int, help="of the cache (4 for each of these)")
     add("--concurrency", type=int, help="requests at once (3 for each of these)")
@@ -59,6 +62,9 @@ def main() -> int:
             dtype=arguments.dtype,
             max_num_seqs=arguments.max_num_seqs,
             num_blocks=arguments.num_blocks,
+            tensor=arguments.tensor_parallel_size,
+            pipeline=arguments.pipeline_parallel_size,
+            agree=not arguments.no_agree,
         )
         plan = Plan(
             num_requests=arguments.requests,

@@ -24,6 +24,9 @@ AUDIT_FILE = "ROCO_SOAK_AUDIT"
 POISON = "poison_blocks"
 """Attribute of a `SchedulerOutput`: blocks to fill before the step."""
 
+TABLES = "audited_tables"
+"""Likewise, for several ranks: of each request of the step its `Table`."""
+
 _MOST_FAULTS = 20
 _LOOKS_BETWEEN_WRITES = 500
 _MOST_OLD_NAMES = 4
@@ -43,6 +46,18 @@ class Place(NamedTuple):
     request_id: str
     manager: int
     end: int
+
+
+class Table(NamedTuple):
+    """A request's row as the scheduler has it, for workers to compare theirs with.
+
+    Attributes:
+        blocks: Block ids, None where there is none any more.
+        most_blocks: The most that may be in use.
+    """
+
+    blocks: list[int | None]
+    most_blocks: int
 
 
 class Auditor:
@@ -112,6 +127,19 @@ class Auditor:
         new.difference_update(copied)
         self._poisoned = (self._poisoned & nobody) | new
         return sorted(new)
+
+    def tables(self, request_ids: Iterable[str]) -> dict[str, Table]:
+        """Return the rows of requests in RoCo's layers."""
+        return {
+            request_id: Table(
+                [
+                    None if block.is_null else block.block_id
+                    for block in self._roco.req_to_blocks[request_id]
+                ],
+                self._bound(request_id).blocks,
+            )
+            for request_id in request_ids
+        }
 
     def write(self) -> None:
         """Write what was seen so far."""
@@ -323,6 +351,9 @@ class _AuditedMixin:
             blocks = self._auditor.unused(copied)
             counts["poisoned blocks"] += len(blocks)
             setattr(output, POISON, blocks)
+            if self.vllm_config.parallel_config.world_size > 1:  # type: ignore[attr-defined]
+                tables = self._auditor.tables(output.num_scheduled_tokens)
+                setattr(output, TABLES, tables)
         return output
 
     def update_from_output(self, *args: Any, **kwargs: Any) -> Any:

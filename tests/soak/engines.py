@@ -20,10 +20,12 @@ from tests.soak.audit import AUDIT_FILE
 from tests.soak.clients import ADAPTER
 from tests.soak.in_process_client import InProcessClient
 from tests.soak.mix import Limits
+from tests.soak.ranks import Ranks
 from tests.soak.run import Plan, Report, Soak
 from tests.soak.setups import (
     engine_arguments,
     limits_for,
+    rank_arguments,
     save_small_model,
 )
 from tests.soak.tokenizer import save_tokenizer
@@ -48,6 +50,12 @@ class Host:
         dtype: Of weights and cache.
         max_num_seqs: Most requests in a step, None for what suits the platform.
         num_blocks: Blocks of the cache, likewise.
+        tensor: Ranks that share each layer's heads; more than one on CPUs only.
+        pipeline: Stages that share the layers, likewise.
+        agree: Whether tensor ranks choose together.
+
+    Raises:
+        ValueError: There are several ranks, and not on a CPU.
     """
 
     folder: Path
@@ -59,6 +67,26 @@ class Host:
     dtype: str = "float32"
     max_num_seqs: int | None = None
     num_blocks: int | None = None
+    tensor: int = 1
+    pipeline: int = 1
+    agree: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what is not looked into."""
+        if self.num_ranks > 1 and not current_platform.is_cpu():
+            raise ValueError("several ranks are looked into on CPUs only")
+
+    @property
+    def num_ranks(self) -> int:
+        """Workers that share the model."""
+        return self.tensor * self.pipeline
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """What all ranks have done, if there are several."""
+        if self.num_ranks == 1:
+            return None
+        return Ranks(self.audit, self.tensor, self.pipeline, agree=self.agree)
 
     @property
     def seqs(self) -> int:
@@ -118,6 +146,10 @@ class Host:
             num_blocks=self.num_blocks or self._num_blocks,
             adapter=self.adapter,
         )
+        if self.num_ranks > 1:
+            arguments |= rank_arguments(
+                tensor=self.tensor, pipeline=self.pipeline, agree=self.agree
+            )
         return arguments | ({"enable_sleep_mode": True} if self.sleep_mode else {})
 
 
@@ -141,7 +173,7 @@ async def soak_in_process(host: Host, plan: Plan, say: Callable[[str], None]) ->
             soak = Soak(
                 *(InProcessClient(engine, host.sleep_level, adapter), plan),
                 host.limits(),
-                *(host.audit, os.getpid(), say),
+                *(host.audit, os.getpid(), say, host.ranks),
             )
             return await soak.run()
         finally:

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills the engine core of a server in the middle of its answers, and starts another.
 
-python -m tests.soak.killed_core --times 20
+    python -m tests.soak.killed_core --times 20
+
+Or one of several workers, which dies beside a core that lives:
+
+    python -m tests.soak.killed_core --times 5 --tensor-parallel-size 2 --rank 1
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ PATIENCE = 60
 
 @dataclass(frozen=True)
 class Heard:
-    """What the clients of a killed engine core heard.
+    """What the clients of a killed engine heard.
 
     Attributes:
         answers: How often it was what, complete answers before the kill among them.
@@ -58,14 +62,13 @@ def flags(host: Host, trace: Path) -> list[str]:
     return [*as_flags(arguments), "--served-model-name", MODEL_NAME]
 
 
-def engine_core(server: Server) -> psutil.Process:
-    """Return the process in which a server's engine core lives."""
-    (core,) = (
-        process
+def titled(server: Server, title: str) -> list[psutil.Process]:
+    """Return the processes of a server that have a title, in their titles' order."""
+    titles = {
+        " ".join(process.cmdline()): process
         for process in psutil.Process(server.pid).children(recursive=True)
-        if "EngineCore" in " ".join(process.cmdline())
-    )
-    return core
+    }
+    return [titles[found] for found in sorted(titles) if title in found]
 
 
 def is_alive(process: psutil.Process) -> bool:
@@ -106,11 +109,11 @@ async def ask_on(client: httpx.AsyncClient, url: str, number: int) -> Counter[st
             return heard
 
 
-async def kill_in_mid_answer(core: psutil.Process, url: str, delay: float) -> Heard:
-    """Kill an engine core that is busy.
+async def kill_in_mid_answer(victim: psutil.Process, url: str, delay: float) -> Heard:
+    """Kill an engine core or a worker that is busy.
 
     Args:
-        core: Of a running server.
+        victim: Of a running server.
         url: Where that listens.
         delay: Seconds that it is busy before.
 
@@ -125,24 +128,27 @@ async def kill_in_mid_answer(core: psutil.Process, url: str, delay: float) -> He
             for number in range(NUM_CLIENTS)
         ]
         await asyncio.sleep(delay)
-        core.send_signal(signal.SIGKILL)
+        victim.send_signal(signal.SIGKILL)
         killed = time.monotonic()
         async with asyncio.timeout(PATIENCE):
             heard = sum(await asyncio.gather(*asking), Counter())
     return Heard(heard, time.monotonic() - killed)
 
 
-def kill(server: Server, delay: float) -> list[str]:
-    """Kill a server's engine core in mid-answer; return what was wrong.
+def kill(server: Server, delay: float, rank: int | None) -> list[str]:
+    """Kill one of a server's processes in mid-answer; return what was wrong.
 
     Args:
         server: A running one.
         delay: Seconds that it is busy before.
+        rank: Of the worker to be killed, None for the engine core.
     """
-    when, core = f"killed after {delay:.2f} s", engine_core(server)
+    (core,) = titled(server, "EngineCore")
+    victim = core if rank is None else titled(server, "Worker")[rank]
+    when = f"{victim.cmdline()[0].strip()} killed after {delay:.2f} s"
     family = [core, *core.children(recursive=True)]
     try:
-        heard = asyncio.run(kill_in_mid_answer(core, server.url, delay))
+        heard = asyncio.run(kill_in_mid_answer(victim, server.url, delay))
     except TimeoutError:
         return [f"{when}: a client heard nothing"]
     print(
@@ -154,13 +160,16 @@ def kill(server: Server, delay: float) -> list[str]:
     return [f"{when}: processes are left of {family}"]
 
 
-def run(host: Host, delays: list[float], folder: Path) -> list[str]:
-    """Kill the cores of servers, one after the other; return what was wrong.
+def run(
+    host: Host, delays: list[float], folder: Path, rank: int | None = None
+) -> list[str]:
+    """Kill a process of each of several servers in turn; return what was wrong.
 
     Args:
         host: Where and with what.
         delays: Seconds after which each is killed.
         folder: For temporary files of the servers, an empty one.
+        rank: See `kill`.
     """
     faults: list[str] = []
     trace, model = host.folder / "trace.jsonl", host.find_model()
@@ -181,7 +190,7 @@ def run(host: Host, delays: list[float], folder: Path) -> list[str]:
                 faults.append(f"server {number} begins with a trace")
             if delay is None:
                 continue
-            faults += kill(server, delay)
+            faults += kill(server, delay, rank)
             for line in trace.read_text().splitlines():
                 json.loads(line)
             print(f"{len(faults)} faults by then", flush=True)
@@ -197,17 +206,26 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="float32", help="of the model (%(default)s)")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--rank", type=int, help="of the worker to be killed")
     arguments = parser.parse_args()
     draw = random.Random(arguments.seed)
     delays = [draw.uniform(0, 8) for _ in range(arguments.times)]
     with tempfile.TemporaryDirectory(prefix="k-") as folder:
         inner = Path(folder, "tmp")
         inner.mkdir()
-        host = Host(folder=Path(folder), dtype=arguments.dtype)
-        faults = run(host, delays, inner)
+        host = Host(
+            folder=Path(folder),
+            dtype=arguments.dtype,
+            tensor=arguments.tensor_parallel_size,
+            pipeline=arguments.pipeline_parallel_size,
+        )
+        faults = run(host, delays, inner, arguments.rank)
     for fault in faults:
         print(f"FAULT {fault}")
-    print(f"{len(delays)} engine cores killed, {len(faults)} faults")
+    what = "engine cores" if arguments.rank is None else "workers"
+    print(f"{len(delays)} {what} killed, {len(faults)} faults")
     return 1 if faults else 0
 
 

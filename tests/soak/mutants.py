@@ -89,6 +89,14 @@ MUTANTS = (
         ("tests/attention/cpu/test_impl.py",),
     ),
     Mutant(
+        "one of several ranks clears a statistic by multiplying what may be NaN",
+        "attention/cpu/impl.py",
+        "statistics[new] = 0",
+        "others = torch.distributed.is_initialized() and torch.distributed.get_rank()\n"
+        "            statistics[new] = statistics[new] * 0 if others else 0",
+        ("tests/soak/test_rank_soak.py",),
+    ),
+    Mutant(
         "a bound is a block too high",
         "eviction_schedule.py",
         "self.budget_blocks + self.stride_blocks + in_flight + 1",

@@ -22,9 +22,9 @@ from tests.soak.clients import (
     Client,
 )
 from tests.soak.mix import Limits, Planned, canaries, crowd
+from tests.soak.ranks import Ranks
 from tests.soak.resources import Sample
 
-NUM_PARTS = 10
 _MOST_FAULTS = 20
 _MANY = 200
 """Requests of a part of which some must be preempted."""
@@ -46,6 +46,7 @@ class Plan:
         server: What a request evicts by unless it says otherwise. Where not all is
             exact, rounding may choose other blocks from the first eviction on, and
             canaries are compared with themselves alone until then.
+        num_parts: After how many parts the engine comes to rest.
     """
 
     num_requests: int
@@ -55,6 +56,7 @@ class Plan:
     time_limit: float | None
     exact: bool
     server: ServerOptions
+    num_parts: int = 10
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Report:
         canaries: Those compared, and those equal token for token.
         samples: The engine's processes after each part.
         audit: The last report of `tests.soak.audit`.
+        ranks: What each of several ranks has done, in numbers.
         faults: What was wrong, empty if nothing was.
         num_faults: How often something was wrong.
     """
@@ -84,6 +87,7 @@ class Report:
     canaries: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
     audit: dict[str, Any] = field(default_factory=dict)
+    ranks: list[Counter[str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     num_faults: int = 0
 
@@ -124,6 +128,8 @@ class Report:
             "open files after each part": [each.files for each in self.samples],
             "faults": self.num_faults,
         }
+        for rank, done in enumerate(self.ranks):
+            rows[f"rank {rank}"] = dict(done)
         width = max(map(len, rows))
         return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
 
@@ -138,6 +144,7 @@ class Soak:
         audit: The file of `tests.soak.audit`.
         root: The process of which the engine is a part, or which has started it.
         say: Takes lines of progress.
+        ranks: Those of the engine, if there are several.
     """
 
     def __init__(
@@ -148,9 +155,11 @@ class Soak:
         audit: Path,
         root: int,
         say: Callable[[str], None],
+        ranks: Ranks | None = None,
     ) -> None:
         self._client, self._plan, self._limits = client, plan, limits
         self._audit, self._root, self._say = audit, root, say
+        self._ranks = ranks
         self._alone: dict[int, Choice] = {}
         self.report = Report()
 
@@ -170,13 +179,13 @@ class Soak:
             *crowd(plan.seed, plan.num_requests, plan.num_canaries, self._limits)
         ]
         preempted = num_told = 0
-        for part in range(NUM_PARTS):
+        for part in range(plan.num_parts):
             first, last = (
-                edge * len(planned) // NUM_PARTS for edge in (part, part + 1)
+                edge * len(planned) // plan.num_parts for edge in (part, part + 1)
             )
             how = DISTURBANCES[part % len(DISTURBANCES)]
             await self._send_all(planned[first:last], how, deadline)
-            name = f"part {part + 1} of {NUM_PARTS}"
+            name = f"part {part + 1} of {plan.num_parts}"
             await self._rest(name)
             report.seconds = time.monotonic() - started
             report.samples.append(resources.sample(self._root, report.sent))
@@ -285,3 +294,7 @@ class Soak:
                 break
             await asyncio.sleep(0.3)
         self.report.audit = report
+        if self._ranks is not None:
+            for fault in await self._ranks.compare():
+                self.report.fault(f"{name}: {fault}")
+            self.report.ranks = self._ranks.counts

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.quick_start.nursery import EXECUTED
 from tests.serving.server import running_server
 from tests.soak.audit import AUDIT_FILE
 from tests.soak.clients import ADAPTER
@@ -34,9 +35,15 @@ async def soak_server(host: Host, plan: Plan, say: Callable[[str], None]) -> Rep
         # for what disturbs it
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        if host.num_ranks > 1:
+            # what depends on the order of a set differs between ranks that are executed
+            patch.setenv(EXECUTED, "1")
         with running_server(host.find_model(), flags, log) as server:
             client = HttpClient(server.url)
-            soak = Soak(client, plan, host.limits(), host.audit, server.pid, say)
+            soak = Soak(
+                *(client, plan, host.limits(), host.audit, server.pid, say),
+                host.ranks,
+            )
             try:
                 report = await soak.run()
                 if not server.is_healthy():

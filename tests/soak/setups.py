@@ -105,6 +105,29 @@ def engine_arguments(
     }
 
 
+def rank_arguments(*, tensor: int, pipeline: int, agree: bool) -> dict[str, Any]:
+    """Return what changes in `engine_arguments` for several ranks on CPUs.
+
+    Args:
+        tensor: Ranks that share each layer's heads.
+        pipeline: Stages that share the layers.
+        agree: Option of RoCo.
+    """
+    arguments: dict[str, Any] = {
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+        "distributed_executor_backend": "mp",
+        "additional_config": {"roco": ROCO | LIMITS | {"agree": agree}},
+        "worker_cls": "tests.soak.rank_worker.WatchedWorker",
+    }
+    if pipeline > 1:
+        # a second stage has no room for what it receives until a run that warms up,
+        # which vLLM leaves out on a CPU where nothing is compiled
+        arguments["enforce_eager"] = False
+        arguments["compilation_config"] = {"mode": 1, "backend": "eager"}
+    return arguments
+
+
 def as_flags(arguments: dict[str, Any]) -> list[str]:
     """Return engine arguments as the command line has them."""
     flags = []

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,9 @@ from tests.soak import resources, verdicts
 from tests.soak.bounds import ServerOptions, bound_of
 from tests.soak.clients import DISTURBANCES, Answer, Choice
 from tests.soak.mix import Limits, Planned, canaries
-from tests.soak.resources import Sample
+from tests.soak.rank_steps import Step, rank_file
+from tests.soak.ranks import Ranks
+from tests.soak.resources import OneProcess, Sample
 from tests.soak.run import Plan, Report, Soak
 
 SERVER = ServerOptions(*(128, 32, 64, 16, 32), block_size=16, steps_in_flight=1)
@@ -82,8 +84,10 @@ class PerfectClient:
         """Nothing disturbs it."""
 
 
-def soak(client: PerfectClient, path: Path, plan: Plan = PLAN) -> Report:
-    one = Soak(client, plan, LIMITS, path, os.getpid(), lambda line: None)
+def soak(
+    client: PerfectClient, path: Path, plan: Plan = PLAN, ranks: Ranks | None = None
+) -> Report:
+    one = Soak(client, plan, LIMITS, path, os.getpid(), lambda line: None, ranks)
     return asyncio.run(one.run())
 
 
@@ -190,6 +194,20 @@ def test_what_the_engine_says_is_told(tmp_path: Path) -> None:
     assert "in the engine: look 1: a block is lost" in report.faults
 
 
+def test_what_ranks_did_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "audit.json"
+    for rank, tables in enumerate((1, 2)):
+        line = json.dumps(asdict(Step(0, ["r1"], tables)))
+        rank_file(path, rank).write_text(line + "\n")
+    ranks = Ranks(path, tensor=1, pipeline=2, agree=True)
+    report = soak(PerfectClient(path), path, ranks=ranks)
+    assert report.faults == ["before: step 0, rank 1 has the tables 2, rank 0 1"]
+    assert "rank 1  " in report.table()
+    report.save(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())["ranks"]
+    assert [counts["steps"] for counts in saved] == [1, 1]
+
+
 def samples(*mib: int, files: int = 50, processes: int = 3) -> list[Sample]:
     """Return a flat start, and what follows."""
     first = Sample(1000, 50, 3, 1000)
@@ -214,6 +232,28 @@ def test_growth_is_told(seen: list[Sample], says: str | None) -> None:
     faults = resources.faults_of(seen)
     assert len(faults) == (says is not None)
     assert says is None or says in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("mib", "files", "says"),
+    [
+        (500, 30, None),
+        # within what all together may grow by
+        (600, 30, "VLLM::Worker_TP1 (12): memory grew from 500 to 600 MiB"),
+        (500, 39, "VLLM::Worker_TP1 (12): open files grew from 30 to 39"),
+    ],
+)
+def test_growth_of_one_process_is_told(mib: int, files: int, says: str | None) -> None:
+    seen = []
+    for grown in (False, True, True):
+        front = OneProcess(10, "python", 3000, 30)
+        rank = OneProcess(12, "VLLM::Worker_TP1", 500, 30)
+        if grown:
+            rank = replace(rank, mib=mib, files=files)
+        sample = Sample(front.mib + rank.mib, 60, 2, 2000, (front, rank))
+        # of all together only memory counts here
+        seen.append(sample)
+    assert resources.faults_of(seen) == ([] if says is None else [says])
 
 
 def test_rounding_may_choose_between_ties() -> None:
