@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from vllm.v1.request import Request
 
-from tests.scheduler_driver import BLOCK_SIZE
+from tests.scheduler_driver import BLOCK_SIZE, Driver
 from tests.test_prefix_scheduler import LAST, PROMPT, cache_of, driver_of, modes
 from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
 
@@ -210,14 +210,13 @@ def test_others_go_ahead_of_those_that_wait() -> None:
     driver.drain(100)
 
 
-@pytest.mark.parametrize("end", ["abort", "preempt"])
-def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
-    driver = driver_of()
-    reader = driver.add(0, 1, prompt=PROMPT)
-    waiting = driver.add(0, 1, prompt=PROMPT)
-    for _ in range(3):
+def check_who_waits_goes_on(driver: Driver, prompt: list[int], end: str) -> None:
+    """Let a request that another one waits for end, by an abort or a preemption."""
+    reader = driver.add(0, 1, prompt=prompt)
+    waiting = driver.add(0, 1, prompt=prompt)
+    while not cache_of(driver).num_waits:
         driver.step()
-    assert cache_of(driver).num_waits == 1
+    assert reader not in driver.finished
     if end == "abort":
         driver.abort(reader)
         assert waiting in driver.step()
@@ -225,6 +224,14 @@ def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
         driver.preempt_all()
     driver.drain(100)
     assert waiting in driver.finished
+
+
+ends = pytest.mark.parametrize("end", ["abort", "preempt"])
+
+
+@ends
+def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
+    check_who_waits_goes_on(driver_of(), PROMPT, end)
 
 
 def test_a_long_queue_of_waiting_requests_is_not_walked_to_its_end() -> None:
