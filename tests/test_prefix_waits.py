@@ -215,7 +215,7 @@ def check_who_waits_goes_on(driver: Driver, prompt: list[int], end: str) -> None
     reader = driver.add(0, 1, prompt=prompt)
     waiting = driver.add(0, 1, prompt=prompt)
     while not cache_of(driver).num_waits:
-        driver.step()
+        assert driver.step()
     assert reader not in driver.finished
     if end == "abort":
         driver.abort(reader)
