@@ -9,15 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.exceptions import VLLMValidationError
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 from tests.engine.engines import Engine, running_engine
 from tests.engine.mixed_models import MIXED_MODELS, save_mixed
 from tests.engine.steps import audited_manager, most_held_blocks, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
-from tests.model_configs import save_config
-from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.scheduler import describe
 
 pytestmark = pytest.mark.engine
@@ -145,42 +141,3 @@ def test_the_start_up_line_tells_what_fits(mixed: Path) -> None:
     # not all are at the most they hold at the same time
     assert max(map(len, steps.scheduled)) - int(found[3]) in (0, 1)
     assert not steps.preemptions
-
-
-def test_a_request_is_refused_by_the_blocks_of_layers_that_evict(
-    tmp_path: Path,
-) -> None:
-    """Front ends counted in smaller ones, and the engine ended what they had taken.
-
-    Gemma 4's larger models have half as much in a page of full attention as in a
-    window's, and without statistics vLLM makes the blocks twice as large.
-    """
-    model = save_config(
-        tmp_path,
-        "gemma4_text",
-        "Gemma4ForCausalLM",
-        num_key_value_heads=4,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=64,
-        global_head_dim=64,
-        num_global_key_value_heads=1,
-        attention_k_eq_v=True,
-        vocab_size_per_layer_input=256,
-        hidden_size_per_layer_input=0,
-    )
-    options = replace(BUDGET, policy="recent", budget=128, stride=64)
-    with running_engine(
-        model, options, max_model_len=512, load_format="dummy"
-    ) as engine:
-        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
-        sizes = {type(manager): manager.block_size for manager in managers}
-        assert sizes == {RocoManager: 64, SlidingWindowManager: 32}
-
-        def length(budget: int) -> int:
-            own = {"roco_budget": budget, "roco_sink": 0}
-            (tokens,) = engine.generate(PROMPTS[-2:-1], 4, extra_args=[own])
-            return len(tokens)
-
-        assert length(64) == 4
-        with pytest.raises(VLLMValidationError, match=r"block size \(64 tokens\)"):
-            length(96)

@@ -81,7 +81,7 @@ class PrefixReaders:
             request = reader.request
             start = request.num_computed_tokens
             end = self._ends.get(request.request_id, start)
-            if start == length or max(start, end) <= length:
+            if start == length or start < length and end <= length:
                 return request
         return None
 
