@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import subprocess
 import sys
@@ -27,6 +28,10 @@ def nursery() -> Nursery:
     return opened()
 
 
+_EXECUTE_CHILD = inspect.signature(subprocess.Popen._execute_child)
+_PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+
+
 class FreshPython(subprocess.Popen[str]):
     """Runs what `sys.executable` would run, from this process's nursery.
 
@@ -34,22 +39,25 @@ class FreshPython(subprocess.Popen[str]):
     """
 
     def _execute_child(self, args: list[str | Path], *rest: Any) -> None:
-        if not (is_possible() and self._is_forked(args, *rest)):
+        asked = _EXECUTE_CHILD.bind(self, args, *rest).arguments
+        if not (is_possible() and self._is_forked(asked)):
             super()._execute_child([sys.executable, *args], *rest)
 
-    def _is_forked(self, args: list[str | Path], *rest: Any) -> bool:
-        """Have it forked, and return whether that was possible."""
-        _, preexec_fn, _, pass_fds, cwd, env, *_ = rest
-        if preexec_fn or pass_fds or rest[-2]:
-            # nor a session of its own: of those a nursery knows nothing
+    def _is_forked(self, asked: Mapping[str, Any]) -> bool:
+        """Have it forked, and return whether that was possible.
+
+        Args:
+            asked: The arguments of `Popen._execute_child`, by name.
+        """
+        if any(asked[name] for name in ("preexec_fn", "pass_fds", "start_new_session")):
+            # of those a nursery knows nothing
             return False
-        pipes = rest[9:15]
-        streams = (pipes[0], pipes[3], pipes[5])
+        streams = [asked[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         try:
             self.pid = nursery().start(
-                [os.fspath(argument) for argument in args],
-                environment=env,
-                folder=cwd,
+                [os.fspath(argument) for argument in asked["args"]],
+                environment=asked["env"],
+                folder=asked["cwd"],
                 files={n: file for n, file in enumerate(streams) if file != -1},
             )
         except OSError:
@@ -57,7 +65,7 @@ class FreshPython(subprocess.Popen[str]):
             nursery.cache_clear()
             return False
         self._child_created = True
-        self._close_pipe_fds(*pipes)
+        self._close_pipe_fds(*(asked[name] for name in _PIPES))
         return True
 
 

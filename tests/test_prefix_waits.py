@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 from vllm.v1.request import Request
 
+from tests.scheduler_driver import BLOCK_SIZE, Driver
 from tests.test_prefix_scheduler import LAST, PROMPT, cache_of, driver_of, modes
 from vllm_roco.prefix_scheduler import MAX_WAITS_PER_STEP
 
@@ -44,6 +45,91 @@ def test_who_waits_begins_in_the_step_that_publishes(
     driver.drain(100)
     counts = cache_of(driver).counts()
     assert (counts.published_snapshots, counts.snapshot_hits) == (1, 2)
+
+
+@modes
+def test_who_waits_goes_on_when_a_later_reader_publishes_first(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """It waited on for the one that had begun first, and which was far behind."""
+    driver = driver_of(
+        asynchronous,
+        max_steps_in_flight=max_steps_in_flight,
+        max_num_batched_tokens=44,
+    )
+    # leaves a snapshot where the others part from it
+    driver.add(0, 1, prompt=PROMPT[:50] + [1] * 30)
+    for _ in range(4):
+        driver.step()
+    # log-probabilities of a prompt want all of it read
+    driver.add(0, 1, prompt=PROMPT, skip_reading_prefix_cache=True)
+    driver.step()
+    waiting = driver.add(0, 1, prompt=PROMPT)
+    for _ in range(2):
+        assert waiting not in driver.step()
+    cache = cache_of(driver)
+    assert cache.counts().published_snapshots == 1
+    overtaking = driver.add(0, 1, prompt=[*PROMPT, 1])
+    steps = [driver.step() for _ in range(5)]
+    assert [step.get(overtaking) for step in steps] == [8, 8, 8, 7, None]
+    assert [step.get(waiting) for step in steps] == [None] * 4 + [len(PROMPT) - LAST]
+    driver.drain(100)
+    assert cache.counts().saved_tokens == 48 + LAST
+
+
+def test_who_waits_goes_on_when_there_are_blocks_as_long() -> None:
+    """It waited on for a snapshot of the same tokens."""
+    driver = driver_of(max_num_batched_tokens=12)
+    driver.add(0, 1, prompt=PROMPT)
+    waiting = driver.add(0, 1, prompt=PROMPT[:18])
+    assert waiting not in driver.step()
+    cache, pool = cache_of(driver), driver.manager.block_pool
+    request = driver.scheduler.requests[waiting]
+    assert cache.must_wait(request)
+    blocks = pool.get_new_blocks(4)
+    group_id = driver.manager.kv_cache_group_id
+    pool.cache_full_blocks(request, blocks, 0, 4, BLOCK_SIZE, group_id)
+    assert not cache.must_wait(request)
+    hit = cache.offer(request)
+    assert hit is not None
+    assert hit.row == blocks
+
+
+LONG = [token % 90 + 1 for token in range(200)]
+"""Of a sequence that evicts at 72 for the first time, read in one step up to there."""
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_nobody_waits_for_a_reader_that_has_gone_past(num_steps: int) -> None:
+    """Its step was, or had been, too long already to end where others want it to.
+
+    They waited for another one or two steps, until it was known to be past.
+    """
+    driver = driver_of(budget=64, max_num_batched_tokens=204)
+    reader = driver.add(0, 1, prompt=LONG)
+    for _ in range(num_steps):
+        driver.step()
+    # end with the 40 tokens that they share with it, so that nobody knew of the place
+    names = [driver.add(0, 90, prompt=LONG[:40] + [7] * own) for own in (0, 1, 2)]
+    step = driver.step()
+    assert step[reader] == (8 if num_steps else 64)
+    # one reads, and the others wait for that one
+    assert [step.get(name) for name in names] == [40, None, None]
+    driver.drain(500)
+
+
+def test_one_of_those_that_come_behind_a_reader_takes_over() -> None:
+    driver = driver_of(budget=64, max_num_batched_tokens=204)
+    driver.add(0, 1, prompt=LONG)
+    driver.step()
+    names = [driver.add(0, 1, prompt=LONG[:42] + [own] * 60) for own in range(3)]
+    steps = [driver.step() for _ in range(2)]
+    assert [[step.get(name) for name in names] for step in steps] == [
+        [40, None, None],
+        [24, 24, 24],
+    ]
+    driver.drain(100)
+    assert cache_of(driver).counts().saved_tokens == 2 * 40
 
 
 @pytest.mark.parametrize("spare_blocks", range(4, 40, 4))
@@ -124,14 +210,13 @@ def test_others_go_ahead_of_those_that_wait() -> None:
     driver.drain(100)
 
 
-@pytest.mark.parametrize("end", ["abort", "preempt"])
-def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
-    driver = driver_of()
-    reader = driver.add(0, 1, prompt=PROMPT)
-    waiting = driver.add(0, 1, prompt=PROMPT)
-    for _ in range(3):
-        driver.step()
-    assert cache_of(driver).num_waits == 1
+def check_who_waits_goes_on(driver: Driver, prompt: list[int], end: str) -> None:
+    """Let a request that another one waits for end, by an abort or a preemption."""
+    reader = driver.add(0, 1, prompt=prompt)
+    waiting = driver.add(0, 1, prompt=prompt)
+    while not cache_of(driver).num_waits:
+        assert driver.step()
+    assert reader not in driver.finished
     if end == "abort":
         driver.abort(reader)
         assert waiting in driver.step()
@@ -139,6 +224,14 @@ def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
         driver.preempt_all()
     driver.drain(100)
     assert waiting in driver.finished
+
+
+ends = pytest.mark.parametrize("end", ["abort", "preempt"])
+
+
+@ends
+def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
+    check_who_waits_goes_on(driver_of(), PROMPT, end)
 
 
 def test_a_long_queue_of_waiting_requests_is_not_walked_to_its_end() -> None:

@@ -263,6 +263,25 @@ def test_unlike_layers_of_full_attention_are_refused(mode: str) -> None:
         )
 
 
+def test_front_ends_are_told_the_blocks_of_layers_that_evict() -> None:
+    """They were told those of a window's layers, where vLLM makes these smaller."""
+    setup = Setup(windows=(8,))
+    config = setup.scheduler().vllm_config
+    plan = setup.plan(config)
+    *_, own = plan.kv_cache_groups
+    own.kv_cache_spec = replace(
+        own.kv_cache_spec, block_size=2 * BLOCK_SIZE, page_size_padded=None
+    )
+    RocoScheduler(
+        config,
+        plan,
+        StructuredOutputManager(config),
+        block_size=2 * BLOCK_SIZE,
+        hash_block_size=BLOCK_SIZE,
+    )
+    assert config.cache_config.block_size == 2 * BLOCK_SIZE
+
+
 @pytest.mark.parametrize("scheduler", [RocoScheduler, RocoAsyncScheduler])
 def test_the_start_up_check_knows_the_schedulers(
     scheduler: type[RocoSchedulerMixin],

@@ -18,6 +18,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from tests.test_prefix_scheduler import LAST, PROMPT, cache_of, driver_of, hit_of, modes
+from tests.test_prefix_waits import check_who_waits_goes_on, ends
 from vllm_roco.kv_cache.window_manager import WindowManager
 from vllm_roco.scheduler import describe
 
@@ -125,22 +126,10 @@ def test_a_burst_reads_its_prefix_once() -> None:
     assert cache_of(driver).store.num_hits == cache_of(driver).num_waits == 11
 
 
-@pytest.mark.parametrize("is_short", [True, False])
-@pytest.mark.parametrize("end", ["abort", "preempt"])
-def test_who_waits_goes_on_when_the_reader_ends(end: str, is_short: bool) -> None:
-    driver = with_windows(max_num_batched_tokens=20)
-    prompt = SHORT if is_short else PROMPT
-    reader = driver.add(0, 1, prompt=prompt)
-    waiting = driver.add(0, 1, prompt=prompt)
-    driver.step()
-    assert cache_of(driver).num_waits == 1
-    if end == "abort":
-        driver.abort(reader)
-        assert waiting in driver.step()
-    else:
-        driver.preempt_all()
-    driver.drain(100)
-    assert waiting in driver.finished
+@pytest.mark.parametrize("prompt", [SHORT, PROMPT], ids=["short", "long"])
+@ends
+def test_who_waits_goes_on_when_the_reader_ends(prompt: list[int], end: str) -> None:
+    check_who_waits_goes_on(with_windows(max_num_batched_tokens=20), prompt, end)
 
 
 @modes

@@ -51,9 +51,12 @@ class PlanningScheduler(RefusingScheduler):
             )
         self._check_block_sizes()
         manager = self.roco_managers[0]
+        # front ends are told this, and plan with it, too. vLLM has the least of all
+        # layers' sizes there, and may have enlarged the blocks of those that evict
+        self.vllm_config.cache_config.block_size = manager.block_size
         self._planner = request_planner(self.vllm_config, manager.block_size)
         self.roco_config = self._planner.config
-        # vLLM may have enlarged the blocks since the options were checked
+        # nobody has checked the options with these
         self.roco_config.check_block_size(manager.block_size)
         self.max_steps_in_flight = manager.max_steps_in_flight
         self._sizes = RequestSizes(

@@ -187,6 +187,11 @@ class PrefixScheduler(PlanningScheduler):
             return end
         return self.prefix_cache.first_stop(request, start, end)
 
+    def _note_end_of_step(self, request: Request, end: int) -> None:
+        """Tell whoever would wait for a prefix where a prompt step ends."""
+        if self.prefix_cache is not None and _can_share(request):
+            self.prefix_cache.choose(request, end)
+
 
 def _can_share(request: Request) -> bool:
     """Return whether what a request keeps depends on its tokens alone.

@@ -116,6 +116,7 @@ class RocoSchedulerMixin(PrefixScheduler):
         if request.has_encoder_inputs or allowed >= least - num_computed_tokens:
             allowed = max(0, allowed)
             self._num_prompt_tokens += allowed
+            self._note_end_of_step(request, num_computed_tokens + allowed)
             return allowed
         if is_running:
             # others leave room for the chunk of the server's default, no larger one

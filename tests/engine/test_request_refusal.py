@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 from tests.engine.engines import Engine, roco_arguments, running_engine
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
+from tests.model_configs import save_config
+from vllm_roco.kv_cache.manager import RocoManager
 
 pytestmark = pytest.mark.engine
 
@@ -54,3 +58,40 @@ def test_what_could_never_fit_is_refused(tiny_llama: Path) -> None:
         assert (error.value.parameter, error.value.value) == ("input_tokens", 320)
         assert not engine.llm.llm_engine.has_unfinished_requests()
         assert generate(engine, {}, {}) == [expected] * 2
+
+
+def test_an_option_counts_in_the_blocks_of_layers_that_evict(tmp_path: Path) -> None:
+    """Front ends counted in smaller ones, and the engine ended what they had taken.
+
+    Gemma 4's larger models have half as much in a page of full attention as in a
+    window's, and without statistics vLLM makes the blocks twice as large.
+    """
+    model = save_config(
+        tmp_path,
+        "gemma4_text",
+        "Gemma4ForCausalLM",
+        num_key_value_heads=4,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=64,
+        global_head_dim=64,
+        num_global_key_value_heads=1,
+        attention_k_eq_v=True,
+        vocab_size_per_layer_input=256,
+        hidden_size_per_layer_input=0,
+    )
+    options = replace(SMALL_BUDGET, policy="recent", budget=128, stride=64, recent=64)
+    with running_engine(
+        # vLLM's own attention for CPUs wants blocks of a multiple of 32
+        model,
+        replace(options, block_size=32),
+        max_model_len=512,
+        load_format="dummy",
+    ) as engine:
+        managers = engine.scheduler.kv_cache_manager.coordinator.single_type_managers
+        sizes = {type(manager): manager.block_size for manager in managers}
+        assert sizes == {RocoManager: 64, SlidingWindowManager: 32}
+        own = {"roco_sink": 0, "roco_recent": 0}
+        (tokens,) = generate(engine, own | {"roco_budget": 64})
+        assert len(tokens) == 4
+        with pytest.raises(VLLMValidationError, match=r"block size \(64 tokens\)"):
+            generate(engine, own | {"roco_budget": 96})

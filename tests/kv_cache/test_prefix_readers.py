@@ -35,7 +35,7 @@ def begin(readers: PrefixReaders, name: str, start: int = 0) -> Request:
 
 def names(readers: PrefixReaders) -> list[str | None]:
     """Return who is said to read each prefix."""
-    found = [readers.reader_of(prefix) for prefix in PREFIXES]
+    found = [*map(readers.reader_of, PREFIXES, PLACES)]
     return [None if request is None else request.request_id for request in found]
 
 
@@ -81,3 +81,30 @@ def test_nobody_waits_on_for_a_prefix_that_was_gone_past(
     assert [*readers.arrivals()] == [(second, 24, PREFIXES[2])]
     assert names(readers) == [None] * 3
     assert not readers
+
+
+def test_who_goes_past_a_prefix_is_not_waited_for(readers: PrefixReaders) -> None:
+    """Those that came waited for a step, and the next reader was taken for none."""
+    first = begin(readers, "a")
+    readers.want(PREFIXES[1])
+    # chosen for a step that ends at 24
+    readers.choose("a", 24)
+    assert names(readers) == [None, None, "a"]
+    second = begin(readers, "b")
+    assert names(readers) == ["b", "b", "a"]
+    readers.choose("b", 8)
+    assert names(readers) == ["b", "b", "a"]
+    assert [*readers.arrivals()] == []
+    first.num_computed_tokens, second.num_computed_tokens = 24, 8
+    assert names(readers) == ["b", "b", "a"]
+    assert [*readers.arrivals()] == [(first, 24, PREFIXES[2]), (second, 8, PREFIXES[0])]
+    assert names(readers) == [None, "b", None]
+    assert readers.is_wanted(PREFIXES[1])
+
+
+def test_a_step_without_its_reader_ends_nowhere(readers: PrefixReaders) -> None:
+    begin(readers, "a")
+    readers.choose("a", 24)
+    readers.drop("a")
+    begin(readers, "a")
+    assert names(readers) == ["a"] * 3

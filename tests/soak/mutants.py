@@ -46,14 +46,14 @@ class Mutant:
 MUTANTS = (
     Mutant(
         "an evicted block is not freed",
-        "kv_cache/manager.py",
+        "kv_cache/budgeted_manager.py",
         "self.block_pool.free_blocks(freed)",
         "self.block_pool.free_blocks(freed[:-1])",
         ("tests/kv_cache/test_manager.py",),
     ),
     Mutant(
         "a block is freed while a step may read it",
-        "kv_cache/manager.py",
+        "kv_cache/budgeted_manager.py",
         "evicted = schedule.evicted_blocks(processed_computed_tokens)\n        due",
         "evicted = schedule.evicted_blocks(\n"
         "            processed_computed_tokens + 2 * self.block_size\n"

@@ -63,6 +63,13 @@ class Hit(NamedTuple):
     windows: Sequence[list[KVCacheBlock]] = ()
 
 
+class _Prefix(NamedTuple):
+    """A prefix that a request waits for: its tokens, and their hash."""
+
+    length: int
+    hash: BlockHash
+
+
 class PrefixCache:
     """The prefixes of one block manager.
 
@@ -130,7 +137,7 @@ class PrefixCache:
         # whom vLLM is about to let in, and what it was offered
         self._offered: tuple[Request, Hit | None] | None = None
         # for what waiting requests wait; None for blocks of the step being chosen
-        self._waits: dict[str, BlockHash | None] = {}
+        self._waits: dict[str, _Prefix | None] = {}
         # of waiting requests, the readers' changes that they have seen
         self._asked: dict[str, int] = {}
 
@@ -227,17 +234,14 @@ class PrefixCache:
         """Return whether another request is reading more of this one's prompt.
 
         Not one that has read what both share, and no more: of that a snapshot is made
-        at once, if there is room for it. Constant time for one that waits already.
+        at once, if there is room for it. Constant time for one that waits already, as
+        long as what it waits for is not there, whoever leaves it.
         """
         self._found = None
         if request.skip_reading_prefix_cache:
             return False
         awaited = self._waits.get(request.request_id)
-        if (
-            awaited is not None
-            and self._readers.reader_of(awaited) is not None
-            and not self._readers.is_at(awaited)
-        ):
+        if awaited is not None and self._is_yet_to_come(request, awaited):
             return True
         start = 0
         if self.blocks.can_begin_with_blocks(request) and (
@@ -251,7 +255,7 @@ class PrefixCache:
         awaited = self._awaited(request, start)
         if awaited is None:
             return False
-        self._readers.want(awaited)
+        self._readers.want(awaited.hash)
         return self._wait(request, awaited)
 
     def ask(self, request: Request) -> None:
@@ -282,12 +286,26 @@ class PrefixCache:
             return length
         return 0
 
-    def _wait(self, request: Request, awaited: BlockHash | None) -> bool:
+    def _is_yet_to_come(self, request: Request, awaited: _Prefix) -> bool:
+        """Return whether what a request waits for is on its way, and not there."""
+        length, prefix = awaited
+        reader = self._readers.reader_of(prefix, length)
+        return not (
+            reader is None
+            or reader.num_computed_tokens == length
+            or self.store.may_have(prefix)
+            or (
+                self.blocks.can_begin_with_blocks(request)
+                and self.blocks.has(request, length)
+            )
+        )
+
+    def _wait(self, request: Request, awaited: _Prefix | None) -> bool:
         self.num_waits += request.request_id not in self._waits
         self._waits[request.request_id] = awaited
         return True
 
-    def _awaited(self, request: Request, start: int) -> BlockHash | None:
+    def _awaited(self, request: Request, start: int) -> _Prefix | None:
         """Return the prefix longer than `start` that another request is reading."""
         if not self._readers:
             return None
@@ -303,11 +321,13 @@ class PrefixCache:
             # a request that can begin here is no further from the end than the other
             if store.find(prefix) is not None:
                 return None
-            if awaited is None and (other := readers.reader_of(prefix)) is not None:
+            if awaited is not None:
+                continue
+            if (other := readers.reader_of(prefix, length)) is not None:
                 others_length = other.num_computed_tokens
                 if others_length == length and self._publish(other, length, prefix):
                     return None
-                awaited = prefix
+                awaited = _Prefix(length, prefix)
         return awaited
 
     def first_stop(self, request: Request, start: int, end: int) -> int:
@@ -320,12 +340,16 @@ class PrefixCache:
         """
         if self.blocks.serves(request):
             return end
-        distance = self._distance(request)
-        most = min(end - 1, request.num_prompt_tokens, self._keys.most_tokens(request))
-        for length in range((start // distance + 1) * distance, most + 1, distance):
+        for length in self._places(request, start):
+            if length >= end:
+                break
             if self._is_due(request, length, self._keys.key(request, length)):
                 return length
         return end
+
+    def choose(self, request: Request, end: int) -> None:
+        """Note where the step being scheduled ends for a request."""
+        self._readers.choose(request.request_id, end)
 
     def publish(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Keep what is due, when all requests of a step are chosen.

@@ -39,10 +39,11 @@ class PrefixReaders:
     def __init__(self) -> None:
         self.num_changes = 0
         self._readers: dict[str, Reader] = {}
-        self._reader_of: dict[BlockHash, Reader] = {}
-        # who reads the same prefixes and has begun later, in order
-        self._others: dict[BlockHash, list[Reader]] = {}
+        # who reads a prefix, in the order in which they have begun
+        self._readers_of: dict[BlockHash, list[Reader]] = {}
         self._wanted: set[BlockHash] = set()
+        # of those that are chosen for the step being scheduled, where it ends
+        self._ends: dict[str, int] = {}
 
     def __bool__(self) -> bool:
         return bool(self._readers)
@@ -61,24 +62,28 @@ class PrefixReaders:
         self._readers[request.request_id] = reader
         self.num_changes += 1
         for prefix in prefixes:
-            if self._reader_of.setdefault(prefix, reader) is not reader:
-                self._others.setdefault(prefix, []).append(reader)
+            self._readers_of.setdefault(prefix, []).append(reader)
 
-    def reader_of(self, prefix: BlockHash) -> Request | None:
-        """Return the request that is on its way to the end of a prefix."""
-        reader = self._reader_of.get(prefix)
-        return None if reader is None else reader.request
+    def choose(self, request_id: str, end: int) -> None:
+        """Note where the step being scheduled ends for a request."""
+        self._ends[request_id] = end
 
-    def is_at(self, prefix: BlockHash) -> bool:
-        """Return whether the one that reads a prefix has read it, and no more.
+    def reader_of(self, prefix: BlockHash, length: int) -> Request | None:
+        """Return the request that is on its way to a prefix's end, or stands there.
 
-        To be asked until a step's requests are chosen, see `arrivals`.
+        The first one that has begun. Not one whose step goes past that end.
+
+        Args:
+            prefix: Its hash.
+            length: Its tokens.
         """
-        reader = self._reader_of.get(prefix)
-        if reader is None:
-            return False
-        places, length = reader.places, reader.request.num_computed_tokens
-        return length in places and reader.prefixes[places.index(length)] == prefix
+        for reader in self._readers_of.get(prefix, ()):
+            request = reader.request
+            start = request.num_computed_tokens
+            end = self._ends.get(request.request_id, start)
+            if start == length or start < length and end <= length:
+                return request
+        return None
 
     def want(self, prefix: BlockHash) -> None:
         """Ask for a snapshot of a prefix that is being read."""
@@ -91,8 +96,8 @@ class PrefixReaders:
     def arrivals(self) -> Iterator[tuple[Request, int, BlockHash]]:
         """Move all readers on, and yield who stands at a place now.
 
-        To be asked when a step's requests are chosen and their lengths not yet moved
-        on: who is chosen starts the step there.
+        To be asked once in a step, when its requests are chosen and their lengths not
+        yet moved on: who is chosen starts the step there.
 
         Yields:
             Request, length and hash of the prefix.
@@ -104,42 +109,38 @@ class PrefixReaders:
                 prefix = reader.prefixes[index]
                 if places[index] == length:
                     yield reader.request, length, prefix
-                self._go_past(reader, prefix)
+                    self._arrive(reader, prefix)
+                else:
+                    self._leave(reader, prefix)
                 index += 1
             reader.next_place = index
             if index == len(places):
                 del self._readers[reader.request.request_id]
+        self._ends.clear()
 
     def drop(self, request_id: str) -> None:
         """Forget a request that reads no more."""
+        self._ends.pop(request_id, None)
         reader = self._readers.pop(request_id, None)
         if reader is not None:
             self.num_changes += 1
             for prefix in reader.prefixes[reader.next_place :]:
-                self._give_up(reader, prefix)
+                self._leave(reader, prefix)
 
-    def _go_past(self, reader: Reader, prefix: BlockHash) -> None:
-        if self._reader_of.get(prefix) is reader:
-            del self._reader_of[prefix]
-            # those that waited for the first one wait no more
-            self._others.pop(prefix, None)
-            self._wanted.discard(prefix)
-        else:
-            self._leave_others(reader, prefix)
+    def _arrive(self, reader: Reader, prefix: BlockHash) -> None:
+        readers = self._readers_of.get(prefix)
+        if readers is None or readers[0] is not reader:
+            self._leave(reader, prefix)
+            return
+        # a snapshot is there now, or there is none to be had
+        del self._readers_of[prefix]
+        self._wanted.discard(prefix)
 
-    def _give_up(self, reader: Reader, prefix: BlockHash) -> None:
-        if self._reader_of.get(prefix) is not reader:
-            self._leave_others(reader, prefix)
-        elif prefix in self._others:
-            self._reader_of[prefix] = self._others[prefix][0]
-            self._leave_others(self._others[prefix][0], prefix)
-        else:
-            del self._reader_of[prefix]
-            self._wanted.discard(prefix)
-
-    def _leave_others(self, reader: Reader, prefix: BlockHash) -> None:
-        others = self._others.get(prefix)
-        if others is not None and reader in others:
-            others.remove(reader)
-            if not others:
-                del self._others[prefix]
+    def _leave(self, reader: Reader, prefix: BlockHash) -> None:
+        """Let another one that reads a prefix take over, if there is one."""
+        readers = self._readers_of.get(prefix, [])
+        if reader in readers:
+            readers.remove(reader)
+            if not readers:
+                del self._readers_of[prefix]
+                self._wanted.discard(prefix)

@@ -108,7 +108,7 @@ class SnapshotStore:
 
     def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
         """Note that a request begins behind a prefix of so many tokens."""
-        self._snapshots.move_to_end(prefix)
+        self.renew(prefix)
         self.num_hits += 1
         self.num_saved_tokens += num_tokens
 

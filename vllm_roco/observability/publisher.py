@@ -216,7 +216,8 @@ class MovedBlocks:
         self._directories = [place.path for place in places()]
         self._changes = times_of_change(self._directories)
         if abs(time.time_ns() - max(self._changes)) < TICK_NANOSECONDS:
-            # another change might not show; of a clock that was set back, all do
+            # another change at this tick would not show. One after the clock was set
+            # back does: its time lies before the last one's
             self._changes = None
         return True
 
