@@ -16,12 +16,9 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
 from vllm_roco.ops import contribution
 from vllm_roco.ops.move_blocks import first_pages
+from vllm_roco.ops.score_blocks import SCORES, first_statistics
 from vllm_roco.ops.select_oldest import select_oldest
-from vllm_roco.ops.select_victims import (
-    SCORES,
-    first_statistics,
-    select_victims,
-)
+from vllm_roco.ops.select_victims import select_victims
 
 BLOCK_SIZE = 16
 Moves = list[list[tuple[int, int]]]
@@ -183,6 +180,24 @@ class Group:
         slices: int = 2,
     ) -> Moves:
         """Return each row's moves by the kernels, after checking their count."""
+        moves, num_moves, moved = self.launch(how, measures=measures, slices=slices)
+        counts = num_moves.tolist()
+        assert moved.item() == 100 + sum(counts)
+        for row, count in enumerate(counts):
+            assert (moves[row, count:] == -1).all()
+        return [
+            [(s, t) for s, t in moves[row, :count].tolist()]
+            for row, count in enumerate(counts)
+        ]
+
+    def launch(
+        self,
+        how: EvictionRow | list[EvictionRow],
+        *,
+        measures: bool = True,
+        slices: int = 2,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Launch the kernels; return moves and their numbers, 100 more in sum."""
         hows = how if isinstance(how, list) else [how] * len(self.steps)
         views = [page.statistics_view(cache) for cache in self.caches]
         device = self.live_table.device
@@ -222,14 +237,7 @@ class Group:
             )
         else:
             select_oldest(**outputs)  # type: ignore[arg-type]
-        counts = num_moves.tolist()
-        assert moved.item() == 100 + sum(counts)
-        for row, count in enumerate(counts):
-            assert (moves[row, count:] == -1).all()
-        return [
-            [(s, t) for s, t in moves[row, :count].tolist()]
-            for row, count in enumerate(counts)
-        ]
+        return moves, num_moves, moved
 
 
 def options(schedule: EvictionSchedule, **changes: object) -> EvictionRow:

@@ -129,8 +129,15 @@ def _raise_shields(
         contributions = tl.where(tile == number, contribution, contributions)
     index = tile * TILE + within[None, :]
     shares = contributions / tl.maximum(tl.sum(contributions), TINY)
-    # the largest of all is the same in whatever order they come
-    tl.atomic_max(shields_ptr + index, shares, mask=index < num_full)
+    # the largest of all is the same in whatever order they come; not negative, they
+    # are in the order of their bits. Nothing else is told by them, so that no program
+    # needs to wait for its own to be seen, as it would by default
+    tl.atomic_max(
+        shields_ptr.to(tl.pointer_type(tl.int32)) + index,
+        shares.to(tl.int32, bitcast=True),
+        mask=index < num_full,
+        sem="relaxed",
+    )
 
 
 @triton.jit(
@@ -236,7 +243,7 @@ def shield_by_contribution(
     Args:
         first_page_of_layer: `[num_layers]` int64, see `ops.move_blocks.first_pages`.
         first_statistics_of_layer: `[num_layers]` int64, see
-            `ops.select_victims.first_statistics`.
+            `ops.score_blocks.first_statistics`.
         page_bytes: Bytes of a page, tail included.
         num_kv_heads: KV heads of a layer on this rank.
         head_size: Numbers of a value.

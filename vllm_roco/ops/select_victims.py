@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the blocks that a sequence gives up, and the moves that follow from it.
 
-The arithmetic is `vllm_roco.policy`'s. Three launches: `_score_kernel` reduces the
+The arithmetic is `vllm_roco.policy`'s. Three launches: `score_blocks` reduces the
 statistics of a slice of the layers to each block's largest share in any of their heads;
 `contribution` does so for shields that need the values, too; `_select_kernel` takes the
 largest of all slices, shields, picks the victims and writes the moves, one program a
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.contribution import TINY, shield_by_contribution
+from vllm_roco.ops.contribution import shield_by_contribution
 from vllm_roco.ops.planned_moves import store_moves, write_moves
 from vllm_roco.ops.rows import (
     FLAGS,
@@ -34,52 +34,17 @@ from vllm_roco.ops.rows import (
     SCORE_MASK,
     SCORE_NONE,
     SCORE_RANDOM,
-    SCORE_SUM,
     SEED,
     SHIELD_BLOCKS,
     SHIELD_BY_CONTRIBUTION,
-    SHIELD_BY_DEVIATION,
     SINK,
 )
-from vllm_roco.ops.statistics import (
-    FIRST_POSITION,
-    MASS_PEAK,
-    MASS_SQUARES,
-    MASS_SUM,
-    NUM_FIELDS,
-    NUM_QUERIES,
-)
+from vllm_roco.ops.score_blocks import num_warps_of, padded, score_blocks
+from vllm_roco.ops.statistics import FIRST_POSITION, NUM_FIELDS
 
 _KEY_BITS = tl.constexpr(63)
-# of a block: its largest share of what the second stage goes by, and the first
-SCORES = 2
-_SCORES = tl.constexpr(SCORES)
 # of blocks that may lie beside each other, that a program looks at at once
 _PAIRS = 2**15
-
-
-@triton.jit
-def _by_statistics(entry, full, count, kind):
-    """Return what the second stage goes by, of one head's statistics."""
-    total = tl.load(entry + MASS_SUM, mask=full, other=0.0)
-    return tl.where(kind == SCORE_SUM, total, total / count)
-
-
-@triton.jit
-def _shield_of(entry, full, count, flags):
-    """Return what the first stage shields by, of one head's statistics.
-
-    Zeros for contributions, which another kernel works out.
-    """
-    if (flags & SHIELD_BY_CONTRIBUTION) != 0:
-        shield = tl.zeros_like(count)
-    elif (flags & SHIELD_BY_DEVIATION) != 0:
-        mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
-        squares = tl.load(entry + MASS_SQUARES, mask=full, other=0.0) / count
-        shield = tl.sqrt(tl.maximum(squares - mean * mean, 0.0))
-    else:
-        shield = tl.load(entry + MASS_PEAK, mask=full, other=0.0)
-    return shield
 
 
 @triton.jit
@@ -103,65 +68,6 @@ def _without_statistics(score, first_position, kind, seed):
     elif kind == SCORE_RANDOM:
         score = _random_order(first_position, seed)
     return score
-
-
-@triton.jit(
-    do_not_specialize=["stride_table_row", "max_blocks", "layers_per_slice"],
-    do_not_specialize_on_alignment=["seq_lens_ptr"],
-)
-def _score_kernel(
-    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
-    seq_lens_ptr,  # [num_rows] int32
-    live_table_ptr,  # [num_rows, live_width] int32
-    evicted_before_ptr,  # [num_rows] int32
-    evicted_after_ptr,  # [num_rows] int32
-    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
-    scores_ptr,  # [num_rows, num_slices, SCORES, max_blocks] float32
-    num_layers,
-    layers_per_slice,
-    stride_table_row,
-    stride_statistics_block,
-    max_blocks,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    layer_slice = tl.program_id(1)
-    evicted = tl.load(evicted_before_ptr + row)
-    if tl.load(evicted_after_ptr + row) == evicted:
-        return
-
-    num_tokens = tl.load(seq_lens_ptr + row)
-    flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
-    kind = flags & SCORE_MASK
-    index = tl.arange(0, BLOCKS)
-    # shares are taken of all full live blocks, candidates or not
-    full = index < num_tokens // BLOCK_SIZE - evicted
-    block = tl.load(
-        live_table_ptr + row * stride_table_row + index, mask=full, other=0
-    ).to(tl.int64)
-    second_score = tl.zeros([BLOCKS], tl.float32)
-    shield_score = tl.zeros([BLOCKS], tl.float32)
-    first_layer = layer_slice * layers_per_slice
-    last_layer = tl.minimum(first_layer + layers_per_slice, num_layers)
-    for layer in tl.range(first_layer, last_layer):
-        statistics = tl.load(first_statistics_ptr + layer).to(
-            tl.pointer_type(tl.float32)
-        )
-        for head in tl.range(NUM_KV_HEADS):
-            entry = statistics + block * stride_statistics_block + head * NUM_FIELDS
-            count = tl.load(entry + NUM_QUERIES, mask=full, other=1.0)
-            score = _by_statistics(entry, full, count, kind)
-            shield = _shield_of(entry, full, count, flags)
-            score_total = tl.maximum(tl.sum(score, 0), TINY)
-            shield_total = tl.maximum(tl.sum(shield, 0), TINY)
-            second_score = tl.maximum(second_score, score / score_total)
-            shield_score = tl.maximum(shield_score, shield / shield_total)
-
-    slot = (row * tl.num_programs(1) + layer_slice) * _SCORES * max_blocks
-    tl.store(scores_ptr + slot + index, second_score, mask=full)
-    tl.store(scores_ptr + slot + max_blocks + index, shield_score, mask=full)
 
 
 @triton.jit
@@ -327,21 +233,6 @@ def _select_kernel(
     store_moves(count, row, num_moves_ptr, moved_ptr)
 
 
-def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
-    """Return the address of block 0's statistics in every layer.
-
-    Args:
-        statistics: The layers' `[num_blocks, num_kv_heads, NUM_FIELDS]` float32 views,
-            of one group, as `kv_cache.page.statistics_view` returns them; the addresses
-            are valid while the caches are bound.
-
-    Returns:
-        `[num_layers]` int64 on the views' device.
-    """
-    addresses = [view.data_ptr() for view in statistics]
-    return torch.tensor(addresses, dtype=torch.int64, device=statistics[0].device)
-
-
 def select_victims(
     *,
     first_page_of_layer: torch.Tensor,
@@ -366,7 +257,8 @@ def select_victims(
 
     Args:
         first_page_of_layer: `[num_layers]` int64, see `ops.move_blocks.first_pages`.
-        first_statistics_of_layer: `[num_layers]` int64, see `first_statistics`.
+        first_statistics_of_layer: `[num_layers]` int64, see
+            `ops.score_blocks.first_statistics`.
         page_bytes: Bytes of a page, tail included.
         num_kv_heads: KV heads of a layer on this rank.
         head_size: Numbers of a key, and of a value.
@@ -387,28 +279,17 @@ def select_victims(
         of_all_ranks: Turns this rank's scores into those of all ranks that choose
             together, `[num_rows, any, SCORES, any]` float32; None for one rank.
     """
-    num_rows, num_slices, _, max_blocks = scores.shape
-    num_layers = first_statistics_of_layer.shape[0]
-    blocks = max(16, triton.next_power_of_2(max_blocks))
-    num_warps = min(8, max(1, blocks // 128))
-    stride_statistics_block = page_bytes // torch.float32.itemsize
-    _score_kernel[(num_rows, num_slices)](
-        first_statistics_ptr=first_statistics_of_layer,
-        seq_lens_ptr=seq_lens,
-        live_table_ptr=live_table,
-        evicted_before_ptr=evicted_before,
-        evicted_after_ptr=evicted_after,
-        rows_ptr=rows,
-        scores_ptr=scores,
-        num_layers=num_layers,
-        layers_per_slice=triton.cdiv(num_layers, num_slices),
-        stride_table_row=live_table.stride(0),
-        stride_statistics_block=stride_statistics_block,
-        max_blocks=max_blocks,
-        NUM_KV_HEADS=num_kv_heads,
-        BLOCK_SIZE=block_size,
-        BLOCKS=blocks,
-        num_warps=num_warps,
+    score_blocks(
+        first_statistics_of_layer=first_statistics_of_layer,
+        page_bytes=page_bytes,
+        num_kv_heads=num_kv_heads,
+        seq_lens=seq_lens,
+        live_table=live_table,
+        evicted_before=evicted_before,
+        evicted_after=evicted_after,
+        rows=rows,
+        scores=scores,
+        block_size=block_size,
     )
     shield_by_contribution(
         first_page_of_layer=first_page_of_layer,
@@ -425,9 +306,10 @@ def select_victims(
         shields=scores[:, :, 1],
         block_size=block_size,
     )
+    blocks = padded(scores.shape[3])
     if of_all_ranks is not None:
         scores = of_all_ranks(scores)
-    _select_kernel[(num_rows,)](
+    _select_kernel[(len(scores),)](
         first_statistics_ptr=first_statistics_of_layer,
         scores_ptr=scores,
         seq_lens_ptr=seq_lens,
@@ -443,11 +325,11 @@ def select_victims(
         stride_scores_slice=scores.stride(1),
         max_blocks=scores.stride(2),
         stride_table_row=live_table.stride(0),
-        stride_statistics_block=stride_statistics_block,
+        stride_statistics_block=page_bytes // torch.float32.itemsize,
         max_moves=moves.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
         TILE=max(1, min(16, _PAIRS // blocks)),
-        num_warps=num_warps,
+        num_warps=num_warps_of(blocks),
     )
