@@ -137,8 +137,11 @@ def padded(max_blocks: int) -> int:
 
 
 def num_warps_of(blocks: int) -> int:
-    """Return the warps of a program that looks at so many blocks, a power of two."""
-    return min(8, max(1, blocks // 128))
+    """Return the warps of a program that looks at so many blocks, a power of two.
+
+    Of more than 4,096 blocks, what eight warps would hold does not fit in registers.
+    """
+    return min(8 if blocks <= 4096 else 32, max(1, blocks // 128))
 
 
 def score_blocks(
