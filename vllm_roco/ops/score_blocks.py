@@ -139,9 +139,9 @@ def padded(max_blocks: int) -> int:
 def num_warps_of(blocks: int) -> int:
     """Return the warps of a program that looks at so many blocks, a power of two.
 
-    Of more than 4,096 blocks, what eight warps would hold does not fit in registers.
+    Of more than 8,192 blocks, what eight warps would hold does not fit in registers.
     """
-    return min(8 if blocks <= 4096 else 32, max(1, blocks // 128))
+    return min(8 if blocks <= 8192 else 32, max(1, blocks // 128))
 
 
 def score_blocks(
