@@ -43,8 +43,6 @@ from vllm_roco.ops.score_blocks import num_warps_of, padded, score_blocks
 from vllm_roco.ops.statistics import FIRST_POSITION, NUM_FIELDS
 
 _KEY_BITS = tl.constexpr(63)
-# of blocks that may lie beside each other, that a program looks at at once
-_PAIRS = 2**15
 
 
 @triton.jit
@@ -92,35 +90,52 @@ def _age_key(score, first_position):
 def _with_neighbours(
     value,  # [BLOCKS] float32
     first,  # [BLOCKS] int32, first positions
-    among,  # [BLOCKS], the blocks that count
-    values_ptr,  # [max_blocks] float32, scratch
+    among,  # [BLOCKS], the blocks that count, the first ones
+    values_ptr,  # [num_places] float32, scratch
+    places_ptr,  # [num_places] int32, scratch
     table_ptr,  # [live_width] int32, of one row
     first_positions_ptr,
     stride_statistics_block,
-    num_blocks,
+    num_blocks,  # that count
+    num_places,  # as many or more
     BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     """Return at least a share of the neighbours'; see `policy.with_neighbours`.
 
-    Live order is not the text's, so every block looks at all.
+    Live order is not the text's, so every block notes itself at a place that its number
+    in the text tells, and looks whom it finds at those of its neighbours. Of blocks
+    that want the same place one gets it, and the others note themselves in the next
+    round. What is found is asked for its position, whoever has noted it and when.
     """
-    tl.store(values_ptr + tl.arange(0, value.shape[0]), value, mask=among)
-    tl.debug_barrier()
+    index = tl.arange(0, value.shape[0])
+    # never negative, but what is written to must not depend on what is in a page
+    number = tl.maximum(first, 0) // BLOCK_SIZE
+    place = number % num_places
+    tl.store(values_ptr + index, value, mask=among)
     lent = tl.zeros_like(value)
-    for start in tl.range(0, num_blocks, TILE):
-        other = start + tl.arange(0, TILE)
-        counts = other < num_blocks
-        block = tl.load(table_ptr + other, mask=counts, other=0).to(tl.int64)
-        place = tl.load(
-            first_positions_ptr + block * stride_statistics_block,
-            mask=counts,
-            other=0.0,
-        ).to(tl.int32)
-        theirs = tl.load(values_ptr + other, mask=counts, other=0.0)
-        adjacent = tl.abs(first[:, None] - place[None, :]) == BLOCK_SIZE
-        most = tl.max(tl.where(adjacent, theirs[None, :], 0.0), 1)
-        lent = tl.maximum(lent, most)
+    missing = among
+    while tl.max(missing.to(tl.int32), 0) > 0:
+        # everybody has looked at what the round before, or another kernel, noted
+        tl.debug_barrier()
+        tl.store(places_ptr + place, index, mask=missing)
+        tl.debug_barrier()
+        missing &= tl.load(places_ptr + place, mask=missing, other=0) != index
+        for side in tl.static_range(-1, 2, 2):
+            other = tl.load(
+                places_ptr + (number + side + num_places) % num_places,
+                mask=among,
+                other=-1,
+            )
+            noted = (other >= 0) & (other < num_blocks)
+            block = tl.load(table_ptr + other, mask=noted, other=0).to(tl.int64)
+            position = tl.load(
+                first_positions_ptr + block * stride_statistics_block,
+                mask=noted,
+                other=0.0,
+            ).to(tl.int32)
+            is_beside = noted & (position == first + side * BLOCK_SIZE)
+            theirs = tl.load(values_ptr + other, mask=is_beside, other=0.0)
+            lent = tl.maximum(lent, theirs)
     return tl.maximum(value, lent * NEIGHBOUR_SHARE)
 
 
@@ -156,7 +171,6 @@ def _select_kernel(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     evicted = tl.load(evicted_before_ptr + row)
@@ -201,12 +215,13 @@ def _select_kernel(
             first,
             full,
             scores_ptr + max_blocks,
+            scores_ptr.to(tl.pointer_type(tl.int32)),
             table_ptr,
             first_positions,
             stride_statistics_block,
             num_full,
+            max_blocks,
             BLOCK_SIZE,
-            TILE,
         )
 
     in_reach = candidate & (first >= sink) & (first + BLOCK_SIZE <= num_tokens - recent)
@@ -330,6 +345,5 @@ def select_victims(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
-        TILE=max(1, min(16, _PAIRS // blocks)),
         num_warps=num_warps_of(blocks),
     )
