@@ -9,10 +9,9 @@ row. All return at once where nothing is due, so they may be part of every step.
 ranks share a layer's heads, `merge_slices` comes before the last.
 
 The `k` smallest of a set are found without sorting. A score is not negative, so its
-bits order as an integer does; with the block's first position behind them they form a
-63-bit key that no two blocks share, in which the older of two equal scores is the
-smaller. The k-th smallest key is built bit by bit from counts, exactly and in fixed
-order.
+bits order as an integer does, and the k-th smallest is built bit by bit from counts,
+exactly and in fixed order. Of several blocks that have it, the oldest are found in the
+same way, by their first positions, of which no two are equal.
 """
 
 from __future__ import annotations
@@ -42,8 +41,6 @@ from vllm_roco.ops.rows import (
 from vllm_roco.ops.score_blocks import num_warps_of, padded, score_blocks
 from vllm_roco.ops.statistics import FIRST_POSITION, NUM_FIELDS
 
-_KEY_BITS = tl.constexpr(63)
-
 
 @triton.jit
 def _random_order(first_position, seed):
@@ -69,21 +66,28 @@ def _without_statistics(score, first_position, kind, seed):
 
 
 @triton.jit
-def _kth_smallest(keys, among, count, KEY_BITS: tl.constexpr):
-    """Return the count-th smallest of the keys in a set, 0 for a count of 0."""
-    found = tl.zeros([], tl.int64)
-    for step in tl.range(KEY_BITS):
-        trial = found | (tl.full([], 1, tl.int64) << (KEY_BITS - 1 - step))
-        below = tl.sum((among & (keys < trial)).to(tl.int32), 0)
+def _kth_smallest(numbers, among, count):
+    """Return the count-th smallest number in a set of int32, none of them negative."""
+    found = tl.zeros([], tl.int32)
+    for step in tl.range(31):
+        trial = found | (1 << (30 - step))
+        below = tl.sum((among & (numbers < trial)).to(tl.int32), 0)
         found = tl.where(below < count, trial, found)
     return found
 
 
 @triton.jit
-def _age_key(score, first_position):
-    """Return int64 keys in the order of (score, first position); scores >= 0."""
-    bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-    return (bits << 32) | first_position.to(tl.int64)
+def _smallest(score, first, among, count):
+    """Return which `count` blocks of a set go, at least one: a mask like `among`."""
+    bits = score.to(tl.int32, bitcast=True)
+    largest = _kth_smallest(bits, among, count)
+    chosen = among & (bits < largest)
+    equal = among & (bits == largest)
+    missing = count - tl.sum(chosen.to(tl.int32), 0)
+    # mostly there is one, which is taken
+    if tl.sum(equal.to(tl.int32), 0) > missing:
+        equal &= first <= _kth_smallest(first, equal, missing)
+    return chosen | equal
 
 
 @triton.jit
@@ -227,15 +231,9 @@ def _select_kernel(
     in_reach = candidate & (first >= sink) & (first + BLOCK_SIZE <= num_tokens - recent)
     num_in_reach = tl.sum(in_reach.to(tl.int32), 0)
     num_exposed = num_in_reach - tl.minimum(shield_blocks, num_in_reach - num_victims)
-    shield_key = _age_key(shield, first)
-    exposed = in_reach & (
-        shield_key <= _kth_smallest(shield_key, in_reach, num_exposed, _KEY_BITS)
-    )
+    exposed = _smallest(shield, first, in_reach, num_exposed)
     score = _without_statistics(score, first, kind, tl.load(rows_ptr + SEED))
-    score_key = _age_key(score, first)
-    victim = exposed & (
-        score_key <= _kth_smallest(score_key, exposed, num_victims, _KEY_BITS)
-    )
+    victim = _smallest(score, first, exposed, num_victims)
 
     is_resident = index < resident
     count = write_moves(
