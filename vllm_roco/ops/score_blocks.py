@@ -133,7 +133,7 @@ def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
 
 def padded(max_blocks: int) -> int:
     """Return the blocks that a program looks at at once, a power of two."""
-    return max(16, triton.next_power_of_2(max_blocks))
+    return max(16, int(triton.next_power_of_2(max_blocks)))
 
 
 def num_warps_of(blocks: int) -> int:
