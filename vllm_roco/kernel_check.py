@@ -22,7 +22,8 @@ from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
-from vllm_roco.ops.select_victims import SCORES, first_statistics, select_victims
+from vllm_roco.ops.score_blocks import SCORES, first_statistics
+from vllm_roco.ops.select_victims import select_victims
 from vllm_roco.request_options.planner import RequestPlanner
 
 BLOCK_SIZE = 16

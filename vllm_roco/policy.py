@@ -89,7 +89,9 @@ def accumulate(
 ) -> None:
     """Add one step's attention mass to the statistics, in place.
 
-    Those of a block whose first token is this step's are zero before.
+    Those of a block whose first token is this step's are zero before. Of a model that
+    has overflowed the mass is no number; it adds nothing, for others may share the
+    block, and only the queries count.
 
     Args:
         statistics: `[..., num_blocks, num_kv_heads, NUM_FIELDS]` float32.
@@ -97,6 +99,7 @@ def accumulate(
         num_queries: `[..., num_blocks]`, the queries that see each block.
     """
     by_block = mass.movedim(-1, -3)
+    by_block = by_block.where(by_block.sum(-1, keepdim=True).isfinite(), 0)
     statistics[..., MASS_SUM] += by_block.sum(-1)
     statistics[..., MASS_SQUARES] += by_block.square().sum(-1)
     peak = statistics[..., MASS_PEAK]

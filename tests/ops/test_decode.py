@@ -105,6 +105,20 @@ def test_head_shapes(heads: Heads, device: torch.device) -> None:
     check(build([1, 70, 33, 0], heads, device), PLAN)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_query_that_is_no_number_is_counted_alone(
+    splits: int, device: torch.device
+) -> None:
+    """See `tests/policy/test_statistics.py`; other rows' blocks are as always."""
+    case = build([70, 33], Heads(4, 2, 16), device)
+    case.query[0, 1] = torch.nan
+    exact = case.expected()
+    run(case, dataclasses.replace(PLAN, splits=splits))
+    case.check_tails(exact)
+    of_row = case.live_table[0, :5].long()
+    assert case.statistics[of_row].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("block_size", "splits"),
     [(16, 1), (16, 2), (16, 5), (32, 2), (48, 1), (48, 5), (64, 2), (128, 1), (128, 5)],

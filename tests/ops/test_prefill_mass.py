@@ -66,6 +66,15 @@ def test_head_shapes(heads: Heads, device: torch.device) -> None:
     check(PagedCase.build([(40, 40), (5, 70), (1, 33), (0, 0)], heads, device))
 
 
+def test_queries_that_are_no_numbers_are_counted_alone(device: torch.device) -> None:
+    """See `tests/policy/test_statistics.py`; other rows' blocks are as always."""
+    case = PagedCase.build([(40, 70), (17, 33)], Heads(4, 2, 16), device)
+    case.query[:40] = torch.nan
+    check(case)
+    of_row = case.live_table[0, :5].long()
+    assert case.statistics[of_row].isfinite().all()
+
+
 @pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
 def test_lengths_around_every_boundary(block_size: int, device: torch.device) -> None:
     """A whole prompt, its last chunk, and a prompt of one token."""

@@ -16,12 +16,9 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache import page
 from vllm_roco.ops import contribution
 from vllm_roco.ops.move_blocks import first_pages
+from vllm_roco.ops.score_blocks import SCORES, first_statistics
 from vllm_roco.ops.select_oldest import select_oldest
-from vllm_roco.ops.select_victims import (
-    SCORES,
-    first_statistics,
-    select_victims,
-)
+from vllm_roco.ops.select_victims import select_victims
 
 BLOCK_SIZE = 16
 Moves = list[list[tuple[int, int]]]
@@ -121,6 +118,14 @@ class Group:
             [self.schedule.evicted_blocks(step[which]) for step in self.steps]
         )
 
+    @property
+    def most_blocks(self) -> int:
+        """The most full live blocks of a row."""
+        return max(
+            after // self.block_size - self.schedule.evicted_blocks(before)
+            for before, after in self.steps
+        )
+
     def int32(self, values: list[int] | list[EvictionRow]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.live_table.device)
 
@@ -183,6 +188,24 @@ class Group:
         slices: int = 2,
     ) -> Moves:
         """Return each row's moves by the kernels, after checking their count."""
+        moves, num_moves, moved = self.launch(how, measures=measures, slices=slices)
+        counts = num_moves.tolist()
+        assert moved.item() == 100 + sum(counts)
+        for row, count in enumerate(counts):
+            assert (moves[row, count:] == -1).all()
+        return [
+            [(s, t) for s, t in moves[row, :count].tolist()]
+            for row, count in enumerate(counts)
+        ]
+
+    def launch(
+        self,
+        how: EvictionRow | list[EvictionRow],
+        *,
+        measures: bool = True,
+        slices: int = 2,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Launch the kernels; return moves and their numbers, 100 more in sum."""
         hows = how if isinstance(how, list) else [how] * len(self.steps)
         views = [page.statistics_view(cache) for cache in self.caches]
         device = self.live_table.device
@@ -215,21 +238,14 @@ class Group:
                     len(self.steps),
                     slices,
                     SCORES,
-                    self.live_table.shape[1],
+                    self.most_blocks,
                     device=device,
                 ),
                 **outputs,  # type: ignore[arg-type]
             )
         else:
             select_oldest(**outputs)  # type: ignore[arg-type]
-        counts = num_moves.tolist()
-        assert moved.item() == 100 + sum(counts)
-        for row, count in enumerate(counts):
-            assert (moves[row, count:] == -1).all()
-        return [
-            [(s, t) for s, t in moves[row, :count].tolist()]
-            for row, count in enumerate(counts)
-        ]
+        return moves, num_moves, moved
 
 
 def options(schedule: EvictionSchedule, **changes: object) -> EvictionRow:
@@ -323,6 +339,31 @@ def test_rows_that_share_a_program(
     how = options(SMALL)
     assert how.shields_by_contribution
     assert group.run(how) == group.expected(how)
+
+
+@pytest.mark.parametrize("runs", [1, 4, 8, 16])
+def test_neighbours_in_a_long_text(runs: int, device: torch.device) -> None:
+    """Blocks that are as far apart as a row has some want the same place for a note."""
+    edge = SMALL.budget + 500 * SMALL.stride
+    group = Group.build([(edge - 1, edge)] * 3, SMALL, device)
+    live = group.most_blocks
+    assert live == 16
+    numbers = torch.arange(live).view(runs, -1) % (live // runs)
+    numbers += live * torch.arange(1, runs + 1)[:, None]
+    for row in range(3):
+        order = torch.randperm(live, generator=torch.Generator().manual_seed(row))
+        blocks = group.live_table[row, :live].long()
+        for cache in group.caches:
+            first = numbers.flatten()[order] * BLOCK_SIZE
+            page.first_positions_view(cache)[blocks] = first.to(device).float()
+    # one of many counts for its neighbours, if it has any
+    how = options(SMALL)
+    for cache in group.caches:
+        peaks = page.statistics_view(cache)[..., page.MASS_PEAK]
+        peaks *= torch.logspace(-3, 0, peaks.shape[0], device=device)[:, None]
+    expected = group.expected(how)
+    assert group.run(how) == expected
+    assert any(expected)
 
 
 def test_large_budget(device: torch.device) -> None:

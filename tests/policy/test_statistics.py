@@ -44,6 +44,18 @@ def test_accumulate_adds_a_step() -> None:
     torch.testing.assert_close(statistics, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("no_number", [torch.nan, torch.inf])
+def test_what_is_no_number_adds_nothing(no_number: float) -> None:
+    """Blocks of a prefix are shared: a model that overflowed in the prompt of one
+    request left NaN in them, and who evicted behind them lost the oldest blocks."""
+    statistics = torch.zeros(2, 1, NUM_FIELDS)
+    statistics[:, 0] = torch.tensor([1.0, 0.5, 0.75, 4.0])
+    mass = torch.tensor([[[0.5, 0.5], [no_number, 0.75]]])
+    policy.accumulate(statistics, mass, torch.tensor([2, 2]))
+    assert statistics[0, 0].tolist() == [1.0, 0.5, 0.75, 6.0]
+    assert statistics[1, 0].tolist() == [2.25, 1.3125, 0.75, 6.0]
+
+
 def test_accumulate_in_two_steps_equals_one() -> None:
     mass = torch.rand(3, 7, 5, generator=torch.Generator().manual_seed(0))
     at_once = torch.zeros(5, 3, NUM_FIELDS)

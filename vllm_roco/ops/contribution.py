@@ -31,8 +31,10 @@ _TOKENS = 16
 _ROWS = 128
 # programs that are launched in every step, if there is anything for so many
 _MOST_PROGRAMS = 1024
-# of a program
-_WARPS = 4
+# of a program, whose registers hold a number for each block to the end
+_FEWEST_WARPS = 4
+_MOST_WARPS = 16
+_BLOCKS_OF_A_WARP = 2048
 _TYPES = {
     torch.uint8: tl.uint8,
     torch.float16: tl.float16,
@@ -129,8 +131,15 @@ def _raise_shields(
         contributions = tl.where(tile == number, contribution, contributions)
     index = tile * TILE + within[None, :]
     shares = contributions / tl.maximum(tl.sum(contributions), TINY)
-    # the largest of all is the same in whatever order they come
-    tl.atomic_max(shields_ptr + index, shares, mask=index < num_full)
+    # the largest of all is the same in whatever order they come; not negative, they
+    # are in the order of their bits. Nothing else is told by them, so that no program
+    # needs to wait for its own to be seen, as it would by default
+    tl.atomic_max(
+        shields_ptr.to(tl.pointer_type(tl.int32)) + index,
+        shares.to(tl.int32, bitcast=True),
+        mask=index < num_full,
+        sem="relaxed",
+    )
 
 
 @triton.jit(
@@ -215,6 +224,11 @@ def _contribution_kernel(
             due_before += tl.sum(due.to(tl.int32), 0)
 
 
+def num_warps_of(blocks: int) -> int:
+    """Return the warps of a program that looks at rows of so many blocks."""
+    return min(_MOST_WARPS, max(_FEWEST_WARPS, blocks // _BLOCKS_OF_A_WARP))
+
+
 def shield_by_contribution(
     *,
     first_page_of_layer: torch.Tensor,
@@ -236,7 +250,7 @@ def shield_by_contribution(
     Args:
         first_page_of_layer: `[num_layers]` int64, see `ops.move_blocks.first_pages`.
         first_statistics_of_layer: `[num_layers]` int64, see
-            `ops.select_victims.first_statistics`.
+            `ops.score_blocks.first_statistics`.
         page_bytes: Bytes of a page, tail included.
         num_kv_heads: KV heads of a layer on this rank.
         head_size: Numbers of a value.
@@ -254,6 +268,7 @@ def shield_by_contribution(
     num_rows, num_slices, max_blocks = shields.shape
     head_dim = triton.next_power_of_2(head_size)
     tile = max(1, _TILE_NUMBERS // head_dim)
+    tiles = triton.next_power_of_2(triton.cdiv(max_blocks, tile))
     num_layers = first_page_of_layer.shape[0]
     shares = max(1, _MOST_PROGRAMS // (num_layers * num_kv_heads))
     grid = (min(num_rows, shares), num_layers, num_kv_heads)
@@ -278,8 +293,8 @@ def shield_by_contribution(
         HEAD_DIM=head_dim,
         TYPE=_TYPES[dtype],
         TOKENS=math.gcd(_TOKENS, block_size),
-        TILES=triton.next_power_of_2(triton.cdiv(max_blocks, tile)),
+        TILES=tiles,
         TILE=tile,
         ROWS=_ROWS,
-        num_warps=_WARPS,
+        num_warps=num_warps_of(tiles * tile),
     )

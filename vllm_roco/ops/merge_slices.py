@@ -64,7 +64,7 @@ def merge_slices(
 
     Args:
         scores: `[num_rows, num_slices, num_scores, max_blocks]` float32, contiguous,
-            not negative; see `ops.select_victims`.
+            not negative; see `ops.score_blocks`.
         seq_lens: `[num_rows]` int32, computed tokens after the step.
         evicted_before: `[num_rows]` int32, `E` at the start of the step.
         evicted_after: `[num_rows]` int32, `E` at its end.

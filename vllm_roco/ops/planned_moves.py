@@ -29,4 +29,4 @@ def store_moves(count, row, num_moves_ptr, moved_ptr):
     """Write how many moves a row has, and count them."""
     tl.store(num_moves_ptr + row, count)
     if count > 0:
-        tl.atomic_add(moved_ptr, count.to(tl.int64))
+        tl.atomic_add(moved_ptr, count.to(tl.int64), sem="relaxed")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chooses the blocks that a sequence gives up, and the moves that follow from it.
 
-The arithmetic is `vllm_roco.policy`'s. Three launches: `_score_kernel` reduces the
+The arithmetic is `vllm_roco.policy`'s. Three launches: `score_blocks` reduces the
 statistics of a slice of the layers to each block's largest share in any of their heads;
 `contribution` does so for shields that need the values, too; `_select_kernel` takes the
 largest of all slices, shields, picks the victims and writes the moves, one program a
@@ -9,10 +9,9 @@ row. All return at once where nothing is due, so they may be part of every step.
 ranks share a layer's heads, `merge_slices` comes before the last.
 
 The `k` smallest of a set are found without sorting. A score is not negative, so its
-bits order as an integer does; with the block's first position behind them they form a
-63-bit key that no two blocks share, in which the older of two equal scores is the
-smaller. The k-th smallest key is built bit by bit from counts, exactly and in fixed
-order.
+bits order as an integer does, and the k-th smallest is built bit by bit from counts,
+exactly and in fixed order. Of several blocks that have it, the oldest are found in the
+same way, by their first positions, of which no two are equal.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.contribution import TINY, shield_by_contribution
+from vllm_roco.ops.contribution import shield_by_contribution
 from vllm_roco.ops.planned_moves import store_moves, write_moves
 from vllm_roco.ops.rows import (
     FLAGS,
@@ -34,52 +33,13 @@ from vllm_roco.ops.rows import (
     SCORE_MASK,
     SCORE_NONE,
     SCORE_RANDOM,
-    SCORE_SUM,
     SEED,
     SHIELD_BLOCKS,
     SHIELD_BY_CONTRIBUTION,
-    SHIELD_BY_DEVIATION,
     SINK,
 )
-from vllm_roco.ops.statistics import (
-    FIRST_POSITION,
-    MASS_PEAK,
-    MASS_SQUARES,
-    MASS_SUM,
-    NUM_FIELDS,
-    NUM_QUERIES,
-)
-
-_KEY_BITS = tl.constexpr(63)
-# of a block: its largest share of what the second stage goes by, and the first
-SCORES = 2
-_SCORES = tl.constexpr(SCORES)
-# of blocks that may lie beside each other, that a program looks at at once
-_PAIRS = 2**15
-
-
-@triton.jit
-def _by_statistics(entry, full, count, kind):
-    """Return what the second stage goes by, of one head's statistics."""
-    total = tl.load(entry + MASS_SUM, mask=full, other=0.0)
-    return tl.where(kind == SCORE_SUM, total, total / count)
-
-
-@triton.jit
-def _shield_of(entry, full, count, flags):
-    """Return what the first stage shields by, of one head's statistics.
-
-    Zeros for contributions, which another kernel works out.
-    """
-    if (flags & SHIELD_BY_CONTRIBUTION) != 0:
-        shield = tl.zeros_like(count)
-    elif (flags & SHIELD_BY_DEVIATION) != 0:
-        mean = tl.load(entry + MASS_SUM, mask=full, other=0.0) / count
-        squares = tl.load(entry + MASS_SQUARES, mask=full, other=0.0) / count
-        shield = tl.sqrt(tl.maximum(squares - mean * mean, 0.0))
-    else:
-        shield = tl.load(entry + MASS_PEAK, mask=full, other=0.0)
-    return shield
+from vllm_roco.ops.score_blocks import num_warps_of, padded, score_blocks
+from vllm_roco.ops.statistics import FIRST_POSITION, NUM_FIELDS
 
 
 @triton.jit
@@ -105,116 +65,81 @@ def _without_statistics(score, first_position, kind, seed):
     return score
 
 
-@triton.jit(
-    do_not_specialize=["stride_table_row", "max_blocks", "layers_per_slice"],
-    do_not_specialize_on_alignment=["seq_lens_ptr"],
-)
-def _score_kernel(
-    first_statistics_ptr,  # [num_layers] int64, address of block 0's statistics
-    seq_lens_ptr,  # [num_rows] int32
-    live_table_ptr,  # [num_rows, live_width] int32
-    evicted_before_ptr,  # [num_rows] int32
-    evicted_after_ptr,  # [num_rows] int32
-    rows_ptr,  # [num_rows, NUM_ROW_FIELDS] int32
-    scores_ptr,  # [num_rows, num_slices, SCORES, max_blocks] float32
-    num_layers,
-    layers_per_slice,
-    stride_table_row,
-    stride_statistics_block,
-    max_blocks,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    layer_slice = tl.program_id(1)
-    evicted = tl.load(evicted_before_ptr + row)
-    if tl.load(evicted_after_ptr + row) == evicted:
-        return
-
-    num_tokens = tl.load(seq_lens_ptr + row)
-    flags = tl.load(rows_ptr + row * NUM_ROW_FIELDS + FLAGS)
-    kind = flags & SCORE_MASK
-    index = tl.arange(0, BLOCKS)
-    # shares are taken of all full live blocks, candidates or not
-    full = index < num_tokens // BLOCK_SIZE - evicted
-    block = tl.load(
-        live_table_ptr + row * stride_table_row + index, mask=full, other=0
-    ).to(tl.int64)
-    second_score = tl.zeros([BLOCKS], tl.float32)
-    shield_score = tl.zeros([BLOCKS], tl.float32)
-    first_layer = layer_slice * layers_per_slice
-    last_layer = tl.minimum(first_layer + layers_per_slice, num_layers)
-    for layer in tl.range(first_layer, last_layer):
-        statistics = tl.load(first_statistics_ptr + layer).to(
-            tl.pointer_type(tl.float32)
-        )
-        for head in tl.range(NUM_KV_HEADS):
-            entry = statistics + block * stride_statistics_block + head * NUM_FIELDS
-            count = tl.load(entry + NUM_QUERIES, mask=full, other=1.0)
-            score = _by_statistics(entry, full, count, kind)
-            shield = _shield_of(entry, full, count, flags)
-            score_total = tl.maximum(tl.sum(score, 0), TINY)
-            shield_total = tl.maximum(tl.sum(shield, 0), TINY)
-            second_score = tl.maximum(second_score, score / score_total)
-            shield_score = tl.maximum(shield_score, shield / shield_total)
-
-    slot = (row * tl.num_programs(1) + layer_slice) * _SCORES * max_blocks
-    tl.store(scores_ptr + slot + index, second_score, mask=full)
-    tl.store(scores_ptr + slot + max_blocks + index, shield_score, mask=full)
-
-
 @triton.jit
-def _kth_smallest(keys, among, count, KEY_BITS: tl.constexpr):
-    """Return the count-th smallest of the keys in a set, 0 for a count of 0."""
-    found = tl.zeros([], tl.int64)
-    for step in tl.range(KEY_BITS):
-        trial = found | (tl.full([], 1, tl.int64) << (KEY_BITS - 1 - step))
-        below = tl.sum((among & (keys < trial)).to(tl.int32), 0)
+def _kth_smallest(numbers, among, count):
+    """Return the count-th smallest number in a set of int32, none of them negative."""
+    found = tl.zeros([], tl.int32)
+    for step in tl.range(31):
+        trial = found | (1 << (30 - step))
+        below = tl.sum((among & (numbers < trial)).to(tl.int32), 0)
         found = tl.where(below < count, trial, found)
     return found
 
 
 @triton.jit
-def _age_key(score, first_position):
-    """Return int64 keys in the order of (score, first position); scores >= 0."""
-    bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-    return (bits << 32) | first_position.to(tl.int64)
+def _smallest(score, first, among, count):
+    """Return which `count` blocks of a set go, at least one: a mask like `among`."""
+    bits = score.to(tl.int32, bitcast=True)
+    largest = _kth_smallest(bits, among, count)
+    chosen = among & (bits < largest)
+    equal = among & (bits == largest)
+    missing = count - tl.sum(chosen.to(tl.int32), 0)
+    # mostly there is one, which is taken
+    if tl.sum(equal.to(tl.int32), 0) > missing:
+        equal &= first <= _kth_smallest(first, equal, missing)
+    return chosen | equal
 
 
 @triton.jit
 def _with_neighbours(
     value,  # [BLOCKS] float32
     first,  # [BLOCKS] int32, first positions
-    among,  # [BLOCKS], the blocks that count
-    values_ptr,  # [max_blocks] float32, scratch
+    among,  # [BLOCKS], the blocks that count, the first ones
+    values_ptr,  # [num_places] float32, scratch
+    places_ptr,  # [num_places] int32, scratch
     table_ptr,  # [live_width] int32, of one row
     first_positions_ptr,
     stride_statistics_block,
-    num_blocks,
+    num_blocks,  # that count
+    num_places,  # as many or more
     BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     """Return at least a share of the neighbours'; see `policy.with_neighbours`.
 
-    Live order is not the text's, so every block looks at all.
+    Live order is not the text's, so every block notes itself at a place that its number
+    in the text tells, and looks whom it finds at those of its neighbours. Of blocks
+    that want the same place one gets it, and the others note themselves in the next
+    round. What is found is asked for its position, whoever has noted it and when.
     """
-    tl.store(values_ptr + tl.arange(0, value.shape[0]), value, mask=among)
-    tl.debug_barrier()
+    index = tl.arange(0, value.shape[0])
+    # never negative, but what is written to must not depend on what is in a page
+    number = tl.maximum(first, 0) // BLOCK_SIZE
+    place = number % num_places
+    tl.store(values_ptr + index, value, mask=among)
     lent = tl.zeros_like(value)
-    for start in tl.range(0, num_blocks, TILE):
-        other = start + tl.arange(0, TILE)
-        counts = other < num_blocks
-        block = tl.load(table_ptr + other, mask=counts, other=0).to(tl.int64)
-        place = tl.load(
-            first_positions_ptr + block * stride_statistics_block,
-            mask=counts,
-            other=0.0,
-        ).to(tl.int32)
-        theirs = tl.load(values_ptr + other, mask=counts, other=0.0)
-        adjacent = tl.abs(first[:, None] - place[None, :]) == BLOCK_SIZE
-        most = tl.max(tl.where(adjacent, theirs[None, :], 0.0), 1)
-        lent = tl.maximum(lent, most)
+    missing = among
+    while tl.max(missing.to(tl.int32), 0) > 0:
+        # everybody has looked at what the round before, or another kernel, noted
+        tl.debug_barrier()
+        tl.store(places_ptr + place, index, mask=missing)
+        tl.debug_barrier()
+        missing &= tl.load(places_ptr + place, mask=missing, other=0) != index
+        for side in tl.static_range(-1, 2, 2):
+            other = tl.load(
+                places_ptr + (number + side + num_places) % num_places,
+                mask=among,
+                other=-1,
+            )
+            noted = (other >= 0) & (other < num_blocks)
+            block = tl.load(table_ptr + other, mask=noted, other=0).to(tl.int64)
+            position = tl.load(
+                first_positions_ptr + block * stride_statistics_block,
+                mask=noted,
+                other=0.0,
+            ).to(tl.int32)
+            is_beside = noted & (position == first + side * BLOCK_SIZE)
+            theirs = tl.load(values_ptr + other, mask=is_beside, other=0.0)
+            lent = tl.maximum(lent, theirs)
     return tl.maximum(value, lent * NEIGHBOUR_SHARE)
 
 
@@ -250,7 +175,6 @@ def _select_kernel(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
-    TILE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     evicted = tl.load(evicted_before_ptr + row)
@@ -295,26 +219,21 @@ def _select_kernel(
             first,
             full,
             scores_ptr + max_blocks,
+            scores_ptr.to(tl.pointer_type(tl.int32)),
             table_ptr,
             first_positions,
             stride_statistics_block,
             num_full,
+            max_blocks,
             BLOCK_SIZE,
-            TILE,
         )
 
     in_reach = candidate & (first >= sink) & (first + BLOCK_SIZE <= num_tokens - recent)
     num_in_reach = tl.sum(in_reach.to(tl.int32), 0)
     num_exposed = num_in_reach - tl.minimum(shield_blocks, num_in_reach - num_victims)
-    shield_key = _age_key(shield, first)
-    exposed = in_reach & (
-        shield_key <= _kth_smallest(shield_key, in_reach, num_exposed, _KEY_BITS)
-    )
+    exposed = _smallest(shield, first, in_reach, num_exposed)
     score = _without_statistics(score, first, kind, tl.load(rows_ptr + SEED))
-    score_key = _age_key(score, first)
-    victim = exposed & (
-        score_key <= _kth_smallest(score_key, exposed, num_victims, _KEY_BITS)
-    )
+    victim = _smallest(score, first, exposed, num_victims)
 
     is_resident = index < resident
     count = write_moves(
@@ -325,21 +244,6 @@ def _select_kernel(
         victim & is_resident,
     )
     store_moves(count, row, num_moves_ptr, moved_ptr)
-
-
-def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
-    """Return the address of block 0's statistics in every layer.
-
-    Args:
-        statistics: The layers' `[num_blocks, num_kv_heads, NUM_FIELDS]` float32 views,
-            of one group, as `kv_cache.page.statistics_view` returns them; the addresses
-            are valid while the caches are bound.
-
-    Returns:
-        `[num_layers]` int64 on the views' device.
-    """
-    addresses = [view.data_ptr() for view in statistics]
-    return torch.tensor(addresses, dtype=torch.int64, device=statistics[0].device)
 
 
 def select_victims(
@@ -366,7 +270,8 @@ def select_victims(
 
     Args:
         first_page_of_layer: `[num_layers]` int64, see `ops.move_blocks.first_pages`.
-        first_statistics_of_layer: `[num_layers]` int64, see `first_statistics`.
+        first_statistics_of_layer: `[num_layers]` int64, see
+            `ops.score_blocks.first_statistics`.
         page_bytes: Bytes of a page, tail included.
         num_kv_heads: KV heads of a layer on this rank.
         head_size: Numbers of a key, and of a value.
@@ -387,28 +292,17 @@ def select_victims(
         of_all_ranks: Turns this rank's scores into those of all ranks that choose
             together, `[num_rows, any, SCORES, any]` float32; None for one rank.
     """
-    num_rows, num_slices, _, max_blocks = scores.shape
-    num_layers = first_statistics_of_layer.shape[0]
-    blocks = max(16, triton.next_power_of_2(max_blocks))
-    num_warps = min(8, max(1, blocks // 128))
-    stride_statistics_block = page_bytes // torch.float32.itemsize
-    _score_kernel[(num_rows, num_slices)](
-        first_statistics_ptr=first_statistics_of_layer,
-        seq_lens_ptr=seq_lens,
-        live_table_ptr=live_table,
-        evicted_before_ptr=evicted_before,
-        evicted_after_ptr=evicted_after,
-        rows_ptr=rows,
-        scores_ptr=scores,
-        num_layers=num_layers,
-        layers_per_slice=triton.cdiv(num_layers, num_slices),
-        stride_table_row=live_table.stride(0),
-        stride_statistics_block=stride_statistics_block,
-        max_blocks=max_blocks,
-        NUM_KV_HEADS=num_kv_heads,
-        BLOCK_SIZE=block_size,
-        BLOCKS=blocks,
-        num_warps=num_warps,
+    score_blocks(
+        first_statistics_of_layer=first_statistics_of_layer,
+        page_bytes=page_bytes,
+        num_kv_heads=num_kv_heads,
+        seq_lens=seq_lens,
+        live_table=live_table,
+        evicted_before=evicted_before,
+        evicted_after=evicted_after,
+        rows=rows,
+        scores=scores,
+        block_size=block_size,
     )
     shield_by_contribution(
         first_page_of_layer=first_page_of_layer,
@@ -425,9 +319,10 @@ def select_victims(
         shields=scores[:, :, 1],
         block_size=block_size,
     )
+    blocks = padded(scores.shape[3])
     if of_all_ranks is not None:
         scores = of_all_ranks(scores)
-    _select_kernel[(num_rows,)](
+    _select_kernel[(len(scores),)](
         first_statistics_ptr=first_statistics_of_layer,
         scores_ptr=scores,
         seq_lens_ptr=seq_lens,
@@ -443,11 +338,10 @@ def select_victims(
         stride_scores_slice=scores.stride(1),
         max_blocks=scores.stride(2),
         stride_table_row=live_table.stride(0),
-        stride_statistics_block=stride_statistics_block,
+        stride_statistics_block=page_bytes // torch.float32.itemsize,
         max_moves=moves.shape[1],
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
-        TILE=max(1, min(16, _PAIRS // blocks)),
-        num_warps=num_warps,
+        num_warps=num_warps_of(blocks),
     )

@@ -67,6 +67,8 @@ def write_statistics(
     num_queries = tl.minimum(length - index * BLOCK_SIZE, query_len).to(tl.float32)
     fresh = tl.where(field == MASS_SUM, mass[:, None], squares[:, None])
     fresh = tl.where(field == MASS_PEAK, peak[:, None], fresh)
+    # what is no number adds nothing, see `policy.accumulate`
+    fresh = tl.where(tl.abs(mass)[:, None] < float("inf"), fresh, 0.0)
     fresh = tl.where(field == NUM_QUERIES, num_queries[:, None], fresh)
     grown = tl.where(field == MASS_PEAK, tl.maximum(before, fresh), before + fresh)
     # a block whose first token is this step's still holds what its last owner left

@@ -18,13 +18,10 @@ from vllm_roco.attention.bound_caches import WhileBound
 from vllm_roco.kv_cache.page import PageShape, statistics_view
 from vllm_roco.ops.merge_slices import merge_slices
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
+from vllm_roco.ops.score_blocks import SCORES, first_statistics
 from vllm_roco.ops.scratch import carve, total
 from vllm_roco.ops.select_oldest import select_oldest
-from vllm_roco.ops.select_victims import (
-    SCORES,
-    first_statistics,
-    select_victims,
-)
+from vllm_roco.ops.select_victims import select_victims
 
 if TYPE_CHECKING:
     from vllm_roco.attention.cuda.step_buffers import StepBuffers

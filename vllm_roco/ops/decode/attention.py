@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over the live table, measuring every block's attention mass.
 
-One query a row. Two launches: `decode_attend` splits the keys of a (row, kv head) over
-several programs, each with an online softmax over tiles of tokens; `decode_combine`
+One query a row. Two launches: `attend_kernel` splits the keys of a (row, kv head) over
+several programs, each with an online softmax over tiles of tokens; `combine_kernel`
 merges the splits and, knowing the final log-sum-exp, turns the first kernel's partial
 sums of each block into its mass and updates the statistics. A program of the first
 kernel that sees all keys of its row does both, and there is no second launch.
