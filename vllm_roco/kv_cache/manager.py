@@ -203,6 +203,8 @@ class RocoManager(FullAttentionManager):
     def begin_step(self) -> None:
         """Refuse nobody whom vLLM has not asked about in the last step, after all."""
         self._refused_id = None
+        if self.prefix_cache is not None:
+            self.prefix_cache.blocks.begin_step()
 
     def foreseen_blocks(self) -> int:
         """Return by how many blocks more than now running requests will hold."""
