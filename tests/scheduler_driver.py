@@ -295,14 +295,17 @@ class Driver:
         """Steps that are scheduled but not processed."""
         return len(self._in_flight)
 
-    def schedule(self) -> dict[str, int]:
+    def schedule(self, *, throttle_prefills: bool = False) -> dict[str, int]:
         """Schedule and execute a step.
+
+        Args:
+            throttle_prefills: As in vLLM, which holds prompts back in some steps.
 
         Returns:
             The tokens of each request in it.
         """
         self.num_steps += 1
-        output = self.scheduler.schedule()
+        output = self.scheduler.schedule(throttle_prefills)
         result, touched = self.worker.execute(output)
         self._in_flight.append((output, result, touched))
         self._preemptions.append(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.scheduler_driver import Driver
+from tests.scheduler_driver import BLOCK_SIZE, Driver
 from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, modes
 
 HEADER = PROMPT[:10]
@@ -169,9 +169,9 @@ def test_what_is_longer_begins_at_ends_of_chunks_alone() -> None:
 
 
 @modes
-@pytest.mark.parametrize(("max_tokens", "expected"), [(8, 12), (OPEN, 0)])
+@pytest.mark.parametrize("max_tokens", [8, OPEN])
 def test_a_preempted_request_goes_on_as_if_it_had_not_been(
-    asynchronous: bool, max_steps_in_flight: int, max_tokens: int, expected: int
+    asynchronous: bool, max_steps_in_flight: int, max_tokens: int
 ) -> None:
     """What it evicts later must not depend on who was there before."""
     driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
@@ -180,9 +180,13 @@ def test_a_preempted_request_goes_on_as_if_it_had_not_been(
     while driver.num_in_flight:
         driver.complete()
     request = driver.scheduler.requests[request_id]
+    full = request.num_computed_tokens // BLOCK_SIZE * BLOCK_SIZE
+    # the last of three steps in flight has filled a block
+    assert full == (16 if max_steps_in_flight == 3 else 12)
     driver.scheduler.running.remove(request)
     driver.scheduler._preempt_request(request, 0.0)
     driver.drain(500)
+    expected = 0 if max_tokens == OPEN else full
     assert cache_of(driver).blocks.num_saved_tokens == expected
 
 
@@ -274,6 +278,47 @@ def test_a_block_is_looked_up_once_for_each_request_that_is_let_in(
     assert len(driver.step()) == 2
     assert len(asked) == len(set(asked)) == 3
     assert cache_of(driver).blocks.num_hits == 1
+
+
+def test_those_that_wait_for_the_same_blocks_look_them_up_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of them walked all blocks of the prompt: with 64 and 100,000 tokens, half a
+    second of the step."""
+    driver = driver_of(mode="full", allow_full=True, max_num_batched_tokens=68)
+    pool = driver.manager.block_pool
+    get_cached_block, asked = pool.get_cached_block, []
+
+    def noted(block_hash: Any, group_ids: list[int]) -> Any:
+        asked.append(block_hash)
+        return get_cached_block(block_hash, group_ids)
+
+    monkeypatch.setattr(pool, "get_cached_block", noted)
+    prompt = [2 + place % 50 for place in range(400)]
+    reader = driver.add(0, 1, prompt=prompt)
+    for own in range(20):
+        driver.add(0, 1, prompt=[*prompt, 60 + own])
+    while not cache_of(driver).num_waits:
+        asked.clear()
+        assert reader in driver.step()
+    assert cache_of(driver).num_waits == 20
+    # without statistics they are looked for among those, and then among others
+    assert len(asked) <= 2 * len(prompt) // BLOCK_SIZE
+    driver.drain(200)
+    assert cache_of(driver).blocks.num_hits == 20
+
+
+@modes
+def test_an_answer_that_ends_with_a_block_leaves_it(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """Hashed when the last token was known, it was taken for one yet to be filled."""
+    driver = driver_of(asynchronous, max_steps_in_flight=max_steps_in_flight)
+    # the last token is not computed, and all others are four blocks
+    request_id = driver.add(0, 6, prompt=PROMPT[:11])
+    driver.drain(50)
+    text = [*PROMPT[:11], *driver.outputs[request_id][:5]]
+    assert begins_with(driver, [*text, 90], 4) == len(text) == 16
 
 
 def test_shared_blocks_leave_room_for_more_requests() -> None:

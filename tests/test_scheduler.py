@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm.v1.engine import FinishReason
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -201,6 +202,20 @@ def test_a_lone_streaming_request_is_answered(setup: Setup) -> None:
     refused = driver.add(60, 5, resumable=True)
     driver.drain(3)
     assert driver.finished[refused].finish_reason is FinishReason.ERROR
+
+
+@both
+def test_a_refused_request_is_told_why_where_vllm_can_tell(setup: Setup) -> None:
+    """From 0.33 on it can; the client got an HTTP 500 without a reason all the same."""
+    driver = Driver(setup)
+    refused = driver.add(60, 5, extra_args={"roco_budget": 9})
+    driver.drain(3)
+    answer: Any = driver.finished[refused]
+    assert answer.finish_reason is FinishReason.ERROR
+    if "error" in EngineCoreOutput.__struct_fields__:
+        error = answer.error.to_exception()
+        assert isinstance(error, VLLMValidationError)
+        assert str(error).startswith("roco: budget = 9 is not a multiple of the block")
 
 
 @both

@@ -23,6 +23,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from vllm.config import LoRAConfig
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.interface import PauseState
 
 from tests.conftest import NIGHTLY_EXAMPLES
 from tests.scheduler_driver import BLOCK_SIZE, MAX_NUM_SEQS, Driver, Setup
@@ -36,6 +39,8 @@ STEMS = (
     [2 + place % 50 if place < 70 else 60 for place in range(MAX_PROMPT)],
     [1] * MAX_PROMPT,
 )
+
+ADAPTERS = [LoRARequest(f"adapter {n}", n, f"/nowhere/{n}") for n in (1, 2)]
 
 EXAMPLES = 36
 """Of each machine, with some 20 steps each; a nightly run has more."""
@@ -86,6 +91,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_blocks=st.sampled_from([0, 1, 3, 8, 12, 100]),
         # one prompt after another, a few, or as many as a step has room for
         prefill_tokens=st.sampled_from([1, 2 * BLOCK_SIZE, MAX_PROMPT]),
+        # of two, in the place of one
+        has_adapters=st.sampled_from([False, False, True]),
     )
     def start(
         self,
@@ -93,6 +100,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_tokens: int,
         spare_blocks: int,
         prefill_tokens: int,
+        has_adapters: bool,
     ) -> None:
         budget, stride, chunk = (blocks * BLOCK_SIZE for blocks in shape)
         self.driver = Driver(
@@ -115,6 +123,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 else None,
             )
         )
+        if has_adapters:
+            self.driver.scheduler.lora_config = LoRAConfig(max_loras=1)
 
     @invariant()
     def count(self) -> None:
@@ -128,6 +138,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_stop=st.booleans(),
         how_often=st.sampled_from([1, 1, 1, 2, 3]),
         options=OPTIONS,
+        adapter=st.sampled_from([None, *ADAPTERS]),
     )
     def add(
         self,
@@ -138,9 +149,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_stop: bool,
         how_often: int,
         options: dict[str, Any] | None,
+        adapter: LoRARequest | None,
     ) -> None:
         assert self.driver is not None
         setup = self.driver.setup
+        if self.driver.scheduler.lora_config is None:
+            adapter = None
         extra_args: dict[str, Any] | None = None
         if self.has_options and options:
             extra_args = {
@@ -165,6 +179,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prompt=shared + own,
                 ignore_stop=ignore_stop,
                 extra_args=extra_args,
+                lora_request=adapter,
             )
             assert extra_args == before, "shared by several requests"
             self.chunks[request_id] = (extra_args or {}).get("roco_chunk", setup.chunk)
@@ -180,11 +195,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.driver.step()
 
     @precondition(lambda self: self.driver is not None and self.has_room_in_flight)
-    @rule()
-    def schedule(self) -> None:
+    @rule(throttle_prefills=st.booleans())
+    def schedule(self, throttle_prefills: bool) -> None:
         assert self.driver is not None
         if self.driver.scheduler.has_requests():
-            self.driver.schedule()
+            self.driver.schedule(throttle_prefills=throttle_prefills)
+
+    @rule(state=st.sampled_from([*PauseState, *[PauseState.UNPAUSED] * 3]))
+    def pause(self, state: PauseState) -> None:
+        assert self.driver is not None
+        self.driver.scheduler.set_pause_state(state)
 
     @precondition(lambda self: self.driver is not None and self.driver.num_in_flight)
     @rule()
@@ -208,6 +228,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if self.driver is None:
             return
+        self.driver.scheduler.set_pause_state(PauseState.UNPAUSED)
         self.driver.drain(self.steps_to_finish())
         worker = self.driver.worker
         self.done.update(

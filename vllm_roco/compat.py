@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands between the plugin and the release of vLLM it meets.
 
-Two things live here: the start-up check of vLLM's version, and the pickling of the
-backend's name. The module is imported by `register()` in every process of vLLM, so it
-imports nothing of vLLM until a function is called.
+Three things live here: the start-up check of vLLM's version, the reason that a refused
+request is told, and the pickling of the backend's name. The module is imported by
+`register()` in every process of vLLM, so it imports nothing of vLLM until a function is
+called.
 """
 
 from __future__ import annotations
@@ -73,6 +74,24 @@ def check_version() -> None:
             version or "of unknown version",
             " and ".join(TESTED_VLLM),
         )
+
+
+def reason_of_refusal(message: str) -> dict[str, Any]:
+    """Return what an engine's answer to a refused request says beside its end.
+
+    Args:
+        message: Why it is refused.
+
+    Returns:
+        Arguments of `EngineCoreOutput`. From vLLM 0.33 on there is one for an error,
+        which `AsyncLLM` raises and which is an HTTP 400; before, there is none.
+    """
+    from vllm.outputs import RequestError
+    from vllm.v1.engine import EngineCoreOutput
+
+    if "error" not in EngineCoreOutput.__struct_fields__:
+        return {}
+    return {"error": RequestError(code="validation_error", message=message)}
 
 
 def pickle_backend_by_name() -> None:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from vllm_roco.adapter_scheduler import AdapterScheduler
 from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.eviction_row import ROW_KEY
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.other_caches import OtherCaches
-from vllm_roco.refusing_scheduler import RefusingScheduler
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_roco.eviction_row import EvictionRow
 
 
-class PlanningScheduler(RefusingScheduler):
+class PlanningScheduler(AdapterScheduler):
     """Plans each request before it is taken; arguments as in the base class.
 
     Attributes:

@@ -11,6 +11,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
+from vllm_roco.compat import reason_of_refusal
 from vllm_roco.request_refusal import trouble_with
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class RefusingScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._refused: list[Request] = []
+        # each with the reason
+        self._refused: list[tuple[Request, str]] = []
         self._refused_streams: set[str] = set()
 
     @override
@@ -48,7 +50,7 @@ class RefusingScheduler(Scheduler):
         self.finish_requests(request_id, RequestStatus.FINISHED_ERROR)
         if request.resumable:
             self._refused_streams.add(request_id)
-        self._refused.append(request)
+        self._refused.append((request, trouble))
 
     def _trouble_with(self, request: Request) -> str | None:
         """Return why a request that is about to be taken cannot be served, or None."""
@@ -72,13 +74,14 @@ class RefusingScheduler(Scheduler):
     ) -> dict[int, EngineCoreOutputs]:
         """Update as vLLM does, and answer refused requests."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for request in self._refused:
+        for request, trouble in self._refused:
             client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             client.outputs.append(
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
+                    **reason_of_refusal(trouble),
                 )
             )
         self._refused.clear()

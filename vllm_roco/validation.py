@@ -159,6 +159,14 @@ def _refuse_features(vllm_config: VllmConfig) -> None:
             transfer.kv_connector,
             "Leave --kv-transfer-config and KV offloading out",
         )
+    if vllm_config.aux_output_config.enable_return_routed_experts:
+        # kept for as many tokens as the KV cache has room for, and a running sequence
+        # may be longer
+        raise _refuse(
+            "enable_return_routed_experts",
+            True,
+            "Leave --enable-return-routed-experts out",
+        )
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if (size := getattr(parallel, name)) > 1:
             raise _refuse(name, size, "Use 1")

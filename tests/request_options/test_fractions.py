@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,6 +19,8 @@ from tests.request_options.planning import refusal, row
         *[(0.5, 320, 10), (0.5, 321, 11), (0.999, 512, 32), (0.25, 1000, 16)],
         # 112 tokens; in binary a little more, which was a block more
         (0.07, 1600, 7),
+        # a float that spells itself in another way: "Invalid literal for Fraction"
+        (np.float64(0.25), 1000, 16),
     ],
 )
 def test_a_fraction_is_of_the_prompt(fraction: float, prompt: int, blocks: int) -> None:

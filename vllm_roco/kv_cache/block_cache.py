@@ -92,8 +92,14 @@ class BlockCache:
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
         self._private_blocks: set[int] = set()
+        # whether requests of a step are being chosen; what is hashed between steps has
+        # been written
+        self._is_choosing = True
         # blocks that are written in the step being scheduled
         self._fresh_blocks: set[int] = set()
+        # where a look-up has come to one of them: blocks before it, its hash, and
+        # whether the one that asked is measured
+        self._growing: set[tuple[int, BlockHash, bool]] = set()
 
     def serves(self, request: Request) -> bool:
         """Return whether a request leaves its blocks to others, and no snapshots.
@@ -139,19 +145,19 @@ class BlockCache:
             request: One that can begin with blocks.
             max_tokens: A bound on the tokens in them, of vLLM's own.
         """
-        # the last token must be read to go on from
-        most = min(request.num_tokens, self._first_eviction(request)) - 1
+        most_blocks = self._most_blocks(request)
         if max_tokens is not None:
-            most = min(most, max_tokens)
+            most_blocks = min(most_blocks, max_tokens // self._block_size)
         blocks: list[KVCacheBlock] = []
         num_shared: int | None = 0 if self._may_evict(request) else None
         grows = False
         measured = self._plans.of(request.request_id).is_measured
-        for block_hash in request.block_hashes[: most // self._block_size]:
+        for block_hash in request.block_hashes[:most_blocks]:
             cached = self._find_one(block_hash, measured=measured)
             if cached is None:
                 break
             if cached[0].block_id in self._fresh_blocks:
+                self._growing.add((len(blocks), block_hash, measured))
                 grows = True
                 break
             if num_shared is None and cached[0].block_id in self._private_blocks:
@@ -160,6 +166,24 @@ class BlockCache:
         if num_shared is None:
             num_shared = len(blocks)
         return Found(blocks, num_shared, grows)
+
+    def is_known_to_grow(self, request: Request) -> bool:
+        """Return whether `find` has said for another one that there is more to come.
+
+        For all that wait for the same blocks one of them is looked up: a block's hash
+        stands for all tokens up to its end.
+
+        Args:
+            request: One that can begin with blocks.
+        """
+        if not self._growing:
+            return False
+        most_blocks, hashes = self._most_blocks(request), request.block_hashes
+        measured = self._plans.of(request.request_id).is_measured
+        return any(
+            place < most_blocks and hashes[place] == fresh and of_measured == measured
+            for place, fresh, of_measured in self._growing
+        )
 
     def has(self, request: Request, num_tokens: int) -> bool:
         """Return whether a request may begin with so many tokens, in constant time.
@@ -182,9 +206,13 @@ class BlockCache:
         return bool(self._fresh_blocks)
 
     def add(self, request_id: str, blocks: Iterable[KVCacheBlock]) -> None:
-        """Note blocks of a request that vLLM has hashed, and that a step will fill."""
+        """Note blocks of a request that vLLM has hashed.
+
+        Between steps those are full; while one is chosen, that step fills them.
+        """
         ids = [block.block_id for block in blocks]
-        self._fresh_blocks.update(ids)
+        if self._is_choosing:
+            self._fresh_blocks.update(ids)
         if self._owners[request_id][1]:
             self._private_blocks.update(ids)
 
@@ -216,6 +244,10 @@ class BlockCache:
         if unwritten:
             self._pool.evict_blocks(unwritten)
 
+    def begin_step(self) -> None:
+        """Note that requests are chosen for a step: what is hashed now it will fill."""
+        self._is_choosing = True
+
     def end_step(
         self, rows: Mapping[str, Sequence[KVCacheBlock]]
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
@@ -229,7 +261,9 @@ class BlockCache:
         Returns:
             Blocks to copy from and to before the step, each with a reference for that.
         """
+        self._is_choosing = False
         self._fresh_blocks.clear()
+        self._growing.clear()
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
         for request_id in self._evicting:
             if request_id in self._owners:
@@ -280,6 +314,12 @@ class BlockCache:
     def _may_evict(self, request: Request) -> bool:
         most = request.num_prompt_tokens + request.max_tokens
         return most >= self._first_eviction(request)
+
+    def _most_blocks(self, request: Request) -> int:
+        """Return with how many blocks a request may begin at most."""
+        # the last token must be read to go on from
+        most = min(request.num_tokens, self._first_eviction(request)) - 1
+        return min(most // self._block_size, len(request.block_hashes))
 
     def _first_eviction(self, request: Request) -> int:
         return self._plans.of(request.request_id).first_eviction

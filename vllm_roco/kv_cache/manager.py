@@ -94,6 +94,13 @@ class RocoManager(BudgetedManager):
         return hit.num_shared
 
     @override
+    def begin_step(self) -> None:
+        """Begin as the base class does; what is hashed from now on a step will fill."""
+        super().begin_step()
+        if self.prefix_cache is not None:
+            self.prefix_cache.blocks.begin_step()
+
+    @override
     def add_local_computed_blocks(
         self,
         request_id: str,

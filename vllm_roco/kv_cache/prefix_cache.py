@@ -247,6 +247,8 @@ class PrefixCache:
         if self.blocks.can_begin_with_blocks(request) and (
             self.blocks.writes or self._readers
         ):
+            if self.blocks.is_known_to_grow(request):
+                return self._wait(request, None)
             found = self.blocks.find(request)
             if found.grows:
                 return self._wait(request, None)

@@ -39,7 +39,7 @@ def budget_blocks(asked: Asked, num_prompt_tokens: int, protected_blocks: int) -
                 f"max_budget = {asked.config.max_budget}. Lower sink or recent.",
             )
         # as it is written: in binary, 0.07 of 1,600 is more than 112
-        tokens = Fraction(repr(budget)) * num_prompt_tokens
+        tokens = Fraction(repr(float(budget))) * num_prompt_tokens
         return max(math.ceil(tokens / asked.block_size), protected_blocks + 1)
     if not is_integer(budget, 1):
         raise not_allowed(
