@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remembers which prefixes requests have begun with lately, and which more than once."""
+"""Remembers which prefixes were hit lately, and which of them more than once."""
 
 from __future__ import annotations
 
