@@ -317,6 +317,32 @@ def test_a_pool_without_room_for_hit_and_copy_serves_all(spare_blocks: int) -> N
     assert len(driver.finished) == 5
 
 
+@modes
+def test_nobody_is_let_in_on_what_others_begin_with_again_and_again(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    driver = driver_of(
+        asynchronous,
+        max_steps_in_flight=max_steps_in_flight,
+        # those of the snapshot, and some
+        spare_blocks=9,
+    )
+    hit_of(driver, PROMPT)
+    for _ in range(2):
+        assert hit_of(driver, PROMPT) == LAST
+    # one that runs for long, and one that there would be room for beside it
+    driver.add(0, 100, prompt=[7] * 60)
+    for _ in range(12):
+        driver.step()
+    late = driver.add(0, 1, prompt=[8] * 60)
+    for _ in range(10):
+        driver.step()
+    assert not driver.outputs[late]
+    driver.drain(1000)
+    assert driver.outputs[late]
+    assert hit_of(driver, PROMPT) == LAST
+
+
 def test_publishing_takes_what_is_left_and_preempts_nobody() -> None:
     """In a pool that is too small anyway, nobody is preempted who was not before."""
     preemptions = {}

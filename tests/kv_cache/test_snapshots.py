@@ -221,3 +221,25 @@ def test_vllm_hears_of_no_removed_prefix() -> None:
     for number in range(10):
         publish(store, pool, number)
     assert pool.take_events() == []
+
+
+def test_what_is_hit_again_and_again_is_in_demand(
+    pool: BlockPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "MOST_IN_DEMAND", 0.5)
+    store = SnapshotStore(pool)
+    for number in (1, 2, 3):
+        publish(store, pool, number)
+        store.count_hit(prefix(number), 80)
+    assert store.num_blocks_in_demand(None) == 0
+    store.count_hit(prefix(1), 80)
+    store.count_hit(prefix(2), 80)
+    assert store.num_blocks_in_demand(None) == 10
+    assert store.num_blocks_in_demand(prefix(1)) == 5
+    assert store.num_blocks_in_demand(prefix(3)) == 10
+    # of 22 blocks no more than half
+    store.count_hit(prefix(3), 80)
+    assert store.num_blocks_in_demand(None) == 11
+    # vLLM takes a block of the first one
+    pool.get_new_blocks(NUM_BLOCKS - 14)
+    assert store.num_blocks_in_demand(None) == 10

@@ -138,7 +138,7 @@ class BudgetedManager(FullAttentionManager):
             self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
             if blocks <= self.block_pool.get_num_free_blocks():
-                blocks += self.foreseen_blocks()
+                blocks += self.foreseen_blocks() + self._blocks_in_demand(request_id)
         return blocks
 
     def _more_for_hit(
@@ -157,6 +157,13 @@ class BudgetedManager(FullAttentionManager):
             num_tokens: Of the hit.
             holds_all: Whether all of it is asked about, which the most that it holds
                 bounds; else its row up to a step's end.
+        """
+        raise NotImplementedError
+
+    def _blocks_in_demand(self, request_id: str) -> int:
+        """Return the free blocks on which a request is not let in if others run.
+
+        Those of its own hit are among the blocks that it needs.
         """
         raise NotImplementedError
 

@@ -2,7 +2,8 @@
 """What sequences hold at a place in their text: frozen copies, and full blocks.
 
 Owned by nobody: a snapshot's blocks lie in vLLM's free queue, where they count as free
-memory, are kept in the order of their last use and are taken when memory is short.
+memory, are kept in the order of their last use and are taken when memory is short: by
+who runs, but by nobody who is let in while others run if the snapshot is in demand.
 """
 
 from __future__ import annotations
@@ -14,12 +15,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 
+from vllm_roco.kv_cache.recent_hits import RecentHits
+
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 MAX_LOST = 1024
 """Prefixes that are remembered to have had a snapshot, at most."""
+MOST_IN_DEMAND = 0.25
+"""Share of all blocks that nobody is let in on for the sake of snapshots, at most."""
 
 
 class Snapshot(NamedTuple):
@@ -52,6 +57,16 @@ class Snapshot(NamedTuple):
             )
         )
 
+    @property
+    def has_ends(self) -> bool:
+        """Whether vLLM has handed out neither the first of the blocks nor the last.
+
+        One of the two is the first in vLLM's free queue: the first of copies, and the
+        last of a sequence that has ended. In constant time.
+        """
+        ends = self.blocks[0], self.blocks[-1]
+        return all(block.block_hash == self.name for block in ends)
+
 
 class SnapshotStore:
     """Snapshots by the hash of the prefix that they stand for.
@@ -73,6 +88,7 @@ class SnapshotStore:
         self._snapshots: OrderedDict[BlockHash, Snapshot] = OrderedDict()
         # prefixes of overwritten ones that nobody has looked up since, in order
         self._lost: OrderedDict[BlockHash, None] = OrderedDict()
+        self._recent_hits = RecentHits()
         self.num_published = 0
         self.num_hits = 0
         self.num_saved_tokens = 0
@@ -109,8 +125,27 @@ class SnapshotStore:
     def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
         """Note that a request begins behind a prefix of so many tokens."""
         self.renew(prefix)
+        self._recent_hits.add(prefix)
         self.num_hits += 1
         self.num_saved_tokens += num_tokens
+
+    def num_blocks_in_demand(self, but: BlockHash | None) -> int:
+        """Return the blocks of snapshots that requests begin with again and again.
+
+        Args:
+            but: The prefix of one that is not counted.
+
+        Returns:
+            At most `MOST_IN_DEMAND` of all blocks.
+        """
+        blocks = sum(
+            len(snapshot.blocks)
+            for prefix in self._recent_hits.repeated
+            if prefix != but
+            and (snapshot := self._snapshots.get(prefix)) is not None
+            and snapshot.has_ends
+        )
+        return min(blocks, int(MOST_IN_DEMAND * self._pool.num_gpu_blocks))
 
     def publish(
         self,
@@ -119,6 +154,8 @@ class SnapshotStore:
         windows: Sequence[Sequence[KVCacheBlock]] = (),
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Make a snapshot of the prefix if there is none and so many blocks are free.
+
+        Beside those of snapshots that are in demand.
 
         Args:
             prefix: Its hash.
@@ -129,7 +166,8 @@ class SnapshotStore:
         Returns:
             Blocks to copy from and to, each with a reference for the copy.
         """
-        if len(live_blocks) > self._pool.get_num_free_blocks() or self.find(prefix):
+        needed = len(live_blocks) + self.num_blocks_in_demand(None)
+        if needed > self._pool.get_num_free_blocks() or self.find(prefix):
             return []
         copies = self._pool.get_new_blocks(len(live_blocks))
         self._pool.touch(live_blocks)
@@ -176,10 +214,8 @@ class SnapshotStore:
             prefix, snapshot = next(iter(snapshots.items()))
             # the first copy is the first of the snapshot in vLLM's free queue: blocks
             # in windows are freed later, when these have moved on. Without a KV
-            # connector copies are free as soon as their step is scheduled. A sequence
-            # that ends lets go of its last block first
-            ends = snapshot.blocks[0], snapshot.blocks[-1]
-            if all(block.block_hash == snapshot.name for block in ends):
+            # connector copies are free as soon as their step is scheduled
+            if snapshot.has_ends:
                 return
             del snapshots[prefix]
             self._lost[prefix] = None
