@@ -72,18 +72,6 @@ class RocoManager(BudgetedManager):
             None if hit is None else hit.snapshot
         )
 
-    def _blocks_in_demand(self, request_id: str) -> int:
-        """Return the free blocks on which a request is not let in if others run.
-
-        Those of its own hit are among the blocks that it needs.
-        """
-        if self.prefix_cache is None or not self.held.requests:
-            return 0
-        hit = self.prefix_cache.offered_to(request_id)
-        return self.prefix_cache.store.num_blocks_in_demand(
-            None if hit is None else hit.snapshot
-        )
-
     def has_room_for(self, request: Request, hit: Hit) -> bool:
         """Return whether a request fits into free memory together with its hit.
 
