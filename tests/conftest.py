@@ -90,8 +90,8 @@ def pytest_collection_modifyitems(
     One worker of pytest-xdist gets all tests that need the machine for themselves, so
     that no other ever waits for the engine lock. Tests of a module that share an
     engine, or what one has said, stay together as well, so that it starts once. Slow
-    tests come first, or the last of them would keep one worker busy while the other has
-    nothing left to do.
+    tests come first and engines next, or the last of them would keep one worker busy
+    while the other has nothing left to do.
     """
     missing = _missing_for_gpu()
     alone = pytest.mark.xdist_group("alone")
@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(
         elif _shares(item):
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+        items.sort(key=_turn)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -111,6 +111,12 @@ def pytest_runtestloop() -> None:
     """Collect garbage from here on, among what the tests make."""
     gc.freeze()
     gc.enable()
+
+
+def _turn(item: pytest.Item) -> int:
+    markers = ("slow", "engine")
+    turns = (n for n, name in enumerate(markers) if item.get_closest_marker(name))
+    return min(turns, default=len(markers))
 
 
 def _needs_lock(item: pytest.Item) -> bool:
