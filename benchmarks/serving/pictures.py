@@ -243,14 +243,12 @@ _SIDES = {
     "roco-side-by-side": DARK_BLUE,
 }
 
-GOODPUT = Picture(_goodput, ("serving_online",))
-"""Not yet in the pages: nothing is measured."""
-
 PICTURES = {
     "throughput": _picture(throughput, "serving", workload="r-kv-stress"),
     "crossover": _picture(crossover, "serving", workload="crossover"),
     "prefill": _picture(prefill, "prefill"),
     "shared_prefixes": _picture(shared_prefixes, "prefixes", height=5),
     "decode_ratio": _picture(decode_ratio, "decode_attention"),
+    "goodput": Picture(_goodput, ("serving_online",)),
     "resident_tokens": _picture(resident_tokens, "memory_steps", "memory"),
 }

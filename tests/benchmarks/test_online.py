@@ -29,7 +29,7 @@ from benchmarks.serving.online_shapes import (
     online_runs,
     side_by_side,
 )
-from benchmarks.serving.pictures import GOODPUT
+from benchmarks.serving.pictures import PICTURES
 from benchmarks.serving.rate_search import next_rate
 from benchmarks.serving.tables import tables
 from benchmarks.serving.vllm_bench import parsed
@@ -356,7 +356,7 @@ def test_report(tmp_path: Path) -> None:
     assert "| long-document, 16384 + 256 | 5 GiB | 3,000 / 50 |" in page
     page = " ".join(found["many-long-prompts"].split())
     assert "| 32 x (16384 + 128) | 32 GiB | roco, budget 2048 | 1,005 (1,005 to" in page
-    assert GOODPUT.write(tmp_path, tmp_path / "picture.svg")
+    assert PICTURES["goodput"].write(tmp_path, tmp_path / "picture.svg")
     picture = (tmp_path / "picture.svg").read_text()
     assert "long-document, 5 GiB" in picture
     assert "many-long-prompts" not in picture
