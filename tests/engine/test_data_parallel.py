@@ -16,7 +16,7 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,18 +295,24 @@ def test_who_waits_is_counted_and_others_are_sent_elsewhere(together: Engines) -
     num_waiting, num_more = 3, 6
     before = [together.metrics(engine)[COUNTED] for engine in ENGINES]
     with ThreadPoolExecutor(MAX_NUM_SEQS + num_waiting) as pool:
-        crowd = [
-            pool.submit(together.ask, busy, random_prompt(100, seed=number), LONG)
-            for number in range(MAX_NUM_SEQS + num_waiting)
-        ]
 
-        def is_crowded() -> bool:
-            # there are none before the first step
-            now = together.metrics(busy)
-            found = now.get(RUNNING), now.get(WAITING)
-            return found == (MAX_NUM_SEQS, num_waiting)
+        def join(count: int, max_tokens: int) -> None:
+            for _ in range(count):
+                prompt = random_prompt(100, seed=len(crowd))
+                crowd.append(pool.submit(together.ask, busy, prompt, max_tokens))
 
-        assert eventually(is_crowded, 60)
+            def are_there() -> bool:
+                # there are none before the first step
+                now = together.metrics(busy)
+                found = now.get(RUNNING), now.get(WAITING)
+                return found == (MAX_NUM_SEQS, len(crowd) - MAX_NUM_SEQS)
+
+            assert eventually(are_there, 60)
+
+        crowd: list[Future[httpx.Response]] = []
+        join(MAX_NUM_SEQS, LONG)
+        # those wait until the first of these are done, however little they ask for
+        join(num_waiting, 1)
         for _ in range(num_more):
             # what engines tell reaches vLLM's servers ten times a second; till then
             # a server counts what it has sent itself as waiting, several times

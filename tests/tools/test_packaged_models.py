@@ -4,6 +4,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "vllm_roco"
 
 
-@functools.cache
-def tokenizer_of(folder: Path) -> Any:
-    """Read a model's tokenizer once: Gemma's, of 262,144 words, takes seconds."""
-    return AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(scope="module")
+def tokenizer_of() -> Callable[[Path], Any]:
+    """Reads a model's tokenizer once: Gemma's, of 262,144 words, takes seconds."""
+    return functools.cache(AutoTokenizer.from_pretrained)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,10 @@ def tokenizer_of(folder: Path) -> Any:
     [("smollm2", "LlamaForCausalLM"), ("gemma_3", "Gemma3ForCausalLM")],
 )
 def test_model_knows_a_fact(
-    name: str, architecture: str, request: pytest.FixtureRequest
+    name: str,
+    architecture: str,
+    tokenizer_of: Callable[[Path], Any],
+    request: pytest.FixtureRequest,
 ) -> None:
     folder = request.getfixturevalue(name)
     tokenizer = tokenizer_of(folder)
@@ -56,7 +60,9 @@ def test_model_knows_a_fact(
     assert text == "The capital of Japan is Tokyo."
 
 
-def test_gemma_begins_texts_with_its_own_token(gemma_3: Path) -> None:
+def test_gemma_begins_texts_with_its_own_token(
+    gemma_3: Path, tokenizer_of: Callable[[Path], Any]
+) -> None:
     """Converted as it comes, the tokenizer leaves it out, and the model babbles."""
     encoded = tokenizer_of(gemma_3)("The pass key is")
 
