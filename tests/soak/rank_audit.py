@@ -147,9 +147,12 @@ class RankAudit:
         live = torch.cat((full[:resident], full[resident + num_evicted :]))
         of_layers = positions(kv_caches, live)
         eviction.kept = of_layers[0]
-        eviction.queries = queries(kv_caches[0], live)
         if any(kept != eviction.kept for kept in of_layers):
             self._fault(request, f"has layers that keep {of_layers}")
+        of_heads = queries(kv_caches, live)
+        eviction.queries = of_heads[0]
+        if any(seen != eviction.queries for seen in of_heads):
+            self._fault(request, f"has heads that were asked {of_heads} times")
         self._check_kept(eviction, before[0], row.sink, row.recent, block_size)
         return moved
 
@@ -177,6 +180,7 @@ def positions(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[B
     return [first_positions_view(cache)[blocks].int().tolist() for cache in kv_caches]
 
 
-def queries(kv_cache: torch.Tensor, blocks: torch.Tensor) -> list[int]:
-    """Return how many queries have seen blocks, by a rank's first head."""
-    return statistics_view(kv_cache)[blocks, 0, NUM_QUERIES].int().tolist()
+def queries(kv_caches: Sequence[torch.Tensor], blocks: torch.Tensor) -> list[list[int]]:
+    """Return how many queries have seen blocks, by each head of each layer."""
+    of_layers = [statistics_view(cache)[blocks, :, NUM_QUERIES] for cache in kv_caches]
+    return torch.cat(of_layers, 1).int().T.tolist()

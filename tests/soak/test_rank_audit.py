@@ -15,7 +15,7 @@ from tests.soak.audit import Table
 from tests.soak.rank_audit import RankAudit
 from tests.soak.rank_steps import Step, from_json
 from vllm_roco.attention.cpu import eviction, impl, metadata
-from vllm_roco.kv_cache.page import page_view
+from vllm_roco.kv_cache.page import NUM_QUERIES, page_view, statistics_view
 
 SINK, RECENT, SIZE = 16, 16, 16
 # B 4 and S 2: 96 tokens evict two blocks
@@ -150,16 +150,31 @@ def test_what_a_rank_keeps_is_looked_at(
     assert any(says in fault for fault in last.faults), last.faults
 
 
-def test_layers_that_keep_different_blocks(
-    rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def unmoved(caches: list[torch.Tensor], before: torch.Tensor) -> None:
+    page_view(caches[1])[:] = before
+
+
+def another_count(caches: list[torch.Tensor], before: torch.Tensor) -> None:
+    statistics_view(caches[1])[:, 1, NUM_QUERIES] += 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(unmoved, "has layers that keep"), (another_count, "has heads that were asked")],
+)
+def test_layers_of_a_rank_must_do_the_same(
+    spoil: Callable[[list[torch.Tensor], torch.Tensor], None],
+    says: str,
+    rig: Rig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     by_all = eviction.evict
 
     def in_one_layer(sequence: Any, caches: Any, *rest: Any, **how: Any) -> int:
-        pages = page_view(caches[1])
-        before = pages.clone()
+        before = page_view(caches[1]).clone()
         moved = by_all(sequence, caches, *rest, **how)
-        pages[:] = before
+        spoil(caches, before)
         return moved
 
     monkeypatch.setattr(impl, "evict", in_one_layer)
@@ -167,4 +182,4 @@ def test_layers_that_keep_different_blocks(
     with pytest.raises((AssertionError, ValueError)):
         steps_of(rig, path, monkeypatch)
     last = from_json(path.read_text().splitlines()[-1])
-    assert any("has layers that keep" in fault for fault in last.faults), last.faults
+    assert any(says in fault for fault in last.faults), last.faults
