@@ -39,9 +39,9 @@ class AdapterScheduler(RefusingScheduler):
     @override
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Return whether a request may be let in: not if it lacks a place."""
-        if self._lacks_place(request):
-            return False
-        return super()._handle_blocked_waiting_request(request)
+        # vLLM first: it also ends requests whose grammar is bad
+        is_ready = super()._handle_blocked_waiting_request(request)
+        return is_ready and not self._lacks_place(request)
 
     def _lacks_place(self, request: Request) -> bool:
         """Return whether others' adapters are in all places, and not the request's."""
