@@ -9,11 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import AutoTokenizer
 
 from tests.engine.engines import Engine, running_engine
-from tests.engine.passkeys import ARGUMENTS, DEFAULT, keys_found, passkeys
+from tests.engine.passkeys import (
+    ARGUMENTS,
+    DEFAULT,
+    fast_dtype,
+    keys_found,
+    passkeys,
+)
 from tests.engine.steps import audited_manager, most_held_blocks
 from tests.oracle import Options
 from vllm_roco.config import SHIELDS, RocoConfig
@@ -62,12 +67,6 @@ def test_recent_does_not(smollm2: Path) -> None:
     with audited_engine(smollm2, recent, len(keys)) as engine:
         missed = len(keys) - keys_found(engine, tokenizer, keys, recent)
     assert missed > MOST_MISSES
-
-
-def fast_dtype() -> str:
-    """Return the model's own, or float32 where bfloat16 is eight times as slow."""
-    has_instructions = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return "bfloat16" if has_instructions else "float32"
 
 
 @contextlib.contextmanager
