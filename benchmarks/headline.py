@@ -14,6 +14,8 @@ from benchmarks.markdown import UNMEASURED
 from benchmarks.quality.scores import Scores
 from benchmarks.rows import matching
 from benchmarks.serving.comparisons import comparisons, prefix_comparisons
+from benchmarks.serving.online_report import limits, newest
+from benchmarks.serving.online_shapes import AT_ONCE
 
 _Works = Mapping[str, Mapping[str, object]]
 
@@ -21,13 +23,14 @@ _SERVED: _Works = {
     "short": {"workload": "r-kv-stress", "gpu_memory_utilization": 0.3},
     "long": {"workload": "long-generation"},
     "ample": {"workload": "no-pressure"},
-    "read": {"workload": "long-prompts"},
 }
 _SHARED: _Works = {
     "prefix": {"workload": "shared-16384", "warm": "yes"},
     "chat": {"workload": "chat"},
     "longest": {"workload": "chat", "engine": "roco, budget 2048, longest hits"},
 }
+_ASKED = {"documents": "long-document", "agent": "agent"}
+"""Shapes of requests that arrive one by one."""
 _CONTEXT, _SHARE = 2048, 0.25
 
 
@@ -39,14 +42,25 @@ def headline(results: Path) -> str:
     """
     served = rows.read(results / "serving.csv")
     shared = rows.read(results / "prefixes.csv")
+    asked = rows.read(results / "serving_online.csv")
     scores = Scores.read(results)
-    if served.empty or shared.empty or scores is None:
+    if served.empty or shared.empty or asked.empty or scores is None:
         return UNMEASURED
     found = _pairs(comparisons(served), _SERVED)
     found |= _pairs(prefix_comparisons(shared), _SHARED)
-    if found.keys() != {*_SERVED, *_SHARED}:
+    rates = _rates(asked)
+    if found.keys() != {*_SERVED, *_SHARED} or rates.keys() != _ASKED.keys():
         return UNMEASURED
-    return "\n".join((*_speeds(found), _quality(scores)))
+    return "\n".join((*_speeds(found, rates), _quality(scores)))
+
+
+def _rates(asked: pd.DataFrame) -> dict[str, Any]:
+    """Return RoCo's largest rate of each shape that was measured."""
+    found = limits(newest(asked[asked["rate"] != AT_ONCE]))
+    roco = found[found["side"] == "roco"].set_index("shape", drop=False)
+    return {
+        name: roco.loc[shape] for name, shape in _ASKED.items() if shape in roco.index
+    }
 
 
 def _pairs(found: pd.DataFrame, works: _Works) -> dict[str, tuple[Any, Any]]:
@@ -63,33 +77,36 @@ def _pairs(found: pd.DataFrame, works: _Works) -> dict[str, tuple[Any, Any]]:
     return pairs
 
 
-def _speeds(found: dict[str, tuple[Any, Any]]) -> Iterable[str]:
+def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterable[str]:
     roco = {name: row for name, (_, row) in found.items()}
     stock, short = found["short"]
     yield (
-        f"* **Memory**: {short['max_running']} requests run at once where stock vLLM, "
-        f"FLASH_ATTN, runs {stock['max_running']} at most and preempts "
-        f"{stock['preemptions']:g} times ({_requests(short)}, "
+        f"* **Memory**: RoCo runs all {short['max_running']} requests at once, stock "
+        f"vLLM (FLASH_ATTN) at most {stock['max_running']}, with "
+        f"{stock['preemptions']:g} preemptions ({_requests(short)}, "
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )
-    long, prefix = roco["long"], roco["prefix"]
+    long, prefix, documents = roco["long"], roco["prefix"], rates["documents"]
     yield (
-        f"* **Throughput**: {short['ratio']:.2f} times stock vLLM's there. "
+        f"* **Throughput**: {short['ratio']:.2f} times stock vLLM's on that workload; "
         f"{long['ratio']:.2f} times with long answers ({_requests(long)}, "
-        f"{long['kv_cache_bytes'] / 2**30:.1f} GiB for KV, {_gpu(long)}), and "
+        f"{long['kv_cache_bytes'] / 2**30:.1f} GiB for KV, {_gpu(long)}); "
         f"{prefix['ratio']:.2f} times behind a prefix of {prefix['prefix_len']:,.0f} "
-        f"tokens that all requests share (budget {prefix['budget']:,}, {_gpu(prefix)})."
+        f"tokens that all requests share (budget {prefix['budget']:,}, "
+        f"{_gpu(prefix)}); over HTTP "
+        f"{documents['ratio']:.2f} times the requests a second within limits of "
+        f"latency where documents of {documents['input_len']:,} tokens arrive one by "
+        f"one ({documents['room']} for KV, {_gpu(documents)})."
     )
-    ample, chat = roco["ample"], roco["chat"]
-    stock, read = found["read"]
+    ample, chat, agent = roco["ample"], roco["chat"], rates["agent"]
     yield (
         f"* **Not everywhere**: {ample['ratio']:.2f} times where memory is ample and "
         f"nothing is evicted ({_gpu(ample)}), {chat['ratio']:.2f} times in chats of "
         f"{chat['num_turns']:g} turns that outgrow the budget "
         f"({roco['longest']['ratio']:.2f} with `prefix_hits: longest`, {_gpu(chat)}). "
-        f"With many long prompts at once "
-        f"the first token takes {read['ttft_ms'] / stock['ttft_ms']:.2f} times as long "
-        f"({_requests(read)}, {_gpu(read)})."
+        f"{agent['ratio']:.2f} times the requests a second where short requests come "
+        f"behind shared prompts of {agent['prefix_len']:,.0f} tokens "
+        f"({agent['room']} for KV, {_gpu(agent)})."
     )
 
 

@@ -18,7 +18,7 @@ FOLDERS = ("vllm_roco", "benchmarks", "tests/soak", "tools")
 _HEAD = """\
 # What lies where
 
-Every module, with the first line of its docstring. The same line stands on top of the
+Every module of these folders, with the first line of its docstring. The same line stands on top of the
 file: change it there, then run `python -m tools.file_map --write`. Which files a change
 needs together is told in [contributing](../CONTRIBUTING.md#what-goes-together).
 """

@@ -13,7 +13,7 @@ from benchmarks.headline import headline
 from benchmarks.markdown import UNMEASURED
 from benchmarks.rows import RESULTS, read, write
 
-TABLES = ("serving.csv", "prefixes.csv", "quality.csv")
+TABLES = ("serving.csv", "prefixes.csv", "serving_online.csv", "quality.csv")
 
 
 @pytest.fixture
@@ -32,6 +32,12 @@ def test_without_a_table_there_is_no_headline(results: Path, name: str) -> None:
 def test_without_a_workload_there_is_no_headline(results: Path) -> None:
     served = read(results / "serving.csv")
     write(results / "serving.csv", served[served["workload"] != "long-generation"])
+    assert headline(results) == UNMEASURED
+
+
+def test_without_a_shape_there_is_no_headline(results: Path) -> None:
+    asked = read(results / "serving_online.csv")
+    write(results / "serving_online.csv", asked[asked["shape"] != "agent"])
     assert headline(results) == UNMEASURED
 
 

@@ -102,7 +102,7 @@ def canaries(count: int, limits: Limits, when: str) -> list[Planned]:
     """Return requests whose answers depend on nobody else.
 
     Two of three have a salt of their own, because statistics of shared blocks count
-    the queries of all: `docs/how-it-works.md`, "What a later eviction rests on". The
+    the queries of all: `docs/prefix-caching.md`, "What a later eviction rests on". The
     third evicts while it is read, and begins with snapshots only.
 
     Args:
