@@ -343,6 +343,40 @@ def test_nobody_is_let_in_on_what_others_begin_with_again_and_again(
     assert hit_of(driver, PROMPT) == LAST
 
 
+@modes
+def test_who_begins_with_what_is_in_demand_needs_its_blocks_once(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    driver = driver_of(
+        asynchronous, max_steps_in_flight=max_steps_in_flight, spare_blocks=12
+    )
+    for _ in range(3):
+        hit_of(driver, PROMPT)
+    driver.add(0, 100, prompt=[7] * 60)
+    for _ in range(12):
+        driver.step()
+    late = driver.add(0, 1, prompt=PROMPT)
+    for _ in range(8):
+        driver.step()
+    assert driver.outputs[late]
+
+
+def test_a_request_that_is_preempted_again_and_again_is_no_demand() -> None:
+    driver = driver_of()
+    request_id = driver.add(0, 60, prompt=PROMPT)
+    request = driver.scheduler.requests[request_id]
+    for _ in range(3):
+        while request.num_computed_tokens <= len(PROMPT):
+            driver.step()
+        # the cache stays: only the request loses its blocks
+        driver.scheduler.running.remove(request)
+        driver.scheduler._preempt_request(request, 0.0)
+    driver.drain(1000)
+    store = cache_of(driver).store
+    assert store.num_hits > 2
+    assert store.num_blocks_in_demand(None) == 0
+
+
 def test_publishing_takes_what_is_left_and_preempts_nobody() -> None:
     """In a pool that is too small anyway, nobody is preempted who was not before."""
     preemptions = {}

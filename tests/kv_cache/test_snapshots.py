@@ -243,3 +243,36 @@ def test_what_is_hit_again_and_again_is_in_demand(
     # vLLM takes a block of the first one
     pool.get_new_blocks(NUM_BLOCKS - 14)
     assert store.num_blocks_in_demand(None) == 10
+
+
+def test_nothing_is_published_on_what_is_in_demand_but_for_who_waits(
+    pool: BlockPool,
+) -> None:
+    store = SnapshotStore(pool)
+    publish(store, pool, 1)
+    for _ in range(2):
+        store.count_hit(prefix(1), 80)
+    # six are left, five of them in demand
+    live = pool.get_new_blocks(NUM_BLOCKS - 6)
+    assert store.publish(prefix(2), live[:2]) == []
+    assert len(store.publish(prefix(2), live[:2], is_wanted=True)) == 2
+
+
+def test_blocks_that_are_not_free_are_kept_for_nobody(pool: BlockPool) -> None:
+    store = SnapshotStore(pool)
+    copies = publish(store, pool, 1)
+    for _ in range(2):
+        store.count_hit(prefix(1), 80)
+    pool.touch(copies)
+    assert store.num_blocks_in_demand(None) == 0
+    pool.free_blocks(copies)
+    assert store.num_blocks_in_demand(None) == 5
+
+
+def test_who_begins_again_is_no_sign_of_others(pool: BlockPool) -> None:
+    store = SnapshotStore(pool)
+    publish(store, pool, 1)
+    for _ in range(3):
+        store.count_hit(prefix(1), 80, is_again=True)
+    assert store.num_blocks_in_demand(None) == 0
+    assert store.num_hits == 3

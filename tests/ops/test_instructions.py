@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import pytest
@@ -65,18 +66,19 @@ def test_no_kernel_waits_for_what_it_adds_to() -> None:
     assert any("max" in line for line in atomics["_contribution_kernel"])
     for lines in atomics.values():
         assert all(".relaxed." in line for line in lines)
-    assert not any(_lines(kernel, "fence") for kernel in compiled.values())
+    fence = re.compile(r"\b(fence\.(acq_rel|sc)\.(gpu|sys)|membar\.(gl|sys))\b")
+    assert not any(fence.search(kernel.asm["ptx"]) for kernel in compiled.values())
 
 
 @pytest.mark.parametrize("blocks", [16, 1024, 8192, 16384])
-def test_blocks_of_a_thread_fit_in_registers(blocks: int) -> None:
-    """Of 16,384 blocks a thread held 64 scores, and 128 contributions.
+def test_a_thread_has_few_blocks(blocks: int) -> None:
+    """Of 16,384 a thread held 64 scores, and 128 contributions: more than registers.
 
     Of the scores ptxas left 32 registers and 3,680 bytes of stack, and the kernel that
     selects took 19 s to compile; of the contributions it left 1,232 bytes of stack.
     """
     assert blocks <= 32 * 32 * score_blocks.num_warps_of(blocks)
-    assert blocks <= 64 * 32 * contribution.num_warps_of(blocks)
+    assert blocks <= 64 * 32 * contribution._num_warps_of(blocks)
 
 
 def _lines(kernel: CompiledKernel, *instructions: str) -> list[str]:
@@ -84,7 +86,5 @@ def _lines(kernel: CompiledKernel, *instructions: str) -> list[str]:
     return [
         line
         for line in kernel.asm["ptx"].splitlines()
-        if any(
-            f"{name}.global" in line or f"{name}.gpu" in line for name in instructions
-        )
+        if any(f"{name}.global" in line for name in instructions)
     ]

@@ -210,7 +210,8 @@ class PrefixCache:
             if hit.snapshot is None:
                 self.blocks.count_hit(start)
             else:
-                self.store.count_hit(hit.snapshot, start)
+                is_again = request.num_preemptions > 0
+                self.store.count_hit(hit.snapshot, start, is_again=is_again)
         if self.blocks.serves(request):
             self.blocks.begin(request)
             return
@@ -327,7 +328,9 @@ class PrefixCache:
                 continue
             if (other := readers.reader_of(prefix, length)) is not None:
                 others_length = other.num_computed_tokens
-                if others_length == length and self._publish(other, length, prefix):
+                if others_length == length and self._publish(
+                    other, length, prefix, is_wanted=True
+                ):
                     return None
                 awaited = _Prefix(length, prefix)
         return awaited
@@ -364,18 +367,21 @@ class PrefixCache:
             self.store.renew(prefix)
         for request, length, prefix in self._readers.arrivals():
             if self._is_due(request, length, prefix):
-                self._publish(request, length, prefix)
+                is_wanted = self._readers.is_wanted(prefix)
+                self._publish(request, length, prefix, is_wanted=is_wanted)
         copies, self._copies = self._copies, []
         self._sources.clear()
         self._found = None
         return copies + self.blocks.end_step(self._rows)
 
-    def _publish(self, request: Request, length: int, prefix: BlockHash) -> bool:
+    def _publish(
+        self, request: Request, length: int, prefix: BlockHash, *, is_wanted: bool
+    ) -> bool:
         """Make a snapshot of what a request holds, and return whether one was made."""
         request_id = request.request_id
         live = self._keys.live_blocks(request, self._rows[request_id], length)
         windows = [w.blocks_at(request_id, length) for w in self.windows]
-        copies = self.store.publish(prefix, live, windows)
+        copies = self.store.publish(prefix, live, windows, is_wanted=is_wanted)
         if not copies:
             return False
         self._copies += copies

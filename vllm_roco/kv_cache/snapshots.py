@@ -122,15 +122,26 @@ class SnapshotStore:
         if prefix in self._snapshots:
             self._snapshots.move_to_end(prefix)
 
-    def count_hit(self, prefix: BlockHash, num_tokens: int) -> None:
-        """Note that a request begins behind a prefix of so many tokens."""
+    def count_hit(
+        self, prefix: BlockHash, num_tokens: int, *, is_again: bool = False
+    ) -> None:
+        """Note that a request begins behind a prefix.
+
+        Args:
+            prefix: Its hash.
+            num_tokens: Its length.
+            is_again: Whether it was preempted, and is no sign of others.
+        """
         self.renew(prefix)
-        self._recent_hits.add(prefix)
+        if not is_again:
+            self._recent_hits.add(prefix)
         self.num_hits += 1
         self.num_saved_tokens += num_tokens
 
     def num_blocks_in_demand(self, but: BlockHash | None) -> int:
-        """Return the blocks of snapshots that requests begin with again and again.
+        """Return the free blocks of snapshots that are begun with again and again.
+
+        Not those in windows, which are few and may be a sequence's.
 
         Args:
             but: The prefix of one that is not counted.
@@ -144,6 +155,8 @@ class SnapshotStore:
             if prefix != but
             and (snapshot := self._snapshots.get(prefix)) is not None
             and snapshot.has_ends
+            # or it is being copied
+            and not snapshot.blocks[0].ref_cnt
         )
         return min(blocks, int(MOST_IN_DEMAND * self._pool.num_gpu_blocks))
 
@@ -152,21 +165,26 @@ class SnapshotStore:
         prefix: BlockHash,
         live_blocks: Sequence[KVCacheBlock],
         windows: Sequence[Sequence[KVCacheBlock]] = (),
+        *,
+        is_wanted: bool = False,
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Make a snapshot of the prefix if there is none and so many blocks are free.
 
-        Beside those of snapshots that are in demand.
+        Beside those of snapshots that are in demand, unless somebody waits for it.
 
         Args:
             prefix: Its hash.
             live_blocks: What a sequence holds that has read it and no more.
             windows: Likewise in each group of layers with a window, full blocks which
                 are never written again and which nobody else hashes.
+            is_wanted: Whether somebody waits for it.
 
         Returns:
             Blocks to copy from and to, each with a reference for the copy.
         """
-        needed = len(live_blocks) + self.num_blocks_in_demand(None)
+        needed = len(live_blocks)
+        if not is_wanted:
+            needed += self.num_blocks_in_demand(None)
         if needed > self._pool.get_num_free_blocks() or self.find(prefix):
             return []
         copies = self._pool.get_new_blocks(len(live_blocks))

@@ -177,7 +177,7 @@ class RocoSpec(AttentionSpec):
         )
         which = "max_budget" if config.mode == "generation" else "budget"
         return (
-            f"roco: the KV cache is too small for one sequence, which may hold "
+            "roco: the KV cache is too small for one sequence, which may hold up to "
             f"{held * self.block_size} tokens: {which} = {kept}, stride = "
             f"{config.stride}, chunk = {config.chunk} for each of "
             f"{self.max_steps_in_flight} steps in flight, and one block of "
