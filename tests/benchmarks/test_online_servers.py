@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -110,6 +110,15 @@ def test_no_signal_leaves_a_server_behind(signals: Sequence[signal.Signals]) -> 
                 process.kill()
 
 
+@pytest.fixture
+def interrupt() -> Iterator[None]:
+    """SIGINT as Python has it: who starts the tests in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupt")
 def test_signals_that_were_held_back_come_when_the_block_is_done() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), held_back():
