@@ -18,9 +18,10 @@ FOLDERS = ("vllm_roco", "benchmarks", "tests/soak", "tools")
 _HEAD = """\
 # What lies where
 
-Every module of these folders, with the first line of its docstring. The same line stands on top of the
-file: change it there, then run `python -m tools.file_map --write`. Which files a change
-needs together is told in [contributing](../CONTRIBUTING.md#what-goes-together).
+Every module of these folders, with the first line of its docstring. The same line
+stands on top of the file: change it there, then run `python -m tools.file_map --write`.
+Which files a change needs together is told in
+[contributing](../CONTRIBUTING.md#what-goes-together).
 """
 
 
@@ -39,14 +40,15 @@ def _section(top: str) -> Iterator[str]:
         name = folder.relative_to(ROOT).as_posix()
         files = sorted(folder.glob("*.py"))
         yield f"## {name}\n"
-        for file in files:
-            if file.name == "__init__.py":
-                yield f"{_first_line(file)}\n"
+        rows = {
+            file.name: (f"[`{file.name}`](../{name}/{file.name})", _first_line(file))
+            for file in files
+        }
+        if (own := rows.pop("__init__.py", None)) is not None:
+            yield f"{': '.join(own)}\n"
         yield "| file | what is there |\n|---|---|"
-        for file in files:
-            if file.name != "__init__.py":
-                link = f"[`{file.name}`](../{name}/{file.name})"
-                yield f"| {link} | {_first_line(file)} |"
+        for row in rows.values():
+            yield f"| {' | '.join(row)} |"
         yield ""
 
 

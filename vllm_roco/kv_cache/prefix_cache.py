@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets requests begin behind a prefix that others have read.
+"""Lets requests begin behind a prefix that others have read, or wait for one.
 
 A prompt that evicts while it is read begins with a snapshot: at the ends of its chunks,
 and nowhere else, what a sequence keeps is a function of its tokens alone. One that does

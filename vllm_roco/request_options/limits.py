@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether the server has planned for as much as a request asks for."""
+"""Whether a request stays within what the server allows and has planned for."""
 
 from __future__ import annotations
 
