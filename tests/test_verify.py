@@ -102,7 +102,7 @@ def test_hits_are_looked_at() -> None:
         llm = verify._ENGINE._engine()
         assert llm.reset_prefix_cache()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SnapshotStore, "count_hit", lambda *_: None)
+            patch.setattr(SnapshotStore, "count_hit", lambda *_, **__: None)
             uncounted = verify.run("prefixes")
         assert uncounted.verdict == "FAIL"
         assert "2 hits saved 384 tokens, but the metrics tell" in uncounted.details
