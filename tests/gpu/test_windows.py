@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.engine.engines import roco_arguments
-from tests.engine.mixed_models import save_mixed
+from tests.engine.mixed_models import WINDOW, save_mixed
 from tests.engine.prefix_hits import (
     NUM_NEW,
     PROMPTS,
 )
 from tests.engine.steps import poisoned_free_blocks
-from tests.engine.tiny_models import SMALL_BUDGET
+from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.gpu.engines import EAGER, RUNS, gpu_engine
 
 pytestmark = [
@@ -63,3 +63,20 @@ def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> N
         assert freed > 0
         pool = engine.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+
+
+@pytest.mark.parametrize("name", ["olmo3", "gpt-oss"])
+def test_graphs_see_sequences_that_a_window_holds_whole(
+    tmp_path: Path, name: str
+) -> None:
+    """FlashAttention's kernels in graphs wrote no output for them."""
+    model = save_mixed(name, tmp_path)
+    prompts = [random_prompt(length, seed=length) for length in (1, 20, WINDOW - 4)]
+    answers = []
+    for run in RUNS.values():
+        with gpu_engine(model, SMALL_BUDGET, **run, dtype="bfloat16") as engine:
+            names = {each.attn_backend.get_name() for each in engine.layers.values()}
+            assert names == {"FLASH_ATTN", "ROCO"}
+            answers.append([engine.generate([prompt], 8) for prompt in prompts])
+    eager, in_graphs = answers
+    assert in_graphs == eager
