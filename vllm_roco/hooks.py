@@ -63,8 +63,6 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
     ),
     "vllm.v1.worker.gpu_model_runner": ("copy_kv_cache_blocks_inplace",),
     "vllm.v1.worker.gpu_input_batch.InputBatch": ("req_ids",),
-    # wrapped, see `attention.cuda.flash_windows`
-    "vllm.v1.attention.backends.flash_attn": ("_get_sliding_window_configs",),
     # read by a name in a string, or of what has no type
     "vllm.distributed.device_communicators.cuda_communicator.CudaCommunicator": (
         "pynccl_comm",

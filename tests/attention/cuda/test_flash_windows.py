@@ -46,8 +46,13 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
     for name in ("flash_attn_varlen_func", "reshape_and_cache_flash"):
         monkeypatch.setattr(fa_utils, name, None, raising=False)
+    from vllm_roco.attention.cuda import impl
+
+    monkeypatch.setattr(impl, "get_flash_attn_version", lambda **_: 3)
+    monkeypatch.setattr(RocoBackend, "get_impl_cls", lambda: impl.RocoCudaImpl)
     monkeypatch.setattr(metadata, "moved_blocks_of", lambda _: None)
     monkeypatch.setattr(Device, "of", lambda _: H100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return lengths
 
 
@@ -91,10 +96,7 @@ def build_roco(vllm_config: VllmConfig) -> RocoCudaMetadataBuilder:
     (group,) = one_group(spec, 8, num_layers=1).kv_cache_groups
     with set_current_vllm_config(vllm_config):
         for name in group.layer_names:
-            layer = Attention(**HEADS, prefix=name)
-            assert layer.attn_backend is RocoBackend
-            # those of the CPU keep nothing of a GPU's steps
-            layer.impl.memory = None
+            Attention(**HEADS, prefix=name)
     return RocoCudaMetadataBuilder(spec, group.layer_names, vllm_config, CPU)
 
 

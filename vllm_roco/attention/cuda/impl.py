@@ -21,6 +21,7 @@ from vllm.v1.attention.backends.fa_utils import (
 )
 
 from vllm_roco.attention.bound_caches import CacheViews
+from vllm_roco.attention.cuda.flash_windows import FullAttention
 from vllm_roco.attention.cuda.metadata import (
     Decodes,
     Prefills,
@@ -45,7 +46,7 @@ from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionLayer
+    from vllm.v1.attention.backend import AttentionImplBase, AttentionLayer
 
 
 class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
@@ -59,6 +60,11 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         self.memory: StepMemory | None = None
         self.builder: weakref.ref[RocoCudaMetadataBuilder] | None = None
         KERNEL_WARM_UP.register_warmup()
+
+    @override
+    def get_impl_variants(self) -> tuple[AttentionImplBase[Any], ...]:
+        """Return itself, and how the builder of layers with a window counts it."""
+        return self, FullAttention()
 
     @override
     def _write(

@@ -23,7 +23,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from vllm_roco.attention.cuda.eviction import CudaEviction, EvictionScratch
-from vllm_roco.attention.cuda.flash_windows import count_layers_without_window
 from vllm_roco.attention.cuda.step_bounds import StepBounds
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.attention.cuda.step_memory import HasStepMemory, claim
@@ -128,7 +127,6 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        count_layers_without_window()
         self._init_reorder_batch_threshold(1)
         spec = roco_spec(kv_cache_spec)
         layers = LayerGroup(layer_names, vllm_config)
