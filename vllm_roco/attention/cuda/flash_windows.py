@@ -17,7 +17,7 @@ NO_WINDOW = (-1, -1)
 """What a layer of full attention has in FlashAttention's terms."""
 
 
-class FullAttention(FlashAttentionImpl):  # type: ignore[misc]
+class FullAttention(FlashAttentionImpl):
     """A layer without a window, to be counted and never to be called."""
 
     # what it would set up is for a layer that attends
