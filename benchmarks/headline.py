@@ -29,8 +29,13 @@ _SHARED: _Works = {
     "chat": {"workload": "chat"},
     "longest": {"workload": "chat", "engine": "roco, budget 2048, longest hits"},
 }
-_ASKED = {"documents": "long-document", "agent": "agent"}
-"""Shapes of requests that arrive one by one."""
+_ASKED = {
+    "documents": ("long-document", 2048),
+    "reasoning": ("reasoning-short", 512),
+    "agent": ("agent", 2048),
+    "agent, less": ("agent", 1024),
+}
+"""Shapes of requests that arrive one by one, and budgets."""
 _CONTEXT, _SHARE = 2048, 0.25
 
 
@@ -55,12 +60,13 @@ def headline(results: Path) -> str:
 
 
 def _rates(asked: pd.DataFrame) -> dict[str, Any]:
-    """Return RoCo's largest rate of each shape that was measured."""
+    """Return RoCo's largest rate of each shape and budget that was measured."""
     found = limits(newest(asked[asked["rate"] != AT_ONCE]))
-    roco = found[found["side"] == "roco"].set_index("shape", drop=False)
-    return {
-        name: roco.loc[shape] for name, shape in _ASKED.items() if shape in roco.index
+    pairs = {
+        name: matching(found, side="roco", shape=shape, budget=budget)
+        for name, (shape, budget) in _ASKED.items()
     }
+    return {name: rows.iloc[-1] for name, rows in pairs.items() if not rows.empty}
 
 
 def _pairs(found: pd.DataFrame, works: _Works) -> dict[str, tuple[Any, Any]]:
@@ -87,6 +93,7 @@ def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterabl
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )
     long, prefix, documents = roco["long"], roco["prefix"], rates["documents"]
+    reasoning = rates["reasoning"]
     yield (
         f"* **Throughput**: {short['ratio']:.2f} times stock vLLM's on that workload; "
         f"{long['ratio']:.2f} times with long answers ({_requests(long)}, "
@@ -96,16 +103,21 @@ def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterabl
         f"{_gpu(prefix)}); over HTTP "
         f"{documents['ratio']:.2f} times the requests a second within limits of "
         f"latency where documents of {documents['input_len']:,} tokens arrive one by "
-        f"one ({documents['room']} for KV, {_gpu(documents)})."
+        f"one ({documents['room']} for KV, {_gpu(documents)}), and "
+        f"{reasoning['ratio']:.2f} times where answers of "
+        f"{reasoning['output_len']:,} tokens are written (budget "
+        f"{reasoning['budget']:,.0f}, {reasoning['room']})."
     )
     ample, chat, agent = roco["ample"], roco["chat"], rates["agent"]
+    less = rates["agent, less"]
     yield (
         f"* **Not everywhere**: {ample['ratio']:.2f} times where memory is ample and "
         f"nothing is evicted ({_gpu(ample)}), {chat['ratio']:.2f} times in chats of "
         f"{chat['num_turns']:g} turns that outgrow the budget "
         f"({roco['longest']['ratio']:.2f} with `prefix_hits: longest`, {_gpu(chat)}). "
         f"{agent['ratio']:.2f} times the requests a second where short requests come "
-        f"behind shared prompts of {agent['prefix_len']:,.0f} tokens "
+        f"behind shared prompts of {agent['prefix_len']:,.0f} tokens, "
+        f"{less['ratio']:.2f} with a budget of {less['budget']:,.0f} "
         f"({agent['room']} for KV, {_gpu(agent)})."
     )
 
