@@ -65,12 +65,14 @@ def test_nobody_else_changes_an_answer(tmp_path: Path, name: str, run: str) -> N
         assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
 
 
-@pytest.mark.parametrize("name", ["olmo3", "gpt-oss"])
+@pytest.mark.parametrize(
+    ("name", "head_size"), [("olmo3", 32), ("gpt-oss", 64), ("gemma3", 256)]
+)
 def test_graphs_see_sequences_that_a_window_holds_whole(
-    tmp_path: Path, name: str
+    tmp_path: Path, name: str, head_size: int
 ) -> None:
     """FlashAttention's kernels in graphs wrote no output for them."""
-    model = save_mixed(name, tmp_path)
+    model = save_mixed(name, tmp_path, head_dim=head_size)
     prompts = [random_prompt(length, seed=length) for length in (1, 20, WINDOW - 4)]
     answers = []
     for run in RUNS.values():
