@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 
+from tests.engine.mixed_models import WINDOW
 from tests.soak.bounds import ServerOptions, bound_of
 from tests.soak.mix import FIRST_TOKEN, canaries, crowd
 from tests.soak.setups import LIMITS, ROCO, limits_for
@@ -47,6 +48,16 @@ def test_canaries_hit_nothing_that_others_have_read() -> None:
     salts = {each.salt for each in alone + crowded} - {None}
     assert len(salts) == sum(each.salt is not None for each in alone + crowded)
     assert all(len(each.prompt) >= 300 for each in alone if each.salt is None)
+
+
+def test_a_window_holds_some_canaries_whole_while_they_are_answered() -> None:
+    """In graphs, only these told that layers with a window gave nothing."""
+    shortest = [
+        each
+        for each in canaries(10, FITS, "alone")
+        if len(each.prompt) + 10 < WINDOW and not each.options
+    ]
+    assert shortest
 
 
 def test_some_ask_an_adapter_where_there_is_one() -> None:
