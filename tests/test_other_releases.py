@@ -32,6 +32,7 @@ FILES = [
     "tests/test_block_sharing.py",
     "tests/test_tenants.py",
     "tests/kv_cache/test_*.py",
+    "tests/attention/cuda/test_flash_windows.py",
 ]
 
 

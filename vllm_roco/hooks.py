@@ -39,6 +39,7 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
         "scale",
     ),
     "vllm.v1.attention.backend.AttentionMetadataBuilder": ("_cudagraph_support",),
+    "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl": ("sliding_window",),
     "vllm.v1.core.single_type_kv_cache_manager.FullAttentionManager": (
         "enable_caching",
         "kv_cache_group_id",
