@@ -151,6 +151,8 @@ class BudgetedManager(FullAttentionManager):
     ) -> int:
         """Return the blocks that a request needs more because it begins with others'.
 
+        None here, where nobody is offered a hit.
+
         Args:
             request_id: The request.
             hit: What it begins with, null in the gap.
@@ -158,14 +160,15 @@ class BudgetedManager(FullAttentionManager):
             holds_all: Whether all of it is asked about, which the most that it holds
                 bounds; else its row up to a step's end.
         """
-        raise NotImplementedError
+        return 0
 
     def _blocks_in_demand(self, request_id: str) -> int:
         """Return the free blocks on which a request is not let in if others run.
 
-        Those of its own hit are among the blocks that it needs.
+        Those of its own hit are among the blocks that it needs. None here, where
+        nothing is kept for others.
         """
-        raise NotImplementedError
+        return 0
 
     def refuse(self, request_id: str) -> None:
         """Let vLLM find no room for a waiting request when it asks next.
