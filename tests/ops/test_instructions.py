@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
 
 import pytest
 import torch
-import triton
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
+from triton.compiler import CompiledKernel
 
-from tests.compilations import HOPPER, imagined_compilations
+from tests.compilations import imagined_compilations
 from tests.ops.test_select_victims import SMALL, Group, options, steps_of
 from vllm_roco.ops import contribution, score_blocks
 
@@ -24,33 +21,11 @@ pytestmark = pytest.mark.skipif(
 
 def compiled_ends_of_a_step() -> dict[str, CompiledKernel]:
     """Return the kernels that close a step with evictions, by name."""
-    launched: dict[str, tuple[ASTSource, dict[str, Any]]] = {}
-    with pytest.MonkeyPatch.context() as patch, imagined_compilations():
-        compile_ = JITFunction._do_compile
-
-        def noted(
-            kernel: JITFunction[Any],
-            key: str,
-            signature: Any,
-            device: int,
-            constexprs: Any,
-            options: Any,
-            attributes: Any,
-            warmup: bool,
-        ) -> Any:
-            source = ASTSource(kernel, signature, constexprs, attributes)
-            launched[kernel.__name__] = source, dict(options.__dict__)
-            about = signature, device, constexprs, options, attributes, warmup
-            return compile_(kernel, key, *about)
-
-        patch.setattr(JITFunction, "_do_compile", noted)
+    with imagined_compilations() as found:
         group = Group.build(steps_of(SMALL), SMALL, torch.device("cpu"), layers=1)
         for measures in (True, False):
             group.launch(options(SMALL), measures=measures)
-    return {
-        name: triton.compile(source, target=HOPPER, options=how)
-        for name, (source, how) in launched.items()
-    }
+    return {variant.kernel: variant.compile() for variant in found}
 
 
 def test_no_kernel_waits_for_what_it_adds_to() -> None:
