@@ -374,7 +374,8 @@ def test_a_request_that_is_preempted_again_and_again_is_no_demand() -> None:
     driver.drain(1000)
     store = cache_of(driver).store
     assert store.num_hits > 2
-    assert store.num_blocks_in_demand(None) == 0
+    all_blocks = driver.manager.block_pool.num_gpu_blocks
+    assert store.num_blocks_in_demand(None, all_blocks) == 0
 
 
 def test_publishing_takes_what_is_left_and_preempts_nobody() -> None:

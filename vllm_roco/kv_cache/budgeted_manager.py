@@ -138,7 +138,8 @@ class BudgetedManager(FullAttentionManager):
             self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
             if blocks <= self.block_pool.get_num_free_blocks():
-                blocks += self.foreseen_blocks() + self._blocks_in_demand(request_id)
+                blocks += self.foreseen_blocks()
+                blocks += self._blocks_in_demand(request_id, blocks)
         return blocks
 
     def _more_for_hit(
@@ -162,11 +163,15 @@ class BudgetedManager(FullAttentionManager):
         """
         return 0
 
-    def _blocks_in_demand(self, request_id: str) -> int:
+    def _blocks_in_demand(self, request_id: str, num_taken: int) -> int:
         """Return the free blocks on which a request is not let in if others run.
 
         Those of its own hit are among the blocks that it needs. None here, where
         nothing is kept for others.
+
+        Args:
+            request_id: The request.
+            num_taken: Free blocks that it and those that run will take.
         """
         return 0
 
