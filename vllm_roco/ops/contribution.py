@@ -224,8 +224,8 @@ def _contribution_kernel(
             due_before += tl.sum(due.to(tl.int32), 0)
 
 
-def _num_warps_of(blocks: int) -> int:
-    """Return the warps of a program that looks at rows of so many blocks."""
+def warps_per_head(blocks: int) -> int:
+    """Return the warps of a program that has a head, and rows of so many blocks."""
     return min(_MOST_WARPS, max(_FEWEST_WARPS, blocks // _BLOCKS_OF_A_WARP))
 
 
@@ -296,5 +296,5 @@ def shield_by_contribution(
         TILES=tiles,
         TILE=tile,
         ROWS=_ROWS,
-        num_warps=_num_warps_of(tiles * tile),
+        num_warps=warps_per_head(tiles * tile),
     )
