@@ -11,11 +11,14 @@ import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver, jit
 from triton.runtime.jit import JITFunction
 
@@ -25,6 +28,25 @@ HOPPER = GPUTarget("cuda", 90, 32)
 
 Compilations = list[tuple[str, str]]
 """Kernels' names and what Triton compiled them for, in the order of compilation."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImaginedCompilation:
+    """A variant of a kernel that Triton would compile for a Hopper GPU.
+
+    Attributes:
+        kernel: The kernel's name.
+        source: The kernel, and what it is compiled for.
+        options: How, as Triton has worked it out.
+    """
+
+    kernel: str
+    source: ASTSource
+    options: dict[str, Any]
+
+    def compile(self) -> CompiledKernel:
+        """Compile it after all, which takes no GPU."""
+        return triton.compile(self.source, target=HOPPER, options=self.options)
 
 
 @contextlib.contextmanager
@@ -68,12 +90,12 @@ def watched_compilations() -> Iterator[Compilations]:
 
 
 @contextlib.contextmanager
-def imagined_compilations() -> Iterator[Compilations]:
+def imagined_compilations() -> Iterator[list[ImaginedCompilation]]:
     """Record what Triton would compile for a Hopper GPU, whatever the tensors lie on.
 
     Kernels that are launched do nothing.
     """
-    found: Compilations = []
+    found: list[ImaginedCompilation] = []
 
     def compile_(
         kernel: JITFunction[Any],
@@ -85,7 +107,9 @@ def imagined_compilations() -> Iterator[Compilations]:
         attributes: Any,
         warmup: bool,
     ) -> Any:
-        found.append((kernel.__name__, key))
+        source = ASTSource(kernel, signature, constexprs, attributes)
+        how = dict(options.__dict__)
+        found.append(ImaginedCompilation(kernel.__name__, source, how))
         cache, _, target, *_ = kernel.device_caches[device]
         cache[key] = _Variant()
         about = key, signature, target, device, constexprs, options, [attributes]

@@ -247,6 +247,7 @@ class Driver:
         num_prompt_tokens: int,
         max_tokens: int = 1,
         *,
+        request_id: str | None = None,
         prompt: Sequence[int] | None = None,
         ignore_stop: bool = True,
         resumable: bool = False,
@@ -260,6 +261,7 @@ class Driver:
         Args:
             num_prompt_tokens: Length of the prompt.
             max_tokens: Tokens to generate.
+            request_id: Of a stream that goes on or ends; by default a new one.
             prompt: Its tokens; by default the same ones in every prompt.
             ignore_stop: Whether the stop token is an ordinary one.
             resumable: Whether more input may follow.
@@ -268,8 +270,8 @@ class Driver:
             priority: Likewise; the policy must be told to heed it.
             **sampling: Further sampling parameters.
         """
-        request_id = str(len(self.outputs))
-        self.outputs[request_id] = []
+        request_id = request_id or str(len(self.outputs))
+        self.outputs.setdefault(request_id, [])
         params = SamplingParams(
             max_tokens=max_tokens,
             stop_token_ids=None if ignore_stop else [STOP_TOKEN],

@@ -344,6 +344,28 @@ def test_nobody_is_let_in_on_what_others_begin_with_again_and_again(
 
 
 @modes
+def test_what_is_hit_is_taken_after_what_was_made_since(
+    asynchronous: bool, max_steps_in_flight: int
+) -> None:
+    """vLLM's queue of free blocks has what a hit was copied from at its fresh end."""
+    driver = driver_of(
+        asynchronous, max_steps_in_flight=max_steps_in_flight, spare_blocks=60
+    )
+    others = [[first, *PROMPT] for first in (90, 91)]
+    for prompt in (PROMPT, *others):
+        assert hit_of(driver, prompt) == 0
+    assert hit_of(driver, PROMPT) == LAST
+    store, pool = cache_of(driver).store, driver.manager.block_pool
+    newest = [*store._snapshots.values()][-1]
+    # all but the blocks of one snapshot
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - len(newest.blocks))
+    assert store.num_alive == 1
+    pool.free_blocks(taken)
+    assert [hit_of(driver, prompt) for prompt in others] == [0, 0]
+    assert hit_of(driver, PROMPT) == LAST
+
+
+@modes
 def test_who_begins_with_what_is_in_demand_needs_its_blocks_once(
     asynchronous: bool, max_steps_in_flight: int
 ) -> None:
@@ -374,7 +396,8 @@ def test_a_request_that_is_preempted_again_and_again_is_no_demand() -> None:
     driver.drain(1000)
     store = cache_of(driver).store
     assert store.num_hits > 2
-    assert store.num_blocks_in_demand(None) == 0
+    all_blocks = driver.manager.block_pool.num_gpu_blocks
+    assert store.num_blocks_in_demand(None, all_blocks) == 0
 
 
 def test_publishing_takes_what_is_left_and_preempts_nobody() -> None:

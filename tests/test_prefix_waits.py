@@ -210,12 +210,24 @@ def test_others_go_ahead_of_those_that_wait() -> None:
     driver.drain(100)
 
 
-def check_who_waits_goes_on(driver: Driver, prompt: list[int], end: str) -> None:
-    """Let a request that another one waits for end, by an abort or a preemption."""
+def check_who_waits_goes_on(
+    driver: Driver, prompt: list[int], end: str, num_steps: int
+) -> None:
+    """Let a request that another one waits for end, by an abort or a preemption.
+
+    Args:
+        driver: Has room for both.
+        prompt: Of both.
+        end: "abort" or "preempt".
+        num_steps: Steps in which it reads, in the last at least while the other waits.
+    """
     reader = driver.add(0, 1, prompt=prompt)
     waiting = driver.add(0, 1, prompt=prompt)
-    while not cache_of(driver).num_waits:
-        assert driver.step()
+    for _ in range(num_steps):
+        step = driver.step()
+        assert reader in step
+        assert waiting not in step
+    assert cache_of(driver).num_waits == 1
     assert reader not in driver.finished
     if end == "abort":
         driver.abort(reader)
@@ -229,9 +241,10 @@ def check_who_waits_goes_on(driver: Driver, prompt: list[int], end: str) -> None
 ends = pytest.mark.parametrize("end", ["abort", "preempt"])
 
 
+@pytest.mark.parametrize("num_steps", [2, 3])
 @ends
-def test_who_waits_goes_on_when_the_reader_ends(end: str) -> None:
-    check_who_waits_goes_on(driver_of(), PROMPT, end)
+def test_who_waits_goes_on_when_the_reader_ends(end: str, num_steps: int) -> None:
+    check_who_waits_goes_on(driver_of(), PROMPT, end, num_steps)
 
 
 def test_a_long_queue_of_waiting_requests_is_not_walked_to_its_end() -> None:

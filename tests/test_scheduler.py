@@ -205,6 +205,32 @@ def test_a_lone_streaming_request_is_answered(setup: Setup) -> None:
 
 
 @both
+@pytest.mark.parametrize("is_over", [True, False])
+def test_nothing_is_kept_of_a_refused_stream(setup: Setup, is_over: bool) -> None:
+    """A chunk that was sent before the client heard of its end is refused again.
+
+    vLLM aborts the stream behind it, from 0.33 on because of the error and before if
+    its client goes away, and does so twice: at once, and in the order of what was sent.
+    """
+    driver = Driver(setup)
+    stream = driver.add(60, 5, resumable=True)
+    driver.drain(3)
+    scheduler = driver.scheduler
+    assert scheduler._refused_streams == {stream}
+    driver.abort(stream)
+    assert scheduler._refused_streams == set()
+    driver.add(20, 5, request_id=stream, resumable=True)
+    assert scheduler._refused_streams == {stream}
+    if is_over:
+        # the input has ended as well
+        driver.add(1, 5, request_id=stream)
+    driver.abort(stream)
+    assert scheduler._refused_streams == set()
+    driver.drain(3)
+    assert driver.outputs[stream] == []
+
+
+@both
 def test_a_refused_request_is_told_why_where_vllm_can_tell(setup: Setup) -> None:
     """From 0.33 on it can; the client got an HTTP 500 without a reason all the same."""
     driver = Driver(setup)

@@ -126,10 +126,15 @@ def test_a_burst_reads_its_prefix_once() -> None:
     assert cache_of(driver).store.num_hits == cache_of(driver).num_waits == 11
 
 
-@pytest.mark.parametrize("prompt", [SHORT, PROMPT], ids=["short", "long"])
+@pytest.mark.parametrize(
+    ("prompt", "num_steps"), [(SHORT, 1), (PROMPT, 1), (PROMPT, 3)]
+)
 @ends
-def test_who_waits_goes_on_when_the_reader_ends(prompt: list[int], end: str) -> None:
-    check_who_waits_goes_on(with_windows(max_num_batched_tokens=20), prompt, end)
+def test_who_waits_goes_on_when_the_reader_ends(
+    prompt: list[int], num_steps: int, end: str
+) -> None:
+    driver = with_windows(max_num_batched_tokens=20)
+    check_who_waits_goes_on(driver, prompt, end, num_steps)
 
 
 @modes

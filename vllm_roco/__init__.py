@@ -32,7 +32,7 @@ def register() -> None:
         register_backend,
     )
 
-    from vllm_roco import compat
+    from vllm_roco import backend_name, compat
     from vllm_roco.front_end import check_requests
     from vllm_roco.observability.prometheus import register_collector
 
@@ -46,9 +46,9 @@ def register() -> None:
         return
     register_collector()
     check_requests()
-    if compat.BACKEND_NAME not in AttentionBackendEnum.__members__:
-        register_backend(compat.BACKEND_NAME, BACKEND_PATH)
-        compat.pickle_backend_by_name()
+    if backend_name.BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(backend_name.BACKEND_NAME, BACKEND_PATH)
+        backend_name.pickle_backend_by_name()
 
 
 def _obstacle() -> str | None:

@@ -12,7 +12,7 @@ from vllm.platforms import cpu_platform_plugin
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_roco.compat import BACKEND_NAME
+from vllm_roco.backend_name import BACKEND_NAME
 from vllm_roco.config import NAMESPACE
 from vllm_roco.observability.trace import check_path
 from vllm_roco.scheduler_choice import check_scheduler_class

@@ -129,6 +129,23 @@ def peak_of(statistics: torch.Tensor) -> torch.Tensor:
     return statistics[..., MASS_PEAK]
 
 
+def contribution_of(statistics: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+    """Return what each block has contributed to an output.
+
+    Of a model that has overflowed, values may be no numbers. Then a head says nothing
+    of any block, and the others decide.
+
+    Args:
+        statistics: `[..., num_blocks, NUM_FIELDS]` float32, of full live blocks.
+        distances: `[..., num_blocks]` float32, see `value_distances`.
+
+    Returns:
+        `[..., num_blocks]` float32.
+    """
+    contribution = peak_of(statistics) * distances
+    return contribution.where(contribution.sum(-1, keepdim=True).isfinite(), 0)
+
+
 def value_distances(values: torch.Tensor) -> torch.Tensor:
     """Return how far each block's mean value lies from the mean of all of them.
 
@@ -282,7 +299,7 @@ def select_victims(
     if shielded:
         if row.shields_by_contribution:
             assert distances is not None
-            contribution = any_rank(any_head(peak_of(statistics) * distances))
+            contribution = any_rank(any_head(contribution_of(statistics, distances)))
             shield = with_neighbours(contribution, first_positions, block_size)
         elif row.shields_by_deviation:
             shield = any_rank(any_head(deviation_of(statistics)))

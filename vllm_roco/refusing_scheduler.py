@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 from vllm.logger import init_logger
+from vllm.outputs import RequestError
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
 
-from vllm_roco.compat import reason_of_refusal
 from vllm_roco.request_refusal import trouble_with
 
 if TYPE_CHECKING:
@@ -81,8 +81,23 @@ class RefusingScheduler(Scheduler):
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
-                    **reason_of_refusal(trouble),
+                    **_reason(trouble),
                 )
             )
         self._refused.clear()
         return outputs
+
+
+def _reason(message: str) -> dict[str, Any]:
+    """Return what an engine's answer to a refused request says beside its end.
+
+    Args:
+        message: Why it is refused.
+
+    Returns:
+        Arguments of `EngineCoreOutput`. From vLLM 0.33 on there is one for an error,
+        which `AsyncLLM` raises and which is an HTTP 400; before, there is none.
+    """
+    if "error" not in EngineCoreOutput.__struct_fields__:
+        return {}
+    return {"error": RequestError(code="validation_error", message=message)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_roco import fp8_cache
-from vllm_roco.compat import BACKEND_NAME
+from vllm_roco.backend_name import BACKEND_NAME
 from vllm_roco.config import RocoConfig
 from vllm_roco.request_options.planner import RequestPlanner
 

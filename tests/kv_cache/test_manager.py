@@ -30,6 +30,7 @@ from tests.kv_cache.managers import (
     run,
 )
 from tests.kv_cache.specs import one_group, roco_spec
+from vllm_roco.kv_cache.budgeted_manager import BudgetedManager
 from vllm_roco.kv_cache.integrity import check_integrity
 from vllm_roco.kv_cache.manager import RocoManager
 
@@ -296,6 +297,23 @@ def test_more_than_the_bound_is_never_held() -> None:
     assert run(cache, request("a"), most * BLOCK)
     with pytest.raises(RuntimeError, match=f"hold {most + 1} blocks.*vllm_roco.verify"):
         run(cache, request("b"), most * BLOCK + 1)
+
+
+def test_who_begins_behind_nothing_needs_no_cache_of_prefixes() -> None:
+    """The base class could not admit anybody: two of its methods were not written."""
+    kwargs = {"enable_caching": False, "kv_cache_group_id": 0}
+    pool = cache_manager().block_pool
+    manager = BudgetedManager(
+        roco_spec(), block_pool=pool, scheduler_block_size=BLOCK, **kwargs
+    )
+
+    def needed(num_tokens: int, hit: list[KVCacheBlock]) -> int:
+        return manager.get_num_blocks_to_allocate(
+            "a", num_tokens, hit, 0, 0, num_tokens, apply_admission_cap=True
+        )
+
+    assert needed(3 * BLOCK, []) == needed(3 * BLOCK, [pool.null_block]) == 3
+    assert needed(1 << 12, []) == manager.plans.default.max_blocks
 
 
 def test_another_scheduler_is_noticed() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -301,6 +302,40 @@ def test_a_cache_too_small_for_one_sequence_names_our_options(
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("options", "lower", "helps"),
+    [
+        ({"chunk": 32}, "Lower --max-num-batched-tokens, then budget, chunk or", 159),
+        ({}, "Lower budget, chunk or stride, then --max-num-batched-tokens, or", 176),
+        ({"mode": "full", "allow_full": True}, "--max-num-batched-tokens, use", None),
+    ],
+)
+def test_layers_with_a_window_may_be_what_does_not_fit(
+    vllm_config: VllmConfig,
+    said: list[str],
+    options: dict[str, Any],
+    lower: str,
+    helps: int | None,
+) -> None:
+    """The budget was blamed, though batches in flight took most of the cache."""
+    vllm_config.additional_config = {"roco": OPTIONS | options}
+    vllm_config.model_config.hf_text_config.sliding_window = 32
+    specs = {
+        "full": roco_spec(**OPTIONS | options),
+        "windowed": sliding_spec(roco_spec()),
+    }
+    # enough for what is kept in either layer, but not in both
+    with pytest.raises(ValueError, match="To serve at least one"):
+        plan_kv_cache(vllm_config, specs, 16 * roco_spec().page_size_bytes)
+    (message,) = said
+    # a window of 32 less one, and a batch of 128
+    assert (
+        "in layers with a window it may hold up to 159 tokens: the window, " in message
+    )
+    assert lower in message
+    assert helps is None or f"helps only below {helps} tokens" in message
+
+
 def test_nothing_is_said_of_a_cache_that_is_large_enough(
     vllm_config: VllmConfig, said: list[str]
 ) -> None:
@@ -308,6 +343,16 @@ def test_nothing_is_said_of_a_cache_that_is_large_enough(
     plan(vllm_config, 12)
     vllm_config.model_config.original_max_model_len = -1
     plan(vllm_config, 9)
+    assert said == []
+
+
+def test_one_token_may_be_all_that_is_asked_for(
+    tmp_path: Path, said: list[str]
+) -> None:
+    """`--max-model-len 1` was told that its cache was too small."""
+    config = engine_config(tmp_path, OPTIONS, max_model_len=1, max_num_seqs=4)
+    config.cache_config.kv_cache_layout = "LBHNC"
+    assert plan(config, 3).num_blocks == 3
     assert said == []
 
 

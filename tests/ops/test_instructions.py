@@ -5,52 +5,40 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+import subprocess
+import tempfile
 
 import pytest
 import torch
-import triton
-from triton.compiler import ASTSource, CompiledKernel
-from triton.runtime.jit import JITFunction
+from triton import knobs
+from triton.compiler import CompiledKernel
 
-from tests.compilations import HOPPER, imagined_compilations
-from tests.ops.test_select_victims import SMALL, Group, options, steps_of
-from vllm_roco.ops import contribution, score_blocks
+from tests.compilations import ImaginedCompilation, imagined_compilations
+from tests.ops.test_select_victims import BLOCK_SIZE, SMALL, Group, options, steps_of
+from vllm_roco.eviction_schedule import EvictionSchedule
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
 )
 
 
-def compiled_ends_of_a_step() -> dict[str, CompiledKernel]:
-    """Return the kernels that close a step with evictions, by name."""
-    launched: dict[str, tuple[ASTSource, dict[str, Any]]] = {}
-    with pytest.MonkeyPatch.context() as patch, imagined_compilations():
-        compile_ = JITFunction._do_compile
+def ends_of_a_step(
+    steps: list[tuple[int, int]], schedule: EvictionSchedule, head_size: int
+) -> dict[str, ImaginedCompilation]:
+    """Return the kernels that close a step with evictions, by name.
 
-        def noted(
-            kernel: JITFunction[Any],
-            key: str,
-            signature: Any,
-            device: int,
-            constexprs: Any,
-            options: Any,
-            attributes: Any,
-            warmup: bool,
-        ) -> Any:
-            source = ASTSource(kernel, signature, constexprs, attributes)
-            launched[kernel.__name__] = source, dict(options.__dict__)
-            about = signature, device, constexprs, options, attributes, warmup
-            return compile_(kernel, key, *about)
-
-        patch.setattr(JITFunction, "_do_compile", noted)
-        group = Group.build(steps_of(SMALL), SMALL, torch.device("cpu"), layers=1)
+    Args:
+        steps: Lengths of the rows before the step and behind it.
+        schedule: By which they evict.
+        head_size: Of keys and values.
+    """
+    with imagined_compilations() as found:
+        group = Group.build(
+            steps, schedule, torch.device("cpu"), layers=1, head_size=head_size
+        )
         for measures in (True, False):
-            group.launch(options(SMALL), measures=measures)
-    return {
-        name: triton.compile(source, target=HOPPER, options=how)
-        for name, (source, how) in launched.items()
-    }
+            group.launch(options(schedule), measures=measures)
+    return {variant.kernel: variant for variant in found}
 
 
 def test_no_kernel_waits_for_what_it_adds_to() -> None:
@@ -60,7 +48,8 @@ def test_no_kernel_waits_for_what_it_adds_to() -> None:
     for a row of up to 1,024 blocks, in every layer and head, and 128 for 8,192 blocks,
     each of which throws a multiprocessor's L1 cache away.
     """
-    compiled = compiled_ends_of_a_step()
+    ends = ends_of_a_step(steps_of(SMALL), SMALL, head_size=16)
+    compiled = {name: variant.compile() for name, variant in ends.items()}
     assert set(compiled) >= {"_contribution_kernel", "_select_kernel", "_recent_kernel"}
     atomics = {name: _lines(kernel, "atom", "red") for name, kernel in compiled.items()}
     assert any("max" in line for line in atomics["_contribution_kernel"])
@@ -70,15 +59,42 @@ def test_no_kernel_waits_for_what_it_adds_to() -> None:
     assert not any(fence.search(kernel.asm["ptx"]) for kernel in compiled.values())
 
 
-@pytest.mark.parametrize("blocks", [16, 1024, 8192, 16384])
-def test_a_thread_has_few_blocks(blocks: int) -> None:
+@pytest.mark.parametrize(
+    ("blocks", "contribution", "score", "select"),
+    [(1024, 64, 64, 64), (16384, 64, 512, 1280)],
+)
+def test_what_a_thread_has_of_its_blocks_is_in_registers(
+    blocks: int, contribution: int, score: int, select: int
+) -> None:
     """Of 16,384 a thread held 64 scores, and 128 contributions: more than registers.
 
     Of the scores ptxas left 32 registers and 3,680 bytes of stack, and the kernel that
     selects took 19 s to compile; of the contributions it left 1,232 bytes of stack.
     """
-    assert blocks <= 32 * 32 * score_blocks.num_warps_of(blocks)
-    assert blocks <= 64 * 32 * contribution._num_warps_of(blocks)
+    # with those that go as many as a program looks at
+    stride = 64
+    schedule = EvictionSchedule(BLOCK_SIZE, blocks * BLOCK_SIZE - 2 * stride, stride)
+    edge = schedule.budget + stride
+    ends = ends_of_a_step([(edge - 1, edge)], schedule, head_size=128)
+    assert _stack_bytes(ends["_contribution_kernel"].compile()) <= contribution
+    assert _stack_bytes(ends["_score_kernel"].compile()) <= score
+    assert _stack_bytes(ends["_select_kernel"].compile()) <= select
+
+
+def _stack_bytes(kernel: CompiledKernel) -> int:
+    """Return the bytes of a thread that ptxas has found no registers for."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        tool = knobs.nvidia.cuobjdump.path
+        run = subprocess.run(
+            [tool, "--dump-resource-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    (found,) = re.findall(r"\bSTACK:(\d+)", run.stdout)
+    return int(found)
 
 
 def _lines(kernel: CompiledKernel, *instructions: str) -> list[str]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -326,6 +327,26 @@ def test_values_of_any_cache(dtype: torch.dtype, device: torch.device) -> None:
     group = Group.build(steps_of(SMALL), SMALL, device, dtype=dtype)
     how = options(SMALL)
     assert group.run(how) == group.expected(how)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4])
+@pytest.mark.parametrize("no_number", [math.nan, -math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_head_whose_values_are_no_numbers_says_nothing(
+    dtype: torch.dtype, no_number: float, slices: int, device: torch.device
+) -> None:
+    """The kernel took 0 for every head of its slice, the policy NaN for all heads."""
+    group = Group.build(steps_of(SMALL), SMALL, device, layers=4, dtype=dtype)
+    how = options(SMALL)
+    expected = group.expected(how)
+    for cache in group.caches[1:3]:
+        # one number of one head's values, in each row
+        cache[group.live_table[:, 2].long(), 1, 5, -1] = no_number
+    found = group.run(how, slices=slices)
+    assert found == group.expected(how)
+    # the other heads tell more than the blocks' age
+    assert found != group.expected(options(SMALL, shield_ratio=0.0))
+    assert found != expected
 
 
 @pytest.mark.parametrize("programs", [1, 3])

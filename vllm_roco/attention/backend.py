@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 
 from vllm_roco.attention.current_config import current_vllm_config
-from vllm_roco.compat import BACKEND_NAME
+from vllm_roco.backend_name import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
 from vllm_roco.validation import (
     KERNEL_BLOCK_SIZE,

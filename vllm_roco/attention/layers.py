@@ -12,7 +12,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_roco.compat import BACKEND_NAME
+from vllm_roco.backend_name import BACKEND_NAME
 from vllm_roco.kv_cache.spec import RocoSpec
 
 logger = init_logger(f"vllm.{__name__}")

@@ -138,7 +138,8 @@ class BudgetedManager(FullAttentionManager):
             self._asked = (request_id, num_tokens)
             # the look ahead is for requests that would be let in without it
             if blocks <= self.block_pool.get_num_free_blocks():
-                blocks += self.foreseen_blocks() + self._blocks_in_demand(request_id)
+                blocks += self.foreseen_blocks()
+                blocks += self._blocks_in_demand(request_id, blocks)
         return blocks
 
     def _more_for_hit(
@@ -151,6 +152,8 @@ class BudgetedManager(FullAttentionManager):
     ) -> int:
         """Return the blocks that a request needs more because it begins with others'.
 
+        None here, where nobody is offered a hit.
+
         Args:
             request_id: The request.
             hit: What it begins with, null in the gap.
@@ -158,14 +161,19 @@ class BudgetedManager(FullAttentionManager):
             holds_all: Whether all of it is asked about, which the most that it holds
                 bounds; else its row up to a step's end.
         """
-        raise NotImplementedError
+        return 0
 
-    def _blocks_in_demand(self, request_id: str) -> int:
+    def _blocks_in_demand(self, request_id: str, num_taken: int) -> int:
         """Return the free blocks on which a request is not let in if others run.
 
-        Those of its own hit are among the blocks that it needs.
+        Those of its own hit are among the blocks that it needs. None here, where
+        nothing is kept for others.
+
+        Args:
+            request_id: The request.
+            num_taken: Free blocks that it and those that run will take.
         """
-        raise NotImplementedError
+        return 0
 
     def refuse(self, request_id: str) -> None:
         """Let vLLM find no room for a waiting request when it asks next.

@@ -64,12 +64,12 @@ class RocoManager(BudgetedManager):
         return int(blocks)
 
     @override
-    def _blocks_in_demand(self, request_id: str) -> int:
+    def _blocks_in_demand(self, request_id: str, num_taken: int) -> int:
         if self.prefix_cache is None or not self.held.requests:
             return 0
         hit = self.prefix_cache.offered_to(request_id)
         return self.prefix_cache.store.num_blocks_in_demand(
-            None if hit is None else hit.snapshot
+            None if hit is None else hit.snapshot, num_taken
         )
 
     def has_room_for(self, request: Request, hit: Hit) -> bool:

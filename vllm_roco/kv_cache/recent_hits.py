@@ -11,8 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 NUM_HITS = 64
 """Hits that are remembered.
 
-A prefix with two among them serves a request in 32 at least; to read it again for that
-one costs more than to keep it for all of them.
+A prefix with two among them serves a request in 32 at least.
 """
 
 

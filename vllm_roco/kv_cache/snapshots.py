@@ -84,6 +84,7 @@ class SnapshotStore:
 
     def __init__(self, block_pool: BlockPool) -> None:
         self._pool = block_pool
+        self._most_in_demand = int(MOST_IN_DEMAND * block_pool.num_gpu_blocks)
         # the least recently used first, as in vLLM's free queue
         self._snapshots: OrderedDict[BlockHash, Snapshot] = OrderedDict()
         # prefixes of overwritten ones that nobody has looked up since, in order
@@ -138,17 +139,21 @@ class SnapshotStore:
         self.num_hits += 1
         self.num_saved_tokens += num_tokens
 
-    def num_blocks_in_demand(self, but: BlockHash | None) -> int:
+    def num_blocks_in_demand(self, but: BlockHash | None, num_taken: int) -> int:
         """Return the free blocks of snapshots that are begun with again and again.
 
-        Not those in windows, which are few and may be a sequence's.
+        Not those in windows, which are few and may be a sequence's. Nothing is counted
+        where enough is left in any case, which is constant time.
 
         Args:
             but: The prefix of one that is not counted.
+            num_taken: Free blocks that are to be taken.
 
         Returns:
-            At most `MOST_IN_DEMAND` of all blocks.
+            At most `MOST_IN_DEMAND` of all blocks; 0 where so many are left besides.
         """
+        if num_taken + self._most_in_demand <= self._pool.get_num_free_blocks():
+            return 0
         blocks = sum(
             len(snapshot.blocks)
             for prefix in self._recent_hits.repeated
@@ -158,7 +163,7 @@ class SnapshotStore:
             # or it is being copied
             and not snapshot.blocks[0].ref_cnt
         )
-        return min(blocks, int(MOST_IN_DEMAND * self._pool.num_gpu_blocks))
+        return min(blocks, self._most_in_demand)
 
     def publish(
         self,
@@ -184,7 +189,7 @@ class SnapshotStore:
         """
         needed = len(live_blocks)
         if not is_wanted:
-            needed += self.num_blocks_in_demand(None)
+            needed += self.num_blocks_in_demand(None, needed)
         if needed > self._pool.get_num_free_blocks() or self.find(prefix):
             return []
         copies = self._pool.get_new_blocks(len(live_blocks))

@@ -22,12 +22,15 @@ from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler_choice import use_roco_scheduler
+from vllm_roco.validation import has_windows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 logger = init_logger(f"vllm.{__name__}")
+
+_BATCH = "--max-num-batched-tokens"
 
 if not _REGISTRY_KVCACHESPEC_LIST:
     # vLLM registers its own specs only while nothing at all is registered
@@ -150,39 +153,56 @@ class RocoSpec(AttentionSpec):
         # read here, not stored: the automatic fit varies it
         max_model_len = vllm_config.model_config.max_model_len
         config = RocoConfig.from_additional_config(vllm_config.additional_config)
-        if max_model_len == 1 and not _is_fitted(vllm_config):
+        if max_model_len == 1 and _is_a_trial(vllm_config):
             # what one sequence needs was too much, and vLLM asks for what would fit,
             # beginning with one token; then it raises an error that knows no budget
-            logger.error_once("%s", self._cure(config))
+            logger.error_once("%s", self._cure(config, vllm_config))
         blocks = most_blocks_by_default(
             config, self.block_size, self.max_steps_in_flight, max_model_len
         )
         return blocks * self.page_size_bytes
 
-    def _cure(self, config: RocoConfig) -> str:
-        """Return what helps where the KV cache is too small for one sequence."""
+    def _cure(self, config: RocoConfig, vllm_config: VllmConfig) -> str:
+        """Return what helps where the KV cache is too small for one sequence.
+
+        Layers with a window may need more than those that evict, and vLLM does not tell
+        which of them did not fit.
+        """
         memory = (
             "give the cache more memory (--gpu-memory-utilization, on a CPU "
             "VLLM_CPU_KVCACHE_SPACE)"
         )
+        steps = self.max_steps_in_flight
+        in_windows = _most_in_windows(vllm_config, steps)
+        beside = ""
+        if in_windows:
+            beside = (
+                f"; in layers with a window it may hold up to {in_windows} tokens: "
+                f"the window, and {_BATCH} for each of {steps} steps in flight"
+            )
         kept = config.most_kept
         if kept is None:
+            also = f", {_BATCH}" if beside else ""
             return (
                 "roco: the KV cache is too small for one sequence, which keeps all "
-                f"that it generates in mode = {config.mode!r}. Lower --max-model-len, "
-                f"use mode 'both', or {memory}."
+                f"that it generates in mode = {config.mode!r}{beside}. Lower "
+                f"--max-model-len{also}, use mode 'both', or {memory}."
             )
-        held = EvictionSchedule(self.block_size, kept, config.stride).max_blocks(
-            self.max_steps_in_flight * config.chunk
-        )
+        held = self.block_size * EvictionSchedule(
+            self.block_size, kept, config.stride
+        ).max_blocks(steps * config.chunk)
         which = "max_budget" if config.mode == "generation" else "budget"
+        lower = f"{which}, chunk or stride"
+        if beside:
+            lower = f"{lower}, then {_BATCH}"
+            if in_windows > held:
+                lower = f"{_BATCH}, then {which}, chunk or stride"
         return (
             "roco: the KV cache is too small for one sequence, which may hold up to "
-            f"{held * self.block_size} tokens: {which} = {kept}, stride = "
-            f"{config.stride}, chunk = {config.chunk} for each of "
-            f"{self.max_steps_in_flight} steps in flight, and one block of "
-            f"{self.block_size}. Lower {which}, chunk or stride, or {memory}; "
-            "--max-model-len helps only below that number of tokens."
+            f"{held} tokens: {which} = {kept}, stride = {config.stride}, chunk = "
+            f"{config.chunk} for each of {steps} steps in flight, and one block of "
+            f"{self.block_size}{beside}. Lower {lower}, or {memory}; --max-model-len "
+            f"helps only below {max(held, in_windows)} tokens."
         )
 
     @classmethod
@@ -206,6 +226,19 @@ class RocoSpec(AttentionSpec):
         return all(type(spec) is type(self) for spec in kv_cache_specs.values())
 
 
-def _is_fitted(vllm_config: VllmConfig) -> bool:
-    """Return whether vLLM looks for the largest `max_model_len` by itself."""
-    return vllm_config.model_config.original_max_model_len == -1
+def _most_in_windows(vllm_config: VllmConfig, steps_in_flight: int) -> int:
+    """Return the most tokens that vLLM plans a window with, 0 if there is none."""
+    if not has_windows(vllm_config):
+        return 0
+    tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
+    window: int = vllm_config.model_config.get_sliding_window()
+    return window - 1 + steps_in_flight * tokens
+
+
+def _is_a_trial(vllm_config: VllmConfig) -> bool:
+    """Return whether one token is a length that vLLM tries.
+
+    Else it is the length that the user asked for, or vLLM looks for the largest that
+    fits by itself.
+    """
+    return vllm_config.model_config.original_max_model_len not in (1, -1)

@@ -6,6 +6,9 @@ distance of its mean value from the mean of all. A program has one layer and hea
 its part of the rows that are due. Of each it reads the values twice, for their mean and
 for the distances from it; the second time backwards, while the last ones are at hand.
 It returns at once where no row is due.
+
+A byte of an fp8 cache that stands for no number is read as 480, in which alone the two
+differ: to tell it from a number would be work for each number.
 """
 
 from __future__ import annotations
@@ -130,7 +133,11 @@ def _raise_shields(
         contribution = (peak * distance)[None, :]
         contributions = tl.where(tile == number, contribution, contributions)
     index = tile * TILE + within[None, :]
-    shares = contributions / tl.maximum(tl.sum(contributions), TINY)
+    all_blocks = tl.sum(contributions)
+    # of values that are no numbers a head says nothing, see `policy.contribution_of`
+    shares = tl.where(
+        all_blocks < float("inf"), contributions / tl.maximum(all_blocks, TINY), 0.0
+    )
     # the largest of all is the same in whatever order they come; not negative, they
     # are in the order of their bits. Nothing else is told by them, so that no program
     # needs to wait for its own to be seen, as it would by default
@@ -224,8 +231,8 @@ def _contribution_kernel(
             due_before += tl.sum(due.to(tl.int32), 0)
 
 
-def _num_warps_of(blocks: int) -> int:
-    """Return the warps of a program that looks at rows of so many blocks."""
+def warps_per_head(blocks: int) -> int:
+    """Return the warps of a program that has a head, and rows of so many blocks."""
     return min(_MOST_WARPS, max(_FEWEST_WARPS, blocks // _BLOCKS_OF_A_WARP))
 
 
@@ -296,5 +303,5 @@ def shield_by_contribution(
         TILES=tiles,
         TILE=tile,
         ROWS=_ROWS,
-        num_warps=_num_warps_of(tiles * tile),
+        num_warps=warps_per_head(tiles * tile),
     )

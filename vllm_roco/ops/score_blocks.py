@@ -136,8 +136,8 @@ def padded(max_blocks: int) -> int:
     return max(16, int(triton.next_power_of_2(max_blocks)))
 
 
-def num_warps_of(blocks: int) -> int:
-    """Return the warps of a program that looks at so many blocks, a power of two.
+def warps_per_row(blocks: int) -> int:
+    """Return the warps of a program that has a row of so many blocks, a power of two.
 
     Of more than 8,192 blocks, what eight warps would hold does not fit in registers.
     """
@@ -194,5 +194,5 @@ def score_blocks(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
-        num_warps=num_warps_of(blocks),
+        num_warps=warps_per_row(blocks),
     )

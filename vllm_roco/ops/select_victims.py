@@ -38,7 +38,7 @@ from vllm_roco.ops.rows import (
     SHIELD_BY_CONTRIBUTION,
     SINK,
 )
-from vllm_roco.ops.score_blocks import num_warps_of, padded, score_blocks
+from vllm_roco.ops.score_blocks import padded, score_blocks, warps_per_row
 from vllm_roco.ops.statistics import FIRST_POSITION, NUM_FIELDS
 
 
@@ -343,5 +343,5 @@ def select_victims(
         NUM_KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         BLOCKS=blocks,
-        num_warps=num_warps_of(blocks),
+        num_warps=warps_per_row(blocks),
     )

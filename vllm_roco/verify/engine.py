@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_roco.backend_name import BACKEND_NAME
 from vllm_roco.chunking import next_step_ends
-from vllm_roco.compat import BACKEND_NAME
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.verify.findings import Failed, Skipped
 from vllm_roco.verify.worker import EXTENSION

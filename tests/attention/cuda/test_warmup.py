@@ -22,7 +22,7 @@ from vllm.v1.attention.backends import fa_utils
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from tests.attention.rig import config_for
-from tests.compilations import Compilations, imagined_compilations
+from tests.compilations import ImaginedCompilation, imagined_compilations
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cuda import metadata, warmup
@@ -203,14 +203,14 @@ def config_of(model: Model, options: dict[str, Any]) -> VllmConfig:
 
 
 @pytest.fixture
-def compilations() -> Iterator[Compilations]:
+def compilations() -> Iterator[list[ImaginedCompilation]]:
     with imagined_compilations() as found:
         yield found
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ragged_steps_find_every_kernel(
-    name: str, impl_on_cpu: None, compilations: Compilations
+    name: str, impl_on_cpu: None, compilations: list[ImaginedCompilation]
 ) -> None:
     """The first prompt behind decodes, whose rows are not aligned, was compiled for."""
     worker = Worker(MODELS[name])
@@ -227,7 +227,9 @@ def test_ragged_steps_find_every_kernel(
 
 
 def test_the_log_tells_how_many_kernels_there_are(
-    impl_on_cpu: None, compilations: Compilations, monkeypatch: pytest.MonkeyPatch
+    impl_on_cpu: None,
+    compilations: list[ImaginedCompilation],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[str] = []
     monkeypatch.setattr(warmup.logger, "info", lambda line, *by: told.append(line % by))
@@ -241,7 +243,7 @@ def test_the_log_tells_how_many_kernels_there_are(
 
 
 def test_a_worker_without_caches_has_nothing_to_warm_up(
-    impl_on_cpu: None, compilations: Compilations
+    impl_on_cpu: None, compilations: list[ImaginedCompilation]
 ) -> None:
     worker = Worker(MODELS["plain"])
     del worker.builder
@@ -249,11 +251,13 @@ def test_a_worker_without_caches_has_nothing_to_warm_up(
     assert compilations == []
 
 
-def test_the_warm_up_is_needed(impl_on_cpu: None, compilations: Compilations) -> None:
+def test_the_warm_up_is_needed(
+    impl_on_cpu: None, compilations: list[ImaginedCompilation]
+) -> None:
     """Else the other test would compare nothing with nothing."""
     worker = Worker(MODELS["plain"])
     worker.step([(1, 70), (5, 3)], beside_keys=False)
-    assert {kernel for kernel, _ in compilations} == {
+    assert {found.kernel for found in compilations} == {
         "_live_table_kernel",
         "attend_kernel",
         "combine_kernel",
