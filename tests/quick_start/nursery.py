@@ -54,6 +54,9 @@ LIBRARIES = [
 ]
 """What vLLM imports of others, as far as that takes long."""
 
+UNCOMPILED = "TORCH_COMPILE_DISABLE"
+"""PyTorch's environment variable that lets it compile nothing."""
+
 _SPAWNED = "--multiprocessing-fork"
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _MOST_FILES = 200
@@ -304,6 +307,9 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(environment)
+    if environment.get(UNCOMPILED) == "1" and "torch._dynamo.config" in sys.modules:
+        # which it has read
+        sys.modules["torch._dynamo.config"].disable = True
     # found out anew, by the variables
     tempfile.tempdir = None
     if "numpy" in sys.modules:
