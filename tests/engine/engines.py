@@ -28,6 +28,7 @@ from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from tests.oracle import Options
+from tests.quick_start.nursery import UNCOMPILED
 from vllm_roco.attention.impl import RocoImpl
 from vllm_roco.kv_cache.manager import RocoManager
 
@@ -264,8 +265,16 @@ def running_engine(
         arguments: Of `LLM`, over this module's own.
     """
     chosen = {} if options is None else roco_arguments(options)
-    with engines_in_process(), imported_model_class(model):
-        llm = LLM(str(model), **{**_ARGUMENTS, **chosen, **arguments})
+    chosen = {**_ARGUMENTS, **chosen, **arguments}
+    with (
+        engines_in_process(),
+        imported_model_class(model),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        if chosen["enforce_eager"]:
+            # vLLM still has a rank's share of the embedding compiled, a second in each
+            patch.setenv(UNCOMPILED, "1")
+        llm = LLM(str(model), **chosen)
         try:
             yield Engine(llm)
         finally:

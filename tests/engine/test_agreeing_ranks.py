@@ -18,7 +18,8 @@ pytestmark = [
     pytest.mark.usefixtures("engine_lock"),
 ]
 
-PROMPTS = [random_prompt(length, seed=length) for length in (300, 230, 150, 70)]
+# the last one's first eviction comes at 128 tokens, when it writes
+PROMPTS = [random_prompt(length, seed=length) for length in (300, 240, 150, 110)]
 # requests of one batch differ in what they shield by
 OPTIONS = [
     {"roco_shield": shield, "roco_shield_ratio": ratio}
@@ -29,7 +30,8 @@ OPTIONS = [
         ("contribution", 0.5),
     )
 ]
-NUM_NEW = 64
+NUM_NEW = 32
+"""Enough for each to evict while it writes."""
 
 
 def run(

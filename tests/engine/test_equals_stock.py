@@ -29,7 +29,7 @@ from vllm_roco.kv_cache.page import (
 pytestmark = pytest.mark.engine
 
 CHUNK = 64
-NUM_NEW = 20
+NUM_NEW = 9
 """Each answer begins another block."""
 OPTIONS = Options(
     policy="roco",
@@ -47,9 +47,9 @@ OPTIONS = Options(
 def test_tokens_and_statistics(smollm2: Path, prose: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [
-        build_passkey(tokenizer, num_tokens=250, depth=0.3, seed=1).token_ids,
-        tokenizer(prose)["input_ids"][:200],
-        tokenizer("The capital of France is")["input_ids"],
+        build_passkey(tokenizer, num_tokens=270, depth=0.3, seed=1).token_ids,
+        tokenizer(prose)["input_ids"][:203],
+        tokenizer("The capital of Japan is Tokyo, and that of France is")["input_ids"],
     ]
 
     # the least that RoCo takes, so that prompts are read in several steps

@@ -98,12 +98,18 @@ def smollm2_for_oracle(smollm2: Path) -> PreTrainedModel:
 def test_smollm2(
     name: str, smollm2: Path, smollm2_for_oracle: PreTrainedModel, prose: str
 ) -> None:
-    """A passkey prompt and free text, both longer than the budget, as is the answer."""
+    """A passkey prompt and free text, both longer than the budget.
+
+    So is the answer with the product's default; with the others it is as long as takes
+    one eviction and what follows it. Tokens of this model take their time.
+    """
     options = SMOLLM2[name]
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     key = build_passkey(tokenizer, num_tokens=300, depth=0.3, seed=7)
     prompts = [key.token_ids, tokenizer(prose)["input_ids"][:230]]
-    num_new = options.budget + 12
+    num_new = options.stride + 6
+    if name == "contribution":
+        num_new = options.budget + 12
     expected = [
         generate(smollm2_for_oracle, prompt, options, num_new) for prompt in prompts
     ]
@@ -112,3 +118,5 @@ def test_smollm2(
             together = engine.generate(prompts, num_new)
         assert engine.num_lost_blocks == 0
     assert_agreement(prompts, together, kept, expected)
+    for prompt, result in zip(prompts, expected, strict=True):
+        assert result.evictions[-1].num_computed_tokens > len(prompt)

@@ -8,6 +8,7 @@ machine without GPU these tests run in a process of their own, which
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -78,10 +80,40 @@ def types_made_once() -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TritonSemantic, "broadcast_impl_value", _of_one_shape())
         patch.setattr(interpreter, "_get_np_dtype", _once_a_name())
         patch.setattr(tl.block_type, "__init__", _once_a_block())
         patch.setattr(tl.tensor, "__init__", _once_a_shape())
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def overflows_that_nobody_hears_of() -> Iterator[None]:
+    """Let the interpreter not look for overflows where it would not tell.
+
+    It looks at every sum and product of integers, which takes a quarter of the time of
+    these tests, and then asserts nothing unless it debugs.
+    """
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        if not builder.options.debug:
+            options = dataclasses.replace(builder.options, sanitize_overflow=False)
+            patch.setattr(builder, "options", options)
+        yield
+
+
+def _of_one_shape() -> Callable[..., tuple[tl.tensor, tl.tensor]]:
+    """Return what leaves alone, as the original does, what has one shape."""
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_unless_equal(
+        self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor
+    ) -> tuple[tl.tensor, tl.tensor]:
+        if _shape(lhs.type) == _shape(rhs.type):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return broadcast_unless_equal
 
 
 def _once_a_name() -> Callable[[tl.dtype], Any]:
@@ -116,7 +148,7 @@ def _once_a_shape() -> Callable[[tl.tensor, Any, tl.dtype], None]:
     init, found = tl.tensor.__init__, {}
 
     def init_once(self: tl.tensor, handle: Any, type: tl.dtype) -> None:
-        key = (*type.shape,) if type.is_block() else ()
+        key = _shape(type)
         if key not in found:
             init(self, handle, type)
             found[key] = {"shape": self.shape, "numel": self.numel}
@@ -124,3 +156,7 @@ def _once_a_shape() -> Callable[[tl.tensor, Any, tl.dtype], None]:
         vars(self).update(found[key])
 
     return init_once
+
+
+def _shape(type: tl.dtype) -> tuple[int, ...]:
+    return (*type.shape,) if type.is_block() else ()

@@ -37,7 +37,12 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = [
+    "cv2",
+    "fastapi",
     "openai.types.responses",
+    "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
+    "opentelemetry.sdk.trace",
+    "requests",
     "scipy.signal",
     "torch._inductor.lowering",
     "torch._inductor.standalone_compile",
@@ -49,6 +54,10 @@ LIBRARIES = [
 ]
 """What vLLM imports of others, as far as that takes long."""
 
+UNCOMPILED = "TORCH_COMPILE_DISABLE"
+"""PyTorch's environment variable that lets it compile nothing."""
+
+_SPAWNED = "--multiprocessing-fork"
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
 _MOST_FILES = 200
 
@@ -170,6 +179,16 @@ def import_libraries(libraries: Sequence[str] = LIBRARIES) -> None:
         gc.enable()
 
 
+def collect_by_itself() -> None:
+    """Let this process look for garbage when there is some, not when vLLM asks for it.
+
+    It asks while it loads a model, before it serves and at the end, then through all
+    libraries, too: a fifth of what a worker with a tiny model does.
+    """
+    gc.collect = lambda *_: 0
+    gc.unfreeze = lambda: None
+
+
 def serve_spawn(open_nursery: Any) -> None:
     """Let multiprocessing's `spawn` start its processes from a nursery.
 
@@ -180,7 +199,7 @@ def serve_spawn(open_nursery: Any) -> None:
 
     def spawn(path: bytes, arguments: Sequence[str | bytes], files: Any) -> int:
         decoded = [os.fsdecode(argument) for argument in arguments]
-        if "--multiprocessing-fork" in decoded and is_possible():
+        if _SPAWNED in decoded and is_possible():
             # killed, as by a signal to the whole group, it leaves this to the original
             with contextlib.suppress(OSError):
                 numbers = {number: number for number in map(int, files)}
@@ -282,10 +301,15 @@ def _become(asked: dict[str, Any], files: list[int]) -> None:
     # while there is nothing here but libraries
     own = branch_off()
     serve_spawn(lambda: own)
+    if {_SPAWNED, "vllm.entrypoints.cli.main"} & {*asked["arguments"]}:
+        collect_by_itself()
     environment: dict[str, str] = asked["environment"]
     os.chdir(asked["folder"])
     os.environ.clear()
     os.environ.update(environment)
+    if environment.get(UNCOMPILED) == "1" and "torch._dynamo.config" in sys.modules:
+        # which it has read
+        sys.modules["torch._dynamo.config"].disable = True
     # found out anew, by the variables
     tempfile.tempdir = None
     if "numpy" in sys.modules:

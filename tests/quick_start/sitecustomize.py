@@ -33,3 +33,4 @@ if os.path.basename(program) in ENGINES:
         nursery.import_libraries()
         of_this_process = nursery.branch_off()
         nursery.serve_spawn(lambda: of_this_process)
+        nursery.collect_by_itself()

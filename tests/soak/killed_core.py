@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ class Heard:
 
     answers: Counter[str]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Last:
+    """What becomes of the server that starts when all others were killed.
+
+    Attributes:
+        flags: More arguments of it.
+        use: Does something with it, when nothing is left of the others.
+    """
+
+    flags: list[str]
+    use: Callable[[Server], None]
 
 
 def flags(host: Host, trace: Path) -> list[str]:
@@ -161,7 +175,11 @@ def kill(server: Server, delay: float, rank: int | None) -> list[str]:
 
 
 def run(
-    host: Host, delays: list[float], folder: Path, rank: int | None = None
+    host: Host,
+    delays: list[float],
+    folder: Path,
+    rank: int | None = None,
+    last: Last | None = None,
 ) -> list[str]:
     """Kill a process of each of several servers in turn; return what was wrong.
 
@@ -170,6 +188,7 @@ def run(
         delays: Seconds after which each is killed.
         folder: For temporary files of the servers, an empty one.
         rank: See `kill`.
+        last: Of the server behind them.
     """
     faults: list[str] = []
     trace, model = host.folder / "trace.jsonl", host.find_model()
@@ -178,7 +197,10 @@ def run(
         with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
             patch.setenv("TMPDIR", str(folder))
             log = host.folder / f"log-{number}.txt"
-            server = stack.enter_context(running_server(model, flags(host, trace), log))
+            told = flags(host, trace)
+            if last is not None and delay is None:
+                told += last.flags
+            server = stack.enter_context(running_server(model, told, log))
             # as the server before has left its own
             num_files.append(len([*folder.glob(f"vllm_roco-{os.getuid()}/*")]))
             if not num_files[-1] or num_files[-1] != num_files[0]:
@@ -189,6 +211,8 @@ def run(
             if trace.read_text():
                 faults.append(f"server {number} begins with a trace")
             if delay is None:
+                if last is not None:
+                    last.use(server)
                 continue
             faults += kill(server, delay, rank)
             for line in trace.read_text().splitlines():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.every_form import only_with_every_form
+from tests.quick_start.nursery import UNCOMPILED
 from tests.soak.engines import Host, soak_in_process
 from tests.soak.run import Plan
 from tests.soak.setups import SERVER
@@ -41,7 +42,11 @@ def test_ranks_read_the_same_tables_and_keep_what_they_must(
     engine_processes: None,
     smollm2: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if tensor > 1:
+        # as in `running_engine`; stages need it
+        monkeypatch.setenv(UNCOMPILED, "1")
     host = Host(folder=tmp_path, tensor=tensor, pipeline=pipeline)
     report = asyncio.run(soak_in_process(host, PLAN, print))
     print(report.table())
