@@ -22,7 +22,6 @@ from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import PageShape
 from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler_choice import use_roco_scheduler
-from vllm_roco.validation import has_windows
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -228,10 +227,10 @@ class RocoSpec(AttentionSpec):
 
 def _most_in_windows(vllm_config: VllmConfig, steps_in_flight: int) -> int:
     """Return the most tokens that vLLM plans a window with, 0 if there is none."""
-    if not has_windows(vllm_config):
+    window = vllm_config.model_config.get_sliding_window()
+    if window is None:
         return 0
     tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-    window: int = vllm_config.model_config.get_sliding_window()
     return window - 1 + steps_in_flight * tokens
 
 
