@@ -127,15 +127,30 @@ def at_once(measured: pd.DataFrame) -> str:
 
 
 def goodput(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
-    """Requests a second within their limits against those that arrive, of one work."""
+    """Requests a second within their limits against those that arrive, of one work.
+
+    Args:
+        axes: Where to draw.
+        rows: Of `newest`, of one work.
+        colours: By side; a side's further budgets have lines of dashes.
+    """
+    drawn: set[str] = set()
     rates = rows["rate"].to_numpy(float)
     axes.plot([0, rates.max()], [0, rates.max()], ":", color="black", linewidth=0.8)
     for engine, line in rows.groupby("engine", sort=False):
         # the share, not vLLM's figure: that counts the time until the last answer
         good = line.assign(good=line["good_share"] * line["rate"])
         means = good.groupby("rate")["good"].mean().astype(float)
-        colour = colours[line["side"].iloc[0]]
-        axes.plot(means.index, means, "o-", color=colour, label=engine, markersize=3)
+        side = line["side"].iloc[0]
+        axes.plot(
+            means.index,
+            means,
+            "o--" if side in drawn else "o-",
+            color=colours[side],
+            label=engine,
+            markersize=3,
+        )
+        drawn.add(side)
     first = rows.iloc[0]
     axes.set_title(f"{first['shape']}, {first['room']}, {first['requests']}")
     axes.set(xlabel="requests that arrive a second", ylabel="within their limits")

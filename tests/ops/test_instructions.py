@@ -63,7 +63,7 @@ def test_no_kernel_waits_for_what_it_adds_to() -> None:
     ("blocks", "contribution", "score", "select"),
     [(1024, 64, 64, 64), (16384, 64, 512, 1280)],
 )
-def test_what_a_thread_has_of_its_blocks_is_in_registers(
+def test_few_of_a_threads_blocks_are_not_in_registers(
     blocks: int, contribution: int, score: int, select: int
 ) -> None:
     """Of 16,384 a thread held 64 scores, and 128 contributions: more than registers.

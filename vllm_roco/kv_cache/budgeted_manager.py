@@ -136,9 +136,11 @@ class BudgetedManager(FullAttentionManager):
             )
         if apply_admission_cap:
             self._asked = (request_id, num_tokens)
-            # the look ahead is for requests that would be let in without it
-            if blocks <= self.block_pool.get_num_free_blocks():
+            free = self.block_pool.get_num_free_blocks()
+            # either is looked for where a request would be let in without it
+            if blocks <= free:
                 blocks += self.foreseen_blocks()
+            if blocks <= free:
                 blocks += self._blocks_in_demand(request_id, blocks)
         return blocks
 

@@ -187,10 +187,10 @@ class SnapshotStore:
         Returns:
             Blocks to copy from and to, each with a reference for the copy.
         """
-        needed = len(live_blocks)
-        if not is_wanted:
+        needed, free = len(live_blocks), self._pool.get_num_free_blocks()
+        if needed <= free and not is_wanted:
             needed += self.num_blocks_in_demand(None, needed)
-        if needed > self._pool.get_num_free_blocks() or self.find(prefix):
+        if needed > free or self.find(prefix):
             return []
         copies = self._pool.get_new_blocks(len(live_blocks))
         self._pool.touch(live_blocks)

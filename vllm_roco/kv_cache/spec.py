@@ -20,6 +20,7 @@ from vllm_roco.config import RocoConfig, check_whole_blocks
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.page import PageShape
+from vllm_roco.kv_cache.too_small import too_small
 from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
 from vllm_roco.scheduler_choice import use_roco_scheduler
 
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
 logger = init_logger(f"vllm.{__name__}")
-
-_BATCH = "--max-num-batched-tokens"
 
 if not _REGISTRY_KVCACHESPEC_LIST:
     # vLLM registers its own specs only while nothing at all is registered
@@ -155,54 +154,12 @@ class RocoSpec(AttentionSpec):
         if max_model_len == 1 and _is_a_trial(vllm_config):
             # what one sequence needs was too much, and vLLM asks for what would fit,
             # beginning with one token; then it raises an error that knows no budget
-            logger.error_once("%s", self._cure(config, vllm_config))
+            in_flight = self.max_steps_in_flight
+            logger.error_once("%s", too_small(vllm_config, self.block_size, in_flight))
         blocks = most_blocks_by_default(
             config, self.block_size, self.max_steps_in_flight, max_model_len
         )
         return blocks * self.page_size_bytes
-
-    def _cure(self, config: RocoConfig, vllm_config: VllmConfig) -> str:
-        """Return what helps where the KV cache is too small for one sequence.
-
-        Layers with a window may need more than those that evict, and vLLM does not tell
-        which of them did not fit.
-        """
-        memory = (
-            "give the cache more memory (--gpu-memory-utilization, on a CPU "
-            "VLLM_CPU_KVCACHE_SPACE)"
-        )
-        steps = self.max_steps_in_flight
-        in_windows = _most_in_windows(vllm_config, steps)
-        beside = ""
-        if in_windows:
-            beside = (
-                f"; in layers with a window it may hold up to {in_windows} tokens: "
-                f"the window, and {_BATCH} for each of {steps} steps in flight"
-            )
-        kept = config.most_kept
-        if kept is None:
-            also = f", {_BATCH}" if beside else ""
-            return (
-                "roco: the KV cache is too small for one sequence, which keeps all "
-                f"that it generates in mode = {config.mode!r}{beside}. Lower "
-                f"--max-model-len{also}, use mode 'both', or {memory}."
-            )
-        held = self.block_size * EvictionSchedule(
-            self.block_size, kept, config.stride
-        ).max_blocks(steps * config.chunk)
-        which = "max_budget" if config.mode == "generation" else "budget"
-        lower = f"{which}, chunk or stride"
-        if beside:
-            lower = f"{lower}, then {_BATCH}"
-            if in_windows > held:
-                lower = f"{_BATCH}, then {which}, chunk or stride"
-        return (
-            "roco: the KV cache is too small for one sequence, which may hold up to "
-            f"{held} tokens: {which} = {kept}, stride = {config.stride}, chunk = "
-            f"{config.chunk} for each of {steps} steps in flight, and one block of "
-            f"{self.block_size}{beside}. Lower {lower}, or {memory}; --max-model-len "
-            f"helps only below {max(held, in_windows)} tokens."
-        )
 
     @classmethod
     @override
@@ -223,15 +180,6 @@ class RocoSpec(AttentionSpec):
     ) -> bool:
         """Return whether all layers are RoCo layers."""
         return all(type(spec) is type(self) for spec in kv_cache_specs.values())
-
-
-def _most_in_windows(vllm_config: VllmConfig, steps_in_flight: int) -> int:
-    """Return the most tokens that vLLM plans a window with, 0 if there is none."""
-    window = vllm_config.model_config.get_sliding_window()
-    if window is None:
-        return 0
-    tokens: int = vllm_config.scheduler_config.max_num_batched_tokens
-    return window - 1 + steps_in_flight * tokens
 
 
 def _is_a_trial(vllm_config: VllmConfig) -> bool:
