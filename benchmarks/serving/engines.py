@@ -48,7 +48,8 @@ class Engine:
         stock: The attention backend of stock vLLM.
         kv_cache_dtype: `auto` is the model's.
         gpu_memory_utilization: vLLM's option.
-        kv_cache_bytes: KV memory; None: what the option above leaves.
+        kv_cache_bytes: KV memory of each GPU; None: what the option above leaves.
+        tensor_parallel_size: GPUs that share the heads of each layer.
         prefix_caching: Whether what one request has read serves others.
     """
 
@@ -59,6 +60,7 @@ class Engine:
     kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
+    tensor_parallel_size: int = 1
     prefix_caching: bool = False
 
     @property
@@ -109,6 +111,7 @@ class Engine:
             f"--max-model-len={max(batch.max_model_len for batch in self.batches)}",
             f"--max-num-seqs={max(batch.count for batch in self.batches)}",
             f"--gpu-memory-utilization={self.gpu_memory_utilization}",
+            f"--tensor-parallel-size={self.tensor_parallel_size}",
             f"--{'' if self.prefix_caching else 'no-'}enable-prefix-caching",
             "--disable-detokenize",
             f"--attention-backend={self.backend}",

@@ -41,7 +41,9 @@ class Workload:
         chunk: Prompt tokens per step; None: likewise.
         variants: Keys of `VARIANTS`.
         gpu_memory_utilization: vLLM's option, one figure for each.
-        kv_cache_bytes: KV memory of every variant; None: what the option above leaves.
+        kv_cache_bytes: KV memory of every variant on each GPU; None: what the option
+            above leaves.
+        tensor_parallel_size: GPUs that share the heads of each layer.
         one_at_a_time: Whether a batch's latency is measured, not its throughput.
     """
 
@@ -54,6 +56,7 @@ class Workload:
     variants: tuple[str, ...] = ("stock", "recent", "roco")
     gpu_memory_utilization: tuple[float, ...] = (0.9,)
     kv_cache_bytes: int | None = None
+    tensor_parallel_size: int = 1
     one_at_a_time: bool = False
 
     def config(self, policy: str) -> RocoConfig:
@@ -77,6 +80,7 @@ class Workload:
                 "roco": None if policy is None else self.config(policy),
                 "kv_cache_dtype": kv_cache_dtype,
                 "kv_cache_bytes": self.kv_cache_bytes,
+                "tensor_parallel_size": self.tensor_parallel_size,
                 **options,
             }
         )
@@ -120,6 +124,39 @@ WORKLOADS = {
         variants=("stock", "stock-fp8", "recent", "roco", "roco-fp8"),
         # and vLLM's null block
         kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN,
+    ),
+    "stress-two-gpus": Workload(
+        about="the stress test on two GPUs, tensor parallel",
+        model="qwen2.5-7b",
+        batches=(Requests(256, 700, 1024),),
+        budget=256,
+        stride=128,
+        chunk=512,
+        variants=("stock", "roco"),
+        # of both together, room for 43 full sequences
+        kv_cache_bytes=2 * 2**30,
+        tensor_parallel_size=2,
+    ),
+    "generation-two-gpus": Workload(
+        about="8K tokens to write on two GPUs, KV memory for 12 full sequences",
+        model="qwen2.5-7b",
+        batches=(Requests(64, 512, 8192),),
+        budget=1024,
+        variants=("stock", "roco"),
+        kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN // 2,
+        tensor_parallel_size=2,
+    ),
+    "70b-two-gpus": Workload(
+        about="a 70B model on two GPUs, with what it leaves of 80 GB",
+        model="llama-3.1-70b",
+        batches=(Requests(64, 700, 512),),
+        budget=256,
+        stride=128,
+        chunk=512,
+        variants=("stock", "roco"),
+        # of both together, room for ten full sequences
+        kv_cache_bytes=2 * 2**30,
+        tensor_parallel_size=2,
     ),
     "crossover": Workload(
         about="from which length on a budget pays, at a fixed memory",

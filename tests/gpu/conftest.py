@@ -36,3 +36,14 @@ def no_flashinfer_sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Greedy sampling needs no kernel of FlashInfer, which compiles on first use."""
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
     yield
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """vLLM's kernels in Triton multiply float32 as TF32 unless told otherwise.
+
+    A sum of such products depends on its tile, which for experts depends on the step's
+    size: stock vLLM's log-probabilities of a request differ by 6e-3 in a crowd.
+    """
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+    yield
