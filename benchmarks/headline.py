@@ -19,16 +19,19 @@ from benchmarks.serving.online_shapes import AT_ONCE
 
 _Works = Mapping[str, Mapping[str, object]]
 
+_STOCK_FP8 = {"policy": "", "kv_cache_dtype": "fp8"}
+_ROCO = {"policy": "roco", "kv_cache_dtype": "auto"}
+_ROCO_CACHED = {"side": "roco", "budget": 2048, "chunk": 1024, "prefix_hits": ""}
 _SERVED: _Works = {
-    "short": {"workload": "r-kv-stress", "gpu_memory_utilization": 0.3},
-    "long": {"workload": "long-generation"},
-    "fp8": {"workload": "long-generation", "engine": "FLASH_ATTN, fp8 KV cache"},
-    "ample": {"workload": "no-pressure"},
+    "short": {"workload": "r-kv-stress", "gpu_memory_utilization": 0.3, **_ROCO},
+    "long": {"workload": "long-generation", **_ROCO},
+    "fp8": {"workload": "long-generation", **_STOCK_FP8},
+    "ample": {"workload": "no-pressure", **_ROCO},
 }
 _SHARED: _Works = {
-    "prefix": {"workload": "shared-16384", "warm": "yes"},
-    "chat": {"workload": "chat"},
-    "longest": {"workload": "chat", "engine": "roco, budget 2048, longest hits"},
+    "prefix": {"workload": "shared-16384", "warm": "yes", **_ROCO_CACHED},
+    "chat": {"workload": "chat", **_ROCO_CACHED},
+    "longest": {"workload": "chat", **_ROCO_CACHED, "prefix_hits": "longest"},
 }
 _ASKED = {
     "documents": ("long-document", 2048),
@@ -71,15 +74,13 @@ def _rates(asked: pd.DataFrame) -> dict[str, Any]:
 
 
 def _pairs(found: pd.DataFrame, works: _Works) -> dict[str, tuple[Any, Any]]:
-    """Return RoCo's newest row of each work that was measured, behind stock vLLM's."""
+    """Return the newest row of each work that was measured, behind stock vLLM's."""
     pairs = {}
     for name, work in works.items():
-        engines = work.get("engine", "roco"), "roco, budget 2048"
-        same = matching(found, workload=work["workload"])
-        roco = matching(same[same["engine"].isin(engines)], **work)
-        if not roco.empty:
-            newest = roco.iloc[-1]
-            beside = matching(same, work=newest["work"], rank=0)
+        those = matching(found, **work)
+        if not those.empty:
+            newest = those.iloc[-1]
+            beside = matching(found, work=newest["work"], rank=0)
             pairs[name] = beside.iloc[0], newest
     return pairs
 

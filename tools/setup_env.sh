@@ -9,6 +9,9 @@
 # vLLM goes first and everything after it is held to the releases that it brought, so
 # no extra can move torch. A second run finds the stamps in `.venv` and does nothing.
 #
+# A `.venv` that is a symbolic link, to the environment of another checkout, is used as it
+# is: nothing is installed into it, and the code of this checkout goes before its own.
+#
 # ROCO_PYTHON=/path/to/python  use that Python as it is and install nothing
 # ROCO_VLLM=vllm==0.33.0       the vLLM to install where there is a GPU
 
@@ -28,6 +31,10 @@ setup_env() {
     _activate "$python"
     return
   fi
+  if [[ -L $ROCO_VENV ]]; then
+    _use_linked
+    return
+  fi
   local device=cpu
   if [[ $(nvidia-smi -L 2>/dev/null) == GPU* ]]; then
     device=cuda
@@ -38,6 +45,19 @@ setup_env() {
   if [[ " $* " == *" test "* ]]; then
     _make_releases
   fi
+}
+
+# _use_linked: the environment that `.venv` links to, which another checkout looks after.
+_use_linked() {
+  local python="$ROCO_VENV/bin/python"
+  if ! "$python" -V >/dev/null 2>&1; then
+    _fail "$ROCO_VENV is a link to $(readlink "$ROCO_VENV"), where no bin/python runs. Remove \
+the link for an environment of this checkout's own."
+  fi
+  _say ".venv is a link to $(readlink "$ROCO_VENV"), which is used as it is"
+  # what is installed there may be another checkout, also for programs such as `vllm`
+  export PYTHONPATH="$ROCO_ROOT${PYTHONPATH:+:$PYTHONPATH}"
+  _activate "$python"
 }
 
 # _make_base DEVICE: the virtual environment and vLLM in it.

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pandas as pd
 
 from benchmarks.rows import matching
+from benchmarks.serving.engines import DEFAULT
 
 _WORK = [
     *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
@@ -17,7 +18,7 @@ _SHARING = [
     *("prefix_len", "suffix_len", "output_len", "max_tokens"),
 ]
 _SETTING = ["gpu", "vllm", "commit", "flags"]
-_ENGINE = ["backend", "kv_cache_dtype", "policy"]
+_ENGINE = ["backend", "kv_cache_dtype", "policy", "shield"]
 
 
 def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +83,7 @@ def _named(rows: pd.DataFrame) -> pd.DataFrame:
 
 def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the same of rows of `prefixes.csv`, with the means of their rounds."""
-    roco_options = ["budget", "stride", "chunk", "prefix_hits"]
+    roco_options = ["shield", "budget", "stride", "chunk", "prefix_hits"]
     setting = [*_SETTING, *_SHARING, "side", "backend", *roco_options]
     newest = rows.drop_duplicates([*setting, "round"], keep="last")
     means = newest.groupby(setting, sort=False, dropna=False)
@@ -93,7 +94,8 @@ def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     chunk = chunk.where(found["chunk"] != found["budget"].clip(upper=1024), "")
     hits = ", " + found["prefix_hits"] + " hits"
     hits = hits.where(found["prefix_hits"] != "", "")
-    roco = "roco, budget " + found["budget"].astype("string") + chunk + hits + uncached
+    budget = found["budget"].astype("string") + found["shield"].map(other_shield)
+    roco = "roco, budget " + budget + chunk + hits + uncached
     return _beside_baselines(
         found.assign(
             engine=roco.fillna(found["backend"]),
@@ -118,11 +120,20 @@ def _beside_baselines(found: pd.DataFrame, work: list[str]) -> pd.DataFrame:
     )
 
 
-def _engine(backend: str, kv_cache_dtype: str, policy: str) -> tuple[str, int]:
+def other_shield(shield: str) -> str:
+    """Return what an engine's name says of its shield: nothing of today's default."""
+    return "" if shield in ("", DEFAULT.shield) else f", shield: {shield}"
+
+
+def _engine(
+    backend: str, kv_cache_dtype: str, policy: str, shield: str
+) -> tuple[str, int]:
     """Return what a reader calls an engine, and its place behind the baseline."""
     name, rank = backend, 0
-    if policy:
-        name, rank = ("roco, policy: recent", 2) if policy == "recent" else ("roco", 4)
+    if policy == "recent":
+        name, rank = "roco, policy: recent", 2
+    elif policy:
+        name, rank = f"roco{other_shield(shield)}", 4
     if kv_cache_dtype == "auto":
         return name, rank
     return f"{name}, {kv_cache_dtype} KV cache", rank + 1

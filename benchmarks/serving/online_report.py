@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.markdown import UNMEASURED, lines
 from benchmarks.serving.captions import caption
-from benchmarks.serving.comparisons import ratio
+from benchmarks.serving.comparisons import other_shield, ratio
 from benchmarks.serving.online_shapes import AT_ONCE, SIDES
 from benchmarks.serving.rate_search import SHARE, bracket
 
@@ -19,7 +19,7 @@ _WORK = [
     *("input_len", "output_len"),
     *("spread", "prefix_len", "num_prefixes", "ttft_ms_limit", "tpot_ms_limit"),
 ]
-_ENGINE = ["side", "kv_cache_bytes", "budget", "stride", "chunk"]
+_ENGINE = ["side", "kv_cache_bytes", "shield", "budget", "stride", "chunk"]
 
 
 def newest(measured: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +48,8 @@ def newest(measured: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(
         rank=rank,
         engine=rows["side"].map({name: side.about for name, side in SIDES.items()})
-        + budget,
+        + budget
+        + rows["shield"].map(other_shield),
         requests=prefix.where(rows["prefix_len"] > 0, "") + own,
         room=(rows["kv_cache_bytes"] / 2**30).map("{:g} GiB".format),
     ).sort_values(["work", "rank"], kind="stable")

@@ -32,6 +32,7 @@ from benchmarks.serving.comparisons import (
     comparisons,
     newest_settings,
     of_first_gpu,
+    other_shield,
     prefix_comparisons,
 )
 
@@ -92,8 +93,15 @@ def crossover(axes: Axes, found: pd.DataFrame) -> None:
 def shared_prefixes(axes: Axes, measured: pd.DataFrame) -> None:
     """Bars of throughput over stock vLLM's for each workload, the first one on top."""
     found = prefix_comparisons(measured)
+    found = found[found["rank"] > 0]
     warm = found["warm"].map({"yes": ", read before", "no": ""})
-    found = found.assign(name=found["workload"] + warm)[found["rank"] > 0]
+    # beside the bars: engines' names with it are too long for a legend
+    shields = found["shield"].map(other_shield)
+    pairs = zip(found["engine"], shields, strict=True)
+    found = found.assign(
+        name=found["workload"] + warm + shields,
+        engine=[engine.replace(shield, "") for engine, shield in pairs],
+    )
     names, engines = (found[key].unique() for key in ("name", "engine"))
     ratios = found.pivot(index="name", columns="engine", values="ratio")
     ratios = ratios.loc[names[::-1], engines[::-1]].astype(float)
@@ -148,6 +156,7 @@ def prefill(axes: Axes, measured: pd.DataFrame) -> None:
             label=f"{stock['backend'].iloc[0]}{flags}",
         )
         roco = setting[setting["policy"] == "roco"]
+        shields = ", ".join(roco["shield"].map(other_shield).unique())
         middle, low, high = (
             roco[name].to_numpy(float)
             for name in ("ttft_ms", "ttft_low_ms", "ttft_high_ms")
@@ -158,7 +167,7 @@ def prefill(axes: Axes, measured: pd.DataFrame) -> None:
             [middle - low, high - middle],
             fmt="o",
             color=blue,
-            label=f"roco{flags}",
+            label=f"roco{shields}{flags}",
         )
     chunks = sorted(lone["chunk"].dropna().astype(int).unique())
     _log2_ticks(axes, chunks, list(map(str, chunks)))
@@ -189,11 +198,12 @@ def decode_ratio(axes: Axes, measured: pd.DataFrame) -> None:
 
 def _colour(engine: str) -> str:
     """Return the colour of an engine: stock vLLM grey, RoCo blue."""
-    if engine.startswith("roco, fp8"):
-        return DARK_BLUE
+    is_fp8 = "fp8" in engine
+    if engine.startswith("roco, policy: recent"):
+        return PALE_BLUE
     if engine.startswith("roco"):
-        return PALE_BLUE if "," in engine else BLUE
-    return PALE_GREY if "," in engine else GREY
+        return DARK_BLUE if is_fp8 else BLUE
+    return PALE_GREY if is_fp8 else GREY
 
 
 def _log2_ticks(axes: Axes, places: list[int], labels: list[str]) -> None:

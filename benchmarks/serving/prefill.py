@@ -24,7 +24,7 @@ TABLE = Table(
     "prefill",
     key=(
         *("model", "batch", "input_len", "backend"),
-        *("policy", "budget", "stride", "chunk", "round"),
+        *("policy", "shield", "budget", "stride", "chunk", "round"),
     ),
     # median, and the 20 % and 80 % quantiles
     results=("iterations", "ttft_ms", "ttft_low_ms", "ttft_high_ms"),

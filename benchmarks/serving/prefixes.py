@@ -29,9 +29,9 @@ TABLE = Table(
     "prefixes",
     key=(
         *("workload", "side", "warm", "round", "model", "gpu_memory_utilization"),
-        *("kv_cache_bytes", "backend", "budget", "stride", "chunk", "prefix_hits"),
-        *("num_requests", "num_prefixes", "num_turns", "prefix_len", "suffix_len"),
-        *("output_len", "max_tokens"),
+        *("kv_cache_bytes", "backend", "shield", "budget", "stride", "chunk"),
+        *("prefix_hits", "num_requests", "num_prefixes", "num_turns"),
+        *("prefix_len", "suffix_len", "output_len", "max_tokens"),
     ),
     results=("output_tok_s", "ttft_ms", "ttft_p99_ms", "hit_rate", "preemptions"),
 )

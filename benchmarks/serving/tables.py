@@ -18,6 +18,7 @@ from benchmarks.serving.comparisons import (
     every_run,
     newest_settings,
     of_first_gpu,
+    other_shield,
     prefix_comparisons,
     ratio,
 )
@@ -114,7 +115,7 @@ def _of_other_gpus(found: pd.DataFrame) -> pd.Series[str]:
 def prefill(measured: pd.DataFrame) -> str:
     """Return tables of the times to first token, each beside FLASH_ATTN's."""
     prompts = ["batch", "input_len"]
-    engines = [*prompts, "backend", "policy", "budget", "chunk"]
+    engines = [*prompts, "backend", "policy", "shield", "budget", "chunk"]
     parts = []
     for setting in newest_settings(measured):
         # the newest of each round counts
@@ -127,7 +128,8 @@ def prefill(measured: pd.DataFrame) -> str:
         )
         found = found.reset_index()
         found["ratio"] = ratio(found, "time", found["backend"] != "ROCO", prompts)
-        found["engine"] = found["policy"].where(found["policy"] != "", found["backend"])
+        roco = found["policy"] + found["shield"].map(other_shield)
+        found["engine"] = roco.where(found["policy"] != "", found["backend"])
         place = found.groupby(prompts, sort=False).ngroup()
         columns = {
             "prompts": "{batch} x {input_len}",

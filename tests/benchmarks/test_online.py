@@ -362,6 +362,15 @@ def test_report(tmp_path: Path) -> None:
     assert "many-long-prompts" not in picture
 
 
+def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
+    rows = measured("chat:ample", {"stock": [2], "roco": [2]}, [1, 2, 3])
+    older = [row | {"shield": "peak"} for row in rows if row["side"] == "roco"]
+    write(tmp_path / "serving_online.csv", rows + older)
+    page = " ".join(tables(tmp_path)["online"].split())
+    for engine in ("roco, budget 2048", "roco, budget 2048, shield: peak"):
+        assert f"| {engine} | 2 (2 to 2) | 1.00 |" in page
+
+
 def test_an_engine_that_keeps_no_rate_has_none(tmp_path: Path) -> None:
     write(
         tmp_path / "serving_online.csv",

@@ -157,6 +157,24 @@ def test_report(tmp_path: Path) -> None:
     assert "no prefix caching | 25 | 0.250 | 10 | 20 | | 0 |" in page
 
 
+def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
+    new = rows("new", stock=101, roco=151)
+    older = [row | {"shield": "peak"} for row in new if row["backend"] == "ROCO"]
+    write(tmp_path / "prefixes.csv", new + older)
+    page = " ".join(tables(tmp_path)["prefixes"].split())
+    for engine in (
+        *("roco, budget 2048", "roco, budget 2048, shield: peak"),
+        "roco, budget 2048, shield: peak, longest hits",
+    ):
+        assert f"| chat | {engine} | 150 | 1.500 |" in page
+    assert PICTURES["shared_prefixes"].write(tmp_path, tmp_path / "picture.svg")
+    picture = (tmp_path / "picture.svg").read_text()
+    assert ">chat<" in picture
+    assert ">chat, shield: peak<" in picture
+    assert ">roco, budget 2048, longest hits<" in picture
+    assert "2048, shield" not in picture
+
+
 def test_the_client_asks_for_the_workload(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = PREFIX_WORKLOADS["prefix-repetition"]
     asked = []

@@ -102,6 +102,34 @@ def test_report(tmp_path: Path) -> None:
     assert "| 1 x 16384 | roco | 2048 | 1024 | 45.0 (9.0 to 31.0) | 1.500 | 2 |" in text
 
 
+def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
+    """Which rule a row was measured with, the pages could not tell."""
+    name, times = "r-kv-stress", {"iterations": 5, "ttft_low_ms": 9, "ttft_high_ms": 31}
+    rows = served(name, "a", stock=100, recent=150, roco=148)
+    older = served(name, "a", **{"roco": 149, "roco-fp8": 160})
+    found = compared(tmp_path, rows + [row | {"shield": "peak"} for row in older])
+    assert found["engine"].tolist()[:5] == [
+        *("FLASH_ATTN", "roco, policy: recent", "roco", "roco, shield: peak"),
+        "roco, shield: peak, fp8 KV cache",
+    ]
+    write(
+        tmp_path / "prefill.csv",
+        [
+            {
+                **{column: "x" for column in MACHINE},
+                **(prefill.columns(run, 1) | shield),
+                **times,
+                "ttft_ms": 10,
+            }
+            for run in prefill.runs([1024])
+            for shield in ([{}, {"shield": "peak"}] if run.engine.roco else [{}])
+        ],
+    )
+    text = " ".join(tables(tmp_path)["prefill"].split())
+    for engine in ("roco", "roco, shield: peak"):
+        assert f"| 1 x 16384 | {engine} | 2048 | 1024 | 10.0" in text
+
+
 def test_pictures(tmp_path: Path) -> None:
     write(
         tmp_path / "serving.csv",

@@ -6,9 +6,6 @@ distance of its mean value from the mean of all. A program has one layer and hea
 its part of the rows that are due. Of each it reads the values twice, for their mean and
 for the distances from it; the second time backwards, while the last ones are at hand.
 It returns at once where no row is due.
-
-A byte of an fp8 cache that stands for no number is read as 480, in which alone the two
-differ: to tell it from a number would be work for each number.
 """
 
 from __future__ import annotations

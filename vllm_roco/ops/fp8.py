@@ -49,14 +49,23 @@ def load_scale(
 
 
 @triton.jit
+def _shifted(
+    bits,  # int16 or int32, any shape: a signed byte times 2^7, and anything below
+):
+    """Return the byte's sign and digits in their places of a float16."""
+    bits = bits.to(tl.int16) & -0x4080
+    # 0x7F is NaN; without the exponent's highest bit it would be 480
+    bits |= (bits + 0x80) & 0x4000
+    return bits.to(tl.float16, bitcast=True)
+
+
+@triton.jit
 def unpack(
     content,  # uint8, any shape
     dtype: tl.constexpr,
 ):
     """Return what the bytes stand for, times 2^-8, in a dtype of 16 bits or more."""
-    bits = content.to(tl.int16)
-    bits = ((bits & 0x7F) << 7) | ((bits & 0x80) << 8)
-    return bits.to(tl.float16, bitcast=True).to(dtype)
+    return _shifted(content.to(tl.int8, bitcast=True).to(tl.int16) << 7).to(dtype)
 
 
 @triton.jit
@@ -86,10 +95,9 @@ def halves(
             pack=2,
         )
     else:
-        first = ((pairs & 0x7F) << 7) | ((pairs & 0x80) << 8)
-        second = ((pairs >> 1) & 0x3F80) | (pairs & -0x8000)
-        first = first.to(tl.float16, bitcast=True)
-        second = second.to(tl.float16, bitcast=True)
+        pairs = pairs.to(tl.int32)
+        first = _shifted((pairs << 24) >> 17)
+        second = _shifted(pairs >> 1)
     return first, second
 
 
