@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -64,7 +66,10 @@ def limits(rows: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row for each work and engine: the row of the median round at its limit, with
         `limit`, and `limit_low` and `limit_high` of the rounds. Where no rate is kept,
-        the limit is 0 and the row that of the lowest rate.
+        the limit is 0 and the row that of the lowest rate. `missed` is the lowest rate
+        above that was asked for in vain, NaN for none. Where the baseline's limit lies
+        between its two rates is not known: `ratio` is over the lower one, and
+        `least_ratio` over the other.
     """
     found = []
     for _, engine in rows.groupby(["work", "engine"], sort=False):
@@ -76,7 +81,12 @@ def limits(rows: pd.DataFrame) -> pd.DataFrame:
         spread = {"limit_low": figures[0], "limit_high": figures[-1]}
         found.append(middle | spread | {"rounds": len(rounds)})
     table = pd.DataFrame(found)
-    return table.assign(ratio=ratio(table, "limit", table["side"] == "stock", ["work"]))
+    is_base = table["side"] == "stock"
+    missed = table["missed"].where(is_base).groupby(table["work"]).transform("first")
+    return table.assign(
+        ratio=ratio(table, "limit", is_base, ["work"]),
+        least_ratio=table["limit"] / missed,
+    )
 
 
 def online(measured: pd.DataFrame) -> str:
@@ -90,6 +100,7 @@ def online(measured: pd.DataFrame) -> str:
         "limits, ms": "{ttft_ms_limit:,} / {tpot_ms_limit:g}",
         "engine": "{engine}",
         "requests/s": "{limit:g} ({limit_low:g} to {limit_high:g})",
+        "not kept at": "{missed:g}",
         "ratio": "{ratio:.2f}",
         "TTFT P50, P99": "{ttft_p50_ms:,.0f}, {ttft_p99_ms:,.0f}",
         "TPOT P50, P99": "{tpot_p50_ms:.1f}, {tpot_p99_ms:.1f}",
@@ -127,31 +138,36 @@ def at_once(measured: pd.DataFrame) -> str:
     return lines(found, columns, caption(rows, "model"))
 
 
-def goodput(axes: Axes, rows: pd.DataFrame, colours: dict[str, str]) -> None:
+def goodput(
+    axes: Axes,
+    rows: pd.DataFrame,
+    colours: Mapping[str, str],
+    styles: Mapping[int, str],
+) -> None:
     """Requests a second within their limits against those that arrive, of one work.
 
     Args:
         axes: Where to draw.
         rows: Of `newest`, of one work.
-        colours: By side; a side's further budgets have lines of dashes.
+        colours: By side.
+        styles: Of lines, by budget; a side without one has none broken.
     """
-    drawn: set[str] = set()
     rates = rows["rate"].to_numpy(float)
     axes.plot([0, rates.max()], [0, rates.max()], ":", color="black", linewidth=0.8)
     for engine, line in rows.groupby("engine", sort=False):
         # the share, not vLLM's figure: that counts the time until the last answer
         good = line.assign(good=line["good_share"] * line["rate"])
         means = good.groupby("rate")["good"].mean().astype(float)
-        side = line["side"].iloc[0]
+        side, budget = line[["side", "budget"]].iloc[0]
         axes.plot(
             means.index,
             means,
-            "o--" if side in drawn else "o-",
+            marker="o",
+            linestyle=styles.get(budget, "-"),
             color=colours[side],
             label=engine,
             markersize=3,
         )
-        drawn.add(side)
     first = rows.iloc[0]
     axes.set_title(f"{first['shape']}, {first['room']}, {first['requests']}")
     axes.set(xlabel="requests that arrive a second", ylabel="within their limits")
@@ -168,8 +184,9 @@ def _limit(rows: pd.DataFrame) -> pd.Series[float]:
             strict=True,
         )
     )
-    highest, _ = bracket(kept)
+    highest, lowest = bracket(kept)
     at = highest or float(np.min(list(kept)))
     row: pd.Series[float] = rows[rows["rate"] == at].iloc[-1].copy()
     row["limit"] = highest or 0.0
+    row["missed"] = lowest or np.nan
     return row

@@ -241,13 +241,17 @@ def _goodput(results: Path) -> Figure | None:
     if found.empty:
         return None
     every = [work for _, work in found.groupby("work", sort=False)]
+    # one style means one budget, in all panels
+    budgets = sorted(found["budget"].dropna().unique(), reverse=True)
+    styles = dict(zip(budgets, cycle(_STYLES), strict=False))
     figure, axes = panels(len(every))
     for panel, work in zip(axes, every, strict=True):
-        online_report.goodput(panel, work, _SIDES)
+        online_report.goodput(panel, work, _SIDES, styles)
     legend(figure, axes)
     return figure
 
 
+_STYLES = ("-", "--", "-.", ":")
 _SIDES = {
     **{"stock": GREY, "stock-fp8": PALE_GREY, "roco": BLUE},
     "roco-side-by-side": DARK_BLUE,

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from vllm.benchmarks import serve, throughput
 from vllm.benchmarks.datasets.datasets import TimedTrace
@@ -19,6 +21,7 @@ from benchmarks.serving.engines import MODELS, Engine
 from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.online import Plan
 from benchmarks.serving.online_client import READS, chunk_size, trace, warm_up
+from benchmarks.serving.online_report import limits, newest
 from benchmarks.serving.online_servers import Servers
 from benchmarks.serving.online_shapes import (
     AT_ONCE,
@@ -96,12 +99,12 @@ def test_servers_that_live_together_are_asked_in_turns(tmp_path: Path) -> None:
     """A search that was cut short had told all of one side and nothing of others."""
     runs = side_by_side(online_runs(["chat:ample", "agent:ample"], ["stock", "roco"]))
     session = Session(tmp_path, dict.fromkeys(MACHINE, ""), time_limit=1e9)
-    limits = {"stock": 40, "roco": 70}
+    kept = {"stock": 40, "roco": 70}
     swept(
         session,
         runs,
         Plan(precision=2),
-        lambda run, rate: float(rate < limits[run.side]),
+        lambda run, rate: float(rate < kept[run.side]),
         together=[run.engine for run in runs],
     )
     found = read(tmp_path / "serving_online.csv")
@@ -319,10 +322,10 @@ def test_an_unknown_shape_or_memory(name: str, told: str) -> None:
 
 
 def measured(
-    name: str, limits: dict[str, list[float]], rates: Sequence[float]
+    name: str, kept: dict[str, list[float]], rates: Sequence[float]
 ) -> list[dict[str, object]]:
     """Return rows of servers that keep a limit each, another one in each round."""
-    rounds = len(next(iter(limits.values())))
+    rounds = len(next(iter(kept.values())))
     times = {
         column: 1000 + place
         for place, column in enumerate(online.TABLE.results)
@@ -334,25 +337,25 @@ def measured(
             **{name: run.columns.get(name) for name in online.TABLE.key},
             **times,
             "rate": rate,
-            "good_share": 1.0 if rate <= limits[run.side][run.number - 1] else 0.5,
+            "good_share": 1.0 if rate <= kept[run.side][run.number - 1] else 0.5,
             "output_tok_s": 300 + run.number,
             "num_asked": 50,
             "preemptions": 0,
         }
-        for run in online_runs([name], list(limits), rounds=rounds)
+        for run in online_runs([name], list(kept), rounds=rounds)
         for rate in rates
     ]
 
 
 def test_report(tmp_path: Path) -> None:
-    limits = {"stock": [1, 2, 4], "roco": [6, 4, 8]}
-    rows = measured("long-document:scarce", limits, [1, 2, 4, 6, 8, 10])
+    kept = {"stock": [1, 2, 4], "roco": [6, 4, 8]}
+    rows = measured("long-document:scarce", kept, [1, 2, 4, 6, 8, 10])
     rows += measured("many-long-prompts", {"stock": [0], "roco": [0]}, [AT_ONCE])
     write(tmp_path / "serving_online.csv", rows)
     found = tables(tmp_path)
     page = " ".join(found["online"].split())
-    assert "| FLASH_ATTN | 2 (1 to 4) | 1.00 |" in page
-    assert "| roco, budget 2048 | 6 (4 to 8) | 3.00 |" in page
+    assert "| FLASH_ATTN | 2 (1 to 4) | 4 | 1.00 |" in page
+    assert "| roco, budget 2048 | 6 (4 to 8) | 8 | 3.00 |" in page
     assert "| long-document, 16384 + 256 | 5 GiB | 3,000 / 50 |" in page
     page = " ".join(found["many-long-prompts"].split())
     assert "| 32 x (16384 + 128) | 32 GiB | roco, budget 2048 | 1,005 (1,005 to" in page
@@ -368,7 +371,15 @@ def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
     write(tmp_path / "serving_online.csv", rows + older)
     page = " ".join(tables(tmp_path)["online"].split())
     for engine in ("roco, budget 2048", "roco, budget 2048, shield: peak"):
-        assert f"| {engine} | 2 (2 to 2) | 1.00 |" in page
+        assert f"| {engine} | 2 (2 to 2) | 3 | 1.00 |" in page
+
+
+def test_a_ratio_is_at_least_what_the_baseline_s_next_rate_leaves() -> None:
+    rows = measured("chat:ample", {"stock": [2], "roco": [9]}, [1, 2, 4, 8])
+    stock, roco = limits(newest(pd.DataFrame(rows))).to_dict("records")
+    assert (stock["limit"], stock["missed"]) == (2, 4)
+    assert roco["limit"] == 8 and math.isnan(roco["missed"])
+    assert (roco["ratio"], roco["least_ratio"]) == (4, 2)
 
 
 def test_an_engine_that_keeps_no_rate_has_none(tmp_path: Path) -> None:
@@ -377,7 +388,7 @@ def test_an_engine_that_keeps_no_rate_has_none(tmp_path: Path) -> None:
         measured("chat:ample", {"stock": [2], "roco": [0.5]}, [1, 2, 3]),
     )
     page = " ".join(tables(tmp_path)["online"].split())
-    assert "| roco, budget 2048 | 0 (0 to 0) | 0.00 |" in page
+    assert "| roco, budget 2048 | 0 (0 to 0) | 1 | 0.00 |" in page
 
 
 @pytest.mark.engine
