@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.serving.engines import Engine, Requests
@@ -125,39 +125,6 @@ WORKLOADS = {
         # and vLLM's null block
         kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN,
     ),
-    "stress-two-gpus": Workload(
-        about="the stress test on two GPUs, tensor parallel",
-        model="qwen2.5-7b",
-        batches=(Requests(256, 700, 1024),),
-        budget=256,
-        stride=128,
-        chunk=512,
-        variants=("stock", "roco"),
-        # of both together, room for 43 full sequences
-        kv_cache_bytes=2 * 2**30,
-        tensor_parallel_size=2,
-    ),
-    "generation-two-gpus": Workload(
-        about="8K tokens to write on two GPUs, KV memory for 12 full sequences",
-        model="qwen2.5-7b",
-        batches=(Requests(64, 512, 8192),),
-        budget=1024,
-        variants=("stock", "roco"),
-        kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN // 2,
-        tensor_parallel_size=2,
-    ),
-    "70b-two-gpus": Workload(
-        about="a 70B model on two GPUs, with what it leaves of 80 GB",
-        model="llama-3.1-70b",
-        batches=(Requests(64, 700, 512),),
-        budget=256,
-        stride=128,
-        chunk=512,
-        variants=("stock", "roco"),
-        # of both together, room for ten full sequences
-        kv_cache_bytes=2 * 2**30,
-        tensor_parallel_size=2,
-    ),
     "crossover": Workload(
         about="from which length on a budget pays, at a fixed memory",
         model="llama-3.1-8b",
@@ -188,6 +155,31 @@ WORKLOADS = {
         variants=("stock", "roco"),
         gpu_memory_utilization=(0.3,),
         kv_cache_bytes=2**26,
+    ),
+}
+
+
+def _on_two_gpus(name: str, about: str, **changes: Any) -> Workload:
+    """Return a workload that two tensor-parallel GPUs serve."""
+    both: dict[str, Any] = {"variants": ("stock", "roco"), "tensor_parallel_size": 2}
+    alone = {"gpu_memory_utilization": (0.9,), "kv_cache_bytes": 2 * 2**30}
+    return replace(WORKLOADS[name], about=about, **{**both, **alone, **changes})
+
+
+WORKLOADS |= {
+    "stress-two-gpus": _on_two_gpus(
+        "r-kv-stress", "the stress test on two GPUs, KV memory for 43 full sequences"
+    ),
+    "generation-two-gpus": _on_two_gpus(
+        "long-generation",
+        "8K tokens to write on two GPUs, KV memory for 12 full sequences",
+        kv_cache_bytes=(12 * (512 + 8192) + 16) * QWEN_BYTES_PER_TOKEN // 2,
+    ),
+    "70b-two-gpus": _on_two_gpus(
+        "r-kv-stress",
+        "a 70B model on two GPUs, KV memory for ten full sequences",
+        model="llama-3.1-70b",
+        batches=(Requests(64, 700, 512),),
     ),
 }
 
