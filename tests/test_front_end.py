@@ -158,7 +158,8 @@ def test_what_could_never_fit_is_refused(folder: Path) -> None:
     assert str(error.value).startswith(
         "roco: max_tokens = 150 after a prompt of 11 tokens may hold 11 blocks of 16 "
         "tokens, but the KV cache has 10, so the request could never be served to its "
-        'end. Use a max_tokens of at most 149, or mode "both".'
+        'end. Use a max_tokens of at most 149, or mode "both" with a smaller budget, '
+        "stride or chunk."
     )
     assert (error.value.parameter, error.value.value) == ("max_tokens", 150)
     # without options as well

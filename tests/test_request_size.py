@@ -80,9 +80,16 @@ def test_the_longest_that_is_told_is_the_longest_that_fits(
             "input_tokens",
             "160, or a smaller budget, stride or ch",
         ),
-        ("prompt", 300, 200, 10, "input_tokens", "stride or chunk, or mode"),
-        # here is no eviction that would need less
-        ("full", 100, 200, 10, "max_tokens", 'at most 60, or mode "both".'),
+        (
+            *("prompt", 300, 200, 10, "input_tokens"),
+            '160, or a smaller budget, stride or chunk, if need be with mode "both".',
+        ),
+        # mode "both" alone would need 11
+        (
+            *("full", 100, 200, 10, "max_tokens"),
+            'at most 60, or mode "both" with a smaller budget, stride or chunk.',
+        ),
+        ("full", 100, 200, 11, "max_tokens", 'at most 76, or mode "both".'),
         ("generation", 300, 200, 29, "max_tokens", "at most 164, or a smaller budget"),
     ],
 )
@@ -94,6 +101,24 @@ def test_what_is_refused_is_told(
     assert says in str(error.value)
     assert error.value.parameter == parameter
     assert error.value.value == (answer if parameter == "max_tokens" else prompt)
+
+
+@given(
+    st.sampled_from(["prompt", "full"]),
+    st.integers(1, 3000),
+    st.integers(1, 3000),
+    st.integers(1, 40),
+    st.integers(1, 3),
+)
+def test_a_mode_that_is_told_to_help_does(
+    mode: str, prompt: int, answer: int, blocks: int, steps: int
+) -> None:
+    sizes = dataclasses.replace(SIZES, max_steps_in_flight=steps)
+    try:
+        sizes.resolve(plan(mode, prompt), prompt, answer, blocks)
+    except RequestTooLargeError as error:
+        is_told = str(error).endswith(', or mode "both".')
+        assert is_told == fits("both", prompt, answer, blocks, steps)
 
 
 def test_the_models_length_ends_a_request() -> None:

@@ -346,6 +346,22 @@ def metrics_of(driver: Driver) -> Any:
     return engine
 
 
+@both
+@pytest.mark.parametrize("num_prompt_tokens", [10, 187, 192])
+def test_what_is_freed_can_be_worked_out(setup: Setup, num_prompt_tokens: int) -> None:
+    """As docs/observability.md does."""
+    setup = changed(setup, stride=4, chunk=24)
+    # of fewer the step before the last may have been a prompt's
+    for num_tokens in range(3 if setup.asynchronous else 2, 12):
+        driver = Driver(setup)
+        driver.add(num_prompt_tokens, num_tokens)
+        driver.drain(100)
+        evicted = driver.manager.plans.default.schedule.evicted_blocks
+        length = num_prompt_tokens + num_tokens
+        ends = {length - 2, length - 3 if setup.asynchronous else length - 2}
+        assert driver.manager.num_freed_blocks in map(evicted, ends)
+
+
 def test_metrics_are_what_the_manager_counts() -> None:
     driver = Driver(SYNCHRONOUS)
     first, second = driver.add(60, 30), driver.add(10, 3)

@@ -89,10 +89,7 @@ def _too_large(
         parameter, value = "input_tokens", num_prompt_tokens
         what = f"a prompt of {num_prompt_tokens} tokens with max_tokens = {max_tokens}"
         cure = f"a prompt and a max_tokens of together at most {longest}"
-    if schedule.until and schedule.max_blocks(plan.max_in_flight_tokens) > num_blocks:
-        cure += ", or a smaller budget, stride or chunk"
-    if schedule.until != NEVER:
-        cure += ', or mode "both"'
+    cure += _other_cure(plan, num_blocks)
     return RequestTooLargeError(
         parameter,
         value,
@@ -100,3 +97,17 @@ def _too_large(
         f"but the KV cache has {num_blocks}, so the request could never be served to "
         f"its end. Use {cure}.",
     )
+
+
+def _other_cure(plan: ResolvedPlan, num_blocks: int) -> str:
+    """Return what helps beside fewer tokens, with the words that lead to it."""
+    schedule = plan.schedule
+    smaller = "a smaller budget, stride or chunk"
+    # what evictions leave, in whatever mode
+    if schedule.max_blocks(plan.max_in_flight_tokens) <= num_blocks:
+        return ', or mode "both"' if schedule.until != NEVER else ""
+    if not schedule.until:
+        return f', or mode "both" with {smaller}'
+    if schedule.until != NEVER:
+        return f', or {smaller}, if need be with mode "both"'
+    return f", or {smaller}"

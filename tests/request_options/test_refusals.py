@@ -75,6 +75,18 @@ REFUSALS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str, Any, str]] =
             'max_budget = 512. Use mode "both".'
         ),
     ),
+    # in mode "both", too, it is more than the server allows
+    "generation-max-budget": (
+        *({"mode": "generation", "budget": 528}, {}, 100, "mode", "'generation'"),
+        (
+            "max_budget = 512. Use a budget of at most 400, "
+            'or mode "both" with a budget of at most 512.'
+        ),
+    ),
+    "generation-max-budget-long-prompt": (
+        *({"mode": "generation", "budget": 528}, {}, 500, "mode", "'generation'"),
+        'max_budget = 512. Use mode "both" with a budget of at most 512.',
+    ),
     "stride": (
         *({"budget": 512, "stride": 80}, {}, 100, "stride", 80),
         (

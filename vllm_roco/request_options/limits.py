@@ -115,13 +115,18 @@ def _too_much_kept(
             "to raise max_budget.",
         )
     least = max(1, asked.blocks(row.recent)) * size
-    cure = f"a budget of at most {allowed}, or mode" if room >= least else "mode"
+    cure = 'mode "both"'
+    if resident - prompt * size > config.max_budget:
+        # too much without the prompt as well
+        cure += f" with a budget of at most {config.max_budget}"
+    if room >= least:
+        cure = f"a budget of at most {allowed}, or {cure}"
     return RequestOptionError(
         "mode",
         mode,
         f"mode = {mode!r} keeps the prompt ({num_prompt_tokens} tokens), and "
         f"{told}{asked.whose('budget')} comes on top: {resident} tokens "
-        f'is more than max_budget = {config.max_budget}. Use {cure} "both".',
+        f"is more than max_budget = {config.max_budget}. Use {cure}.",
     )
 
 
