@@ -38,12 +38,14 @@ def no_flashinfer_sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True, scope="package")
+def exact_float32() -> Iterator[None]:
     """vLLM's kernels in Triton multiply float32 as TF32 unless told otherwise.
 
     A sum of such products depends on its tile, which for experts depends on the step's
     size: stock vLLM's log-probabilities of a request differ by 6e-3 in a crowd.
+    For the whole package, as what is compiled in a process stays.
     """
-    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")
+        yield

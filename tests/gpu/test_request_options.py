@@ -42,7 +42,7 @@ def alone(tiny_llama: Path) -> dict[str, list[Tokens]]:
     for name in KEPT_BY:
         options, arguments = SMALL_BUDGET, server_of(name)
         if name == "full":
-            # stock Triton attention rounds products of float32 more than this model
+            # stock Triton attention adds float32 in another order than this model
             # stands; `test_equals_stock` compares with it
             options, arguments = replace(SMALL_BUDGET, budget=1024), {}
         with gpu_engine(tiny_llama, options, **arguments) as engine:

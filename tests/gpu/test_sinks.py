@@ -43,8 +43,8 @@ NUM_NEW = 104
 def test_sinks_count_as_stock_vllms(name: str, tmp_path: Path) -> None:
     """With full graphs, which read what the sinks are at the moment.
 
-    Stock vLLM rounds the products of float32 numbers here, in attention and, for
-    gpt-oss, in experts, which closes small gaps; without sinks, large ones close too.
+    Sums in another order, in attention and, for gpt-oss, in experts, close small gaps;
+    without sinks, large ones close too.
     """
     folder = save_tiny_model(name, tmp_path)
     with gpu_engine(folder, None, attention_backend="TRITON_ATTN") as engine:
@@ -61,7 +61,7 @@ def test_sinks_count_as_stock_vllms(name: str, tmp_path: Path) -> None:
     assert found.widest_gap < lost.widest_gap / 8
 
 
-# not gpt-oss: vLLM multiplies float32 numbers of experts with fewer bits
+# not gpt-oss, of whose experts the sums depend on the step's size
 @pytest.mark.engine
 @pytest.mark.usefixtures("engine_lock")
 @pytest.mark.parametrize("graphs", [FULL_GRAPHS, PIECEWISE_GRAPHS], ids=["full", "pw"])
