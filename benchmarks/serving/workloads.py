@@ -161,9 +161,13 @@ WORKLOADS = {
 
 def _on_two_gpus(name: str, about: str, **changes: Any) -> Workload:
     """Return a workload that two tensor-parallel GPUs serve."""
-    both: dict[str, Any] = {"variants": ("stock", "roco"), "tensor_parallel_size": 2}
-    alone = {"gpu_memory_utilization": (0.9,), "kv_cache_bytes": 2 * 2**30}
-    return replace(WORKLOADS[name], about=about, **{**both, **alone, **changes})
+    defaults: dict[str, Any] = {
+        "variants": ("stock", "roco"),
+        "gpu_memory_utilization": (0.9,),
+        "kv_cache_bytes": 2 * 2**30,
+    }
+    shared = replace(WORKLOADS[name], about=about, tensor_parallel_size=2)
+    return replace(shared, **defaults | changes)
 
 
 WORKLOADS |= {

@@ -103,7 +103,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
-    """Which rule a row was measured with, the pages could not tell."""
+    """Rows of one table may be of different rules."""
     name, times = "r-kv-stress", {"iterations": 5, "ttft_low_ms": 9, "ttft_high_ms": 31}
     rows = served(name, "a", stock=100, recent=150, roco=148)
     older = served(name, "a", **{"roco": 149, "roco-fp8": 160})

@@ -42,9 +42,9 @@ def no_flashinfer_sampler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def exact_float32() -> Iterator[None]:
     """vLLM's kernels in Triton multiply float32 as TF32 unless told otherwise.
 
-    A sum of such products depends on its tile, which for experts depends on the step's
-    size: stock vLLM's log-probabilities of a request differ by 6e-3 in a crowd.
-    For the whole package, as what is compiled in a process stays.
+    A sum of such products depends on its tile, and the tile of experts on the step's
+    size: in a crowd a request has other log-probabilities, with stock vLLM, too.
+    For the whole package, because what a process has compiled stays.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_F32_DEFAULT", "ieee")

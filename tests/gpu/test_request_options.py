@@ -42,8 +42,8 @@ def alone(tiny_llama: Path) -> dict[str, list[Tokens]]:
     for name in KEPT_BY:
         options, arguments = SMALL_BUDGET, server_of(name)
         if name == "full":
-            # stock Triton attention adds float32 in another order than this model
-            # stands; `test_equals_stock` compares with it
+            # not stock vLLM's answer: this model does not stand sums in another order;
+            # `test_equals_stock` compares with it
             options, arguments = replace(SMALL_BUDGET, budget=1024), {}
         with gpu_engine(tiny_llama, options, **arguments) as engine:
             found[name] = engine.generate_one_by_one(PROMPTS, NUM_NEW)

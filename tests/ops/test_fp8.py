@@ -46,8 +46,7 @@ def _convert_kernel(
 def test_every_byte_is_the_number_that_it_stands_for(device: torch.device) -> None:
     """Subnormal numbers and both zeros, too, and NaN.
 
-    It was 480, but where a GPU's own instruction converts: a model that had overflowed
-    gave answers that looked like any other's.
+    Taken for 480, it would let a model that has overflowed answer like any other.
     """
     content = torch.arange(256, device=device).to(torch.uint8)
     scale = torch.tensor([0.5], device=device)

@@ -44,8 +44,8 @@ def set_up(checkout: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_linked_environment_is_used_as_it_is(checkout: Path, tmp_path: Path) -> None:
-    """A link was taken for an environment of this checkout that is out of date: it was
-    removed, and gigabytes were installed in its place."""
+    """Taken for one of this checkout's that is out of date, the link would be removed,
+    and gigabytes installed in its place."""
     other = tmp_path / "other"
     (other / "bin").mkdir(parents=True)
     (other / "bin" / "python").symlink_to(sys.executable)
