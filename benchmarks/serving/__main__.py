@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         task.add_argument(
             "--input-len", type=int, nargs="+", help="leave out the other batches"
         )
+        task.add_argument("--rounds", type=int, default=1, help=_ROUNDS)
         task.add_argument("--model", help="another folder of benchmarks/models")
         task.add_argument(
             "--baseline", default="FLASH_ATTN", help="backend of stock vLLM"
@@ -62,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "prefill", help="time to first token, by chunk", parents=[engines]
     )
     prefill.add_argument("--chunks", type=int, nargs="+", default=CHUNKS)
-    prefill.add_argument(
-        "--rounds", type=int, default=1, help="how often each engine has its turn"
-    )
+    prefill.add_argument("--rounds", type=int, default=1, help=_ROUNDS)
     prefixes = tasks.add_parser(
         "prefixes", help="prefixes that requests share, read once", parents=[engines]
     )
@@ -74,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     prefixes.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     prefixes.add_argument("--budgets", type=int, nargs="+")
-    prefixes.add_argument("--rounds", type=int, default=1)
+    prefixes.add_argument("--rounds", type=int, default=1, help=_ROUNDS)
     prefixes.add_argument("--gpu-memory-utilization", type=float, default=0.5)
     prefixes.add_argument("--baseline", default="FLASH_ATTN")
     _add_online(tasks.add_parser("online", help=_ONLINE, parents=[engines]))
@@ -105,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
+_ROUNDS = "how often each engine has its turn"
 _ONLINE = "the largest rate of requests that keep their latency, over HTTP"
 
 
@@ -228,6 +228,7 @@ def main(command: list[str]) -> int:
                 input_lens=arguments.input_len,
                 model=arguments.model,
                 baseline=arguments.baseline,
+                rounds=arguments.rounds,
             )
             jobs = serve_workloads.jobs(selected, common)
             return session.run(serve_workloads.TABLE, jobs)

@@ -24,7 +24,7 @@ from benchmarks.serving.workloads import WORKLOADS, Run
 TABLE = Table(
     "serving",
     key=(
-        *("workload", "model", "gpu_memory_utilization", "kv_cache_bytes"),
+        *("workload", "round", "model", "gpu_memory_utilization", "kv_cache_bytes"),
         *("backend", "kv_cache_dtype", "policy", "shield"),
         *("budget", "stride", "chunk", "num_requests", "input_len", "output_len"),
     ),
@@ -39,7 +39,7 @@ def jobs(runs: Sequence[Run], common: Sequence[str]) -> list[Job]:
     """Return the runs as measurements, those next to each other sharing an engine."""
     return [
         [(run.columns, partial(measure, run, common)) for run in group]
-        for _, group in groupby(runs, key=lambda run: run.engine)
+        for _, group in groupby(runs, key=lambda run: (run.number, run.engine))
     ]
 
 

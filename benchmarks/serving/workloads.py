@@ -196,16 +196,19 @@ class Run:
         name: Key of `WORKLOADS`.
         requests: The batch.
         engine: What serves it.
+        number: Of the round, from 1.
     """
 
     name: str
     requests: Requests
     engine: Engine
+    number: int = 1
 
     @property
     def columns(self) -> dict[str, object]:
         """The columns of `serving.csv` that tell this run from others."""
-        return {"workload": self.name, **self.engine.columns, **self.requests.columns}
+        told = {"workload": self.name, "round": self.number}
+        return {**told, **self.engine.columns, **self.requests.columns}
 
 
 def runs(
@@ -216,6 +219,7 @@ def runs(
     input_lens: list[int] | None = None,
     model: str | None = None,
     baseline: str = "FLASH_ATTN",
+    rounds: int = 1,
 ) -> list[Run]:
     """Return a workload's runs, the engines of each memory size one after another.
 
@@ -226,16 +230,18 @@ def runs(
         input_lens: Leaves out the batches with other prompts.
         model: Folder of `benchmarks/models`; None: the workload's.
         baseline: The attention backend of stock vLLM.
+        rounds: How often each engine is started and has its turn.
     """
     workload = WORKLOADS[name]
-
     options = {"stock": baseline, "model": model or workload.model}
     return [
         Run(
             name,
             requests,
             workload.engine(variant, gpu_memory_utilization=memory, **options),
+            number,
         )
+        for number in range(1, rounds + 1)
         for memory in gpu_memory_utilization or workload.gpu_memory_utilization
         for variant in variants or workload.variants
         for requests in workload.batches
