@@ -23,7 +23,7 @@ _STOCK_FP8 = {"policy": "", "kv_cache_dtype": "fp8"}
 _ROCO = {"policy": "roco", "kv_cache_dtype": "auto"}
 _ROCO_CACHED = {"side": "roco", "budget": 2048, "chunk": 1024, "prefix_hits": ""}
 _SERVED: _Works = {
-    "short": {"workload": "r-kv-stress", "gpu_memory_utilization": 0.3, **_ROCO},
+    "short": {"workload": "r-kv-stress", "gpu_memory_utilization": 0.17, **_ROCO},
     "long": {"workload": "long-generation", **_ROCO},
     "fp8": {"workload": "long-generation", **_STOCK_FP8},
     "ample": {"workload": "no-pressure", **_ROCO},
@@ -89,8 +89,8 @@ def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterabl
     roco = {name: row for name, (_, row) in found.items()}
     stock, short = found["short"]
     yield (
-        f"* **Memory**: RoCo runs all {short['max_running']} requests at once, stock "
-        f"vLLM (FLASH_ATTN) at most {stock['max_running']}, with "
+        f"* **Memory**: RoCo runs all {short['max_running']:g} requests at once, stock "
+        f"vLLM (FLASH_ATTN) at most {stock['max_running']:g}, with "
         f"{stock['preemptions']:g} preemptions ({_requests(short)}, "
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )

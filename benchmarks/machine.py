@@ -23,7 +23,9 @@ def environment() -> dict[str, str]:
     return {
         "gpu": device_name(),
         "driver": _output(
-            "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+            # one line: all GPUs of a machine have the same
+            *("nvidia-smi", "--id=0", "--query-gpu=driver_version"),
+            "--format=csv,noheader",
         ),
         "cuda": torch.version.cuda or "",
         "python": platform.python_version(),

@@ -19,105 +19,94 @@ _SHARING = [
 ]
 _SETTING = ["gpu", "vllm", "commit", "flags"]
 _ENGINE = ["backend", "kv_cache_dtype", "policy", "shield"]
+_FIGURES = ["output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions"]
+_PREFIX_FIGURES = [
+    *("output_tok_s", "ttft_ms", "ttft_p99_ms", "hit_rate", "preemptions"),
+]
 
 
 def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the newest comparison of every work, stock vLLM's row first in each.
 
     Rows are newer the later they stand; the newest of equal rows counts. Rows without a
-    baseline of the same GPU, vLLM, commit and flags count for nothing.
+    baseline of the same GPU, vLLM, commit, flags and round count for nothing.
 
     Args:
         rows: Of `serving.csv`.
 
     Returns:
-        The rows, by `work`, a number, with the name of each `engine` and the `ratio` of
-        its throughput to the baseline's.
+        A row for each engine, by `work`, a number, with the `engine`'s name, the median
+        of every figure over its `rounds`, their number, and that of the `ratio` of a
+        round's throughput to the baseline's. `NAME_low` and `NAME_high` are the
+        extremes of a figure.
     """
-    return _beside_baselines(_named(rows), _WORK)
-
-
-def every_run(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the median run of every work, and the lowest and the highest.
-
-    A run is a commit's; those of the newest one's GPU, vLLM and flags count.
-
-    Args:
-        rows: Of `serving.csv`.
-
-    Returns:
-        As `comparisons` does, with the medians of every figure, and `runs`, their
-        number. `NAME_low` and `NAME_high` are the extremes of a figure.
-    """
-    figures = ["output_tok_s", "ttft_ms", "tpot_ms", "ratio"]
-    newest = comparisons(rows)
-    same = [*_SETTING[:2], "flags", *_WORK]
-    runs = [
-        _beside_baselines(_named(group), _WORK)
-        for _, group in rows.groupby("commit", sort=False)
-    ]
-    every = pd.concat(runs)
-    by_engine = every.groupby([*same, "engine"], sort=False, dropna=False)[figures]
-    parts = {"": by_engine.median(), "_low": by_engine.min(), "_high": by_engine.max()}
-    found = pd.concat(
-        [
-            part.rename(columns={name: f"{name}{end}" for name in figures})
-            for end, part in parts.items()
-        ],
-        axis=1,
-    )
-    found["runs"] = by_engine.size()
-    commits = every.groupby([*same, "engine"], sort=False, dropna=False)["commit"]
-    found["commit"] = commits.agg(", ".join)
-    rest = newest.drop(columns=[*figures, "commit"])
-    return rest.merge(found.reset_index(), on=[*same, "engine"], how="left")
-
-
-def _named(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return rows of `serving.csv` with their engines' names and places."""
     engines = [_engine(*values) for values in rows[_ENGINE].itertuples(index=False)]
-    return rows.assign(
+    named = rows.assign(
         engine=[name for name, _ in engines], rank=[rank for _, rank in engines]
     )
+    return _beside_baselines(named, _WORK, _FIGURES)
 
 
 def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the same of rows of `prefixes.csv`, with the means of their rounds."""
-    roco_options = ["shield", "budget", "stride", "chunk", "prefix_hits"]
-    setting = [*_SETTING, *_SHARING, "side", "backend", *roco_options]
-    newest = rows.drop_duplicates([*setting, "round"], keep="last")
-    means = newest.groupby(setting, sort=False, dropna=False)
-    found = means.mean(numeric_only=True).drop(columns="round").reset_index()
-    uncached = found["side"].map({"roco-uncached": ", no prefix caching"}).fillna("")
-    chunk = found["chunk"].map(lambda chunk: f", chunk {chunk:g}", na_action="ignore")
+    """Return the same of rows of `prefixes.csv`."""
+    uncached = rows["side"].map({"roco-uncached": ", no prefix caching"}).fillna("")
+    chunk = rows["chunk"].map(lambda chunk: f", chunk {chunk:g}", na_action="ignore")
     # the default of these budgets
-    chunk = chunk.where(found["chunk"] != found["budget"].clip(upper=1024), "")
-    hits = ", " + found["prefix_hits"] + " hits"
-    hits = hits.where(found["prefix_hits"] != "", "")
-    budget = found["budget"].astype("string") + found["shield"].map(other_shield)
+    chunk = chunk.where(rows["chunk"] != rows["budget"].clip(upper=1024), "")
+    hits = ", " + rows["prefix_hits"] + " hits"
+    hits = hits.where(rows["prefix_hits"] != "", "")
+    budget = rows["budget"].astype("string") + rows["shield"].map(other_shield)
     roco = "roco, budget " + budget + chunk + hits + uncached
     return _beside_baselines(
-        found.assign(
-            engine=roco.fillna(found["backend"]),
-            rank=found["side"].map({"stock": 0, "roco": 1, "roco-uncached": 2}),
+        rows.assign(
+            engine=roco.fillna(rows["backend"]),
+            rank=rows["side"].map({"stock": 0, "roco": 1, "roco-uncached": 2}),
         ),
         _SHARING,
+        _PREFIX_FIGURES,
     )
 
 
-def _beside_baselines(found: pd.DataFrame, work: list[str]) -> pd.DataFrame:
-    """Return the newest comparison of every work: columns that tell it from others."""
+def _beside_baselines(
+    found: pd.DataFrame, work: list[str], figures: list[str]
+) -> pd.DataFrame:
+    """Return the newest comparison of every work.
+
+    Args:
+        found: Rows with the name and the rank of their engine.
+        work: Columns that tell a work from others.
+        figures: Columns that differ from round to round.
+    """
     found["group"] = _numbered(found, [*_SETTING, *work])
-    found = found.drop_duplicates(["group", "engine"], keep="last")
-    ranks = found.groupby("group")["rank"]
-    found = found[(ranks.transform("min") == 0) & (ranks.transform("size") > 1)]
-    found = found.sort_values(["group", "rank"], kind="stable")
+    found = found.drop_duplicates(["group", "engine", "round"], keep="last")
+    found["ratio"] = ratio(
+        found, "output_tok_s", found["rank"] == 0, ["group", "round"]
+    )
+    found = found[found["ratio"].notna()]
+    # a round in which the baseline was alone compares nothing
+    engines = found.groupby(["group", "round"])["engine"]
+    found = found[engines.transform("size") > 1]
     found["work"] = _numbered(found, work)
     newest = found.groupby("work")["group"].transform("max")
     found = found[found["group"] == newest].sort_values(["work", "rank"], kind="stable")
-    return found.assign(
-        ratio=ratio(found, "output_tok_s", found["rank"] == 0, ["work"])
-    )
+    return _over_rounds(found, ["work", "engine"], [*figures, "ratio"])
+
+
+def _over_rounds(
+    found: pd.DataFrame, same: list[str], figures: list[str]
+) -> pd.DataFrame:
+    """Return a row for each engine: medians of its rounds, and their extremes."""
+    rounds = found.groupby(same, sort=False)
+    result = found.drop_duplicates(same).drop(columns=[*figures, "round"])
+    parts = {
+        "": rounds[figures].median(),
+        "_low": rounds[figures].min(),
+        "_high": rounds[figures].max(),
+    }
+    for end, part in parts.items():
+        named = part.rename(columns={name: f"{name}{end}" for name in figures})
+        result = result.merge(named.reset_index(), on=same)
+    return result.merge(rounds.size().rename("rounds").reset_index(), on=same)
 
 
 def other_shield(shield: str) -> str:

@@ -15,7 +15,6 @@ from benchmarks.rows import matching
 from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import (
     comparisons,
-    every_run,
     newest_settings,
     of_first_gpu,
     other_shield,
@@ -30,28 +29,16 @@ _SERVED = {
     "requests": "{num_requests} x ({input_len} + {output_len})",
     "engine": "{engine}",
     "tokens/s": "{output_tok_s:,.0f}",
-    "ratio": "{ratio:.3f}",
+    "ratio": "{spread}",
     "TTFT ms": "{ttft_ms:,.0f}",
     "TPOT ms": "{tpot_ms:,.2f}",
-    "running": "{max_running}",
-    "preempted": "{preemptions}",
+    "running": "{max_running:,.0f}",
+    "preempted": "{preemptions:,.0f}",
+    "rounds": "{rounds}",
 }
 
-_REPEATED = {
-    "requests": "{num_requests} x ({input_len} + {output_len})",
-    "engine": "{engine}",
-    **{
-        title: f"{{{name}:{form}}} ({{{name}_low:{form}}} to {{{name}_high:{form}}})"
-        for title, name, form in (
-            ("tokens/s", "output_tok_s", ",.0f"),
-            ("ratio", "ratio", ".3f"),
-            ("TTFT ms", "ttft_ms", ",.0f"),
-            ("TPOT ms", "tpot_ms", ".2f"),
-        )
-    },
-    "runs": "{runs}",
-}
-"""Medians of runs, the lowest and the highest in brackets."""
+_TOLD = {"memory": "memory {}, ", "requests": "{}, ", "rounds": "{} rounds, "}
+"""Columns that need not be there if all rows have the same, and words for that."""
 
 
 def tables(results: Path) -> dict[str, str]:
@@ -79,14 +66,11 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
     shares = found["gpu_memory_utilization"].astype(str) + _of_other_gpus(found)
     found["memory"] = sizes.where(found["kv_cache_bytes"].notna(), shares)
     found["share"] = 100 * found["gpu_memory_utilization"]
+    found["spread"] = _spread(found)
     result = {
         str(workload): _workload(group)
         for workload, group in found.groupby("workload", sort=False)
     }
-    for workload, group in every_run(served).groupby("workload", sort=False):
-        if WORKLOADS[str(workload)].one_at_a_time:
-            told = caption(group, "model")
-            result[str(workload)] = lines(group, _REPEATED, told)
     if not (stress := matching(found, workload="r-kv-stress")).empty:
         cell = "{output_tok_s:,.0f} ({ratio:.2f})"
         stress = of_first_gpu(stress)
@@ -96,14 +80,26 @@ def serving(served: pd.DataFrame) -> dict[str, str]:
 
 def _workload(rows: pd.DataFrame) -> str:
     """Return a workload's table; what all rows share stands in the caption."""
-    told = {title: texts(rows, _SERVED[title]) for title in ("memory", "requests")}
+    told = {title: texts(rows, _SERVED[title]) for title in _TOLD}
     shared = {title: each[0] for title, each in told.items() if len({*each}) == 1}
     before = "".join(
-        f"{'memory ' if title == 'memory' else ''}{text}, "
+        _TOLD[title].format(text)
         for title, text in shared.items()
+        # of one nothing needs to be said
+        if (title, text) != ("rounds", "1")
     )
     columns = {name: cell for name, cell in _SERVED.items() if name not in shared}
     return lines(rows, columns, before + caption(rows.drop_duplicates("work"), "model"))
+
+
+def _spread(found: pd.DataFrame) -> pd.Series[str]:
+    """Return the ratios as text, with their extremes where there are several."""
+    alone = found["ratio"].map("{:.3f}".format)
+    several = found["ratio"].map("{:.2f}".format)
+    for end, between in (("low", " ("), ("high", " to ")):
+        several = several + between + found[f"ratio_{end}"].map("{:.2f}".format)
+    is_alone = (found["rounds"] == 1) | (found["rank"] == 0)
+    return alone.where(is_alone, several + ")")
 
 
 def _of_other_gpus(found: pd.DataFrame) -> pd.Series[str]:
@@ -149,16 +145,17 @@ def prefixes(measured: pd.DataFrame) -> str:
     """Return the table of what prefixes that requests share come to."""
     found = prefix_comparisons(measured)
     warm = found["warm"].map({"yes": ", read before", "no": ""})
-    found = found.assign(requests=found["workload"] + warm)
+    found = found.assign(requests=found["workload"] + warm, spread=_spread(found))
     columns = {
         "requests": "{requests}",
         "engine": "{engine}",
         "tokens/s": "{output_tok_s:,.0f}",
-        "ratio": "{ratio:.3f}",
+        "ratio": "{spread}",
         "TTFT ms": "{ttft_ms:,.0f}",
         "P99": "{ttft_p99_ms:,.0f}",
         "hits": "{hit_rate:.1%}",
         "preempted": "{preemptions:g}",
+        "rounds": "{rounds}",
     }
     return lines(found, columns, caption(found.drop_duplicates("work"), "model"))
 

@@ -152,9 +152,9 @@ def test_report(tmp_path: Path) -> None:
     for label in ("chat", "shared-4096, read before", "1.50", "0.25", "budget 1024"):
         assert f">{label}" in picture or f"{label}<" in picture
     page = " ".join(tables(tmp_path)["prefixes"].split())
-    assert "| chat | FLASH_ATTN | 100 | 1.000 | 10 | 20 | 90.0% | 0 |" in page
-    assert "| roco, budget 2048 | 150 | 1.500 |" in page
-    assert "no prefix caching | 25 | 0.250 | 10 | 20 | | 0 |" in page
+    assert "| chat | FLASH_ATTN | 100 | 1.000 | 10 | 20 | 90.0% | 0 | 2 |" in page
+    assert "| roco, budget 2048 | 150 | 1.50 (1.50 to 1.51) |" in page
+    assert "caching | 25 | 0.25 (0.24 to 0.26) | 10 | 20 | | 0 | 2 |" in page
 
 
 def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
         *("roco, budget 2048", "roco, budget 2048, shield: peak"),
         "roco, budget 2048, shield: peak, longest hits",
     ):
-        assert f"| chat | {engine} | 150 | 1.500 |" in page
+        assert f"| chat | {engine} | 150 | 1.50 (" in page
     assert PICTURES["shared_prefixes"].write(tmp_path, tmp_path / "picture.svg")
     picture = (tmp_path / "picture.svg").read_text()
     assert ">chat<" in picture

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.markdown import UNMEASURED
 from benchmarks.rows import read, write
-from benchmarks.serving import prefill
+from benchmarks.serving import prefill, serve_workloads
 from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import comparisons
 from benchmarks.serving.jobs import MACHINE
@@ -21,8 +21,8 @@ from benchmarks.serving.workloads import runs
 Row = dict[str, object]
 
 
-def served(name: str, commit: str, **speeds: float) -> list[Row]:
-    """Return rows of a workload, with each variant's tokens a second."""
+def served(name: str, commit: str, number: int = 1, **speeds: float) -> list[Row]:
+    """Return rows of a round of a workload, with each variant's tokens a second."""
     return [
         {
             "gpu": "a GPU",
@@ -30,6 +30,7 @@ def served(name: str, commit: str, **speeds: float) -> list[Row]:
             "commit": commit,
             "flags": "",
             **run.columns,
+            "round": number,
             "output_tok_s": speed,
             "ttft_ms": 10,
             "tpot_ms": 2,
@@ -143,21 +144,43 @@ def test_pictures(tmp_path: Path) -> None:
         assert not PICTURES[name].write(tmp_path, tmp_path / f"{name}.svg")
 
 
-def test_lone_requests_show_every_run_and_not_the_best(tmp_path: Path) -> None:
-    """The newest run was the fastest of three, and the table showed it alone."""
-    runs = {"a": (100, 99), "b": (90, 108), "c": (100, 130)}
+def test_rounds_show_their_median_and_extremes_and_not_the_best(tmp_path: Path) -> None:
+    rounds = {1: (100, 99), 2: (90, 108), 3: (100, 130)}
     rows = [
         row
-        for commit, (stock, roco) in runs.items()
-        for row in served("batch-1", commit, stock=stock, roco=roco)
+        for number, (stock, roco) in rounds.items()
+        for row in served("no-pressure", "a", number, stock=stock, roco=roco)
     ]
-    # one without a baseline counts for nothing
-    write(tmp_path / "serving.csv", rows + served("batch-1", "d", roco=1))
-    text = " ".join(tables(tmp_path)["batch-1"].split())
-    assert "commit a, b, c:" in text
-    assert "FLASH_ATTN | 100 (90 to 100) | 1.000 (1.000 to 1.000) |" in text
-    assert "roco | 108 (99 to 130) | 1.200 (0.990 to 1.300) | 10 (10 to 10) |" in text
-    assert text.count("| 3 |") == 4
+    # each ratio is a round's own; rounds that lack a side count for nothing
+    rows += served("no-pressure", "a", 4, roco=1)
+    rows += served("no-pressure", "a", 5, stock=1)
+    write(tmp_path / "serving.csv", rows)
+    text = " ".join(tables(tmp_path)["no-pressure"].split())
+    assert "256 x (700 + 1024), 3 rounds, qwen2.5-7b" in text
+    assert "FLASH_ATTN | 100 | 1.000 | 10 |" in text
+    assert "roco | 108 | 1.20 (0.99 to 1.30) | 10 |" in text
+
+
+def test_engines_of_fewer_rounds_say_so(tmp_path: Path) -> None:
+    rows = served("no-pressure", "a", 1, stock=100, recent=110, roco=120)
+    rows += served("no-pressure", "a", 2, stock=100, roco=140)
+    write(tmp_path / "serving.csv", rows)
+    text = " ".join(tables(tmp_path)["no-pressure"].split())
+    assert "roco, policy: recent | 110 | 1.100 | 10 | 2.00 | 8 | 0 | 1 |" in text
+    assert "roco | 130 | 1.30 (1.20 to 1.40) | 10 | 2.00 | 8 | 0 | 2 |" in text
+
+
+def test_an_engine_is_started_anew_for_each_round() -> None:
+    names = [(run.number, run.engine.backend) for run in runs("smoke", rounds=2)]
+    assert names == [
+        (number, backend)
+        for number in (1, 2)
+        for backend in ("FLASH_ATTN", "FLASH_ATTN", "ROCO", "ROCO")
+    ]
+    assert len(serve_workloads.jobs(runs("smoke", rounds=2), [])) == 4
+    assert (
+        len(serve_workloads.jobs(runs("smoke", variants=["roco"], rounds=2), [])) == 2
+    )
 
 
 def test_what_rows_share_is_told_once() -> None:
