@@ -289,6 +289,15 @@ class PrefixCache:
             return length
         return 0
 
+    def longest_snapshot(self, request: Request) -> int:
+        """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
+        places = self._places(request, 0)
+        prefixes = self._keys.keys(request, places)
+        for length, prefix in zip(reversed(places), reversed(prefixes), strict=True):
+            if self.store.has(prefix):
+                return length
+        return 0
+
     def _is_yet_to_come(self, request: Request, awaited: _Prefix) -> bool:
         """Return whether what a request waits for is on its way, and not there."""
         length, prefix = awaited

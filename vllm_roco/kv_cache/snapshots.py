@@ -114,6 +114,11 @@ class SnapshotStore:
             self.num_dead += 1
         return None
 
+    def has(self, prefix: BlockHash) -> bool:
+        """Return whether there is a whole snapshot of a prefix; not a look-up."""
+        snapshot = self._snapshots.get(prefix)
+        return snapshot is not None and snapshot.is_whole
+
     def may_have(self, prefix: BlockHash) -> bool:
         """Return whether there is a snapshot of a prefix, whole or not."""
         return prefix in self._snapshots
