@@ -184,6 +184,22 @@ def test_a_reset_of_running_requests_forgets_all_snapshots() -> None:
     driver.drain(1000)
 
 
+def test_a_request_begins_behind_a_gap_with_stale_steps_in_flight() -> None:
+    """The driver's own check took the gap for blocks that were freed too early."""
+    driver = driver_of(
+        True, max_steps_in_flight=3, stride=4, chunk=24, max_num_batched_tokens=68
+    )
+    names = [driver.add(0, 2, prompt=PROMPT[:37]) for _ in range(2)]
+    both = dict.fromkeys(names, 13)
+    assert [driver.schedule() for _ in range(2)] == [{names[0]: 24}, both]
+    driver.complete()
+    driver.preempt_all()
+    assert [driver.schedule() for _ in range(2)] == [{names[0]: 24}, both]
+    assert driver.scheduler.requests[names[1]].num_stale_output_tokens == 13
+    driver.drain(100)
+    assert {len(driver.outputs[name]) for name in names} == {2}
+
+
 def test_nothing_is_shared_when_caching_is_off() -> None:
     driver = Driver(Setup())
     assert driver.manager.prefix_cache is None
