@@ -110,6 +110,40 @@ def test_copies_are_left_as_far_as_room_goes(room: int, expected: int) -> None:
     assert begins_with(driver, [*HEADER, 91], 4) == expected
 
 
+@pytest.mark.parametrize("room", [2, 3, 4, 5])
+def test_copies_do_not_take_the_blocks_before_them(room: int) -> None:
+    """They were made over the first blocks of that very prompt: nobody found any."""
+    driver = driver_of()
+    prompt = PROMPT[:20]
+    begins_with(driver, prompt[:8], 4)
+    driver.drain(100)
+    assert begins_with(driver, prompt, OPEN) == 8
+    pool = driver.manager.block_pool
+    # of the rest, and the answer takes one until the first eviction
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 1 - room)
+    driver.check = lambda: None
+    step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
+    pool.free_blocks(taken)
+    assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("is_hit", [False, True], ids=["copies", "origins"])
+def test_the_last_blocks_of_a_prompt_go_first(is_hit: bool) -> None:
+    """As in vLLM. The first ones went, without which nobody finds the others."""
+    driver = driver_of()
+    prompt = PROMPT[:20]
+    if is_hit:
+        begins_with(driver, prompt, 4)
+        driver.drain(100)
+    # what it copies, or leaves copies of, is used last
+    assert begins_with(driver, [*prompt, 90], OPEN) == (20 if is_hit else 0)
+    driver.drain(500)
+    assert driver.manager.num_freed_blocks
+    pool = driver.manager.block_pool
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 2))
+    assert begins_with(driver, [*prompt, 91], 4) == 2 * BLOCK_SIZE
+
+
 def test_a_copy_serves_others_when_its_origin_evicts() -> None:
     """So the origin leaves no other one."""
     driver = driver_of()

@@ -265,29 +265,47 @@ class BlockCache:
         self._fresh_blocks.clear()
         self._growing.clear()
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
+        kept: list[KVCacheBlock] = []
         for request_id in self._evicting:
             if request_id in self._owners:
                 request, _ = self._owners[request_id]
                 row = rows[request_id]
                 self._pool.evict_blocks({block.block_id for block in row})
                 self.drop(request_id, row)
-                copies += self._keep_prompt(request, row)
+                copies += self._keep_prompt(request, row, kept)
         self._evicting.clear()
+        if kept:
+            self._pool.free_blocks(reversed(kept))
         return copies
 
     def _keep_prompt(
-        self, request: Request, row: Sequence[KVCacheBlock]
+        self, request: Request, row: Sequence[KVCacheBlock], kept: list[KVCacheBlock]
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Hash copies of blocks of a prompt that nobody else has, as room goes."""
+        """Hash copies of blocks of a prompt that nobody else has, as room goes.
+
+        Args:
+            request: The request.
+            row: Its block table.
+            kept: Gets the blocks that others have, each with a reference: copies made
+                over the first blocks of a prompt would be found by nobody.
+
+        Returns:
+            As `end_step`, the last block of the prompt first: it is free first.
+        """
         hashes = request.block_hashes[: request.num_prompt_tokens // self._block_size]
-        room = self._pool.get_num_free_blocks()
-        gone = [
-            place
-            for place, block_hash in enumerate(hashes)
-            if self._pool.get_cached_block(block_hash, self._group_ids) is None
-        ][:room]
+        gone: list[int] = []
+        there: list[KVCacheBlock] = []
+        for place, block_hash in enumerate(hashes):
+            cached = self._pool.get_cached_block(block_hash, self._group_ids)
+            if cached is None:
+                gone.append(place)
+            else:
+                there += cached
         if not gone:
             return []
+        self._pool.touch(there)
+        kept += there
+        gone = gone[: self._pool.get_num_free_blocks()]
         sources = [row[place] for place in gone]
         targets = self._pool.get_new_blocks(len(gone))
         self._pool.touch(sources)
@@ -304,7 +322,7 @@ class BlockCache:
                 block_size=self._block_size,
                 kv_cache_group_id=self._group_id,
             )
-        return list(zip(sources, targets, strict=True))
+        return [*zip(sources, targets, strict=True)][::-1]
 
     def count_hit(self, num_tokens: int) -> None:
         """Note that a request begins with blocks of so many tokens."""
