@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from tests.scheduler_driver import BLOCK_SIZE, Driver
-from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, modes
+from tests.test_prefix_scheduler import (
+    LAST,
+    PROMPT,
+    cache_of,
+    driver_of,
+    hit_of,
+    modes,
+)
 
 HEADER = PROMPT[:10]
 """Two blocks and a half, within the second chunk; the first eviction is at 24."""
@@ -124,6 +131,27 @@ def test_copies_do_not_take_the_blocks_before_them(room: int) -> None:
     driver.check = lambda: None
     step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
     pool.free_blocks(taken)
+    assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_copies_do_not_take_what_others_begin_with_again_and_again(room: int) -> None:
+    """They were made over a snapshot in demand, which nobody is let in on."""
+    driver = driver_of(spare_blocks=20)
+    for begun in (0, LAST, LAST):
+        assert hit_of(driver, PROMPT) == begun
+    prompt = PROMPT[1:21]
+    begins_with(driver, prompt, OPEN)
+    pool, store = driver.manager.block_pool, cache_of(driver).store
+    (snapshot,) = store._snapshots.values()
+    # the answer takes one until the first eviction
+    spared = len(snapshot.blocks) + 1 + room
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - spared)
+    driver.check = lambda: None
+    num_freed = driver.manager.num_freed_blocks
+    step_until(driver, lambda: driver.manager.num_freed_blocks > num_freed)
+    pool.free_blocks(taken)
+    assert snapshot.is_whole
     assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm_roco.kv_cache.block_events import UNMEASURED_GROUP_ID, ToldBlockPool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -249,7 +249,9 @@ class BlockCache:
         self._is_choosing = True
 
     def end_step(
-        self, rows: Mapping[str, Sequence[KVCacheBlock]]
+        self,
+        rows: Mapping[str, Sequence[KVCacheBlock]],
+        num_in_demand: Callable[[int], int],
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Note that all requests of a step are chosen.
 
@@ -257,6 +259,8 @@ class BlockCache:
 
         Args:
             rows: The block table of each request.
+            num_in_demand: Tells how many free blocks are not to be taken, where so many
+                would be.
 
         Returns:
             Blocks to copy from and to before the step, each with a reference for that.
@@ -272,14 +276,18 @@ class BlockCache:
                 row = rows[request_id]
                 self._pool.evict_blocks({block.block_id for block in row})
                 self.drop(request_id, row)
-                copies += self._keep_prompt(request, row, kept)
+                copies += self._keep_prompt(request, row, kept, num_in_demand)
         self._evicting.clear()
         if kept:
             self._pool.free_blocks(reversed(kept))
         return copies
 
     def _keep_prompt(
-        self, request: Request, row: Sequence[KVCacheBlock], kept: list[KVCacheBlock]
+        self,
+        request: Request,
+        row: Sequence[KVCacheBlock],
+        kept: list[KVCacheBlock],
+        num_in_demand: Callable[[int], int],
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Hash copies of blocks of a prompt that nobody else has, as room goes.
 
@@ -288,6 +296,7 @@ class BlockCache:
             row: Its block table.
             kept: Gets the blocks that others have, each with a reference: copies made
                 over the first blocks of a prompt would be found by nobody.
+            num_in_demand: As in `end_step`.
 
         Returns:
             As `end_step`, the last block of the prompt first: it is free first.
@@ -305,7 +314,8 @@ class BlockCache:
             return []
         self._pool.touch(there)
         kept += there
-        gone = gone[: self._pool.get_num_free_blocks()]
+        room = self._pool.get_num_free_blocks() - num_in_demand(len(gone))
+        gone = gone[: max(0, room)]
         sources = [row[place] for place in gone]
         targets = self._pool.get_new_blocks(len(gone))
         self._pool.touch(sources)

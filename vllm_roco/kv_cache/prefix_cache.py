@@ -15,6 +15,7 @@ too, but blocks that are found one by one would have to be there for all layers.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
@@ -381,7 +382,8 @@ class PrefixCache:
         copies, self._copies = self._copies, []
         self._sources.clear()
         self._found = None
-        return copies + self.blocks.end_step(self._rows)
+        in_demand = partial(self.store.num_blocks_in_demand, None)
+        return copies + self.blocks.end_step(self._rows, in_demand)
 
     def _publish(
         self, request: Request, length: int, prefix: BlockHash, *, is_wanted: bool
