@@ -172,6 +172,41 @@ def test_the_last_blocks_of_a_prompt_go_first(is_hit: bool) -> None:
     assert begins_with(driver, [*prompt, 91], 4) == 2 * BLOCK_SIZE
 
 
+@pytest.mark.parametrize("end", ["abort", "preempt"])
+def test_blocks_are_kept_once(end: str) -> None:
+    """Each request left a copy of what it had begun with, in the place of others'."""
+    driver = driver_of()
+    pool = driver.manager.block_pool
+    for own in range(4):
+        prompt = [*HEADER, 90 + own, 1]
+        assert begins_with(driver, prompt, OPEN) == (8 if own else 0)
+        if end == "preempt":
+            driver.scheduler.running.pop()
+            request = driver.scheduler.requests[str(own)]
+            driver.scheduler._preempt_request(request, 0.0)
+        driver.abort(str(own))
+        hashes = [block.block_hash for block in pool.blocks if block.block_hash]
+        assert len(set(hashes)) == len(hashes)
+        # those of the header, and the last one of each prompt
+        assert len(hashes) == 2 + own + 1
+    # what was let go is handed out first
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 6))
+    assert begins_with(driver, [*HEADER, 99], 4) == 8
+
+
+@pytest.mark.parametrize("max_tokens", [13, OPEN])
+def test_blocks_of_who_runs_are_found_as_long_as_it_runs(max_tokens: int) -> None:
+    """Not let go of for copies that are free, and may be handed out."""
+    driver = driver_of()
+    begins_with(driver, [*HEADER, 90], max_tokens)
+    assert begins_with(driver, [*HEADER, 91], OPEN) == 8
+    driver.abort("1")
+    pool = driver.manager.block_pool
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))
+    assert begins_with(driver, [*HEADER, 92], 4) == 8
+    assert not driver.finished
+
+
 def test_a_copy_serves_others_when_its_origin_evicts() -> None:
     """So the origin leaves no other one."""
     driver = driver_of()

@@ -236,13 +236,37 @@ class BlockCache:
 
         Those that a step should have filled that it no longer takes part in cannot.
         """
-        if self._owners.pop(request_id, None) is None:
+        owner = self._owners.pop(request_id, None)
+        if owner is None:
             return
+        row = list(row)
         ids = {block.block_id for block in row}
         self._private_blocks -= ids
         unwritten = self._fresh_blocks & ids
         if unwritten:
             self._pool.evict_blocks(unwritten)
+        if owner[1]:
+            self._forget_older(row)
+
+    def _forget_older(self, row: Iterable[KVCacheBlock]) -> None:
+        """Let free blocks go of which a row has copies: others begin with these.
+
+        Both would be kept as long as they are found, in the place of other prompts'.
+        """
+        find = self._pool.cached_block_hash_to_block.get_one_block
+        older = [
+            other
+            for block in row
+            if block.block_hash is not None
+            and (other := find(block.block_hash)) is not None
+            and other is not block
+            and not other.ref_cnt
+        ]
+        if older:
+            # without a hash they are the next ones to be handed out
+            self._pool.touch(older)
+            self._pool.evict_blocks({block.block_id for block in older})
+            self._pool.free_blocks(older)
 
     def begin_step(self) -> None:
         """Note that requests are chosen for a step: what is hashed now it will fill."""
