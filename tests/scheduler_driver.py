@@ -375,7 +375,10 @@ class Driver:
         held: set[int] = set()
         for request_id, row in manager.req_to_blocks.items():
             request = self.scheduler.requests[request_id]
-            processed = request.num_computed_tokens - request.num_in_flight_tokens
+            # of steps before a preemption nothing is in the row, though it may begin
+            # again before they are processed
+            in_flight = request.num_in_flight_tokens - request.num_stale_output_tokens
+            processed = request.num_computed_tokens - in_flight
             schedule, bound = self.plan_of(request)
             nulls = [place for place, block in enumerate(row) if block.is_null]
             first, gap = schedule.budget_blocks, len(nulls)

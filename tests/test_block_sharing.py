@@ -13,7 +13,14 @@ from typing import Any
 import pytest
 
 from tests.scheduler_driver import BLOCK_SIZE, Driver
-from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, modes
+from tests.test_prefix_scheduler import (
+    LAST,
+    PROMPT,
+    cache_of,
+    driver_of,
+    hit_of,
+    modes,
+)
 
 HEADER = PROMPT[:10]
 """Two blocks and a half, within the second chunk; the first eviction is at 24."""
@@ -108,6 +115,96 @@ def test_copies_are_left_as_far_as_room_goes(room: int, expected: int) -> None:
     step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
     pool.free_blocks(taken)
     assert begins_with(driver, [*HEADER, 91], 4) == expected
+
+
+@pytest.mark.parametrize("room", [2, 3, 4, 5])
+def test_copies_do_not_take_the_blocks_before_them(room: int) -> None:
+    """They were made over the first blocks of that very prompt: nobody found any."""
+    driver = driver_of()
+    prompt = PROMPT[:20]
+    begins_with(driver, prompt[:8], 4)
+    driver.drain(100)
+    assert begins_with(driver, prompt, OPEN) == 8
+    pool = driver.manager.block_pool
+    # of the rest, and the answer takes one until the first eviction
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - 1 - room)
+    driver.check = lambda: None
+    step_until(driver, lambda: driver.manager.num_freed_blocks > 0)
+    pool.free_blocks(taken)
+    assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("room", [0, 2])
+def test_copies_do_not_take_what_others_begin_with_again_and_again(room: int) -> None:
+    """They were made over a snapshot in demand, which nobody is let in on."""
+    driver = driver_of(spare_blocks=20)
+    for begun in (0, LAST, LAST):
+        assert hit_of(driver, PROMPT) == begun
+    prompt = PROMPT[1:21]
+    begins_with(driver, prompt, OPEN)
+    pool, store = driver.manager.block_pool, cache_of(driver).store
+    (snapshot,) = store._snapshots.values()
+    # the answer takes one until the first eviction
+    spared = len(snapshot.blocks) + 1 + room
+    taken = pool.get_new_blocks(pool.get_num_free_blocks() - spared)
+    driver.check = lambda: None
+    num_freed = driver.manager.num_freed_blocks
+    step_until(driver, lambda: driver.manager.num_freed_blocks > num_freed)
+    pool.free_blocks(taken)
+    assert snapshot.is_whole
+    assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("is_hit", [False, True], ids=["copies", "origins"])
+def test_the_last_blocks_of_a_prompt_go_first(is_hit: bool) -> None:
+    """As in vLLM. The first ones went, without which nobody finds the others."""
+    driver = driver_of()
+    prompt = PROMPT[:20]
+    if is_hit:
+        begins_with(driver, prompt, 4)
+        driver.drain(100)
+    # what it copies, or leaves copies of, is used last
+    assert begins_with(driver, [*prompt, 90], OPEN) == (20 if is_hit else 0)
+    driver.drain(500)
+    assert driver.manager.num_freed_blocks
+    pool = driver.manager.block_pool
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 2))
+    assert begins_with(driver, [*prompt, 91], 4) == 2 * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("end", ["abort", "preempt"])
+def test_blocks_are_kept_once(end: str) -> None:
+    """Each request left a copy of what it had begun with, in the place of others'."""
+    driver = driver_of()
+    pool = driver.manager.block_pool
+    for own in range(4):
+        prompt = [*HEADER, 90 + own, 1]
+        assert begins_with(driver, prompt, OPEN) == (8 if own else 0)
+        if end == "preempt":
+            driver.scheduler.running.pop()
+            request = driver.scheduler.requests[str(own)]
+            driver.scheduler._preempt_request(request, 0.0)
+        driver.abort(str(own))
+        hashes = [block.block_hash for block in pool.blocks if block.block_hash]
+        assert len(set(hashes)) == len(hashes)
+        # those of the header, and the last one of each prompt
+        assert len(hashes) == 2 + own + 1
+    # what was let go is handed out first
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 6))
+    assert begins_with(driver, [*HEADER, 99], 4) == 8
+
+
+@pytest.mark.parametrize("max_tokens", [13, OPEN])
+def test_blocks_of_who_runs_are_found_as_long_as_it_runs(max_tokens: int) -> None:
+    """Not let go of for copies that are free, and may be handed out."""
+    driver = driver_of()
+    begins_with(driver, [*HEADER, 90], max_tokens)
+    assert begins_with(driver, [*HEADER, 91], OPEN) == 8
+    driver.abort("1")
+    pool = driver.manager.block_pool
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))
+    assert begins_with(driver, [*HEADER, 92], 4) == 8
+    assert not driver.finished
 
 
 def test_a_copy_serves_others_when_its_origin_evicts() -> None:

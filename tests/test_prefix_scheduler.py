@@ -184,6 +184,22 @@ def test_a_reset_of_running_requests_forgets_all_snapshots() -> None:
     driver.drain(1000)
 
 
+def test_a_request_begins_behind_a_gap_with_stale_steps_in_flight() -> None:
+    """The driver's own check took the gap for blocks that were freed too early."""
+    driver = driver_of(
+        True, max_steps_in_flight=3, stride=4, chunk=24, max_num_batched_tokens=68
+    )
+    names = [driver.add(0, 2, prompt=PROMPT[:37]) for _ in range(2)]
+    both = dict.fromkeys(names, 13)
+    assert [driver.schedule() for _ in range(2)] == [{names[0]: 24}, both]
+    driver.complete()
+    driver.preempt_all()
+    assert [driver.schedule() for _ in range(2)] == [{names[0]: 24}, both]
+    assert driver.scheduler.requests[names[1]].num_stale_output_tokens == 13
+    driver.drain(100)
+    assert {len(driver.outputs[name]) for name in names} == {2}
+
+
 def test_nothing_is_shared_when_caching_is_off() -> None:
     driver = Driver(Setup())
     assert driver.manager.prefix_cache is None
@@ -235,6 +251,50 @@ def shown(driver: Driver) -> PrefixCounts:
     """Return what the metrics tell."""
     (engine,) = read_engines(driver.scheduler.vllm_config.instance_id)
     return engine.prefix_cache
+
+
+@pytest.mark.parametrize("windows", [(), (13,)], ids=["alone", "beside-windows"])
+@modes
+def test_clients_are_told_how_much_of_a_prompt_is_kept(
+    asynchronous: bool, max_steps_in_flight: int, windows: tuple[int, ...]
+) -> None:
+    """Of a prompt that evicts, and of all beside windows, they were told of nothing."""
+    driver = driver_of(
+        asynchronous, max_steps_in_flight=max_steps_in_flight, windows=windows
+    )
+
+    def told(prompt: list[int], **more: Any) -> tuple[int, int]:
+        """Return what vLLM answers: tokens from the cache, and newly left there."""
+        name = driver.add(0, 1, prompt=prompt, **more)
+        driver.drain(1000)
+        stats = driver.finished[name].prefill_stats
+        assert stats is not None
+        return stats.num_cached_tokens, stats.num_cache_creation_tokens
+
+    short = PROMPT[1:21]
+    assert told(PROMPT) == (0, LAST)
+    assert told(PROMPT) == (LAST, 0)
+    # goes on to 108 tokens, and leaves a snapshot at 104
+    assert told(PROMPT + [1] * 30) == (LAST, 104 - LAST)
+    # without windows its blocks are found, the last one included
+    assert told(short) == (0, 16 if windows else 20)
+    assert told(PROMPT, cache_salt="another tenant's") == (0, LAST)
+    # all blocks are handed out
+    dead = cache_of(driver).store.num_dead
+    pool = driver.manager.block_pool
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks()))
+    kept = driver.scheduler.kv_cache_manager.estimate_cached_tokens
+    request = Request(
+        request_id="asks",
+        prompt_token_ids=PROMPT,
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
+        cache_salt="another tenant's",
+        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+    )
+    assert kept(request) == 0
+    # nobody has looked for it
+    assert cache_of(driver).store.num_dead == dead
 
 
 def test_metrics_are_what_the_cache_counts() -> None:

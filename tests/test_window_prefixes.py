@@ -193,10 +193,11 @@ def test_blocks_of_windows_are_taken_in_the_order_of_their_last_use() -> None:
     assert num_named == 4 + 1 + 8
     pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - num_named))
     assert hit_of(driver, PROMPT) == LAST
-    # copies go before blocks in windows, so that the first of them tells of all
+    # copies go before blocks in windows, so that the first to go, which is the last of
+    # them behind a hit, tells of all
     taken = pool.get_new_blocks(pool.get_num_free_blocks() - num_named + 1)
     (snapshot,) = cache_of(driver).store._snapshots.values()
-    assert taken[-1] is snapshot.blocks[0]
+    assert taken[-1] is snapshot.blocks[-1]
     assert cache_of(driver).store.num_alive == 0
     pool.free_blocks(taken)
     assert hit_of(driver, PROMPT) == 0

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
+from vllm_roco.kv_cache.cached_tokens import CountingManager
 from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
 from vllm_roco.kv_cache.window_manager import WindowManager
 from vllm_roco.planning_scheduler import PlanningScheduler
@@ -54,6 +55,7 @@ class PrefixScheduler(PlanningScheduler):
                 is_exact=self._is_exact,
             )
             self._manager.share_prefixes(self.prefix_cache)
+            CountingManager.take_over(self.kv_cache_manager, self.prefix_cache)
 
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""

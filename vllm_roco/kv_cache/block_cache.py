@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm_roco.kv_cache.block_events import UNMEASURED_GROUP_ID, ToldBlockPool
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -236,20 +236,46 @@ class BlockCache:
 
         Those that a step should have filled that it no longer takes part in cannot.
         """
-        if self._owners.pop(request_id, None) is None:
+        owner = self._owners.pop(request_id, None)
+        if owner is None:
             return
+        row = list(row)
         ids = {block.block_id for block in row}
         self._private_blocks -= ids
         unwritten = self._fresh_blocks & ids
         if unwritten:
             self._pool.evict_blocks(unwritten)
+        if owner[1]:
+            self._forget_older(row)
+
+    def _forget_older(self, row: Iterable[KVCacheBlock]) -> None:
+        """Let free blocks go of which a row has copies: others begin with these.
+
+        Both would be kept as long as they are found, in the place of other prompts'.
+        """
+        find = self._pool.cached_block_hash_to_block.get_one_block
+        older = [
+            other
+            for block in row
+            if block.block_hash is not None
+            and (other := find(block.block_hash)) is not None
+            and other is not block
+            and not other.ref_cnt
+        ]
+        if older:
+            # without a hash they are the next ones to be handed out
+            self._pool.touch(older)
+            self._pool.evict_blocks({block.block_id for block in older})
+            self._pool.free_blocks(older)
 
     def begin_step(self) -> None:
         """Note that requests are chosen for a step: what is hashed now it will fill."""
         self._is_choosing = True
 
     def end_step(
-        self, rows: Mapping[str, Sequence[KVCacheBlock]]
+        self,
+        rows: Mapping[str, Sequence[KVCacheBlock]],
+        num_in_demand: Callable[[int], int],
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Note that all requests of a step are chosen.
 
@@ -257,6 +283,8 @@ class BlockCache:
 
         Args:
             rows: The block table of each request.
+            num_in_demand: Tells how many free blocks are not to be taken, where so many
+                would be.
 
         Returns:
             Blocks to copy from and to before the step, each with a reference for that.
@@ -265,29 +293,53 @@ class BlockCache:
         self._fresh_blocks.clear()
         self._growing.clear()
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
+        kept: list[KVCacheBlock] = []
         for request_id in self._evicting:
             if request_id in self._owners:
                 request, _ = self._owners[request_id]
                 row = rows[request_id]
                 self._pool.evict_blocks({block.block_id for block in row})
                 self.drop(request_id, row)
-                copies += self._keep_prompt(request, row)
+                copies += self._keep_prompt(request, row, kept, num_in_demand)
         self._evicting.clear()
+        if kept:
+            self._pool.free_blocks(reversed(kept))
         return copies
 
     def _keep_prompt(
-        self, request: Request, row: Sequence[KVCacheBlock]
+        self,
+        request: Request,
+        row: Sequence[KVCacheBlock],
+        kept: list[KVCacheBlock],
+        num_in_demand: Callable[[int], int],
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
-        """Hash copies of blocks of a prompt that nobody else has, as room goes."""
+        """Hash copies of blocks of a prompt that nobody else has, as room goes.
+
+        Args:
+            request: The request.
+            row: Its block table.
+            kept: Gets the blocks that others have, each with a reference: copies made
+                over the first blocks of a prompt would be found by nobody.
+            num_in_demand: As in `end_step`.
+
+        Returns:
+            As `end_step`, the last block of the prompt first: it is free first.
+        """
         hashes = request.block_hashes[: request.num_prompt_tokens // self._block_size]
-        room = self._pool.get_num_free_blocks()
-        gone = [
-            place
-            for place, block_hash in enumerate(hashes)
-            if self._pool.get_cached_block(block_hash, self._group_ids) is None
-        ][:room]
+        gone: list[int] = []
+        there: list[KVCacheBlock] = []
+        for place, block_hash in enumerate(hashes):
+            cached = self._pool.get_cached_block(block_hash, self._group_ids)
+            if cached is None:
+                gone.append(place)
+            else:
+                there += cached
         if not gone:
             return []
+        self._pool.touch(there)
+        kept += there
+        room = self._pool.get_num_free_blocks() - num_in_demand(len(gone))
+        gone = gone[: max(0, room)]
         sources = [row[place] for place in gone]
         targets = self._pool.get_new_blocks(len(gone))
         self._pool.touch(sources)
@@ -304,7 +356,7 @@ class BlockCache:
                 block_size=self._block_size,
                 kv_cache_group_id=self._group_id,
             )
-        return list(zip(sources, targets, strict=True))
+        return [*zip(sources, targets, strict=True)][::-1]
 
     def count_hit(self, num_tokens: int) -> None:
         """Note that a request begins with blocks of so many tokens."""

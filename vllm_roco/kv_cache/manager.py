@@ -168,7 +168,9 @@ class RocoManager(BudgetedManager):
             place for place in range(num_shared, len(row)) if not row[place].is_null
         ]
         copies = self.block_pool.get_new_blocks(len(places))
-        for place, copy in zip(places, copies, strict=True):
+        # the last of the others' blocks is free first, as it is in vLLM: without the
+        # first one nobody finds the others
+        for place, copy in reversed([*zip(places, copies, strict=True)]):
             self._apply_cow(request_id, place, row[place], copy)
         return copies
 

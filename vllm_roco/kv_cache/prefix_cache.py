@@ -15,6 +15,7 @@ too, but blocks that are found one by one would have to be there for all layers.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
@@ -289,6 +290,15 @@ class PrefixCache:
             return length
         return 0
 
+    def longest_snapshot(self, request: Request) -> int:
+        """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
+        places = self._places(request, 0)
+        prefixes = self._keys.keys(request, places)
+        for length, prefix in zip(reversed(places), reversed(prefixes), strict=True):
+            if self.store.has(prefix):
+                return length
+        return 0
+
     def _is_yet_to_come(self, request: Request, awaited: _Prefix) -> bool:
         """Return whether what a request waits for is on its way, and not there."""
         length, prefix = awaited
@@ -372,7 +382,8 @@ class PrefixCache:
         copies, self._copies = self._copies, []
         self._sources.clear()
         self._found = None
-        return copies + self.blocks.end_step(self._rows)
+        in_demand = partial(self.store.num_blocks_in_demand, None)
+        return copies + self.blocks.end_step(self._rows, in_demand)
 
     def _publish(
         self, request: Request, length: int, prefix: BlockHash, *, is_wanted: bool

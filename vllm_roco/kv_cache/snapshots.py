@@ -61,8 +61,8 @@ class Snapshot(NamedTuple):
     def has_ends(self) -> bool:
         """Whether vLLM has handed out neither the first of the blocks nor the last.
 
-        One of the two is the first in vLLM's free queue: the first of copies, and the
-        last of a sequence that has ended. In constant time.
+        One of the two is the first in vLLM's free queue: the first of new copies, the
+        last behind a hit, or of a sequence that has ended. In constant time.
         """
         ends = self.blocks[0], self.blocks[-1]
         return all(block.block_hash == self.name for block in ends)
@@ -113,6 +113,11 @@ class SnapshotStore:
             del self._lost[prefix]
             self.num_dead += 1
         return None
+
+    def has(self, prefix: BlockHash) -> bool:
+        """Return whether there is a whole snapshot of a prefix; not a look-up."""
+        snapshot = self._snapshots.get(prefix)
+        return snapshot is not None and snapshot.is_whole
 
     def may_have(self, prefix: BlockHash) -> bool:
         """Return whether there is a snapshot of a prefix, whole or not."""
@@ -235,8 +240,8 @@ class SnapshotStore:
         snapshots = self._snapshots
         while snapshots:
             prefix, snapshot = next(iter(snapshots.items()))
-            # the first copy is the first of the snapshot in vLLM's free queue: blocks
-            # in windows are freed later, when these have moved on. Without a KV
+            # an end of the copies is the first of the snapshot in vLLM's free queue:
+            # blocks in windows are freed later, when these have moved on. Without a KV
             # connector copies are free as soon as their step is scheduled
             if snapshot.has_ends:
                 return
