@@ -23,6 +23,7 @@ from benchmarks.serving.tables import tables as serving_tables
 REPOSITORY = Path(__file__).parents[1]
 PAGES = (
     *("README.md", "docs/performance.md", "docs/where-the-time-goes.md"),
+    "docs/requests-a-second.md",
     "docs/quality.md",
 )
 PICTURES = {**SERVING_PICTURES, **QUALITY_PICTURES}
