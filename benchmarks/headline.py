@@ -90,7 +90,7 @@ def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterabl
     stock, short = found["short"]
     yield (
         f"* **Memory**: RoCo runs all {short['max_running']:g} requests at once, stock "
-        f"vLLM (FLASH_ATTN) at most {stock['max_running']:g}, with "
+        f"vLLM (FLASH_ATTN) at most {stock['max_running_high']:g}, with "
         f"{stock['preemptions']:g} preemptions ({_requests(short)}, "
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )
