@@ -105,6 +105,8 @@ class BlockCache:
         self._owners: dict[str, _Owner] = {}
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
+        # blocks of their prompts that others have, each with a reference
+        self._kept: list[KVCacheBlock] = []
         self._private_blocks: set[int] = set()
         # whether requests of a step are being chosen; what is hashed between steps has
         # been written
@@ -319,32 +321,37 @@ class BlockCache:
         self._fresh_blocks.clear()
         self._growing.clear()
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
-        kept: list[KVCacheBlock] = []
         for request_id in self._evicting:
             if request_id in self._owners:
                 request, row = self._owners[request_id].request, rows[request_id]
                 self._pool.evict_blocks({block.block_id for block in row})
                 self.drop(request_id, row)
-                copies += self._keep_prompt(request, row, kept, num_in_demand)
+                copies += self._keep_prompt(request, row, num_in_demand)
         self._evicting.clear()
-        if kept:
-            self._pool.free_blocks(reversed(kept))
         return copies
+
+    def release(self) -> None:
+        """Let go of what `end_step` has kept, once vLLM has let go of the copies.
+
+        The copies come behind it in their prompts, and are to be handed out before it.
+        """
+        if self._kept:
+            self._pool.free_blocks(reversed(self._kept))
+            self._kept.clear()
 
     def _keep_prompt(
         self,
         request: Request,
         row: Sequence[KVCacheBlock],
-        kept: list[KVCacheBlock],
         num_in_demand: Callable[[int], int],
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Hash copies of blocks of a prompt that nobody else has, as room goes.
 
+        Not over those that others have: behind these the copies are found.
+
         Args:
             request: The request.
             row: Its block table.
-            kept: Gets the blocks that others have, each with a reference: copies made
-                over the first blocks of a prompt would be found by nobody.
             num_in_demand: As in `end_step`.
 
         Returns:
@@ -362,7 +369,7 @@ class BlockCache:
         if not gone:
             return []
         self._pool.touch(there)
-        kept += there
+        self._kept += there
         room = self._pool.get_num_free_blocks() - num_in_demand(len(gone))
         gone = gone[: max(0, room)]
         sources = [row[place] for place in gone]
