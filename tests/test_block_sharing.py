@@ -156,8 +156,9 @@ def test_copies_do_not_take_what_others_begin_with_again_and_again(room: int) ->
     assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
 
 
+@pytest.mark.parametrize("num_left", [1, 2, 3])
 @pytest.mark.parametrize("num_hit", [0, 8, 20], ids=["copies", "both", "origins"])
-def test_the_last_blocks_of_a_prompt_go_first(num_hit: int) -> None:
+def test_the_last_blocks_of_a_prompt_go_first(num_hit: int, num_left: int) -> None:
     """As in vLLM. The first ones went, without which nobody finds the others."""
     driver = driver_of()
     prompt = PROMPT[:20]
@@ -169,8 +170,8 @@ def test_the_last_blocks_of_a_prompt_go_first(num_hit: int) -> None:
     driver.drain(500)
     assert driver.manager.num_freed_blocks
     pool = driver.manager.block_pool
-    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 2))
-    assert begins_with(driver, [*prompt, 91], 4) == 2 * BLOCK_SIZE
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - num_left))
+    assert begins_with(driver, [*prompt, 91], 4) == num_left * BLOCK_SIZE
 
 
 @pytest.mark.parametrize("end", ["abort", "preempt"])
