@@ -89,8 +89,8 @@ def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterabl
     roco = {name: row for name, (_, row) in found.items()}
     stock, short = found["short"]
     yield (
-        f"* **Memory**: RoCo runs all {short['max_running']:g} requests at once, stock "
-        f"vLLM (FLASH_ATTN) at most {stock['max_running_high']:g}, with "
+        f"* **Memory**: RoCo runs all {short['max_running_low']:g} requests at once, "
+        f"stock vLLM (FLASH_ATTN) at most {stock['max_running_high']:g}, with "
         f"{stock['preemptions']:g} preemptions ({_requests(short)}, "
         f"{100 * short['gpu_memory_utilization']:g} % of an {_gpu(short)}'s memory)."
     )

@@ -7,6 +7,7 @@ sequence evict that holds a block of others.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -155,21 +156,22 @@ def test_copies_do_not_take_what_others_begin_with_again_and_again(room: int) ->
     assert begins_with(driver, [*prompt, 91], 4) == room * BLOCK_SIZE
 
 
-@pytest.mark.parametrize("is_hit", [False, True], ids=["copies", "origins"])
-def test_the_last_blocks_of_a_prompt_go_first(is_hit: bool) -> None:
+@pytest.mark.parametrize("num_left", [1, 2, 3])
+@pytest.mark.parametrize("num_hit", [0, 8, 20], ids=["copies", "both", "origins"])
+def test_the_last_blocks_of_a_prompt_go_first(num_hit: int, num_left: int) -> None:
     """As in vLLM. The first ones went, without which nobody finds the others."""
     driver = driver_of()
     prompt = PROMPT[:20]
-    if is_hit:
-        begins_with(driver, prompt, 4)
+    if num_hit:
+        begins_with(driver, prompt[:num_hit], 4)
         driver.drain(100)
     # what it copies, or leaves copies of, is used last
-    assert begins_with(driver, [*prompt, 90], OPEN) == (20 if is_hit else 0)
+    assert begins_with(driver, [*prompt, 90], OPEN) == num_hit
     driver.drain(500)
     assert driver.manager.num_freed_blocks
     pool = driver.manager.block_pool
-    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 2))
-    assert begins_with(driver, [*prompt, 91], 4) == 2 * BLOCK_SIZE
+    pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - num_left))
+    assert begins_with(driver, [*prompt, 91], 4) == num_left * BLOCK_SIZE
 
 
 @pytest.mark.parametrize("end", ["abort", "preempt"])
@@ -191,6 +193,31 @@ def test_blocks_are_kept_once(end: str) -> None:
         assert len(hashes) == 2 + own + 1
     # what was let go is handed out first
     pool.free_blocks(pool.get_new_blocks(pool.get_num_free_blocks() - 6))
+    assert begins_with(driver, [*HEADER, 99], 4) == 8
+
+
+@pytest.mark.parametrize("max_tokens", [4, OPEN], ids=["sharers", "others"])
+@modes
+def test_blocks_are_kept_once_while_others_hold_them(
+    asynchronous: bool, max_steps_in_flight: int, max_tokens: int
+) -> None:
+    """Each request that ended before these did left one more copy."""
+    driver = driver_of(
+        asynchronous, max_steps_in_flight=max_steps_in_flight, spare_blocks=100
+    )
+    pool = driver.manager.block_pool
+    begins_with(driver, [*HEADER, 90], OPEN)
+    for own in (91, 92):
+        # the next one copies while this one ends
+        begins_with(driver, [*HEADER, own, 1], max_tokens)
+        begins_with(driver, [*HEADER, own, 2], max_tokens)
+        for request_id in [*driver.scheduler.requests][1:]:
+            driver.abort(request_id)
+        found = Counter(block.block_hash for block in pool.blocks if block.block_hash)
+        assert set(found.values()) == {1}
+    assert not driver.manager.num_freed_blocks
+    driver.drain(500)
+    # whoever held them has left them
     assert begins_with(driver, [*HEADER, 99], 4) == 8
 
 

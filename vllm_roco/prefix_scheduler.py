@@ -112,7 +112,11 @@ class PrefixScheduler(PlanningScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule as vLLM does, with a new count of who is left waiting."""
         self._num_left_waiting = 0
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        if self.prefix_cache is not None:
+            # vLLM frees the ends of a step's copies as it makes its output
+            self.prefix_cache.blocks.release()
+        return output
 
     @override
     def _handle_blocked_waiting_request(self, request: Request) -> bool:

@@ -50,7 +50,7 @@ def comparisons(rows: pd.DataFrame) -> pd.DataFrame:
 def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the same of rows of `prefixes.csv`."""
     uncached = rows["side"].map({"roco-uncached": ", no prefix caching"}).fillna("")
-    chunk = rows["chunk"].map(lambda chunk: f", chunk {chunk:g}", na_action="ignore")
+    chunk = ", chunk " + rows["chunk"].astype("string")
     # the default of these budgets
     chunk = chunk.where(rows["chunk"] != rows["budget"].clip(upper=1024), "")
     hits = ", " + rows["prefix_hits"] + " hits"

@@ -61,7 +61,8 @@ def tables(results: Path) -> dict[str, str]:
 
 def serving(served: pd.DataFrame) -> dict[str, str]:
     """Return the table of each workload, and the one for a front page."""
-    found = comparisons(served)
+    if (found := comparisons(served)).empty:
+        return {}
     sizes = (found["kv_cache_bytes"] / 2**30).map("{:.2f} GiB KV".format)
     shares = found["gpu_memory_utilization"].astype(str) + _of_other_gpus(found)
     found["memory"] = sizes.where(found["kv_cache_bytes"].notna(), shares)
@@ -143,7 +144,8 @@ def prefill(measured: pd.DataFrame) -> str:
 
 def prefixes(measured: pd.DataFrame) -> str:
     """Return the table of what prefixes that requests share come to."""
-    found = prefix_comparisons(measured)
+    if (found := prefix_comparisons(measured)).empty:
+        return UNMEASURED
     warm = found["warm"].map({"yes": ", read before", "no": ""})
     found = found.assign(requests=found["workload"] + warm, spread=_spread(found))
     columns = {

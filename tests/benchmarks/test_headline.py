@@ -51,3 +51,16 @@ def test_the_newest_rows_count_beside_their_own_baseline(results: Path) -> None:
     ample = "1.50 times where memory is ample and nothing is evicted (B200)"
     assert ample in headline(results)
     assert ample not in headline(RESULTS)
+
+
+def test_the_most_that_ran_is_the_most_of_any_round(results: Path) -> None:
+    """It was the median of the rounds."""
+    served = read(results / "serving.csv")
+    work = {"workload": "r-kv-stress", "round": 1, "gpu_memory_utilization": 0.17}
+    stock = matching(served, **work, backend="FLASH_ATTN", kv_cache_dtype="auto")
+    served.loc[stock.index, "max_running"] = 199
+    roco = matching(served, **work, policy="roco", kv_cache_dtype="auto")
+    served.loc[roco.index, "max_running"] = 222
+    write(results / "serving.csv", served)
+    told = "RoCo runs all 222 requests at once, stock vLLM (FLASH_ATTN) at most 199,"
+    assert told in headline(results)

@@ -11,6 +11,7 @@ import pytest
 from vllm.benchmarks import serve, throughput
 from vllm.engine.arg_utils import EngineArgs
 
+from benchmarks.markdown import UNMEASURED
 from benchmarks.rows import read, write
 from benchmarks.serving import prefix_client, prefixes
 from benchmarks.serving.comparisons import prefix_comparisons
@@ -155,6 +156,13 @@ def test_report(tmp_path: Path) -> None:
     assert "| chat | FLASH_ATTN | 100 | 1.000 | 10 | 20 | 90.0% | 0 | 2 |" in page
     assert "| roco, budget 2048 | 150 | 1.50 (1.50 to 1.51) |" in page
     assert "caching | 25 | 0.25 (0.24 to 0.26) | 10 | 20 | | 0 | 2 |" in page
+
+
+@pytest.mark.parametrize("side", ["stock", "roco"])
+def test_without_both_sides_there_is_no_table(tmp_path: Path, side: str) -> None:
+    """There was an error instead."""
+    write(tmp_path / "prefixes.csv", rows("new", **{side: 101}))
+    assert tables(tmp_path)["prefixes"] == UNMEASURED
 
 
 def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:

@@ -161,6 +161,20 @@ def test_rounds_show_their_median_and_extremes_and_not_the_best(tmp_path: Path) 
     assert "roco | 108 | 1.20 (0.99 to 1.30) | 10 |" in text
 
 
+@pytest.mark.parametrize("sides", [("stock",), ("roco",), ("stock", "roco")])
+def test_without_a_round_of_both_sides_there_is_no_table(
+    tmp_path: Path, sides: tuple[str, ...]
+) -> None:
+    """As when a run is cut short. There was an error instead."""
+    rows = [
+        row
+        for number, side in enumerate(sides, start=1)
+        for row in served("no-pressure", "a", number, **{side: 100})
+    ]
+    write(tmp_path / "serving.csv", rows)
+    assert tables(tmp_path)["no-pressure"] == UNMEASURED
+
+
 def test_engines_of_fewer_rounds_say_so(tmp_path: Path) -> None:
     rows = served("no-pressure", "a", 1, stock=100, recent=110, roco=120)
     rows += served("no-pressure", "a", 2, stock=100, roco=140)

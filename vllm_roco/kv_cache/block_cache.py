@@ -19,6 +19,7 @@ alone.
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_roco.kv_cache.block_events import UNMEASURED_GROUP_ID, ToldBlockPool
@@ -47,6 +48,20 @@ class Found(NamedTuple):
     blocks: list[KVCacheBlock]
     num_shared: int
     grows: bool
+
+
+class _Owner(NamedTuple):
+    """A request whose blocks are hashed.
+
+    Attributes:
+        request: The request.
+        is_private: Whether it may evict, so that nobody may share its blocks.
+        has_copies: Whether it began with copies of others' blocks.
+    """
+
+    request: Request
+    is_private: bool
+    has_copies: bool
 
 
 class BlockCache:
@@ -87,10 +102,11 @@ class BlockCache:
         self._plans = plans
         self.is_used = is_used
         self._serves_all = serves_all
-        # requests whose blocks are hashed, and whether these are private
-        self._owners: dict[str, tuple[Request, bool]] = {}
+        self._owners: dict[str, _Owner] = {}
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
+        # blocks of their prompts that others have, each with a reference
+        self._kept: list[KVCacheBlock] = []
         self._private_blocks: set[int] = set()
         # whether requests of a step are being chosen; what is hashed between steps has
         # been written
@@ -119,9 +135,15 @@ class BlockCache:
             request.num_tokens > request.num_prompt_tokens and self._may_evict(request)
         )
 
-    def begin(self, request: Request) -> None:
-        """Note that a request is let in, whose blocks are to be found by others."""
-        self._owners[request.request_id] = request, self._may_evict(request)
+    def begin(self, request: Request, *, has_copies: bool = False) -> None:
+        """Note that a request is let in, whose blocks are to be found by others.
+
+        Args:
+            request: The request.
+            has_copies: Whether it begins with copies of others' blocks.
+        """
+        is_private = self._may_evict(request)
+        self._owners[request.request_id] = _Owner(request, is_private, has_copies)
 
     def group_of(self, request: Request) -> int:
         """Return the number under which blocks of a request are hashed."""
@@ -136,7 +158,7 @@ class BlockCache:
     def is_sharer(self, request_id: str) -> bool:
         """Return whether a request may hold the same blocks as others."""
         owner = self._owners.get(request_id)
-        return owner is not None and not owner[1]
+        return owner is not None and not owner.is_private
 
     def find(self, request: Request, max_tokens: int | None = None) -> Found:
         """Return the blocks that a request may begin with.
@@ -213,7 +235,7 @@ class BlockCache:
         ids = [block.block_id for block in blocks]
         if self._is_choosing:
             self._fresh_blocks.update(ids)
-        if self._owners[request_id][1]:
+        if self._owners[request_id].is_private:
             self._private_blocks.update(ids)
 
     def withdraw(self, request_id: str) -> None:
@@ -245,28 +267,34 @@ class BlockCache:
         unwritten = self._fresh_blocks & ids
         if unwritten:
             self._pool.evict_blocks(unwritten)
-        if owner[1]:
-            self._forget_older(row)
+        # who shares all that it began with has nothing that others have, too
+        if owner.is_private or owner.has_copies:
+            self._keep_once(row)
 
-    def _forget_older(self, row: Iterable[KVCacheBlock]) -> None:
-        """Let free blocks go of which a row has copies: others begin with these.
+    def _keep_once(self, row: Iterable[KVCacheBlock]) -> None:
+        """Let go of what is found twice: in a row that ends, and in older blocks.
 
         Both would be kept as long as they are found, in the place of other prompts'.
+        Older blocks stay if somebody holds them, who leaves them or copies of them;
+        otherwise those of the row do, with which others begin.
         """
         find = self._pool.cached_block_hash_to_block.get_one_block
-        older = [
-            other
-            for block in row
-            if block.block_hash is not None
-            and (other := find(block.block_hash)) is not None
-            and other is not block
-            and not other.ref_cnt
-        ]
-        if older:
-            # without a hash they are the next ones to be handed out
-            self._pool.touch(older)
-            self._pool.evict_blocks({block.block_id for block in older})
-            self._pool.free_blocks(older)
+        spare: list[KVCacheBlock] = []
+        older: list[KVCacheBlock] = []
+        for block in row:
+            if block.block_hash is None:
+                continue
+            other = find(block.block_hash)
+            if other is None or other is block:
+                continue
+            if other.ref_cnt:
+                spare.append(block)
+            else:
+                older.append(other)
+        # without a hash they are the next ones to be handed out
+        self._pool.touch(older)
+        self._pool.evict_blocks({block.block_id for block in chain(spare, older)})
+        self._pool.free_blocks(older)
 
     def begin_step(self) -> None:
         """Note that requests are chosen for a step: what is hashed now it will fill."""
@@ -293,33 +321,37 @@ class BlockCache:
         self._fresh_blocks.clear()
         self._growing.clear()
         copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
-        kept: list[KVCacheBlock] = []
         for request_id in self._evicting:
             if request_id in self._owners:
-                request, _ = self._owners[request_id]
-                row = rows[request_id]
+                request, row = self._owners[request_id].request, rows[request_id]
                 self._pool.evict_blocks({block.block_id for block in row})
                 self.drop(request_id, row)
-                copies += self._keep_prompt(request, row, kept, num_in_demand)
+                copies += self._keep_prompt(request, row, num_in_demand)
         self._evicting.clear()
-        if kept:
-            self._pool.free_blocks(reversed(kept))
         return copies
+
+    def release(self) -> None:
+        """Let go of what `end_step` has kept, once vLLM has let go of the copies.
+
+        The copies come behind it in their prompts, and are to be handed out before it.
+        """
+        if self._kept:
+            self._pool.free_blocks(reversed(self._kept))
+            self._kept.clear()
 
     def _keep_prompt(
         self,
         request: Request,
         row: Sequence[KVCacheBlock],
-        kept: list[KVCacheBlock],
         num_in_demand: Callable[[int], int],
     ) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """Hash copies of blocks of a prompt that nobody else has, as room goes.
 
+        Not over those that others have: behind these the copies are found.
+
         Args:
             request: The request.
             row: Its block table.
-            kept: Gets the blocks that others have, each with a reference: copies made
-                over the first blocks of a prompt would be found by nobody.
             num_in_demand: As in `end_step`.
 
         Returns:
@@ -337,7 +369,7 @@ class BlockCache:
         if not gone:
             return []
         self._pool.touch(there)
-        kept += there
+        self._kept += there
         room = self._pool.get_num_free_blocks() - num_in_demand(len(gone))
         gone = gone[: max(0, room)]
         sources = [row[place] for place in gone]

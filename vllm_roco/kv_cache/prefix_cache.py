@@ -214,7 +214,8 @@ class PrefixCache:
                 is_again = request.num_preemptions > 0
                 self.store.count_hit(hit.snapshot, start, is_again=is_again)
         if self.blocks.serves(request):
-            self.blocks.begin(request)
+            has_copies = hit is not None and hit.num_shared < len(hit.row)
+            self.blocks.begin(request, has_copies=has_copies)
             return
         places = self._places(request, start)
         if places:
