@@ -120,7 +120,7 @@ def test_copies_are_left_as_far_as_room_goes(room: int, expected: int) -> None:
 
 @pytest.mark.parametrize("room", [2, 3, 4, 5])
 def test_copies_do_not_take_the_blocks_before_them(room: int) -> None:
-    """They were made over the first blocks of that very prompt: nobody found any."""
+    """Made over the first blocks of that very prompt, nobody would find any."""
     driver = driver_of()
     prompt = PROMPT[:20]
     begins_with(driver, prompt[:8], 4)
@@ -137,7 +137,7 @@ def test_copies_do_not_take_the_blocks_before_them(room: int) -> None:
 
 @pytest.mark.parametrize("room", [0, 2])
 def test_copies_do_not_take_what_others_begin_with_again_and_again(room: int) -> None:
-    """They were made over a snapshot in demand, which nobody is let in on."""
+    """A snapshot in demand, on whose blocks nobody is let in either."""
     driver = driver_of(spare_blocks=20)
     for begun in (0, LAST, LAST):
         assert hit_of(driver, PROMPT) == begun
@@ -159,7 +159,7 @@ def test_copies_do_not_take_what_others_begin_with_again_and_again(room: int) ->
 @pytest.mark.parametrize("num_left", [1, 2, 3])
 @pytest.mark.parametrize("num_hit", [0, 8, 20], ids=["copies", "both", "origins"])
 def test_the_last_blocks_of_a_prompt_go_first(num_hit: int, num_left: int) -> None:
-    """As in vLLM. The first ones went, without which nobody finds the others."""
+    """As in vLLM: without the first ones nobody finds the others."""
     driver = driver_of()
     prompt = PROMPT[:20]
     if num_hit:
@@ -176,7 +176,7 @@ def test_the_last_blocks_of_a_prompt_go_first(num_hit: int, num_left: int) -> No
 
 @pytest.mark.parametrize("end", ["abort", "preempt"])
 def test_blocks_are_kept_once(end: str) -> None:
-    """Each request left a copy of what it had begun with, in the place of others'."""
+    """A copy of what a request has begun with would stand in the place of others'."""
     driver = driver_of()
     pool = driver.manager.block_pool
     for own in range(4):
@@ -201,7 +201,7 @@ def test_blocks_are_kept_once(end: str) -> None:
 def test_blocks_are_kept_once_while_others_hold_them(
     asynchronous: bool, max_steps_in_flight: int, max_tokens: int
 ) -> None:
-    """Each request that ended before these did left one more copy."""
+    """Else each request that ends before these do leaves one more copy."""
     driver = driver_of(
         asynchronous, max_steps_in_flight=max_steps_in_flight, spare_blocks=100
     )

@@ -97,16 +97,14 @@ def _over_rounds(
 ) -> pd.DataFrame:
     """Return a row for each engine: medians of its rounds, and their extremes."""
     rounds = found.groupby(same, sort=False)
-    result = found.drop_duplicates(same).drop(columns=[*figures, "round"])
-    parts = {
-        "": rounds[figures].median(),
-        "_low": rounds[figures].min(),
-        "_high": rounds[figures].max(),
-    }
-    for end, part in parts.items():
-        named = part.rename(columns={name: f"{name}{end}" for name in figures})
-        result = result.merge(named.reset_index(), on=same)
-    return result.merge(rounds.size().rename("rounds").reset_index(), on=same)
+    over_rounds = [
+        rounds[figures].median(),
+        rounds[figures].min().add_suffix("_low"),
+        rounds[figures].max().add_suffix("_high"),
+        rounds.size().rename("rounds"),
+    ]
+    rest = found.drop_duplicates(same).drop(columns=[*figures, "round"])
+    return rest.merge(pd.concat(over_rounds, axis=1).reset_index(), on=same)
 
 
 def other_shield(shield: str) -> str:

@@ -31,12 +31,17 @@ TABLE = Table(
 )
 
 
-def runs(chunks: Sequence[int]) -> list[Run]:
-    """Return stock vLLM's, then prompts below the budget, then one far above it."""
+def runs(chunks: Sequence[int], number: int = 1) -> list[Run]:
+    """Return stock vLLM's, then prompts below the budget, then one far above it.
+
+    Args:
+        chunks: Of the prompt far above the budget.
+        number: Of the round.
+    """
 
     def run(requests: Requests, roco: RocoConfig | None = None) -> Run:
         engine = Engine(model=MODEL, batches=(SHORT, LONG), roco=roco)
-        return Run("prefill", requests, engine)
+        return Run("prefill", requests, engine, number)
 
     return [
         run(SHORT),
@@ -46,9 +51,9 @@ def runs(chunks: Sequence[int]) -> list[Run]:
     ]
 
 
-def columns(run: Run, number: int) -> dict[str, object]:
+def columns(run: Run) -> dict[str, object]:
     """Return the columns of `prefill.csv` that tell a run from others."""
-    return {**run.columns, "batch": run.requests.count, "round": number}
+    return {**run.columns, "batch": run.requests.count}
 
 
 def measure(run: Run, common: Sequence[str]) -> dict[str, object]:
@@ -67,7 +72,7 @@ def measure(run: Run, common: Sequence[str]) -> dict[str, object]:
 def jobs(chunks: Sequence[int], rounds: int, common: Sequence[str]) -> list[Job]:
     """Return every run once a round: a drift of the clock meets all of them."""
     return [
-        [(columns(run, number), partial(measure, run, common)) for run in group]
+        [(columns(run), partial(measure, run, common)) for run in group]
         for number in range(1, rounds + 1)
-        for _, group in groupby(runs(chunks), key=lambda run: run.engine)
+        for _, group in groupby(runs(chunks, number), key=lambda run: run.engine)
     ]

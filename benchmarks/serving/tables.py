@@ -95,12 +95,11 @@ def _workload(rows: pd.DataFrame) -> str:
 
 def _spread(found: pd.DataFrame) -> pd.Series[str]:
     """Return the ratios as text, with their extremes where there are several."""
-    alone = found["ratio"].map("{:.3f}".format)
-    several = found["ratio"].map("{:.2f}".format)
-    for end, between in (("low", " ("), ("high", " to ")):
-        several = several + between + found[f"ratio_{end}"].map("{:.2f}".format)
-    is_alone = (found["rounds"] == 1) | (found["rank"] == 0)
-    return alone.where(is_alone, several + ")")
+    alone, several = (
+        pd.Series(texts(found, cell), found.index, dtype="string")
+        for cell in ("{ratio:.3f}", "{ratio:.2f} ({ratio_low:.2f} to {ratio_high:.2f})")
+    )
+    return alone.where((found["rounds"] == 1) | (found["rank"] == 0), several)
 
 
 def _of_other_gpus(found: pd.DataFrame) -> pd.Series[str]:

@@ -160,7 +160,7 @@ def test_report(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["stock", "roco"])
 def test_without_both_sides_there_is_no_table(tmp_path: Path, side: str) -> None:
-    """There was an error instead."""
+    """As when a run is cut short."""
     write(tmp_path / "prefixes.csv", rows("new", **{side: 101}))
     assert tables(tmp_path)["prefixes"] == UNMEASURED
 

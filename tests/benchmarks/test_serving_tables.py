@@ -78,18 +78,17 @@ def test_report(tmp_path: Path) -> None:
     rows += served("r-kv-stress", "abc", **{"stock-fp8": 120, "roco-fp8": 160})
     write(tmp_path / "serving.csv", rows)
     times = {"iterations": 5, "ttft_low_ms": 9, "ttft_high_ms": 31}
-    cases = prefill.runs([512, 1024])
     write(
         tmp_path / "prefill.csv",
         [
             {
                 **{column: "x" for column in MACHINE},
-                **prefill.columns(run, number),
+                **prefill.columns(run),
                 **times,
                 "ttft_ms": 10 * number * (3 if run.engine.roco else 2),
             }
-            for run in cases
             for number in (1, 2)
+            for run in prefill.runs([512, 1024], number)
         ],
     )
     found = tables(tmp_path)
@@ -118,7 +117,7 @@ def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
         [
             {
                 **{column: "x" for column in MACHINE},
-                **(prefill.columns(run, 1) | shield),
+                **(prefill.columns(run) | shield),
                 **times,
                 "ttft_ms": 10,
             }
@@ -165,7 +164,7 @@ def test_rounds_show_their_median_and_extremes_and_not_the_best(tmp_path: Path) 
 def test_without_a_round_of_both_sides_there_is_no_table(
     tmp_path: Path, sides: tuple[str, ...]
 ) -> None:
-    """As when a run is cut short. There was an error instead."""
+    """As when a run is cut short."""
     rows = [
         row
         for number, side in enumerate(sides, start=1)

@@ -293,10 +293,8 @@ class PrefixCache:
 
     def longest_snapshot(self, request: Request) -> int:
         """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
-        places = self._places(request, 0)
-        prefixes = self._keys.keys(request, places)
-        for length, prefix in zip(reversed(places), reversed(prefixes), strict=True):
-            if self.store.has(prefix):
+        for length in reversed(self._places(request, 0)):
+            if self.store.has(self._keys.key(request, length)):
                 return length
         return 0
 
