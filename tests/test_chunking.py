@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_roco.chunking import next_step_ends
+from vllm_roco.chunking import ChunkEnds, next_step_ends
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 SCHEDULE = EvictionSchedule(block_size=16, budget=64, stride=32)
@@ -35,7 +35,7 @@ shapes = st.builds(
 def read(
     prompt: int,
     known: int,
-    chunk: int,
+    chunks: ChunkEnds,
     schedule: EvictionSchedule,
     room: Callable[[int, int], int] = max,
 ) -> list[int]:
@@ -44,13 +44,13 @@ def read(
     Args:
         prompt: Tokens of the prompt.
         known: All known tokens.
-        chunk: The option.
+        chunks: Where those of the prompt end.
         schedule: The eviction arithmetic.
         room: Chooses between the least and the greatest end of a step.
     """
     ends = [0]
     while ends[-1] < known:
-        ends.append(room(*next_step_ends(ends[-1], prompt, known, chunk, schedule)))
+        ends.append(room(*next_step_ends(ends[-1], prompt, known, chunks, schedule)))
     return ends
 
 
@@ -80,7 +80,7 @@ def evictions(ends: list[int], schedule: EvictionSchedule) -> list[tuple[int, in
 def test_worked_examples(
     computed: int, prompt: int, known: int, chunk: int, end: int
 ) -> None:
-    ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
+    ends = next_step_ends(computed, prompt, known, ChunkEnds(chunk), SCHEDULE)
     assert ends == (end, end)
 
 
@@ -98,15 +98,15 @@ def test_worked_examples(
 def test_while_nothing_is_evicted_a_step_may_end_later(
     computed: int, prompt: int, known: int, chunk: int, least: int, most: int
 ) -> None:
-    ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
+    ends = next_step_ends(computed, prompt, known, ChunkEnds(chunk), SCHEDULE)
     assert ends == (least, most)
 
 
 def test_who_never_evicts_may_be_read_at_once() -> None:
     """A prompt that was kept whole was read in chunks all the same."""
     schedule = EvictionSchedule(block_size=16, budget=64, stride=32, until=0)
-    assert next_step_ends(0, 5000, 5000, 64, schedule) == (64, 5000)
-    assert next_step_ends(4990, 5000, 5000, 64, schedule) == (4992, 5000)
+    assert next_step_ends(0, 5000, 5000, ChunkEnds(64), schedule) == (64, 5000)
+    assert next_step_ends(4990, 5000, 5000, ChunkEnds(64), schedule) == (4992, 5000)
 
 
 @given(shapes, st.integers(1, 500), st.integers(0, 300))
@@ -115,7 +115,7 @@ def test_every_step_gets_ahead_by_a_chunk_at_most(
 ) -> None:
     """But for those before the first eviction."""
     schedule, chunk = shape
-    ends = read(prompt, prompt + outputs, chunk, schedule)
+    ends = read(prompt, prompt + outputs, ChunkEnds(chunk), schedule)
     assert ends[-1] == prompt + outputs
     for before, after in pairwise(ends):
         assert after - before > 0
@@ -127,7 +127,7 @@ def test_prompt_steps_end_at_multiples_whatever_was_generated(
     shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
 ) -> None:
     schedule, chunk = shape
-    ends = read(prompt, prompt + outputs, chunk, schedule)
+    ends = read(prompt, prompt + outputs, ChunkEnds(chunk), schedule)
     expected = [*range(chunk, prompt, chunk), prompt]
     evicting = [end for end in expected if schedule.evicted_blocks(end)]
     assert [end for end in ends if end <= prompt and end in evicting] == evicting
@@ -141,7 +141,7 @@ def test_a_prompt_takes_no_less_than_a_chunk(
 ) -> None:
     """Else short prompts could for ever take what a whole chunk is waiting for."""
     schedule, chunk = shape
-    ends = read(prompt, prompt, chunk, schedule, room=min)
+    ends = read(prompt, prompt, ChunkEnds(chunk), schedule, room=min)
     places = {*range(0, prompt, chunk), schedule.max_live_tokens(), prompt}
     assert places.issuperset(ends)
     short = [after - before for before, after in pairwise(ends)]
@@ -159,8 +159,8 @@ def test_how_much_room_a_step_has_changes_no_eviction(
 ) -> None:
     schedule, chunk = shape
     known = prompt + outputs
-    ends = read(prompt, known, chunk, schedule)
-    crowded = read(prompt, known, chunk, schedule, room=random.randint)
+    ends = read(prompt, known, ChunkEnds(chunk), schedule)
+    crowded = read(prompt, known, ChunkEnds(chunk), schedule, room=random.randint)
     assert evictions(crowded, schedule) == evictions(ends, schedule)
 
 
@@ -169,7 +169,7 @@ def test_no_step_behind_the_prompt_jumps_over_an_eviction(
     shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
 ) -> None:
     schedule, chunk = shape
-    ends = read(prompt, prompt + outputs, chunk, schedule)
+    ends = read(prompt, prompt + outputs, ChunkEnds(chunk), schedule)
     for before, after in pairwise(ends):
         if before >= prompt:
             assert schedule.next_eviction(before) >= after
@@ -193,7 +193,7 @@ def test_a_resumed_request_evicts_where_the_first_run_did(
 
     def run(known: int) -> list[int]:
         # what is known in chunks, the rest token by token
-        ends = read(prompt, known, chunk, schedule)
+        ends = read(prompt, known, ChunkEnds(chunk), schedule)
         return ends + list(range(known + 1, total + 1))
 
     expected = evictions(run(prompt), schedule)

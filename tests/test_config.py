@@ -39,6 +39,7 @@ def test_every_option_is_read() -> None:
         "stride": 64,
         "chunk": 128,
         "prefill_tokens": 1024,
+        "turn_ends": (2, 7),
         "prefix_hits": "longest",
         "sink": 32,
         "recent": 48,

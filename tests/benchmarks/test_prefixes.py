@@ -34,8 +34,8 @@ FEW = PrefixWorkload(
     num_requests=5,
     num_prefixes=2,
     num_turns=3,
-    prefix_len=8,
-    suffix_len=4,
+    prefix_len=12,
+    suffix_len=8,
     output_len=2,
 )
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_roco.chunking import TURNS_PER_CHUNK, ChunkEnds
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.earlier_turns import EarlierTurns
 from vllm_roco.kv_cache.prefix_keys import PrefixKeys
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from vllm_roco.request_plans import RequestPlans
 
 
-PLACES_PER_CHUNK = 4
+PLACES_PER_CHUNK = TURNS_PER_CHUNK
 """Most places in a server's chunk where prompts can be cut, however small their own.
 
 Each look-up goes through a prompt's places.
@@ -424,18 +425,19 @@ class PrefixCache:
         # the last place for a prompt that goes on, and for the same one once more:
         # its last token must be read to go on from
         return (
-            length + self._distance(request) >= request.num_prompt_tokens
+            self._ends(request).following(length) >= request.num_prompt_tokens
             or self._shared.part_at(prefix)
             or self._readers.is_wanted(prefix)
         )
 
-    def _places(self, request: Request, start: int) -> range:
+    def _places(self, request: Request, start: int) -> Sequence[int]:
         """Return the lengths of a prompt behind `start` where it can be cut."""
-        distance = self._distance(request)
         most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
-        return range((start // distance + 1) * distance, most + 1, distance)
+        return self._ends(request).between(start, most)
 
-    def _hit_places(self, request: Request, max_tokens: int | None = None) -> range:
+    def _hit_places(
+        self, request: Request, max_tokens: int | None = None
+    ) -> Sequence[int]:
         # generated tokens were read one by one, the first time
         most = min(
             request.num_prompt_tokens,
@@ -444,11 +446,13 @@ class PrefixCache:
         )
         if max_tokens is not None:
             most = min(most, max_tokens)
-        distance = self._distance(request)
-        return range(distance, most + 1, distance)
+        return self._ends(request).between(0, most)
 
-    def _distance(self, request: Request) -> int:
-        """Return the tokens from one place of a prompt to the next: whole chunks."""
-        chunk = self._plans.of(request.request_id).chunk
+    def _ends(self, request: Request) -> ChunkEnds:
+        """Return the places of a prompt: ends of its chunks, not too many of them."""
+        plan = self._plans.of(request.request_id)
         least = self._plans.default.chunk // PLACES_PER_CHUNK
-        return chunk * max(1, -(-least // chunk))
+        if plan.chunk >= least:
+            return plan.ends
+        # such small ones end at no turn's end
+        return ChunkEnds(plan.chunk * -(-least // plan.chunk))
