@@ -102,6 +102,101 @@ def test_while_nothing_is_evicted_a_step_may_end_later(
     assert ends == (least, most)
 
 
+SIZE, CHUNK, LEAST, END = 4, 32, 8, 7
+
+
+def text_with_turns(length: int, *turns: int) -> list[int]:
+    """Return tokens of which those before these lengths end a turn."""
+    return [END if place + 1 in turns else 1 for place in range(length)]
+
+
+def ends_of(tokens: list[int], chunk: int = CHUNK) -> list[int]:
+    ends = ChunkEnds.of(tokens, {END}, chunk, LEAST, SIZE)
+    return [*ends.between(0, len(tokens))]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        pytest.param((), [32, 64, 96], id="no turns"),
+        pytest.param((20,), [20, 52, 84], id="multiples count from a turn's end"),
+        pytest.param((23,), [20, 52, 84], id="up to the last full block"),
+        pytest.param((7,), [32, 64, 96], id="too short a chunk"),
+        pytest.param((8, 12, 16), [8, 16, 48, 80], id="not each of many"),
+        pytest.param((32,), [32, 64, 96], id="where a chunk ends anyhow"),
+        pytest.param((70,), [32, 64, 96], id="too near to a chunk's end"),
+        pytest.param((75,), [32, 64, 72], id="within a later chunk"),
+        pytest.param((20, 99), [20, 52, 84, 96], id="the last token's block"),
+    ],
+)
+def test_chunks_end_where_turns_do(turns: tuple[int, ...], expected: list[int]) -> None:
+    assert ends_of(text_with_turns(100, *turns)) == expected
+
+
+def test_small_chunks_end_at_multiples_alone() -> None:
+    """There is little behind them that a next turn would read again."""
+    text = text_with_turns(40, 10, 21, 35)
+    assert ends_of(text, chunk=LEAST) == [8, 16, 24, 32, 40]
+
+
+texts = st.lists(st.sampled_from([1, 2, 3, END]), min_size=1, max_size=300)
+
+
+@given(texts, st.lists(st.sampled_from([1, END]), max_size=100), st.integers(1, 9))
+def test_a_prompt_that_goes_on_has_the_same_ends(
+    prompt: list[int], more: list[int], blocks: int
+) -> None:
+    """But for one that a turn's end behind the prompt makes of its last full block."""
+    chunk = blocks * SIZE
+    ends, longer = ends_of(prompt, chunk), ends_of([*prompt, *more], chunk)
+    shared = [end for end in longer if end + SIZE <= len(prompt)]
+    assert ends[: len(shared)] == shared
+    assert all(end + SIZE > len(prompt) for end in ends[len(shared) :])
+    # nothing is lost: where the first prompt ends in a turn's end, the longer one does
+    turns = [end for end in ends if END in prompt[end - 1 : end + SIZE - 1]]
+    assert set(turns) <= set(longer)
+
+
+@given(texts, st.integers(1, 9))
+def test_chunks_of_turns_are_neither_too_long_nor_too_short(
+    prompt: list[int], blocks: int
+) -> None:
+    chunk = blocks * SIZE
+    for before, after in pairwise([0, *ends_of(prompt, chunk)]):
+        assert min(chunk, LEAST) <= after - before <= chunk
+        assert after % SIZE == 0
+
+
+@given(texts, st.integers(0, 320), st.integers(0, 320), st.integers(1, 9))
+def test_ends_are_found_from_any_length(
+    prompt: list[int], start: int, most: int, blocks: int
+) -> None:
+    ends = ChunkEnds.of(prompt, {END}, blocks * SIZE, LEAST, SIZE)
+    every = [*ends.between(0, 400)]
+    assert [*ends.between(start, most)] == [e for e in every if start < e <= most]
+    assert ends.following(start) == next(end for end in every if end > start)
+    assert ends.within(start) == max([0, *(end for end in every if end <= start)])
+
+
+@given(texts, shapes, st.integers(0, 100), st.randoms(use_true_random=False))
+def test_turns_change_no_eviction_for_others(
+    prompt: list[int],
+    shape: tuple[EvictionSchedule, int],
+    outputs: int,
+    random: Random,
+) -> None:
+    """Blocks go at ends of chunks, at the prompt's, or where `E` grows behind it."""
+    schedule, chunk = shape
+    size = schedule.block_size
+    ends = ChunkEnds.of(prompt, {END}, chunk, max(size, chunk // 4), size)
+    known = len(prompt) + outputs
+    alone = read(len(prompt), known, ends, schedule)
+    crowded = read(len(prompt), known, ends, schedule, room=random.randint)
+    assert evictions(crowded, schedule) == evictions(alone, schedule)
+    places = {*ends.between(0, len(prompt)), *range(len(prompt), known + 1)}
+    assert {length for length, _ in evictions(alone, schedule)} <= places
+
+
 def test_who_never_evicts_may_be_read_at_once() -> None:
     """A prompt that was kept whole was read in chunks all the same."""
     schedule = EvictionSchedule(block_size=16, budget=64, stride=32, until=0)
