@@ -133,6 +133,13 @@ MUTANTS = (
         ("tests/test_chunking.py",),
     ),
     Mutant(
+        "a turn ends a chunk of any length",
+        "chunking.py",
+        "if length - last - full * chunk < least:",
+        "if length - last - full * chunk < 0:",
+        ("tests/test_chunking.py",),
+    ),
+    Mutant(
         "a prefix is hit that was read with other options",
         "request_plans.py",
         "return _KEY.pack(*fields.values(), plan.chunk)",
