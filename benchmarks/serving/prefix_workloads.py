@@ -264,8 +264,8 @@ def text(
     size = workload.num_prefixes, workload.prefix_len
     prefixes = random.integers(*TOKEN_IDS, size).tolist()
     requests = range(workload.num_requests)
-    size = workload.num_turns, workload.num_requests, workload.suffix_len
-    turns = random.integers(*TOKEN_IDS, size).tolist()
+    each = workload.num_turns, workload.num_requests, workload.suffix_len
+    turns = random.integers(*TOKEN_IDS, each).tolist()
     if workload.num_turns > 1:
         end = _end_token(workload)
         for prefix in prefixes:
