@@ -7,13 +7,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
+from pytest import MonkeyPatch
 from vllm.config import ModelConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.request import Request
 
 from benchmarks.serving.engines import MODELS
-from tests.scheduler_driver import Driver, Setup
+from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.config import RocoConfig
 from vllm_roco.turn_ends import turn_ends
 
@@ -87,6 +94,66 @@ def test_a_request_may_ask_for_smaller_chunks() -> None:
     assert driver.worker.num_hits >= 5
 
 
+def with_embeddings(text: list[int], place_holder: int) -> Request:
+    """Return a request whose tokens from the 8th to the 40th are embeddings."""
+    is_token = [not 8 <= place < 40 for place in range(len(text))]
+    return Request(
+        request_id=f"embeddings in the place of {place_holder}",
+        prompt_token_ids=[
+            token if is_one else place_holder
+            for token, is_one in zip(text, is_token, strict=True)
+        ],
+        prompt_embeds=torch.zeros(len(text), 8),
+        prompt_is_token_ids=is_token,
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+    )
+
+
+def test_embeddings_end_no_turn() -> None:
+    """Hits are by hashes, which do not have the tokens that stand in for them."""
+    scheduler = driver_of().scheduler
+    text = [9] * 59 + [END] + [8] * 40
+    requests = [with_embeddings(text, token) for token in (END, 9)]
+    for request in requests:
+        scheduler.add_request(request)
+    first, other = (scheduler.request_plans.of(x.request_id).ends for x in requests)
+    assert requests[0].block_hashes == requests[1].block_hashes
+    assert first == other
+    assert [*first.between(0, 100)] == [32, 60, 92]
+
+
+class Counted(tuple[int, ...]):
+    """Ends of chunks that count how many of them are looked at."""
+
+    num_looks = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        Counted.num_looks += len(found) if isinstance(place, slice) else 1
+        return found
+
+
+def test_a_waiting_request_is_not_looked_through(monkeypatch: MonkeyPatch) -> None:
+    """Nor is a running one from place to place, whose next step is short."""
+    driver = driver_of()
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    text = [9 if (place + 1) % 8 else END for place in range(960)]
+    request = driver.scheduler.requests[driver.add(0, 1, prompt=text)]
+    plan = driver.scheduler.request_plans.of(request.request_id)
+    ends = Counted(plan.ends.ends)
+    assert len(ends) == 120
+    driver.scheduler.request_plans.enter(
+        request.request_id, replace(plan, ends=replace(plan.ends, ends=ends))
+    )
+    monkeypatch.setattr(Counted, "num_looks", 0)
+    assert cache.last_length(request) == 0
+    assert cache.first_stop(request, 40, 48) == 48
+    assert 0 < Counted.num_looks < len(ends) / 2
+
+
 class Model:
     """What is asked of vLLM's configuration."""
 
@@ -106,6 +173,9 @@ class Model:
         pytest.param(Model([2, 5], 2, {"eos_token_id": [5, 9]}), {2, 5, 9}, id="all"),
         pytest.param(Model(None, 0, {"eos_token_id": 3}), {0, 3}, id="zero is one"),
         pytest.param(Model(None, None, {}), set(), id="none"),
+        pytest.param(Model([[2], 5, None], {"a": 1}, {}), {5}, id="neither ids"),
+        pytest.param(Model(True, 2.0, {"eos_token_id": "</s>"}), set(), id="no ids"),
+        pytest.param(Model(-1, [-1, 4], {}), {4}, id="none, as a number"),
     ],
 )
 def test_turns_end_as_the_models_answers_do(model: Any, expected: set[int]) -> None:

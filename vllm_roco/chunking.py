@@ -9,8 +9,10 @@ on who else is scheduled. Before it, longer steps come to the same but for round
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from vllm_roco.eviction_schedule import EvictionSchedule
 
@@ -58,7 +60,7 @@ class ChunkEnds:
             return cls(chunk)
         ends: list[int] = []
         last = 0
-        for length in sorted(_lengths(tokens, turn_ends, block_size)):
+        for length in _lengths(tokens, turn_ends, block_size):
             full = (length - last) // chunk
             if length - last == full * chunk:
                 continue
@@ -99,24 +101,12 @@ class ChunkEnds:
 
 def _lengths(
     tokens: Sequence[int], turn_ends: Collection[int], block_size: int
-) -> set[int]:
-    """Return the lengths of the whole blocks up to each token that ends a turn."""
-    return {
-        (place + 1) // block_size * block_size
-        for token in turn_ends
-        for place in _places(tokens, token)
-    }
-
-
-def _places(tokens: Sequence[int], token: int) -> Iterator[int]:
-    # a list finds the next one without a step of Python for each token
-    place = -1
-    try:
-        while True:
-            place = tokens.index(token, place + 1)
-            yield place
-    except ValueError:
-        return
+) -> list[int]:
+    """Return the lengths of the whole blocks up to tokens that end turns, in order."""
+    # without a step of Python for each token, or for each that ends a turn
+    found = np.isin(np.fromiter(tokens, np.int64, len(tokens)), [*turn_ends])
+    lengths = (np.flatnonzero(found) + 1) // block_size * block_size
+    return [*map(int, np.unique(lengths))]
 
 
 def next_step_ends(

@@ -116,6 +116,10 @@ class PlanningScheduler(AdapterScheduler):
         tokens = request.prompt_token_ids
         if not self._turn_ends or tokens is None:
             return plan
+        if (is_token := request.prompt_is_token_ids) is not None:
+            # what stands in the places of embeddings is not in a prefix's hash
+            pairs = zip(tokens, is_token, strict=True)
+            tokens = [token if is_one else -1 for token, is_one in pairs]
         block_size = self._planner.block_size
         least = max(block_size, self.roco_config.chunk // TURNS_PER_CHUNK)
         ends = ChunkEnds.of(tokens, self._turn_ends, plan.chunk, least, block_size)

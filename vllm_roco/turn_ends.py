@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_roco.config import is_integer
+
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
@@ -33,6 +35,6 @@ def turn_ends(config: RocoConfig, model_config: ModelConfig) -> frozenset[int]:
 
 
 def _listed(ids: Any) -> list[int]:
-    if isinstance(ids, int):
-        return [ids]
-    return list(ids or ())
+    """Return the ids among what a file may hold there, of whatever type."""
+    listed = ids if isinstance(ids, list | tuple) else [ids]
+    return [token for token in listed if is_integer(token, 0)]

@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_roco.chunking import TURNS_PER_CHUNK, ChunkEnds
+from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.earlier_turns import EarlierTurns
 from vllm_roco.kv_cache.prefix_keys import PrefixKeys
@@ -279,10 +280,9 @@ class PrefixCache:
 
         Constant time: shorter prefixes are not looked for.
         """
-        places = self._hit_places(request)
-        if not places or request.skip_reading_prefix_cache:
+        length = self._ends(request).within(self._most_of_a_hit(request))
+        if not length or request.skip_reading_prefix_cache:
             return 0
-        length = places[-1]
         if self.store.find(self._keys.key(request, length)) is not None:
             return length
         if self._earlier is not None and (earlier := self._earlier.longest(request)):
@@ -355,9 +355,7 @@ class PrefixCache:
         """
         if self.blocks.serves(request):
             return end
-        for length in self._places(request, start):
-            if length >= end:
-                break
+        for length in self._places(request, start, end - 1):
             if self._is_due(request, length, self._keys.key(request, length)):
                 return length
         return end
@@ -430,23 +428,26 @@ class PrefixCache:
             or self._readers.is_wanted(prefix)
         )
 
-    def _places(self, request: Request, start: int) -> Sequence[int]:
+    def _places(self, request: Request, start: int, most: int = NEVER) -> Sequence[int]:
         """Return the lengths of a prompt behind `start` where it can be cut."""
-        most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
+        most = min(most, request.num_prompt_tokens, self._keys.most_tokens(request))
         return self._ends(request).between(start, most)
 
     def _hit_places(
         self, request: Request, max_tokens: int | None = None
     ) -> Sequence[int]:
+        most = self._most_of_a_hit(request)
+        if max_tokens is not None:
+            most = min(most, max_tokens)
+        return self._ends(request).between(0, most)
+
+    def _most_of_a_hit(self, request: Request) -> int:
         # generated tokens were read one by one, the first time
-        most = min(
+        return min(
             request.num_prompt_tokens,
             request.num_tokens - 1,
             self._keys.most_tokens(request),
         )
-        if max_tokens is not None:
-            most = min(most, max_tokens)
-        return self._ends(request).between(0, most)
 
     def _ends(self, request: Request) -> ChunkEnds:
         """Return the places of a prompt: ends of its chunks, not too many of them."""
