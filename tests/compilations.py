@@ -51,12 +51,13 @@ class ImaginedCompilation:
 
 @contextlib.contextmanager
 def forgotten_kernels() -> Iterator[pytest.MonkeyPatch]:
-    """Let this process be one that has launched none of the plugin's kernels yet.
+    """Let this process be one that has launched none of the kernels here yet.
 
     Yields:
         What is undone at the end.
     """
-    modules = [sys.modules[x] for x in sys.modules if x.startswith("vllm_roco.ops")]
+    ours = ("vllm_roco.ops", "benchmarks.kernels")
+    modules = [sys.modules[x] for x in sys.modules if x.startswith(ours)]
     found = {id(x): x for module in modules for x in vars(module).values()}
     with pytest.MonkeyPatch.context() as patch:
         for thing in found.values():

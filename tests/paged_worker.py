@@ -70,6 +70,7 @@ class Sequence:
 
     Attributes:
         num_prompt_tokens: Length of the prompt.
+        ends: Where its chunks end, once it evicts.
         prefixes: What stands for the first tokens, by their number less one, of the
             prompt and all that was sampled.
         num_known_tokens: Prompt and sampled tokens.
@@ -84,6 +85,7 @@ class Sequence:
     """
 
     num_prompt_tokens: int
+    ends: list[int]
     prefixes: list[int]
     num_known_tokens: int
     row: list[int]
@@ -118,11 +120,11 @@ class LoneRun:
     """What a sequence keeps when it is the only one, in sets and without pages."""
 
     def __init__(
-        self, num_prompt_tokens: int, chunk: int, schedule: EvictionSchedule
+        self, num_prompt_tokens: int, ends: list[int], schedule: EvictionSchedule
     ) -> None:
         self._schedule = schedule
         self._ends = chain(
-            range(chunk, num_prompt_tokens, chunk),
+            (end for end in ends if end < num_prompt_tokens),
             iter(lambda: max(self._length + 1, num_prompt_tokens), None),
         )
         self._length = 0
@@ -157,6 +159,7 @@ class PagedWorker:
         schedule: The eviction arithmetic of a sequence without options.
         chunk: Likewise, most prompt tokens in a step.
         windows: Tokens in the window of each further group, whose blocks come first.
+        turn_ends: Tokens behind which a chunk may end.
         is_exact: Whether who evicts while it is read keeps what it would keep alone.
     """
 
@@ -166,10 +169,12 @@ class PagedWorker:
         chunk: int,
         windows: tuple[int, ...] = (),
         *,
+        turn_ends: tuple[int, ...] = (),
         is_exact: bool = True,
     ) -> None:
         self._schedule = schedule
         self._chunk = chunk
+        self._turn_ends = turn_ends
         self._windows = windows
         self._is_exact = is_exact
         self._pages: dict[int, Page] = {}
@@ -222,6 +227,22 @@ class PagedWorker:
             schedule = EvictionRow(*options[ROW_KEY]).schedule(schedule.block_size)
         return schedule, chunk
 
+    def _ends(self, prompt: list[int], chunk: int) -> list[int]:
+        """Return where the chunks of a prompt end, found block by block."""
+        size = self._schedule.block_size
+        least = max(size, self._chunk // 4)
+        ends, last = [], 0
+        for end in range(size, len(prompt) + 1, size):
+            # the turn may end before the next block is full
+            is_turn = not {*prompt[end - 1 : end + size - 1]}.isdisjoint(
+                self._turn_ends
+            )
+            is_turn &= chunk > least and end - last >= least
+            if end - last == chunk or is_turn:
+                ends.append(end)
+                last = end
+        return ends
+
     def _take_rows(self, output: SchedulerOutput) -> None:
         self._starts: dict[str, int] = {}
         self._new: set[str] = set()
@@ -230,15 +251,17 @@ class PagedWorker:
             *window_rows, blocks = map(list, new.block_ids)
             length = len(new.prompt_token_ids)
             schedule, chunk = self._plan(new.sampling_params)
+            ends = self._ends(new.prompt_token_ids, chunk)
             sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
+                ends=ends,
                 prefixes=[],
                 num_known_tokens=length,
                 row=blocks,
                 window_rows=window_rows,
                 schedule=schedule,
                 chunk=chunk,
-                alone=LoneRun(length, chunk, schedule),
+                alone=LoneRun(length, ends, schedule),
             )
             for token in new.prompt_token_ids:
                 sequence.append(token)
@@ -288,7 +311,7 @@ class PagedWorker:
         by_block &= not self._windows
         if not by_block and self._is_exact:
             assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
-            assert start % sequence.chunk == 0, "a hit within a chunk"
+            assert start in sequence.ends, "a hit within a chunk"
         logical: set[int] = set()
         places = self._places(schedule, start, start)
         for place in places:
@@ -376,13 +399,13 @@ class PagedWorker:
         """Write and read in the groups with a window; return the blocks by place."""
         sequence = self._sequences[request_id]
         owner, size = (request_id, sequence.num_runs), self._schedule.block_size
-        chunk = sequence.chunk
         if request_id in self._new:
             # as if it had read that in chunks
-            sequence.contents = [
-                sequence.content(position, position // chunk * chunk)
+            begun = [
+                max((end for end in sequence.ends if end <= position), default=0)
                 for position in range(start)
             ]
+            sequence.contents = [*map(sequence.content, range(start), begun)]
         sequence.contents += [sequence.content(p, start) for p in range(start, end)]
         touched = []
         for window, row in zip(self._windows, sequence.window_rows, strict=True):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_roco.chunking import next_step_ends
+from vllm_roco.chunking import ChunkEnds, next_step_ends
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 SCHEDULE = EvictionSchedule(block_size=16, budget=64, stride=32)
@@ -35,7 +35,7 @@ shapes = st.builds(
 def read(
     prompt: int,
     known: int,
-    chunk: int,
+    chunks: ChunkEnds,
     schedule: EvictionSchedule,
     room: Callable[[int, int], int] = max,
 ) -> list[int]:
@@ -44,13 +44,13 @@ def read(
     Args:
         prompt: Tokens of the prompt.
         known: All known tokens.
-        chunk: The option.
+        chunks: Where those of the prompt end.
         schedule: The eviction arithmetic.
         room: Chooses between the least and the greatest end of a step.
     """
     ends = [0]
     while ends[-1] < known:
-        ends.append(room(*next_step_ends(ends[-1], prompt, known, chunk, schedule)))
+        ends.append(room(*next_step_ends(ends[-1], prompt, known, chunks, schedule)))
     return ends
 
 
@@ -80,7 +80,7 @@ def evictions(ends: list[int], schedule: EvictionSchedule) -> list[tuple[int, in
 def test_worked_examples(
     computed: int, prompt: int, known: int, chunk: int, end: int
 ) -> None:
-    ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
+    ends = next_step_ends(computed, prompt, known, ChunkEnds(chunk), SCHEDULE)
     assert ends == (end, end)
 
 
@@ -98,15 +98,110 @@ def test_worked_examples(
 def test_while_nothing_is_evicted_a_step_may_end_later(
     computed: int, prompt: int, known: int, chunk: int, least: int, most: int
 ) -> None:
-    ends = next_step_ends(computed, prompt, known, chunk, SCHEDULE)
+    ends = next_step_ends(computed, prompt, known, ChunkEnds(chunk), SCHEDULE)
     assert ends == (least, most)
+
+
+SIZE, CHUNK, LEAST, END = 4, 32, 8, 7
+
+
+def text_with_turns(length: int, *turns: int) -> list[int]:
+    """Return tokens of which those before these lengths end a turn."""
+    return [END if place + 1 in turns else 1 for place in range(length)]
+
+
+def ends_of(tokens: list[int], chunk: int = CHUNK) -> list[int]:
+    ends = ChunkEnds.of(tokens, {END}, chunk, LEAST, SIZE)
+    return [*ends.between(0, len(tokens))]
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        pytest.param((), [32, 64, 96], id="no turns"),
+        pytest.param((20,), [20, 52, 84], id="multiples count from a turn's end"),
+        pytest.param((23,), [20, 52, 84], id="up to the last full block"),
+        pytest.param((7,), [32, 64, 96], id="too short a chunk"),
+        pytest.param((8, 12, 16), [8, 16, 48, 80], id="not each of many"),
+        pytest.param((32,), [32, 64, 96], id="where a chunk ends anyhow"),
+        pytest.param((70,), [32, 64, 96], id="too near to a chunk's end"),
+        pytest.param((75,), [32, 64, 72], id="within a later chunk"),
+        pytest.param((20, 99), [20, 52, 84, 96], id="the last token's block"),
+    ],
+)
+def test_chunks_end_where_turns_do(turns: tuple[int, ...], expected: list[int]) -> None:
+    assert ends_of(text_with_turns(100, *turns)) == expected
+
+
+def test_small_chunks_end_at_multiples_alone() -> None:
+    """There is little behind them that a next turn would read again."""
+    text = text_with_turns(40, 10, 21, 35)
+    assert ends_of(text, chunk=LEAST) == [8, 16, 24, 32, 40]
+
+
+texts = st.lists(st.sampled_from([1, 2, 3, END]), min_size=1, max_size=300)
+
+
+@given(texts, st.lists(st.sampled_from([1, END]), max_size=100), st.integers(1, 9))
+def test_a_prompt_that_goes_on_has_the_same_ends(
+    prompt: list[int], more: list[int], blocks: int
+) -> None:
+    """But for one that a turn's end behind the prompt makes of its last full block."""
+    chunk = blocks * SIZE
+    ends, longer = ends_of(prompt, chunk), ends_of([*prompt, *more], chunk)
+    shared = [end for end in longer if end + SIZE <= len(prompt)]
+    assert ends[: len(shared)] == shared
+    assert all(end + SIZE > len(prompt) for end in ends[len(shared) :])
+    # nothing is lost: where the first prompt ends in a turn's end, the longer one does
+    turns = [end for end in ends if END in prompt[end - 1 : end + SIZE - 1]]
+    assert set(turns) <= set(longer)
+
+
+@given(texts, st.integers(1, 9))
+def test_chunks_of_turns_are_neither_too_long_nor_too_short(
+    prompt: list[int], blocks: int
+) -> None:
+    chunk = blocks * SIZE
+    for before, after in pairwise([0, *ends_of(prompt, chunk)]):
+        assert min(chunk, LEAST) <= after - before <= chunk
+        assert after % SIZE == 0
+
+
+@given(texts, st.integers(0, 320), st.integers(0, 320), st.integers(1, 9))
+def test_ends_are_found_from_any_length(
+    prompt: list[int], start: int, most: int, blocks: int
+) -> None:
+    ends = ChunkEnds.of(prompt, {END}, blocks * SIZE, LEAST, SIZE)
+    every = [*ends.between(0, 400)]
+    assert [*ends.between(start, most)] == [e for e in every if start < e <= most]
+    assert ends.following(start) == next(end for end in every if end > start)
+    assert ends.within(start) == max([0, *(end for end in every if end <= start)])
+
+
+@given(texts, shapes, st.integers(0, 100), st.randoms(use_true_random=False))
+def test_turns_change_no_eviction_for_others(
+    prompt: list[int],
+    shape: tuple[EvictionSchedule, int],
+    outputs: int,
+    random: Random,
+) -> None:
+    """Blocks go at ends of chunks, at the prompt's, or where `E` grows behind it."""
+    schedule, chunk = shape
+    size = schedule.block_size
+    ends = ChunkEnds.of(prompt, {END}, chunk, max(size, chunk // 4), size)
+    known = len(prompt) + outputs
+    alone = read(len(prompt), known, ends, schedule)
+    crowded = read(len(prompt), known, ends, schedule, room=random.randint)
+    assert evictions(crowded, schedule) == evictions(alone, schedule)
+    places = {*ends.between(0, len(prompt)), *range(len(prompt), known + 1)}
+    assert {length for length, _ in evictions(alone, schedule)} <= places
 
 
 def test_who_never_evicts_may_be_read_at_once() -> None:
     """A prompt that was kept whole was read in chunks all the same."""
     schedule = EvictionSchedule(block_size=16, budget=64, stride=32, until=0)
-    assert next_step_ends(0, 5000, 5000, 64, schedule) == (64, 5000)
-    assert next_step_ends(4990, 5000, 5000, 64, schedule) == (4992, 5000)
+    assert next_step_ends(0, 5000, 5000, ChunkEnds(64), schedule) == (64, 5000)
+    assert next_step_ends(4990, 5000, 5000, ChunkEnds(64), schedule) == (4992, 5000)
 
 
 @given(shapes, st.integers(1, 500), st.integers(0, 300))
@@ -115,7 +210,7 @@ def test_every_step_gets_ahead_by_a_chunk_at_most(
 ) -> None:
     """But for those before the first eviction."""
     schedule, chunk = shape
-    ends = read(prompt, prompt + outputs, chunk, schedule)
+    ends = read(prompt, prompt + outputs, ChunkEnds(chunk), schedule)
     assert ends[-1] == prompt + outputs
     for before, after in pairwise(ends):
         assert after - before > 0
@@ -127,7 +222,7 @@ def test_prompt_steps_end_at_multiples_whatever_was_generated(
     shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
 ) -> None:
     schedule, chunk = shape
-    ends = read(prompt, prompt + outputs, chunk, schedule)
+    ends = read(prompt, prompt + outputs, ChunkEnds(chunk), schedule)
     expected = [*range(chunk, prompt, chunk), prompt]
     evicting = [end for end in expected if schedule.evicted_blocks(end)]
     assert [end for end in ends if end <= prompt and end in evicting] == evicting
@@ -141,7 +236,7 @@ def test_a_prompt_takes_no_less_than_a_chunk(
 ) -> None:
     """Else short prompts could for ever take what a whole chunk is waiting for."""
     schedule, chunk = shape
-    ends = read(prompt, prompt, chunk, schedule, room=min)
+    ends = read(prompt, prompt, ChunkEnds(chunk), schedule, room=min)
     places = {*range(0, prompt, chunk), schedule.max_live_tokens(), prompt}
     assert places.issuperset(ends)
     short = [after - before for before, after in pairwise(ends)]
@@ -159,8 +254,8 @@ def test_how_much_room_a_step_has_changes_no_eviction(
 ) -> None:
     schedule, chunk = shape
     known = prompt + outputs
-    ends = read(prompt, known, chunk, schedule)
-    crowded = read(prompt, known, chunk, schedule, room=random.randint)
+    ends = read(prompt, known, ChunkEnds(chunk), schedule)
+    crowded = read(prompt, known, ChunkEnds(chunk), schedule, room=random.randint)
     assert evictions(crowded, schedule) == evictions(ends, schedule)
 
 
@@ -169,7 +264,7 @@ def test_no_step_behind_the_prompt_jumps_over_an_eviction(
     shape: tuple[EvictionSchedule, int], prompt: int, outputs: int
 ) -> None:
     schedule, chunk = shape
-    ends = read(prompt, prompt + outputs, chunk, schedule)
+    ends = read(prompt, prompt + outputs, ChunkEnds(chunk), schedule)
     for before, after in pairwise(ends):
         if before >= prompt:
             assert schedule.next_eviction(before) >= after
@@ -193,7 +288,7 @@ def test_a_resumed_request_evicts_where_the_first_run_did(
 
     def run(known: int) -> list[int]:
         # what is known in chunks, the rest token by token
-        ends = read(prompt, known, chunk, schedule)
+        ends = read(prompt, known, ChunkEnds(chunk), schedule)
         return ends + list(range(known + 1, total + 1))
 
     expected = evictions(run(prompt), schedule)

@@ -23,6 +23,7 @@ from tools.releases import other_releases
 ROOT = Path(__file__).parents[1]
 FILES = [
     "tests/test_chunking.py",
+    "tests/test_conversations.py",
     "tests/test_eviction_schedule.py",
     "tests/test_scheduler*.py",
     "tests/test_prefix_*.py",

@@ -8,33 +8,131 @@ on who else is scheduled. Before it, longer steps come to the same but for round
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
 from vllm_roco.eviction_schedule import EvictionSchedule
+
+TURNS_PER_CHUNK = 4
+"""Most chunks, of one turn each, in as many tokens as the server's chunk has."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEnds:
+    """The lengths at which the chunks of one prompt end.
+
+    Attributes:
+        chunk: Most tokens of a chunk.
+        ends: The ends up to the last turn's that is one, in order. Behind it, or from
+            the beginning where no turn's end is one, `chunk` tokens lie from one to
+            the next.
+    """
+
+    chunk: int
+    ends: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Sequence[int],
+        turn_ends: Collection[int],
+        chunk: int,
+        least: int,
+        block_size: int,
+    ) -> ChunkEnds:
+        """Return the ends of a prompt whose chunks also end where turns do.
+
+        A length is one by the tokens up to the end of that turn, whatever follows, so a
+        prompt that goes on from another one has the same ends along it.
+
+        Args:
+            tokens: The prompt.
+            turn_ends: Tokens that end a turn. The whole blocks up to one may be
+                a chunk's end.
+            chunk: Most tokens of a chunk, whole blocks.
+            least: Fewest tokens of a chunk that a turn ends.
+            block_size: Tokens per block.
+        """
+        if chunk <= least:
+            return cls(chunk)
+        ends: list[int] = []
+        last = 0
+        for length in _lengths(tokens, turn_ends, block_size):
+            full = (length - last) // chunk
+            if length - last == full * chunk:
+                continue
+            if length - last - full * chunk < least:
+                continue
+            ends += range(last + chunk, last + full * chunk + 1, chunk)
+            ends.append(length)
+            last = length
+        return cls(chunk, tuple(ends))
+
+    def following(self, length: int) -> int:
+        """Return the first end behind a length, of the prompt or behind it."""
+        if self.ends and length < self.ends[-1]:
+            return self.ends[bisect_right(self.ends, length)]
+        return self._last_within(length) + self.chunk
+
+    def within(self, length: int) -> int:
+        """Return the last end within a length, 0 if there is none."""
+        if self.ends and length < self.ends[-1]:
+            index = bisect_right(self.ends, length)
+            return self.ends[index - 1] if index else 0
+        return self._last_within(length)
+
+    def between(self, start: int, most: int) -> Sequence[int]:
+        """Return all ends behind `start` up to `most`, in order."""
+        first = self.following(start)
+        if not self.ends or first > self.ends[-1]:
+            return range(first, most + 1, self.chunk)
+        low, high = bisect_right(self.ends, start), bisect_right(self.ends, most)
+        rest = range(self.ends[-1] + self.chunk, most + 1, self.chunk)
+        return [*self.ends[low:high], *rest]
+
+    def _last_within(self, length: int) -> int:
+        """Return the last end within a length that no turn's end is behind."""
+        last = self.ends[-1] if self.ends else 0
+        return last + (length - last) // self.chunk * self.chunk
+
+
+def _lengths(
+    tokens: Sequence[int], turn_ends: Collection[int], block_size: int
+) -> list[int]:
+    """Return the lengths of the whole blocks up to tokens that end turns, in order."""
+    # without a step of Python for each token, or for each that ends a turn
+    found = np.isin(np.fromiter(tokens, np.int64, len(tokens)), [*turn_ends])
+    lengths = (np.flatnonzero(found) + 1) // block_size * block_size
+    return [*map(int, np.unique(lengths))]
 
 
 def next_step_ends(
     num_computed_tokens: int,
     num_prompt_tokens: int,
     num_tokens: int,
-    chunk: int,
+    ends: ChunkEnds,
     schedule: EvictionSchedule,
 ) -> tuple[int, int]:
     """Return the least and the greatest length at which the next step may end.
 
-    A step of a prompt ends at the next multiple of `chunk` or at the prompt's end.
-    While nothing is evicted it may also end later, up to the last such place before the
-    first eviction; never sooner, so that no request lives on what others leave and
-    keeps them waiting. From there on both lengths are one. Tokens that were generated
-    before a preemption are read again in chunks that also end where `E` grows: the
-    first run took them one by one and evicted exactly there.
+    A step of a prompt ends at the next chunk's end or at the prompt's. While nothing is
+    evicted it may also end later, up to the last such place before the first eviction;
+    never sooner, so that no request lives on what others leave and keeps them waiting.
+    From there on both lengths are one. Tokens that were generated before a preemption
+    are read again in chunks that also end where `E` grows: the first run took them one
+    by one and evicted exactly there.
 
     Args:
         num_computed_tokens: Tokens computed so far, fewer than `num_tokens`.
         num_prompt_tokens: Tokens of the prompt.
         num_tokens: All known tokens: the prompt and what was generated already.
-        chunk: Tokens per step, at most once something is evicted.
+        ends: Where chunks end, once something is evicted.
         schedule: The eviction arithmetic.
     """
-    end = min(num_tokens, (num_computed_tokens // chunk + 1) * chunk)
+    end = min(num_tokens, ends.following(num_computed_tokens))
     if num_computed_tokens < num_prompt_tokens:
         end = min(end, num_prompt_tokens)
     else:
@@ -42,7 +140,7 @@ def next_step_ends(
     free = schedule.next_eviction(0) - 1
     if num_prompt_tokens > free:
         # the chunk that evicts first is a whole one
-        free = free // chunk * chunk
+        free = ends.within(free)
     free = min(free, num_tokens)
     if num_computed_tokens < free:
         return min(end, free), free

@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 
+from vllm_roco.chunking import ChunkEnds
 from vllm_roco.config import RocoConfig, blocks_of
 from vllm_roco.eviction_row import NUM_ROW_FIELDS
 from vllm_roco.eviction_schedule import EvictionSchedule
@@ -32,6 +33,7 @@ class ResolvedPlan:
         max_blocks: The most blocks ever held.
         snapshot_key: Stands for all of which depends what is kept once something is
             evicted, the tokens apart.
+        ends: Where the chunks of the prompt end.
         first_eviction: The least length at which something is evicted, or `NEVER`.
     """
 
@@ -40,6 +42,7 @@ class ResolvedPlan:
     max_in_flight_tokens: int
     max_blocks: int
     snapshot_key: bytes
+    ends: ChunkEnds
     first_eviction: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +69,7 @@ class ResolvedPlan:
             in_flight,
             schedule.max_blocks(in_flight, length),
             _snapshot_key(plan),
+            ChunkEnds(plan.chunk),
         )
 
     @property

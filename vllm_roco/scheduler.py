@@ -244,7 +244,7 @@ def _step_ends(
         num_computed_tokens,
         request.num_prompt_tokens,
         request.num_tokens,
-        plan.chunk,
+        plan.ends,
         plan.schedule,
     )
 

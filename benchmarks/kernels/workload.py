@@ -211,6 +211,37 @@ class Workload:
             measure: Whether statistics are kept.
             table: Block table, drawn at random if None.
         """
+        kernel = partial(
+            decode_attention,
+            measured_lens=self.lengths,
+            k_scale=self.kv_scale,
+            v_scale=self.kv_scale,
+        )
+        return self.calls(
+            kernel,
+            plan,
+            block_size=block_size,
+            token_major=token_major,
+            measure=measure,
+            table=table,
+        )
+
+    def calls(
+        self,
+        kernel: Callable[..., None],
+        plan: DecodePlan,
+        *,
+        block_size: int,
+        token_major: bool = False,
+        measure: bool = True,
+        table: torch.Tensor | None = None,
+    ) -> list[Call]:
+        """Return a kernel's calls, one a layer; other arguments as of `roco`.
+
+        Args:
+            kernel: Takes what `decode_attention` cannot do without, by name, but for
+                `measured_lens`.
+        """
         if table is None:
             table = self.table(block_size)
         scratch = self.shape.scratch(
@@ -218,20 +249,17 @@ class Workload:
         )
         return [
             partial(
-                decode_attention,
+                kernel,
                 query=self.query,
                 kv_cache=cache,
                 live_table=table,
                 live_lens=self.lengths,
-                measured_lens=self.lengths,
                 evicted_before=self.evicted,
                 statistics=page.statistics_view(cache) if measure else None,
                 output=self.output,
                 scratch=scratch,
                 plan=plan,
                 scale=self.scale,
-                k_scale=self.kv_scale,
-                v_scale=self.kv_scale,
             )
             for cache in self.caches(
                 block_size, token_major=token_major, has_statistics=True
@@ -361,8 +389,16 @@ class Workload:
             for memory in self.pool.split(shape.layer_numel)
         ]
 
-    def check(self, plan: DecodePlan, *, block_size: int, token_major: bool) -> None:
-        """Raise unless our first layer's output and masses are as they should be.
+    def check(
+        self,
+        plan: DecodePlan,
+        *,
+        block_size: int,
+        token_major: bool,
+        measure: bool = True,
+        kernel: Callable[..., None] | None = None,
+    ) -> None:
+        """Raise unless the first layer's output and masses are as they should be.
 
         Rows at both ends and in the middle are compared with float32; bfloat16 products
         of the same reference tell what error to expect.
@@ -371,7 +407,10 @@ class Workload:
             plan: Layout of the launch.
             block_size: Tokens per page.
             token_major: Whether the page is `[token, head]`.
+            measure: Whether statistics are kept.
+            kernel: As of `calls`; ours if None.
         """
+        # masses that stood in pages of another size would be keys that are no numbers
         self.pool.normal_()
         if self.shape.fp8:
             # of every size below 2
@@ -379,7 +418,8 @@ class Workload:
         table = self.table(block_size)
         pages: dict[str, Any] = {"block_size": block_size, "token_major": token_major}
         cache = next(self.caches(**pages, has_statistics=True))
-        calls = self.roco(plan, **pages, table=table)
+        how: dict[str, Any] = {**pages, "measure": measure, "table": table}
+        calls = self.calls(kernel, plan, **how) if kernel else self.roco(plan, **how)
         self.output.fill_(float("nan"))
         calls[0]()
         statistics = page.statistics_view(cache)
@@ -407,5 +447,7 @@ class Workload:
                     f"{self.shape}: {plan} errs by {error:.2e} in row {row}, where "
                     f"bfloat16 products err by {allowed / 2:.2e}"
                 )
+            if not measure:
+                continue
             masses = statistics[table[row].long(), :, page.MASS_SUM]
             torch.testing.assert_close(masses, exact.mass[0].T, rtol=1e-3, atol=1e-6)

@@ -44,14 +44,13 @@ def tables(results: Path) -> dict[str, str]:
     Args:
         results: Folder of the CSV files.
     """
-    found = {f"quality_{name}": UNMEASURED for name in (*_PARTS, *_OTHERS)}
+    found = {f"quality_{name}": UNMEASURED for name in (*_PARTS, *_OTHERS, *_OWN)}
     if scores := Scores.read(results):
         found |= {f"quality_{name}": part(scores) for name, part in _PARTS.items()}
-    study = rows.read(results / "pace_study.csv")
-    found["quality_pace_study"] = UNMEASURED if study.empty else pace_study(study)
-    for name, shown in _OTHERS.items():
+    for name, shown in (_OTHERS | _OWN).items():
         if not (measured := rows.read(results / f"{name}.csv")).empty:
-            found[f"quality_{name}"] = shown(named(measured))
+            known = measured if name in _OWN else named(measured)
+            found[f"quality_{name}"] = shown(known)
     return found
 
 
@@ -332,6 +331,29 @@ def pace_study(found: pd.DataFrame) -> str:
     return grid(shown, keys, "{text}", _SCORE, order=("mixed", "prose"))
 
 
+def turns(found: pd.DataFrame) -> str:
+    """Return the answers found with and without chunks that end with turns.
+
+    Args:
+        found: Rows of `turns.csv`.
+    """
+    is_full = found["budget"] == 0
+    ends = found["turn_ends"].map({"model": "yes", "none": "no"}).fillna("")
+    shown = found.assign(
+        kept=found["budget"].map("{:,}".format).mask(is_full, "full cache"),
+        most=found["chunk"].map("{:,}".format).mask(is_full, ""),
+        ends=ends,
+    )
+    keys = {
+        "budget": "{kept}",
+        "chunk, at most": "{most}",
+        "chunks end with turns": "{ends}",
+        "n": "{n}",
+    }
+    cell = f"{{right}}: {_SCORE}"
+    return grid(shown, keys, "{context:,} tokens of prose", cell)
+
+
 _PARTS: dict[str, Callable[[Scores], str]] = {
     "source": _source,
     "headline": _headline,
@@ -355,3 +377,8 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "pace": pace,
 }
 """Tables of CSV files of their own, by their name."""
+_OWN: dict[str, Callable[[pd.DataFrame], str]] = {
+    "pace_study": pace_study,
+    "turns": turns,
+}
+"""Likewise, of rows that name no method of the grid."""

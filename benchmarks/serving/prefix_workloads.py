@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, product
 
 import numpy as np
 
-from benchmarks.serving.engines import Engine, Requests
+from benchmarks.serving.engines import MODELS, Engine, Requests
 from benchmarks.serving.request_shapes import RequestShape, SideRun, grouped
 from benchmarks.serving.workloads import QWEN_BYTES_PER_TOKEN
 from vllm_roco.config import RocoConfig
@@ -18,6 +19,8 @@ SIDES = ("stock", "roco", "roco-uncached")
 """The baseline first; the last one has vLLM's prefix caching off."""
 TOKEN_IDS = (1000, 40000)
 """Ids of random text, which every model's vocabulary holds."""
+CUE_LEN = 4
+"""Tokens that a chat template puts behind a question, for the answer to begin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +97,6 @@ PREFIX_WORKLOADS = {
         configs=(
             RocoConfig(budget=2048),
             RocoConfig(budget=2048, prefix_hits="longest"),
-            # a turn begins behind whole chunks of the one before
-            RocoConfig(budget=2048, chunk=256),
         ),
     ),
     "header-800": PrefixWorkload(
@@ -250,7 +251,7 @@ def _place(workload: PrefixWorkload) -> tuple[object, ...]:
 def text(
     workload: PrefixWorkload, *seed: int
 ) -> tuple[list[list[int]], list[list[list[int]]]]:
-    """Return random token ids.
+    """Return random token ids; in conversations messages end as the model's do.
 
     Args:
         workload: Of which requests.
@@ -263,8 +264,18 @@ def text(
     size = workload.num_prefixes, workload.prefix_len
     prefixes = random.integers(*TOKEN_IDS, size).tolist()
     requests = range(workload.num_requests)
-    turns = workload.num_turns, workload.num_requests, workload.suffix_len
-    return (
-        [prefixes[index % workload.num_prefixes] for index in requests],
-        random.integers(*TOKEN_IDS, turns).tolist(),
-    )
+    each = workload.num_turns, workload.num_requests, workload.suffix_len
+    turns = random.integers(*TOKEN_IDS, each).tolist()
+    if workload.num_turns > 1:
+        end = _end_token(workload)
+        for prefix in prefixes:
+            prefix[-1] = end
+        for suffix in chain(*turns):
+            # of the answer before it, and its own
+            suffix[0] = suffix[-1 - CUE_LEN] = end
+    return [prefixes[index % workload.num_prefixes] for index in requests], turns
+
+
+def _end_token(workload: PrefixWorkload) -> int:
+    config = json.loads((MODELS / workload.model / "config.json").read_text())
+    return int(config["eos_token_id"])

@@ -275,10 +275,42 @@ def _kernel(measured: pd.DataFrame, column: str) -> str:
     )
 
 
+def tensor_descriptors(measured: pd.DataFrame) -> str:
+    """Return the table of decode kernels that load by TMA, the best of each shape."""
+    found = _of_newest_code(measured)
+    found = found[(found["kernel"] == "flash") | (found["statistics"] == "yes")]
+    names = found["kernel"].map(
+        {"flash": "FlashAttention 3", "roco": "roco", "tma": "by TMA"}
+    )
+    blocks = ", blocks of " + found["block_size"].astype("string")
+    setting = pd.Series(
+        texts(found, ", {num_stages} stages, {num_warps} warps"), found.index
+    )
+    shape = ["batch", "context", "q_heads", "kv_heads", "head_size"]
+    found = found.assign(
+        column=names + blocks.mask(found["kernel"] == "flash", ""), setting=setting
+    )
+    # what runs in every turn is shown as of the first
+    places = [*shape, "column", "turn"]
+    best = found.loc[found.groupby(places, sort=False)["us"].idxmin()]
+    best = best.drop_duplicates([*shape, "column"])
+    return grid(
+        best,
+        {
+            "sequences x tokens": "{batch} x {context}",
+            "heads": "{q_heads}/{kv_heads}/{head_size}",
+        },
+        "{column}",
+        "{us:,.0f} ({ratio:.3f}){setting}",
+        caption(best.head(1)),
+        best.sort_values(["kernel", "block_size"])["column"].unique(),
+    )
+
+
 def _of_newest_code(measured: pd.DataFrame) -> pd.DataFrame:
     last = measured.iloc[-1]
-    code = {name: last[name] for name in ("gpu", "vllm", "commit", "flags")}
-    return matching(measured, **code)
+    names = ("gpu", "vllm", "commit", "flags")
+    return matching(measured, **{name: last[name] for name in names if name in last})
 
 
 _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
@@ -291,5 +323,6 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "memory": memory,
     "decode_attention": decode,
     "decode_fp8": decode_fp8,
+    "tensor_descriptors": tensor_descriptors,
 }
 """Tables beside those of `WORKLOADS`, by the name of their CSV file."""

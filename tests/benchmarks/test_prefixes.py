@@ -34,19 +34,31 @@ FEW = PrefixWorkload(
     num_requests=5,
     num_prefixes=2,
     num_turns=3,
-    prefix_len=8,
-    suffix_len=4,
+    prefix_len=12,
+    suffix_len=8,
     output_len=2,
 )
 
 
 def test_requests_take_prefixes_in_turn_and_share_nothing_else() -> None:
     first, turns = text(FEW, 1)
-    assert [len(prefix) for prefix in first] == 5 * [8]
+    assert [len(prefix) for prefix in first] == 5 * [12]
     assert first[0] == first[2] == first[4] != first[1] == first[3]
     suffixes = [tuple(suffix) for turn in turns for suffix in turn]
-    assert {len(suffix) for suffix in suffixes} == {4}
+    assert {len(suffix) for suffix in suffixes} == {8}
     assert len(set(suffixes)) == len(suffixes) == 15
+
+
+def test_messages_end_as_the_models_do() -> None:
+    """Or no chunk of a conversation's prompt would end with a turn."""
+    config = json.loads((MODELS / FEW.model / "config.json").read_text())
+    end = config["eos_token_id"]
+    first, turns = text(FEW, 1)
+    assert {prefix[-1] for prefix in first} == {end}
+    for suffix in (suffix for turn in turns for suffix in turn):
+        assert [place for place, token in enumerate(suffix) if token == end] == [0, 3]
+    first, turns = text(replace(FEW, num_turns=1), 1)
+    assert not any(end in tokens for tokens in [*first, *turns[0]])
 
 
 def test_text_is_told_by_its_seed() -> None:
@@ -56,7 +68,7 @@ def test_text_is_told_by_its_seed() -> None:
 
 def test_an_engine_has_room_for_the_last_turn() -> None:
     # the answers of two turns are read in the third
-    assert FEW.requests.input_len == 8 + 3 * 4 + 2 * 2
+    assert FEW.requests.input_len == 12 + 3 * 8 + 2 * 2
     assert FEW.requests.output_len == 2
     assert replace(FEW, max_tokens=64, max_num_seqs=3).requests.columns == {
         **{"num_requests": 3, "input_len": FEW.requests.input_len, "output_len": 64},
@@ -91,7 +103,7 @@ def test_workloads_share_an_engine() -> None:
     ]
     together = "shared-4096 shared-16384 chat"
     own = ["documents", "prefix-repetition"]
-    more = ["shared-4096", "chat", "chat"]
+    more = ["shared-4096", "chat"]
     once = [together, *own, together, *more, *own, together, *own]
     assert sorted(served) == sorted(2 * once)
     # a drift meets every side alike
@@ -140,7 +152,7 @@ def test_report(tmp_path: Path) -> None:
     assert found.groupby("work", sort=False)["engine"].apply(list).tolist() == [
         [
             *("FLASH_ATTN", "roco, budget 2048", "roco, budget 2048, longest hits"),
-            *("roco, budget 2048, chunk 256", "roco, budget 2048, no prefix caching"),
+            "roco, budget 2048, no prefix caching",
         ],
         ["FLASH_ATTN", "roco, budget 2048", "roco, budget 1024"],
         [

@@ -8,14 +8,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks.kernels.tensor_descriptors import TABLE
 from benchmarks.markdown import UNMEASURED
-from benchmarks.rows import read, write
+from benchmarks.rows import RESULTS, read, write
 from benchmarks.serving import prefill, serve_workloads
 from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import comparisons
 from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.pictures import PICTURES
-from benchmarks.serving.tables import tables
+from benchmarks.serving.tables import tables, tensor_descriptors
 from benchmarks.serving.workloads import runs
 
 Row = dict[str, object]
@@ -237,3 +238,39 @@ def test_a_step_is_attention_evicting_and_the_rest(tmp_path: Path) -> None:
     )
     text = " ".join(tables(tmp_path)["profile"].split())
     assert "| roco, decode | 100 | 62 | 5 | 30 | 3 | 9 |" in text
+
+
+def test_kernels_by_tma_show_their_best_setting_with_statistics(tmp_path: Path) -> None:
+    """What runs in both turns, and older code, is not shown twice."""
+    columns = ["commit", *TABLE.key[8:], "us", "ratio"]
+    told: list[tuple[object, ...]] = [
+        ("old", 64, "tma", 64, "yes", 2, 4, 10, 9),
+        ("new", 64, "flash", 32, "no", None, None, 100, 1),
+        ("new", 64, "roco", 64, "yes", None, None, 125, 0.8),
+        ("new", 64, "roco", 16, "yes", None, None, 110, 0.909),
+        ("new", 64, "tma", 64, "yes", 2, 4, 104, 0.962),
+        ("new", 64, "tma", 64, "yes", 3, 8, 103, 0.971),
+        ("new", 64, "tma", 64, "no", 4, 4, 90, 1.111),
+        ("new", 128, "flash", 32, "no", None, None, 99, 1),
+        ("new", 128, "roco", 16, "yes", None, None, 109, 0.908),
+        ("new", 128, "roco", 128, "yes", None, None, 105, 0.943),
+    ]
+    shape = {"batch": 8, "context": 2048, "q_heads": 4, "kv_heads": 2, "head_size": 64}
+    for values in told:
+        row = dict(zip(columns, values, strict=True))
+        TABLE.append(tmp_path, {"gpu": "a GPU", "vllm": "1.2.3", **shape, **row})
+    heading, line = tensor_descriptors(TABLE.read(tmp_path)).splitlines()[2::2]
+    assert [each.strip() for each in heading.strip("|").split("|")] == [
+        *("sequences x tokens", "heads", "FlashAttention 3"),
+        *("roco, blocks of 16", "roco, blocks of 64", "roco, blocks of 128"),
+        "by TMA, blocks of 64",
+    ]
+    assert [each.strip() for each in line.strip("|").split("|")] == [
+        *("8 x 2048", "4/2/64", "100 (1.000)"),
+        *("110 (0.909)", "125 (0.800)", "105 (0.943)"),
+        "103 (0.971), 3 stages, 8 warps",
+    ]
+
+
+def test_the_rows_by_tma_have_the_columns_of_the_benchmark() -> None:
+    assert not TABLE.read(RESULTS).empty

@@ -196,6 +196,8 @@ def roco_arguments(options: Options) -> dict[str, Any]:
                     *("budget", "stride", "chunk", "sink", "recent"),
                 )
             }
+            # the oracle's chunks are all alike
+            | {"turn_ends": []}
         },
     )
 

@@ -11,10 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.engines import running_engine
-from tests.engine.final_pages import Ending
-from tests.engine.prefix_hits import check_crowd, check_one_by_one, without_hits
-from tests.engine.tiny_models import SMALL_BUDGET
+from tests.engine.engines import Engine, roco_arguments, running_engine
+from tests.engine.final_pages import Ending, run_to_the_end
+from tests.engine.prefix_hits import (
+    NUM_NEW,
+    assert_same,
+    assert_whole,
+    check_crowd,
+    check_one_by_one,
+    without_hits,
+)
+from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.oracle import Options
 from vllm_roco.scheduler import RocoAsyncScheduler
 
@@ -54,3 +61,46 @@ def test_all_at_once_asynchronously(
     asynchronous: None,
 ) -> None:
     check_crowd(tiny_llama, options, expected, pool, RocoAsyncScheduler)
+
+
+END = 7
+CUE = (3, 4)
+"""What a template puts behind a question."""
+
+
+def turns(num_turns: int) -> list[tuple[int, ...]]:
+    """Return the prompts of a conversation, each longer by an answer and a question."""
+    text: tuple[int, ...] = ()
+    prompts = []
+    for turn in range(num_turns):
+        said = [token for token in random_prompt(90, seed=turn) if token != END][:80]
+        text += (*said[:60], END, *CUE)
+        prompts.append(text)
+        text += (*said[60:],)
+    return prompts
+
+
+def test_next_turns_begin_within_a_chunk(tiny_llama: Path) -> None:
+    """At the last question's end, where they end as if they had read all of it."""
+    conversation = turns(7)
+    chosen = roco_arguments(SMALL_BUDGET)["additional_config"]["roco"]
+    arguments = {"additional_config": {"roco": {**chosen, "turn_ends": [END]}}}
+
+    def endings(engine: Engine) -> list[Ending]:
+        found = [run_to_the_end(engine, [turn], NUM_NEW)[0] for turn in conversation]
+        assert_whole(engine)
+        return found
+
+    with running_engine(tiny_llama, SMALL_BUDGET, **arguments) as engine:
+        expected = endings(engine)
+    with running_engine(
+        tiny_llama, SMALL_BUDGET, enable_prefix_caching=True, **arguments
+    ) as engine:
+        found = endings(engine)
+    for ending, other in zip(found, expected, strict=True):
+        assert_same(ending, other)
+    size = SMALL_BUDGET.block_size
+    ends = [(len(turn) - len(CUE)) // size * size for turn in conversation]
+    # the first one evicts nothing while it is read, and leaves no snapshot
+    assert [ending.num_cached_tokens for ending in found] == [0, 0, *ends[1:-1]]
+    assert any(end % SMALL_BUDGET.chunk for end in ends[1:-1])

@@ -13,9 +13,13 @@ import torch
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from benchmarks.kernels.attend_by_tma import attend_by_tma
+from benchmarks.kernels.tensor_descriptors import SETTINGS, TURNS, descriptor_plan
+from benchmarks.kernels.workload import DTYPE, Shape, Workload
 from tests.compilations import ImaginedCompilation, imagined_compilations
 from tests.ops.test_select_victims import BLOCK_SIZE, SMALL, Group, options, steps_of
 from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.ops.device import H100
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"
@@ -79,6 +83,29 @@ def test_few_of_a_threads_blocks_are_not_in_registers(
     assert _stack_bytes(ends["_contribution_kernel"].compile()) <= contribution
     assert _stack_bytes(ends["_score_kernel"].compile()) <= score
     assert _stack_bytes(ends["_select_kernel"].compile()) <= select
+
+
+@pytest.mark.parametrize("measure", [True, False])
+@pytest.mark.parametrize("block_size", TURNS)
+def test_pages_are_loaded_by_tma(block_size: int, measure: bool) -> None:
+    """Keys and values are, ahead by as many tiles as there are stages.
+
+    No load of another kind is so deep that it would be a page's.
+    """
+    shape = Shape(2, 2 * block_size, 8, 2, 128)
+    workload = Workload(shape, torch.empty(shape.layers * shape.layer_numel).to(DTYPE))
+    for setting in SETTINGS:
+        plan = descriptor_plan(block_size, *setting)
+        with imagined_compilations() as found:
+            call, *_ = workload.calls(
+                attend_by_tma, plan, block_size=block_size, measure=measure
+            )
+            call()
+        (variant,) = found
+        compiled = variant.compile()
+        assert compiled.asm["ptx"].count("cp.async.bulk.tensor") == 2 * plan.num_stages
+        assert "cp.async.cg" not in compiled.asm["ptx"]
+        assert compiled.metadata.shared <= H100.shared_memory
 
 
 def _stack_bytes(kernel: CompiledKernel) -> int:

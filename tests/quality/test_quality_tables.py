@@ -160,6 +160,33 @@ def test_a_study_of_paces_shows_the_ends_of_each_kind(tmp_path: Path) -> None:
     assert "told where the needles are" in path.read_text()
 
 
+def test_turns_have_a_line_for_each_side(tmp_path: Path) -> None:
+    measured = [
+        {"context": context, "budget": budget, "chunk": chunk, "turn_ends": ends}
+        | {"n": 8, "right": right, "score": right / 8, "ci_low": 0.1, "ci_high": 0.9}
+        for context, right in ((2048, 6), (4096, 4))
+        for budget, chunk, ends in (
+            (0, 0, ""),
+            (1024, 1024, "model"),
+            (1024, 1024, "none"),
+            (1024, 256, "none"),
+        )
+    ]
+    # not measured to the end
+    write(tmp_path / "turns.csv", measured[:-1])
+    text = re.sub(" +", " ", tables(tmp_path)["quality_turns"])
+
+    header, _, *lines = text.splitlines()
+    assert header.endswith("| 2,048 tokens of prose | 4,096 tokens of prose |")
+    both = "| 8 | 6: 0.75 [0.10, 0.90] | 4: 0.50 [0.10, 0.90] |"
+    assert lines == [
+        f"| full cache | | {both}",
+        f"| 1,024 | 1,024 | yes {both}",
+        f"| 1,024 | 1,024 | no {both}",
+        "| 1,024 | 256 | no | 8 | 6: 0.75 [0.10, 0.90] | |",
+    ]
+
+
 def test_names_tell_tokens_from_policies() -> None:
     """The oracle's h2o chooses tokens, the plugin's policy of this name blocks."""
     assert label_of("h2o") == "h2o, tokens"
@@ -194,7 +221,7 @@ def test_report_tells_scores_failures_and_a_choice(measured: Path) -> None:
     # they have tables of their own
     missing = {name for name, text in found.items() if text == UNMEASURED}
     others = ("search", "kvpress", "modes", "windows", "fp8", "hard")
-    added = ("written", "pace", "pace_study")
+    added = ("written", "pace", "pace_study", "turns")
     assert missing == {f"quality_{name}" for name in (*others, *added)}
 
 

@@ -128,8 +128,15 @@ MUTANTS = (
     Mutant(
         "the end of a chunk is off by one",
         "chunking.py",
-        "(num_computed_tokens // chunk + 1) * chunk)",
-        "(num_computed_tokens // chunk + 1) * chunk - 1)",
+        "return self._last_within(length) + self.chunk",
+        "return self._last_within(length) + self.chunk - 1",
+        ("tests/test_chunking.py",),
+    ),
+    Mutant(
+        "a turn ends a chunk of any length",
+        "chunking.py",
+        "if length - last - full * chunk < least:",
+        "if length - last - full * chunk < 0:",
         ("tests/test_chunking.py",),
     ),
     Mutant(

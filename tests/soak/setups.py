@@ -14,10 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.engine.mixed_models import save_mixed
 from tests.soak.bounds import ServerOptions
-from tests.soak.mix import Limits
+from tests.soak.mix import FIRST_TOKEN, Limits
 
 ROCO = {"budget": 128, "stride": 32, "chunk": 64, "sink": 16, "recent": 32}
 LIMITS = {"max_budget": 512, "allow_full": True}
+TURNS = {"turn_ends": [*range(FIRST_TOKEN, FIRST_TOKEN + 1000)]}
+"""One word in fifty ends a turn, and with it often a chunk."""
 BLOCK_SIZE = 16
 SERVER = ServerOptions(**ROCO, block_size=BLOCK_SIZE, steps_in_flight=1)
 MAX_MODEL_LEN = 1024
@@ -73,7 +75,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "dtype": dtype,
         "attention_backend": "roco",
-        "additional_config": {"roco": ROCO | LIMITS},
+        "additional_config": {"roco": ROCO | LIMITS | TURNS},
         "block_size": BLOCK_SIZE,
         "max_model_len": MAX_MODEL_LEN,
         "max_num_seqs": max_num_seqs,
@@ -117,7 +119,7 @@ def rank_arguments(*, tensor: int, pipeline: int, agree: bool) -> dict[str, Any]
         "tensor_parallel_size": tensor,
         "pipeline_parallel_size": pipeline,
         "distributed_executor_backend": "mp",
-        "additional_config": {"roco": ROCO | LIMITS | {"agree": agree}},
+        "additional_config": {"roco": ROCO | LIMITS | TURNS | {"agree": agree}},
         "worker_cls": "tests.soak.rank_worker.WatchedWorker",
     }
     if pipeline > 1:

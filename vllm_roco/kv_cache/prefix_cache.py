@@ -18,6 +18,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from vllm_roco.chunking import TURNS_PER_CHUNK, ChunkEnds
+from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.earlier_turns import EarlierTurns
 from vllm_roco.kv_cache.prefix_keys import PrefixKeys
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from vllm_roco.request_plans import RequestPlans
 
 
-PLACES_PER_CHUNK = 4
+PLACES_PER_CHUNK = TURNS_PER_CHUNK
 """Most places in a server's chunk where prompts can be cut, however small their own.
 
 Each look-up goes through a prompt's places.
@@ -278,10 +280,9 @@ class PrefixCache:
 
         Constant time: shorter prefixes are not looked for.
         """
-        places = self._hit_places(request)
-        if not places or request.skip_reading_prefix_cache:
+        length = self._ends(request).within(self._most_of_a_hit(request))
+        if not length or request.skip_reading_prefix_cache:
             return 0
-        length = places[-1]
         if self.store.find(self._keys.key(request, length)) is not None:
             return length
         if self._earlier is not None and (earlier := self._earlier.longest(request)):
@@ -354,9 +355,7 @@ class PrefixCache:
         """
         if self.blocks.serves(request):
             return end
-        for length in self._places(request, start):
-            if length >= end:
-                break
+        for length in self._places(request, start, end - 1):
             if self._is_due(request, length, self._keys.key(request, length)):
                 return length
         return end
@@ -424,31 +423,37 @@ class PrefixCache:
         # the last place for a prompt that goes on, and for the same one once more:
         # its last token must be read to go on from
         return (
-            length + self._distance(request) >= request.num_prompt_tokens
+            self._ends(request).following(length) >= request.num_prompt_tokens
             or self._shared.part_at(prefix)
             or self._readers.is_wanted(prefix)
         )
 
-    def _places(self, request: Request, start: int) -> range:
+    def _places(self, request: Request, start: int, most: int = NEVER) -> Sequence[int]:
         """Return the lengths of a prompt behind `start` where it can be cut."""
-        distance = self._distance(request)
-        most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
-        return range((start // distance + 1) * distance, most + 1, distance)
+        most = min(most, request.num_prompt_tokens, self._keys.most_tokens(request))
+        return self._ends(request).between(start, most)
 
-    def _hit_places(self, request: Request, max_tokens: int | None = None) -> range:
+    def _hit_places(
+        self, request: Request, max_tokens: int | None = None
+    ) -> Sequence[int]:
+        most = self._most_of_a_hit(request)
+        if max_tokens is not None:
+            most = min(most, max_tokens)
+        return self._ends(request).between(0, most)
+
+    def _most_of_a_hit(self, request: Request) -> int:
         # generated tokens were read one by one, the first time
-        most = min(
+        return min(
             request.num_prompt_tokens,
             request.num_tokens - 1,
             self._keys.most_tokens(request),
         )
-        if max_tokens is not None:
-            most = min(most, max_tokens)
-        distance = self._distance(request)
-        return range(distance, most + 1, distance)
 
-    def _distance(self, request: Request) -> int:
-        """Return the tokens from one place of a prompt to the next: whole chunks."""
-        chunk = self._plans.of(request.request_id).chunk
+    def _ends(self, request: Request) -> ChunkEnds:
+        """Return the places of a prompt: ends of its chunks, not too many of them."""
+        plan = self._plans.of(request.request_id)
         least = self._plans.default.chunk // PLACES_PER_CHUNK
-        return chunk * max(1, -(-least // chunk))
+        if plan.chunk >= least:
+            return plan.ends
+        # such small ones end at no turn's end
+        return ChunkEnds(plan.chunk * -(-least // plan.chunk))

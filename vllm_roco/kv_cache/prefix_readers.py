@@ -24,7 +24,7 @@ class Reader:
     """
 
     request: Request
-    places: range
+    places: Sequence[int]
     prefixes: Sequence[BlockHash]
     next_place: int = 0
 
@@ -49,7 +49,7 @@ class PrefixReaders:
         return bool(self._readers)
 
     def begin(
-        self, request: Request, places: range, prefixes: Sequence[BlockHash]
+        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
     ) -> None:
         """Note that a request is let in, with places of its prompt before it.
 

@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_spec_registry import (
     register_kv_cache_spec,
 )
 
+from vllm_roco.chunking import ChunkEnds
 from vllm_roco.config import RocoConfig, check_whole_blocks
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
@@ -131,6 +132,7 @@ class RocoSpec(AttentionSpec):
             in_flight,
             max_blocks=self.max_blocks_per_sequence,
             snapshot_key=b"",
+            ends=ChunkEnds(self.chunk),
         )
 
     @property

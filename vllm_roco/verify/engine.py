@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_roco.backend_name import BACKEND_NAME
-from vllm_roco.chunking import next_step_ends
+from vllm_roco.chunking import ChunkEnds, next_step_ends
 from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.verify.findings import Failed, Skipped
 from vllm_roco.verify.worker import EXTENSION
@@ -194,6 +194,7 @@ def _start(folder: Path) -> LLM:
                 "budget": BUDGET,
                 "stride": STRIDE,
                 "chunk": CHUNK,
+                "turn_ends": [],
                 "sink": 16,
                 "recent": 16,
                 "trace": str(_trace_in(folder)),
@@ -306,7 +307,7 @@ def _check_step_ends(steps: Sequence[dict[str, Any]]) -> None:
         begin, reached[request] = reached[request], end
         if begin < num_prompt:
             least, most = next_step_ends(
-                begin, num_prompt, num_prompt, CHUNK, _SCHEDULE
+                begin, num_prompt, num_prompt, ChunkEnds(CHUNK), _SCHEDULE
             )
             if not least <= end <= most:
                 raise Failed(

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Next turns of conversations that evict, with `prefix_hits: exact`.
+
+`PagedWorker` holds each hit to what a sequence keeps that reads the whole prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from pytest import MonkeyPatch
+from vllm.config import ModelConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher
+from vllm.v1.request import Request
+
+from benchmarks.serving.engines import MODELS
+from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
+from vllm_roco.config import RocoConfig
+from vllm_roco.turn_ends import turn_ends
+
+END = 7
+QUESTION, ANSWER = 22, 6
+MODES = [
+    pytest.param({}, id="synchronous"),
+    pytest.param({"asynchronous": True, "max_steps_in_flight": 2}, id="asynchronous"),
+    pytest.param({"asynchronous": True, "max_steps_in_flight": 3}, id="two-stages"),
+    pytest.param({"windows": (6, 30)}, id="windows"),
+]
+
+
+def driver_of(**changes: Any) -> Driver:
+    """Return a driver with chunks of 32 tokens, where the first eviction is at 24."""
+    return Driver(Setup(chunk=32, caching=True, turn_ends=(END,), **changes))
+
+
+def conversation(driver: Driver, header: list[int], num_turns: int) -> Iterator[int]:
+    """Let a client ask, and yield how many tokens each prompt has to read.
+
+    Args:
+        driver: Of the scheduler.
+        header: What the conversation begins with.
+        num_turns: Questions.
+    """
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    text = header
+    for _ in range(num_turns):
+        number = len(driver.outputs)
+        # as a template has it: the question's end, and what an answer begins with
+        text = [*text, *[20 + number] * (QUESTION - 3), END, 5, 6]
+        saved = cache.counts().saved_tokens
+        name = driver.add(0, ANSWER, prompt=text)
+        driver.drain(1000)
+        yield len(text) - (cache.counts().saved_tokens - saved)
+        text = [*text, *driver.outputs[name], END]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_next_turn_begins_at_the_last_questions_end(mode: dict[str, Any]) -> None:
+    driver = driver_of(**mode)
+    read = [*conversation(driver, [2], 12)]
+    # the first question evicts nothing, and leaves no snapshot but beside windows
+    later = read[2:]
+    # what was said since, the cue behind the question, and less than a block
+    assert max(later) <= QUESTION + ANSWER + 1 + 2 + 3
+    assert driver.worker.num_evictions
+    plain = Driver(Setup(chunk=32, caching=True, **mode))
+    assert sum(conversation(plain, [2], 12)) > 1.3 * sum(read)
+
+
+def test_conversations_with_one_header_share_it_to_its_end() -> None:
+    """Once two have shown where they part."""
+    driver = driver_of()
+    header = [9] * 42 + [END]
+    for expected in (len(header), len(header), 3):
+        read, *_ = conversation(driver, header, 2)
+        assert read == expected + QUESTION
+
+
+def test_a_request_may_ask_for_smaller_chunks() -> None:
+    """Which end at no turn's end; nobody's hit is within a chunk of its own."""
+    driver = driver_of()
+    prompt = [9] * 30 + [END] + [8] * 40
+    for chunk in (4, 8, 12, 16, 32):
+        for _ in range(2):
+            driver.add(0, 4, prompt=prompt, extra_args={"roco_chunk": chunk})
+            driver.drain(1000)
+    assert driver.worker.num_hits >= 5
+
+
+def with_embeddings(text: list[int], place_holder: int) -> Request:
+    """Return a request whose tokens from the 8th to the 40th are embeddings."""
+    is_token = [not 8 <= place < 40 for place in range(len(text))]
+    return Request(
+        request_id=f"embeddings in the place of {place_holder}",
+        prompt_token_ids=[
+            token if is_one else place_holder
+            for token, is_one in zip(text, is_token, strict=True)
+        ],
+        prompt_embeds=torch.zeros(len(text), 8),
+        prompt_is_token_ids=is_token,
+        sampling_params=SamplingParams(max_tokens=1),
+        pooling_params=None,
+        block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+    )
+
+
+def test_embeddings_end_no_turn() -> None:
+    """Hits are by hashes, which do not have the tokens that stand in for them."""
+    scheduler = driver_of().scheduler
+    text = [9] * 59 + [END] + [8] * 40
+    requests = [with_embeddings(text, token) for token in (END, 9)]
+    for request in requests:
+        scheduler.add_request(request)
+    first, other = (scheduler.request_plans.of(x.request_id).ends for x in requests)
+    assert requests[0].block_hashes == requests[1].block_hashes
+    assert first == other
+    assert [*first.between(0, 100)] == [32, 60, 92]
+
+
+class Counted(tuple[int, ...]):
+    """Ends of chunks that count how many of them are looked at."""
+
+    num_looks = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        Counted.num_looks += len(found) if isinstance(place, slice) else 1
+        return found
+
+
+def test_a_waiting_request_is_not_looked_through(monkeypatch: MonkeyPatch) -> None:
+    """Nor is a running one from place to place, whose next step is short."""
+    driver = driver_of()
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    text = [9 if (place + 1) % 8 else END for place in range(960)]
+    request = driver.scheduler.requests[driver.add(0, 1, prompt=text)]
+    plan = driver.scheduler.request_plans.of(request.request_id)
+    ends = Counted(plan.ends.ends)
+    assert len(ends) == 120
+    driver.scheduler.request_plans.enter(
+        request.request_id, replace(plan, ends=replace(plan.ends, ends=ends))
+    )
+    monkeypatch.setattr(Counted, "num_looks", 0)
+    assert cache.last_length(request) == 0
+    assert cache.first_stop(request, 40, 48) == 48
+    assert 0 < Counted.num_looks < len(ends) / 2
+
+
+class Model:
+    """What is asked of vLLM's configuration."""
+
+    def __init__(self, config: Any, text: Any, generation: dict[str, Any]) -> None:
+        self.hf_config = type("Config", (), {"eos_token_id": config})
+        self.hf_text_config = type("Config", (), {"eos_token_id": text})
+        self._generation = generation
+
+    def try_get_generation_config(self) -> dict[str, Any]:
+        return self._generation
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        pytest.param(Model(2, 2, {}), {2}, id="one"),
+        pytest.param(Model([2, 5], 2, {"eos_token_id": [5, 9]}), {2, 5, 9}, id="all"),
+        pytest.param(Model(None, 0, {"eos_token_id": 3}), {0, 3}, id="zero is one"),
+        pytest.param(Model(None, None, {}), set(), id="none"),
+        pytest.param(Model([[2], 5, None], {"a": 1}, {}), {5}, id="neither ids"),
+        pytest.param(Model(True, 2.0, {"eos_token_id": "</s>"}), set(), id="no ids"),
+        pytest.param(Model(-1, [-1, 4], {}), {4}, id="none, as a number"),
+    ],
+)
+def test_turns_end_as_the_models_answers_do(model: Any, expected: set[int]) -> None:
+    assert turn_ends(RocoConfig(), model) == expected
+    assert turn_ends(RocoConfig(turn_ends=(44,)), model) == {44}
+    assert turn_ends(RocoConfig(turn_ends=()), model) == set()
+
+
+def test_a_configuration_of_vllms_has_what_is_asked() -> None:
+    config = ModelConfig(str(MODELS / "qwen2.5-7b"), skip_tokenizer_init=True)
+    assert turn_ends(RocoConfig(), config) == {151643}
