@@ -100,7 +100,8 @@ def _speeds(found: dict[str, tuple[Any, Any]], rates: dict[str, Any]) -> Iterabl
         f"{long['ratio']:.2f} times with long answers ({_requests(long)}, "
         f"{long['kv_cache_bytes'] / 2**30:.1f} GiB for KV, {_gpu(long)}); "
         f"{prefix['ratio']:.2f} times behind a prefix of {prefix['prefix_len']:,.0f} "
-        f"tokens that all requests share (budget {prefix['budget']:,}, "
+        "tokens that all requests share and that was read before (budget "
+        f"{prefix['budget']:,}, "
         f"{_gpu(prefix)})."
     )
     documents, reasoning = rates["documents"], rates["reasoning"]

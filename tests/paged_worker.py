@@ -159,7 +159,7 @@ class PagedWorker:
         schedule: The eviction arithmetic of a sequence without options.
         chunk: Likewise, most prompt tokens in a step.
         windows: Tokens in the window of each further group, whose blocks come first.
-        turn_ends: Tokens behind which a chunk may end.
+        turn_end_token_ids: Tokens behind which a chunk may end.
         is_exact: Whether who evicts while it is read keeps what it would keep alone.
     """
 
@@ -169,12 +169,12 @@ class PagedWorker:
         chunk: int,
         windows: tuple[int, ...] = (),
         *,
-        turn_ends: tuple[int, ...] = (),
+        turn_end_token_ids: tuple[int, ...] = (),
         is_exact: bool = True,
     ) -> None:
         self._schedule = schedule
         self._chunk = chunk
-        self._turn_ends = turn_ends
+        self._turn_end_token_ids = turn_end_token_ids
         self._windows = windows
         self._is_exact = is_exact
         self._pages: dict[int, Page] = {}
@@ -235,7 +235,7 @@ class PagedWorker:
         for end in range(size, len(prompt) + 1, size):
             # the turn may end before the next block is full
             is_turn = not {*prompt[end - 1 : end + size - 1]}.isdisjoint(
-                self._turn_ends
+                self._turn_end_token_ids
             )
             is_turn &= chunk > least and end - last >= least
             if end - last == chunk or is_turn:

@@ -86,8 +86,8 @@ class Setup:
         windows: Tokens in the window of each further group of layers.
         mode: Option of RoCo; likewise prefill_tokens.
         prefill_tokens: See `mode`.
-        prefix_hits: Option of RoCo; likewise turn_ends.
-        turn_ends: See `prefix_hits`.
+        prefix_hits: Option of RoCo; likewise turn_end_token_ids.
+        turn_end_token_ids: See `prefix_hits`.
         hash_size: Tokens per hash, which divide a block: `--prefix-match-unit`.
         events: Whether vLLM tells of blocks that are stored and removed.
     """
@@ -107,7 +107,7 @@ class Setup:
     mode: str = "both"
     prefill_tokens: int = RocoConfig().prefill_tokens
     prefix_hits: str = RocoConfig().prefix_hits
-    turn_ends: tuple[int, ...] = ()
+    turn_end_token_ids: tuple[int, ...] = ()
     hash_size: int = BLOCK_SIZE
     events: bool = False
 
@@ -125,7 +125,7 @@ class Setup:
             mode=self.mode,
             prefill_tokens=self.prefill_tokens,
             prefix_hits=self.prefix_hits,
-            turn_ends=self.turn_ends,
+            turn_end_token_ids=self.turn_end_token_ids,
         )
 
     def spec(self) -> RocoSpec:
@@ -231,7 +231,7 @@ class Driver:
             manager.plans.default.schedule,
             setup.chunk,
             setup.windows,
-            turn_ends=setup.turn_ends,
+            turn_end_token_ids=setup.turn_end_token_ids,
             is_exact=setup.prefix_hits == "exact",
         )
         self.outputs: dict[str, list[int]] = {}

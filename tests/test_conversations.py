@@ -22,7 +22,7 @@ from vllm.v1.request import Request
 from benchmarks.serving.engines import MODELS
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.config import RocoConfig
-from vllm_roco.turn_ends import turn_ends
+from vllm_roco.turn_ends import turn_end_token_ids
 
 END = 7
 QUESTION, ANSWER = 22, 6
@@ -36,7 +36,7 @@ MODES = [
 
 def driver_of(**changes: Any) -> Driver:
     """Return a driver with chunks of 32 tokens, where the first eviction is at 24."""
-    return Driver(Setup(chunk=32, caching=True, turn_ends=(END,), **changes))
+    return Driver(Setup(chunk=32, caching=True, turn_end_token_ids=(END,), **changes))
 
 
 def conversation(driver: Driver, header: list[int], num_turns: int) -> Iterator[int]:
@@ -143,10 +143,10 @@ def test_a_waiting_request_is_not_looked_through(monkeypatch: MonkeyPatch) -> No
     text = [9 if (place + 1) % 8 else END for place in range(960)]
     request = driver.scheduler.requests[driver.add(0, 1, prompt=text)]
     plan = driver.scheduler.request_plans.of(request.request_id)
-    ends = Counted(plan.ends.ends)
+    ends = Counted(plan.ends.lengths)
     assert len(ends) == 120
     driver.scheduler.request_plans.enter(
-        request.request_id, replace(plan, ends=replace(plan.ends, ends=ends))
+        request.request_id, replace(plan, ends=replace(plan.ends, lengths=ends))
     )
     monkeypatch.setattr(Counted, "num_looks", 0)
     assert cache.last_length(request) == 0
@@ -179,11 +179,11 @@ class Model:
     ],
 )
 def test_turns_end_as_the_models_answers_do(model: Any, expected: set[int]) -> None:
-    assert turn_ends(RocoConfig(), model) == expected
-    assert turn_ends(RocoConfig(turn_ends=(44,)), model) == {44}
-    assert turn_ends(RocoConfig(turn_ends=()), model) == set()
+    assert turn_end_token_ids(RocoConfig(), model) == expected
+    assert turn_end_token_ids(RocoConfig(turn_end_token_ids=(44,)), model) == {44}
+    assert turn_end_token_ids(RocoConfig(turn_end_token_ids=()), model) == set()
 
 
 def test_a_configuration_of_vllms_has_what_is_asked() -> None:
     config = ModelConfig(str(MODELS / "qwen2.5-7b"), skip_tokenizer_init=True)
-    assert turn_ends(RocoConfig(), config) == {151643}
+    assert turn_end_token_ids(RocoConfig(), config) == {151643}

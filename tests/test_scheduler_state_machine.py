@@ -92,7 +92,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         # one prompt after another, a few, or as many as a step has room for
         prefill_tokens=st.sampled_from([1, 2 * BLOCK_SIZE, MAX_PROMPT]),
         # none, some of the stems', or every token of one stem
-        turn_ends=st.sampled_from([(), (7, 20, 41), (1,)]),
+        turn_end_token_ids=st.sampled_from([(), (7, 20, 41), (1,)]),
         # of two, in the place of one
         has_adapters=st.sampled_from([False, False, True]),
     )
@@ -102,7 +102,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_tokens: int,
         spare_blocks: int,
         prefill_tokens: int,
-        turn_ends: tuple[int, ...],
+        turn_end_token_ids: tuple[int, ...],
         has_adapters: bool,
     ) -> None:
         budget, stride, chunk = (blocks * BLOCK_SIZE for blocks in shape)
@@ -119,7 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 prefill_tokens=prefill_tokens,
                 caching=self.caching,
                 prefix_hits=self.prefix_hits,
-                turn_ends=turn_ends,
+                turn_end_token_ids=turn_end_token_ids,
                 windows=self.windows,
                 allow_full=self.has_options,
                 max_budget=(MAX_PROMPT + 2) + 12 * BLOCK_SIZE

@@ -68,7 +68,7 @@ setups = st.builds(
     asynchronous=st.booleans(),
     windows=st.sampled_from([(), (8,)]),
     prefix_hits=st.sampled_from(["exact", "longest"]),
-    turn_ends=st.sampled_from([(), (20, 60, THEIRS + 20, THEIRS + 60)]),
+    turn_end_token_ids=st.sampled_from([(), (20, 60, THEIRS + 20, THEIRS + 60)]),
 ).filter(lambda setup: not setup.windows or setup.prefix_hits == "exact")
 Seen = list[dict[str, int]]
 

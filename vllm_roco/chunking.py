@@ -20,47 +20,57 @@ TURNS_PER_CHUNK = 4
 """Most chunks, of one turn each, in as many tokens as the server's chunk has."""
 
 
+def least_chunk(server_chunk: int, block_size: int) -> int:
+    """Return how many tokens a chunk has at least that a turn ends.
+
+    Args:
+        server_chunk: Most tokens of a chunk of requests without options.
+        block_size: Tokens per block.
+    """
+    return max(block_size, server_chunk // TURNS_PER_CHUNK)
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkEnds:
     """The lengths at which the chunks of one prompt end.
 
     Attributes:
         chunk: Most tokens of a chunk.
-        ends: The ends up to the last turn's that is one, in order. Behind it, or from
-            the beginning where no turn's end is one, `chunk` tokens lie from one to
-            the next.
+        lengths: All ends up to the last one that a turn makes, in order. Behind it, or
+            from the beginning if there is none, there is one every `chunk` tokens.
     """
 
     chunk: int
-    ends: Sequence[int] = ()
+    lengths: Sequence[int] = ()
 
     @classmethod
     def of(
         cls,
         tokens: Sequence[int],
-        turn_ends: Collection[int],
+        turn_end_token_ids: Collection[int],
         chunk: int,
         least: int,
         block_size: int,
     ) -> ChunkEnds:
         """Return the ends of a prompt whose chunks also end where turns do.
 
-        A length is one by the tokens up to the end of that turn, whatever follows, so a
-        prompt that goes on from another one has the same ends along it.
+        Whether a chunk ends at a length depends on the tokens up to that turn's end
+        alone, so a prompt that continues another one has the same ends along it.
 
         Args:
             tokens: The prompt.
-            turn_ends: Tokens that end a turn. The whole blocks up to one may be
-                a chunk's end.
+            turn_end_token_ids: Tokens that end a turn. A chunk ends with the last full
+                block up to one.
             chunk: Most tokens of a chunk, whole blocks.
-            least: Fewest tokens of a chunk that a turn ends.
+            least: What `least_chunk` returns. If `chunk` is no longer, no turn ends
+                one.
             block_size: Tokens per block.
         """
         if chunk <= least:
             return cls(chunk)
         ends: list[int] = []
         last = 0
-        for length in _lengths(tokens, turn_ends, block_size):
+        for length in _lengths_of_turns(tokens, turn_end_token_ids, block_size):
             full = (length - last) // chunk
             if length - last == full * chunk:
                 continue
@@ -73,38 +83,39 @@ class ChunkEnds:
 
     def following(self, length: int) -> int:
         """Return the first end behind a length, of the prompt or behind it."""
-        if self.ends and length < self.ends[-1]:
-            return self.ends[bisect_right(self.ends, length)]
+        if self.lengths and length < self.lengths[-1]:
+            return self.lengths[bisect_right(self.lengths, length)]
         return self._last_within(length) + self.chunk
 
     def within(self, length: int) -> int:
         """Return the last end within a length, 0 if there is none."""
-        if self.ends and length < self.ends[-1]:
-            index = bisect_right(self.ends, length)
-            return self.ends[index - 1] if index else 0
+        if self.lengths and length < self.lengths[-1]:
+            index = bisect_right(self.lengths, length)
+            return self.lengths[index - 1] if index else 0
         return self._last_within(length)
 
     def between(self, start: int, most: int) -> Sequence[int]:
         """Return all ends behind `start` up to `most`, in order."""
         first = self.following(start)
-        if not self.ends or first > self.ends[-1]:
+        lengths = self.lengths
+        if not lengths or first > lengths[-1]:
             return range(first, most + 1, self.chunk)
-        low, high = bisect_right(self.ends, start), bisect_right(self.ends, most)
-        rest = range(self.ends[-1] + self.chunk, most + 1, self.chunk)
-        return [*self.ends[low:high], *rest]
+        low, high = bisect_right(lengths, start), bisect_right(lengths, most)
+        rest = range(lengths[-1] + self.chunk, most + 1, self.chunk)
+        return [*lengths[low:high], *rest]
 
     def _last_within(self, length: int) -> int:
-        """Return the last end within a length that no turn's end is behind."""
-        last = self.ends[-1] if self.ends else 0
+        """Return the last end within a length behind which no turn ends a chunk."""
+        last = self.lengths[-1] if self.lengths else 0
         return last + (length - last) // self.chunk * self.chunk
 
 
-def _lengths(
-    tokens: Sequence[int], turn_ends: Collection[int], block_size: int
+def _lengths_of_turns(
+    tokens: Sequence[int], turn_end_token_ids: Collection[int], block_size: int
 ) -> list[int]:
     """Return the lengths of the whole blocks up to tokens that end turns, in order."""
     # without a step of Python for each token, or for each that ends a turn
-    found = np.isin(np.fromiter(tokens, np.int64, len(tokens)), [*turn_ends])
+    found = np.isin(np.fromiter(tokens, np.int64, len(tokens)), [*turn_end_token_ids])
     lengths = (np.flatnonzero(found) + 1) // block_size * block_size
     return [*map(int, np.unique(lengths))]
 

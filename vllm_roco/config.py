@@ -52,15 +52,14 @@ class RocoConfig:
         budget: KV tokens kept per sequence; a multiple of the block size.
         stride: Tokens evicted at a time; a multiple of the block size. None: 256, or
             the budget where that is less.
-        chunk: Prompt tokens read per step once something is evicted, and the least
-            before; a multiple of the block size. None: 1024, or the budget where that
-            is less.
+        chunk: Most prompt tokens read per step once something is evicted; a multiple of
+            the block size. None: 1024, or the budget where that is less.
         prefill_tokens: Prompt tokens of a step that are enough to fill the GPU: a step
             that has this many takes more of another prompt only if it can read that
             one to its end.
-        turn_ends: Tokens that end a turn of a conversation, behind which a chunk may
-            end before it has `chunk` tokens: a next turn begins there. None: those with
-            which the model ends its answers. Empty: no chunk ends early.
+        turn_end_token_ids: Tokens that end a turn of a conversation, behind which a
+            chunk may end before it has `chunk` tokens: a next turn begins there. None:
+            those with which the model ends its answers. Empty: no chunk ends early.
         prefix_hits: How much of a prefix requests take over from others. `"exact"`: of
             one that evicts, only what leaves it with the blocks that reading would
             keep. `"longest"`: all that is there, answers of earlier turns included;
@@ -89,7 +88,7 @@ class RocoConfig:
     stride: int = _FROM_BUDGET
     chunk: int = _FROM_BUDGET
     prefill_tokens: int = 4096
-    turn_ends: tuple[int, ...] | None = None
+    turn_end_token_ids: tuple[int, ...] | None = None
     prefix_hits: str = "exact"
     sink: int = 16
     recent: int = 32
@@ -103,8 +102,10 @@ class RocoConfig:
         _check_choice("mode", self.mode, MODES)
         _check_choice("shield", self.shield, SHIELDS)
         _check_choice("prefix_hits", self.prefix_hits, PREFIX_HITS)
-        if self.turn_ends is not None:
-            object.__setattr__(self, "turn_ends", _token_ids(self.turn_ends))
+        if self.turn_end_token_ids is not None:
+            object.__setattr__(
+                self, "turn_end_token_ids", _token_ids(self.turn_end_token_ids)
+            )
         _check_integer("budget", self.budget, 1)
         for key, most in _MOST.items():
             if getattr(self, key) is None:
@@ -314,7 +315,9 @@ def _token_ids(value: Any) -> tuple[int, ...]:
         is_integer(token, 0) and token <= MAX_INTEGER for token in value
     ):
         raise _bad(
-            "turn_ends", value, "a list of token ids, or null for those of the model"
+            "turn_end_token_ids",
+            value,
+            "a list of token ids, or null for those of the model",
         )
     return tuple(value)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from vllm_roco.adapter_scheduler import AdapterScheduler
-from vllm_roco.chunking import TURNS_PER_CHUNK, ChunkEnds
+from vllm_roco.chunking import ChunkEnds, least_chunk
 from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.eviction_row import ROW_KEY
 from vllm_roco.eviction_schedule import EvictionSchedule
@@ -19,7 +19,7 @@ from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
-from vllm_roco.turn_ends import turn_ends
+from vllm_roco.turn_ends import turn_end_token_ids
 from vllm_roco.validation import request_planner
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ class PlanningScheduler(AdapterScheduler):
         self.roco_config = self._planner.config
         # nobody has checked the options with these
         self.roco_config.check_block_size(manager.block_size)
-        self._turn_ends = turn_ends(self.roco_config, self.vllm_config.model_config)
+        self._turn_end_token_ids = turn_end_token_ids(
+            self.roco_config, self.vllm_config.model_config
+        )
         self.max_steps_in_flight = manager.max_steps_in_flight
         self._sizes = RequestSizes(
             manager.block_size, self.max_steps_in_flight, self.max_model_len
@@ -105,7 +107,7 @@ class PlanningScheduler(AdapterScheduler):
         except (RequestOptionError, RequestTooLargeError) as error:
             return str(error)
         resolved = self._by_turns(resolved, request)
-        if plan != self._default_plan or resolved.ends.ends:
+        if plan != self._default_plan or resolved.ends.lengths:
             self.request_plans.enter(request.request_id, resolved)
         if plan.row != self._default_plan.row:
             _tell_workers(request, plan.row)
@@ -114,15 +116,17 @@ class PlanningScheduler(AdapterScheduler):
     def _by_turns(self, plan: ResolvedPlan, request: Request) -> ResolvedPlan:
         """Let the chunks of a request's prompt end where its turns do, too."""
         tokens = request.prompt_token_ids
-        if not self._turn_ends or tokens is None:
+        if not self._turn_end_token_ids or tokens is None:
             return plan
         if (is_token := request.prompt_is_token_ids) is not None:
             # what stands in the places of embeddings is not in a prefix's hash
             pairs = zip(tokens, is_token, strict=True)
             tokens = [token if is_one else -1 for token, is_one in pairs]
         block_size = self._planner.block_size
-        least = max(block_size, self.roco_config.chunk // TURNS_PER_CHUNK)
-        ends = ChunkEnds.of(tokens, self._turn_ends, plan.chunk, least, block_size)
+        least = least_chunk(self.roco_config.chunk, block_size)
+        ends = ChunkEnds.of(
+            tokens, self._turn_end_token_ids, plan.chunk, least, block_size
+        )
         return replace(plan, ends=ends)
 
     @override

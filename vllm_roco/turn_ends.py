@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm_roco.config import RocoConfig
 
 
-def turn_ends(config: RocoConfig, model_config: ModelConfig) -> frozenset[int]:
+def turn_end_token_ids(config: RocoConfig, model_config: ModelConfig) -> frozenset[int]:
     """Return the tokens behind which the chunks of a prompt may end.
 
     By default those with which the model ends its answers, as its configuration and its
@@ -23,9 +23,12 @@ def turn_ends(config: RocoConfig, model_config: ModelConfig) -> frozenset[int]:
     Args:
         config: The options.
         model_config: vLLM's.
+
+    Returns:
+        Token ids; none if the model names no end token.
     """
-    if config.turn_ends is not None:
-        return frozenset(config.turn_ends)
+    if config.turn_end_token_ids is not None:
+        return frozenset(config.turn_end_token_ids)
     found = (
         getattr(model_config.hf_config, "eos_token_id", None),
         getattr(model_config.hf_text_config, "eos_token_id", None),

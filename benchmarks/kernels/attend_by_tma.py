@@ -168,8 +168,8 @@ def attend_by_tma(
     """Attend with one query a row and update the statistics of the blocks it saw.
 
     Arguments are those of `vllm_roco.ops.decode.attention.decode_attention`, but all
-    rows are measured and no row is empty. Whole pages are read: what lies behind a
-    row's last token must be finite.
+    rows or none are measured and no row is empty. Whole pages are read: what lies
+    behind a row's last token must be finite.
 
     Args:
         query: `[num_rows, num_q_heads, head_size]`, head sizes powers of two.
@@ -178,8 +178,9 @@ def attend_by_tma(
         live_table: `[num_rows, live_width]` int32.
         live_lens: `[num_rows]` int32, each at least 1.
         evicted_before: `[num_rows]` int32.
-        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, or None.
-        output: `[num_rows, num_q_heads, head_size]`.
+        statistics: `[num_blocks, num_kv_heads, NUM_FIELDS]` float32, updated in
+            place; None to measure nothing.
+        output: `[num_rows, num_q_heads, head_size]`, of the query's dtype.
         scratch: Memory for the partial sums.
         plan: Tiles as long as a block, one split; stages and warps are free.
         scale: Softmax scale.

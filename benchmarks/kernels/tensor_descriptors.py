@@ -3,7 +3,7 @@
 
     python -m benchmarks.kernels.tensor_descriptors --out DIR
 
-Needs one GPU of compute capability 9.0 or above with FlashAttention 3, and vLLM. In
+Needs one GPU of compute capability 9.0 (Hopper) with FlashAttention 3, and vLLM. In
 large batches, where the package's kernel loses most to FlashAttention 3, it runs beside
 `attend_by_tma`, which loads a page at a time through a tensor descriptor, with every
 number of stages and warps of `SETTINGS`. Blocks of 64 and of 128 tokens have a turn
@@ -42,16 +42,16 @@ SHAPES = [
     Shape(64, 2048, 32, 32, 128),
 ]
 DEFAULT_BLOCK_SIZE = 16
-TURNS = (64, 128)
+TILE_SIZES = (64, 128)
 """Tokens of a block that is one tile: of fewer a tile would need several loads."""
 SETTINGS = list(itertools.product((2, 3, 4), (4, 8)))
 """Stages and warps."""
-NEEDED = (9, 0)
+MIN_CAPABILITY = (9, 0)
 TABLE = Table(
     "tensor_descriptors",
     key=[
         *("gpu", "vllm", "commit", "batch", "context", "q_heads", "kv_heads"),
-        *("head_size", "turn", "kernel", "block_size", "statistics"),
+        *("head_size", "tile", "kernel", "block_size", "statistics"),
         *("num_stages", "num_warps"),
     ],
     results=["us", "low", "high", "ratio"],
@@ -83,12 +83,12 @@ def lacking(capability: tuple[int, int] | None) -> str:
     Args:
         capability: Its compute capability, None where there is no GPU.
     """
-    if capability is not None and capability >= NEEDED:
+    if capability is not None and capability >= MIN_CAPABILITY:
         return ""
     found = "no GPU" if capability is None else "one of {}.{}".format(*capability)
     return (
         "a tensor memory accelerator is needed, which GPUs of compute capability "
-        "{}.{} and above have (H100, H200); here is {}.".format(*NEEDED, found)
+        "{}.{} and above have (H100, H200); here is {}.".format(*MIN_CAPABILITY, found)
     )
 
 
@@ -104,18 +104,18 @@ def descriptor_plan(block_size: int, num_stages: int, num_warps: int) -> DecodeP
 
 
 def checked_calls(
-    workload: Workload, plan: DecodePlan, turn: int
+    workload: Workload, plan: DecodePlan, tile: int
 ) -> dict[Variant, list[Call]]:
     """Check our kernels and return their calls.
 
     Args:
         workload: What to attend over.
         plan: The package's.
-        turn: Tokens per page of the descriptors.
+        tile: Tokens per page of the descriptors.
     """
     found = {}
     for statistics, block_size in itertools.product(
-        ("yes", "no"), (DEFAULT_BLOCK_SIZE, turn)
+        ("yes", "no"), (DEFAULT_BLOCK_SIZE, tile)
     ):
         how: dict[str, Any] = {
             "block_size": block_size,
@@ -125,23 +125,23 @@ def checked_calls(
         workload.check(plan, **how)
         roco = Variant("roco", block_size, statistics)
         found[roco] = workload.roco(plan, **how)
-        if block_size != turn:
+        if block_size != tile:
             continue
         for setting in SETTINGS:
-            own = descriptor_plan(turn, *setting)
+            own = descriptor_plan(tile, *setting)
             workload.check(own, kernel=attend_by_tma, **how)
-            tma = Variant("tma", turn, statistics, *setting)
+            tma = Variant("tma", tile, statistics, *setting)
             found[tma] = workload.calls(attend_by_tma, own, **how)
     return found
 
 
 def measure(
-    workload: Workload, flash: dict[str, Any], plan: DecodePlan, turn: int
+    workload: Workload, flash: dict[str, Any], plan: DecodePlan, tile: int
 ) -> list[Row]:
     """Check and time one turn of one shape; return its rows."""
     baseline = Variant("flash", flash["block_size"], "no")
     calls = {baseline: workload.flash(**flash)}
-    calls |= checked_calls(workload, plan, turn)
+    calls |= checked_calls(workload, plan, tile)
     by_name = {str(variant): each for variant, each in calls.items()}
     timings = interleaved(by_name, rounds=3, milliseconds=15)
     flash_us = timings[str(baseline)].median
@@ -172,14 +172,14 @@ def main() -> None:
         del work["fp8"], work["query_len"]
         workload = Workload(shape, pool)
         _, flash = best_flash(workload)
-        for turn in TURNS:
-            place = {**machine, **work, "turn": turn}
-            known = asdict(Variant("roco", turn, "yes"))
+        for tile in TILE_SIZES:
+            place = {**machine, **work, "tile": tile}
+            known = asdict(Variant("roco", tile, "yes"))
             if TABLE.has(arguments.out, {**place, **known}):
                 continue
-            for row in measure(workload, flash, shape.plan(device), turn):
+            for row in measure(workload, flash, shape.plan(device), tile):
                 TABLE.append(arguments.out, {**place, **row})
-                print(f"{shape}, blocks of {turn}: {row}", flush=True)
+                print(f"{shape}, blocks of {tile}: {row}", flush=True)
     rows.note(arguments.out, TABLE.name, facts)
     print(tensor_descriptors(TABLE.read(arguments.out)))
 

@@ -239,7 +239,7 @@ class Workload:
         """Return a kernel's calls, one a layer; other arguments as of `roco`.
 
         Args:
-            kernel: Takes what `decode_attention` cannot do without, by name, but for
+            kernel: Takes the required keyword arguments of `decode_attention` except
                 `measured_lens`.
         """
         if table is None:

@@ -338,7 +338,7 @@ def turns(found: pd.DataFrame) -> str:
         found: Rows of `turns.csv`.
     """
     is_full = found["budget"] == 0
-    ends = found["turn_ends"].map({"model": "yes", "none": "no"}).fillna("")
+    ends = found["turn_end_token_ids"].map({"model": "yes", "none": "no"}).fillna("")
     shown = found.assign(
         kept=found["budget"].map("{:,}".format).mask(is_full, "full cache"),
         most=found["chunk"].map("{:,}".format).mask(is_full, ""),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether chunks that end where turns of a conversation do cost answers.
+"""What it costs in answers that chunks end with turns.
 
     python -m benchmarks.quality.turns --out DIR
 
@@ -8,8 +8,8 @@ chunks that do not, with shorter ones that do not, and by the full cache. Each h
 needle in prose that is told in turns, and asks for it in the last one.
 
 Appends to `turns.csv` (`right` of `n` numbers found, Wilson's interval of their share;
-`context` is the length of the prose, `turn_ends` is `model` for the tokens with which
-the model ends its answers, `none` for no such token), and versions to
+`context` is the length of the prose, `turn_end_token_ids` is `model` for the tokens
+with which the model ends its answers, `none` for no such token), and versions to
 `provenance.json`. What is there is not measured again.
 """
 
@@ -42,7 +42,15 @@ TEXTS, SEED = 200, 7000
 TABLE = Table(
     "turns",
     key=[
-        *("task", "model", "context", "budget", "stride", "chunk", "turn_ends"),
+        *(
+            "task",
+            "model",
+            "context",
+            "budget",
+            "stride",
+            "chunk",
+            "turn_end_token_ids",
+        ),
         *("n", "seed", "gpu", "vllm", "commit"),
     ],
     results=["right", "score", "ci_low", "ci_high"],
@@ -61,13 +69,13 @@ class Side:
         budget: Tokens kept, 0 for the full cache.
         stride: Tokens evicted at a time.
         chunk: Most tokens of a chunk.
-        turn_ends: `model` or `none`; empty for the full cache.
+        turn_end_token_ids: `model` or `none`; empty for the full cache.
     """
 
     budget: int = 0
     stride: int = 0
     chunk: int = 0
-    turn_ends: str = ""
+    turn_end_token_ids: str = ""
 
     def engine_arguments(self, context: int) -> dict[str, Any]:
         """Return the arguments of `LLM` beside the model.
@@ -84,8 +92,8 @@ class Side:
         arguments = engine_arguments(setup, context + _MOST_AROUND)
         if "kv_cache_memory_bytes" in arguments:
             arguments["kv_cache_memory_bytes"] = _KV_CACHE_BYTES
-        if self.turn_ends == "none":
-            arguments["additional_config"]["roco"]["turn_ends"] = []
+        if self.turn_end_token_ids == "none":
+            arguments["additional_config"]["roco"]["turn_end_token_ids"] = []
         return arguments
 
 

@@ -19,8 +19,8 @@ SIDES = ("stock", "roco", "roco-uncached")
 """The baseline first; the last one has vLLM's prefix caching off."""
 TOKEN_IDS = (1000, 40000)
 """Ids of random text, which every model's vocabulary holds."""
-CUE_LEN = 4
-"""Tokens that a chat template puts behind a question, for the answer to begin."""
+GENERATION_PROMPT_LEN = 4
+"""Tokens of a chat template's generation prompt, behind the last message."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +272,7 @@ def text(
             prefix[-1] = end
         for suffix in chain(*turns):
             # of the answer before it, and its own
-            suffix[0] = suffix[-1 - CUE_LEN] = end
+            suffix[0] = suffix[-1 - GENERATION_PROMPT_LEN] = end
     return [prefixes[index % workload.num_prefixes] for index in requests], turns
 
 

@@ -291,7 +291,7 @@ def tensor_descriptors(measured: pd.DataFrame) -> str:
         column=names + blocks.mask(found["kernel"] == "flash", ""), setting=setting
     )
     # what runs in every turn is shown as of the first
-    places = [*shape, "column", "turn"]
+    places = [*shape, "column", "tile"]
     best = found.loc[found.groupby(places, sort=False)["us"].idxmin()]
     best = best.drop_duplicates([*shape, "column"])
     return grid(

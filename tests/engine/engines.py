@@ -197,7 +197,7 @@ def roco_arguments(options: Options) -> dict[str, Any]:
                 )
             }
             # the oracle's chunks are all alike
-            | {"turn_ends": []}
+            | {"turn_end_token_ids": []}
         },
     )
 

@@ -84,7 +84,7 @@ def test_next_turns_begin_within_a_chunk(tiny_llama: Path) -> None:
     """At the last question's end, where they end as if they had read all of it."""
     conversation = turns(7)
     chosen = roco_arguments(SMALL_BUDGET)["additional_config"]["roco"]
-    arguments = {"additional_config": {"roco": {**chosen, "turn_ends": [END]}}}
+    arguments = {"additional_config": {"roco": {**chosen, "turn_end_token_ids": [END]}}}
 
     def endings(engine: Engine) -> list[Ending]:
         found = [run_to_the_end(engine, [turn], NUM_NEW)[0] for turn in conversation]

@@ -11,8 +11,9 @@ import pytest
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import BlockHash
 
+from vllm_roco.chunking import TURNS_PER_CHUNK
 from vllm_roco.config import RocoConfig
-from vllm_roco.kv_cache.prefix_cache import PLACES_PER_CHUNK, PrefixCache
+from vllm_roco.kv_cache.prefix_cache import PrefixCache
 from vllm_roco.kv_cache.shared_prefixes import MAX_PREFIXES
 from vllm_roco.request_options.planner import RequestPlanner
 from vllm_roco.request_plans import RequestPlans, ResolvedPlan
@@ -72,7 +73,7 @@ def test_a_small_chunk_has_no_more_places_than_the_servers_has(chunk: int) -> No
     follower = cache.request("follower", chunk, text=2)
     assert not cache.must_wait(follower)
     assert cache.offer(follower) is None
-    most = PLACES_PER_CHUNK * LENGTH // SERVER.chunk
+    most = TURNS_PER_CHUNK * LENGTH // SERVER.chunk
     assert 0 < cache.num_asked <= 2 * most
 
 

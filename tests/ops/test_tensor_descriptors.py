@@ -12,9 +12,9 @@ import torch
 from benchmarks.kernels import tensor_descriptors, workload
 from benchmarks.kernels.attend_by_tma import attend_by_tma
 from benchmarks.kernels.tensor_descriptors import (
-    NEEDED,
+    MIN_CAPABILITY,
     SETTINGS,
-    TURNS,
+    TILE_SIZES,
     Variant,
     checked_calls,
     descriptor_plan,
@@ -33,7 +33,7 @@ def hopper(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.devic
     if device.type == "cpu":
         # the interpreter takes the bits of bfloat16 for integers
         monkeypatch.setattr(workload, "DTYPE", torch.float16)
-    elif torch.cuda.get_device_capability() < NEEDED:
+    elif torch.cuda.get_device_capability() < MIN_CAPABILITY:
         pytest.skip("needs a GPU with a tensor memory accelerator, or the interpreter")
     return device
 
@@ -44,7 +44,7 @@ def build(shape: Shape, device: torch.device) -> Workload:
     return Workload(shape, torch.empty(numel, dtype=workload.DTYPE, device=device))
 
 
-@pytest.mark.parametrize("block_size", TURNS)
+@pytest.mark.parametrize("block_size", TILE_SIZES)
 def test_it_answers_as_ours_does(block_size: int, hopper: torch.device) -> None:
     """The last page is full in one row and holds one token in another."""
     work = build(Shape(3, 2 * block_size + 1, 6, 2, 64), hopper)

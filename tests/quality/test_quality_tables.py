@@ -162,7 +162,12 @@ def test_a_study_of_paces_shows_the_ends_of_each_kind(tmp_path: Path) -> None:
 
 def test_turns_have_a_line_for_each_side(tmp_path: Path) -> None:
     measured = [
-        {"context": context, "budget": budget, "chunk": chunk, "turn_ends": ends}
+        {
+            "context": context,
+            "budget": budget,
+            "chunk": chunk,
+            "turn_end_token_ids": ends,
+        }
         | {"n": 8, "right": right, "score": right / 8, "ci_low": 0.1, "ci_high": 0.9}
         for context, right in ((2048, 6), (4096, 4))
         for budget, chunk, ends in (

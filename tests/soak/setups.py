@@ -18,7 +18,7 @@ from tests.soak.mix import FIRST_TOKEN, Limits
 
 ROCO = {"budget": 128, "stride": 32, "chunk": 64, "sink": 16, "recent": 32}
 LIMITS = {"max_budget": 512, "allow_full": True}
-TURNS = {"turn_ends": [*range(FIRST_TOKEN, FIRST_TOKEN + 1000)]}
+TURNS = {"turn_end_token_ids": [*range(FIRST_TOKEN, FIRST_TOKEN + 1000)]}
 """One word in fifty ends a turn, and with it often a chunk."""
 BLOCK_SIZE = 16
 SERVER = ServerOptions(**ROCO, block_size=BLOCK_SIZE, steps_in_flight=1)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from vllm_roco.chunking import TURNS_PER_CHUNK, ChunkEnds
+from vllm_roco.chunking import ChunkEnds, least_chunk
 from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
 from vllm_roco.kv_cache.earlier_turns import EarlierTurns
@@ -37,13 +37,6 @@ if TYPE_CHECKING:
 
     from vllm_roco.kv_cache.window_manager import WindowManager
     from vllm_roco.request_plans import RequestPlans
-
-
-PLACES_PER_CHUNK = TURNS_PER_CHUNK
-"""Most places in a server's chunk where prompts can be cut, however small their own.
-
-Each look-up goes through a prompt's places.
-"""
 
 
 class Hit(NamedTuple):
@@ -450,10 +443,14 @@ class PrefixCache:
         )
 
     def _ends(self, request: Request) -> ChunkEnds:
-        """Return the places of a prompt: ends of its chunks, not too many of them."""
+        """Return the places of a prompt: ends of its chunks, not too many of them.
+
+        Each look-up goes through them. However small its own chunk, a prompt has no
+        more than one can have whose chunk is the server's.
+        """
         plan = self._plans.of(request.request_id)
-        least = self._plans.default.chunk // PLACES_PER_CHUNK
+        least = least_chunk(self._plans.default.chunk, self._block_size)
         if plan.chunk >= least:
             return plan.ends
-        # such small ones end at no turn's end
+        # no turn ends such a small one
         return ChunkEnds(plan.chunk * -(-least // plan.chunk))

@@ -194,7 +194,7 @@ def _start(folder: Path) -> LLM:
                 "budget": BUDGET,
                 "stride": STRIDE,
                 "chunk": CHUNK,
-                "turn_ends": [],
+                "turn_end_token_ids": [],
                 "sink": 16,
                 "recent": 16,
                 "trace": str(_trace_in(folder)),
