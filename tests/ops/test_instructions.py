@@ -14,7 +14,11 @@ from triton import knobs
 from triton.compiler import CompiledKernel
 
 from benchmarks.kernels.attend_by_tma import attend_by_tma
-from benchmarks.kernels.tensor_descriptors import SETTINGS, TURNS, descriptor_plan
+from benchmarks.kernels.tensor_descriptors import (
+    SETTINGS,
+    TILE_SIZES,
+    descriptor_plan,
+)
 from benchmarks.kernels.workload import DTYPE, Shape, Workload
 from tests.compilations import ImaginedCompilation, imagined_compilations
 from tests.ops.test_select_victims import BLOCK_SIZE, SMALL, Group, options, steps_of
@@ -86,7 +90,7 @@ def test_few_of_a_threads_blocks_are_not_in_registers(
 
 
 @pytest.mark.parametrize("measure", [True, False])
-@pytest.mark.parametrize("block_size", TURNS)
+@pytest.mark.parametrize("block_size", TILE_SIZES)
 def test_pages_are_loaded_by_tma(block_size: int, measure: bool) -> None:
     """Keys and values are, ahead by as many tiles as there are stages.
 
