@@ -21,7 +21,7 @@ TURNS_PER_CHUNK = 4
 
 
 def least_chunk(server_chunk: int, block_size: int) -> int:
-    """Return how many tokens a chunk has at least that a turn ends.
+    """Return the fewest tokens of a chunk that a turn ends.
 
     Args:
         server_chunk: Most tokens of a chunk of requests without options.
@@ -71,18 +71,17 @@ class ChunkEnds:
         ends: list[int] = []
         last = 0
         for length in _lengths_of_turns(tokens, turn_end_token_ids, block_size):
-            full = (length - last) // chunk
-            if length - last == full * chunk:
+            # in whole chunks, and behind the last of them
+            num_chunks, rest = divmod(length - last, chunk)
+            if rest < least:
                 continue
-            if length - last - full * chunk < least:
-                continue
-            ends += range(last + chunk, last + full * chunk + 1, chunk)
+            ends += range(last + chunk, last + num_chunks * chunk + 1, chunk)
             ends.append(length)
             last = length
         return cls(chunk, tuple(ends))
 
     def following(self, length: int) -> int:
-        """Return the first end behind a length, of the prompt or behind it."""
+        """Return the first end behind a length, which may lie behind the prompt."""
         if self.lengths and length < self.lengths[-1]:
             return self.lengths[bisect_right(self.lengths, length)]
         return self._last_within(length) + self.chunk

@@ -135,8 +135,8 @@ MUTANTS = (
     Mutant(
         "a turn ends a chunk of any length",
         "chunking.py",
-        "if length - last - full * chunk < least:",
-        "if length - last - full * chunk < 0:",
+        "if rest < least:",
+        "if rest < 0:",
         ("tests/test_chunking.py",),
     ),
     Mutant(
