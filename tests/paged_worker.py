@@ -71,6 +71,7 @@ class Sequence:
     Attributes:
         num_prompt_tokens: Length of the prompt.
         ends: Where its chunks end, once it evicts.
+        answers: Where earlier answers in it begin and end.
         prefixes: What stands for the first tokens, by their number less one, of the
             prompt and all that was sampled.
         num_known_tokens: Prompt and sampled tokens.
@@ -86,6 +87,7 @@ class Sequence:
 
     num_prompt_tokens: int
     ends: list[int]
+    answers: list[tuple[int, int]]
     prefixes: list[int]
     num_known_tokens: int
     row: list[int]
@@ -117,19 +119,35 @@ class Sequence:
 
 
 class LoneRun:
-    """What a sequence keeps when it is the only one, in sets and without pages."""
+    """What a sequence keeps when it is the only one, in sets and without pages.
+
+    Args:
+        num_prompt_tokens: Length of the prompt.
+        ends: Where its chunks end, once it evicts.
+        answers: Where answers in it begin and end.
+        schedule: Its eviction arithmetic.
+    """
 
     def __init__(
-        self, num_prompt_tokens: int, ends: list[int], schedule: EvictionSchedule
+        self,
+        num_prompt_tokens: int,
+        ends: list[int],
+        answers: list[tuple[int, int]],
+        schedule: EvictionSchedule,
     ) -> None:
         self._schedule = schedule
+        evicts = [
+            length
+            for length in range(1, num_prompt_tokens)
+            if any(start <= length <= end for start, end in answers)
+        ]
         self._ends = chain(
-            (end for end in ends if end < num_prompt_tokens),
+            sorted({*(end for end in ends if end < num_prompt_tokens), *evicts}),
             iter(lambda: max(self._length + 1, num_prompt_tokens), None),
         )
         self._length = 0
         self._kept: set[int] = set()
-        self._after: dict[int, frozenset[int]] = {}
+        self._after: dict[int, frozenset[int]] = {0: frozenset()}
 
     def after(self, num_tokens: int) -> frozenset[int]:
         """Return the full blocks kept after the step that ends at this length."""
@@ -160,6 +178,7 @@ class PagedWorker:
         chunk: Likewise, most prompt tokens in a step.
         windows: Tokens in the window of each further group, whose blocks come first.
         turn_end_token_ids: Tokens behind which a chunk may end.
+        answer_start_token_ids: Tokens behind which an answer begins.
         is_exact: Whether who evicts while it is read keeps what it would keep alone.
     """
 
@@ -170,11 +189,13 @@ class PagedWorker:
         windows: tuple[int, ...] = (),
         *,
         turn_end_token_ids: tuple[int, ...] = (),
+        answer_start_token_ids: tuple[int, ...] = (),
         is_exact: bool = True,
     ) -> None:
         self._schedule = schedule
         self._chunk = chunk
         self._turn_end_token_ids = turn_end_token_ids
+        self._answer_start_token_ids = [*answer_start_token_ids]
         self._windows = windows
         self._is_exact = is_exact
         self._pages: dict[int, Page] = {}
@@ -185,6 +206,7 @@ class PagedWorker:
         self._computed: set[int] = set()
         self.num_evictions = 0
         self.num_hits = 0
+        self.num_answers_hit = 0
         self.num_shared = 0
         self.num_copies = 0
 
@@ -243,6 +265,21 @@ class PagedWorker:
                 last = end
         return ends
 
+    def _answers(self, prompt: list[int]) -> list[tuple[int, int]]:
+        """Return where answers begin and end in a prompt, found token by token."""
+        start = self._answer_start_token_ids
+        if not start or self._windows or not self._is_exact:
+            return []
+        answers = []
+        begun = None
+        for end in range(1, len(prompt) + 1):
+            if begun is None and prompt[max(0, end - len(start)) : end] == start:
+                begun = end
+            elif begun is not None and prompt[end - 1] in self._turn_end_token_ids:
+                answers.append((begun, end))
+                begun = None
+        return answers if begun is None else [*answers, (begun, NEVER)]
+
     def _take_rows(self, output: SchedulerOutput) -> None:
         self._starts: dict[str, int] = {}
         self._new: set[str] = set()
@@ -252,16 +289,18 @@ class PagedWorker:
             length = len(new.prompt_token_ids)
             schedule, chunk = self._plan(new.sampling_params)
             ends = self._ends(new.prompt_token_ids, chunk)
+            answers = self._answers(new.prompt_token_ids)
             sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
                 ends=ends,
+                answers=answers,
                 prefixes=[],
                 num_known_tokens=length,
                 row=blocks,
                 window_rows=window_rows,
                 schedule=schedule,
                 chunk=chunk,
-                alone=LoneRun(length, ends, schedule),
+                alone=LoneRun(length, ends, answers, schedule),
             )
             for token in new.prompt_token_ids:
                 sequence.append(token)
@@ -311,16 +350,19 @@ class PagedWorker:
         by_block &= not self._windows
         if not by_block and self._is_exact:
             assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
-            assert start in sequence.ends, "a hit within a chunk"
+            is_answer = any(first <= start <= last for first, last in sequence.answers)
+            assert start in sequence.ends or is_answer, "a hit within a chunk"
+            self.num_answers_hit += is_answer
         logical: set[int] = set()
         places = self._places(schedule, start, start)
         for place in places:
             block = sequence.row[place]
             page = self._pages[block]
             assert block not in self._computed, "a block of this step"
-            assert page.num_tokens == size
+            last = min((page.logical + 1) * size, start)
+            assert page.num_tokens == last - page.logical * size
             assert page.is_measured or not schedule.until, "no statistics"
-            assert page.prefix == sequence.prefixes[(page.logical + 1) * size - 1], (
+            assert page.prefix == sequence.prefixes[last - 1], (
                 "a block of another prefix"
             )
             assert by_block or not self._is_exact or page.length == start, (
@@ -333,6 +375,7 @@ class PagedWorker:
             self.num_shared += not is_copy
             logical.add(page.logical)
         assert len(logical) == len(places), "a block is in two places"
+        logical.discard(start // size)
         if by_block or not schedule.evicted_blocks(start):
             assert logical == set(range(start // size)), "a hit with a hole"
         elif not self._is_exact:

@@ -24,7 +24,8 @@ from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.config import RocoConfig
 from vllm_roco.turn_ends import turn_end_token_ids
 
-END = 7
+END = 97
+"""None of the tokens that `PagedWorker` writes, nor is the cue."""
 QUESTION, ANSWER = 22, 6
 MODES = [
     pytest.param({}, id="synchronous"),
@@ -34,18 +35,25 @@ MODES = [
 ]
 
 
+CUE = (95, 96)
+"""What a template puts before an answer."""
+
+
 def driver_of(**changes: Any) -> Driver:
     """Return a driver with chunks of 32 tokens, where the first eviction is at 24."""
     return Driver(Setup(chunk=32, caching=True, turn_end_token_ids=(END,), **changes))
 
 
-def conversation(driver: Driver, header: list[int], num_turns: int) -> Iterator[int]:
+def conversation(
+    driver: Driver, header: list[int], num_turns: int, answer: int = ANSWER
+) -> Iterator[int]:
     """Let a client ask, and yield how many tokens each prompt has to read.
 
     Args:
         driver: Of the scheduler.
         header: What the conversation begins with.
         num_turns: Questions.
+        answer: Tokens that are written.
     """
     cache = driver.scheduler.prefix_cache
     assert cache is not None
@@ -53,9 +61,9 @@ def conversation(driver: Driver, header: list[int], num_turns: int) -> Iterator[
     for _ in range(num_turns):
         number = len(driver.outputs)
         # as a template has it: the question's end, and what an answer begins with
-        text = [*text, *[20 + number] * (QUESTION - 3), END, 5, 6]
+        text = [*text, *[20 + number] * (QUESTION - 3), END, *CUE]
         saved = cache.counts().saved_tokens
-        name = driver.add(0, ANSWER, prompt=text)
+        name = driver.add(0, answer, prompt=text)
         driver.drain(1000)
         yield len(text) - (cache.counts().saved_tokens - saved)
         text = [*text, *driver.outputs[name], END]
@@ -72,6 +80,21 @@ def test_a_next_turn_begins_at_the_last_questions_end(mode: dict[str, Any]) -> N
     assert driver.worker.num_evictions
     plain = Driver(Setup(chunk=32, caching=True, **mode))
     assert sum(conversation(plain, [2], 12)) > 1.3 * sum(read)
+
+
+@pytest.mark.parametrize("mode", MODES[:-1])
+@pytest.mark.parametrize("answer", [*range(1, 17)])
+def test_a_next_turn_begins_behind_the_answer(
+    mode: dict[str, Any], answer: int
+) -> None:
+    """However far the answer went on behind an eviction, or over one."""
+    driver = driver_of(answer_start_token_ids=CUE, **mode)
+    read = [*conversation(driver, [2], 12, answer)]
+    # the last token written, the end token and the question; the third turn begins
+    # with what the second has left, which was read for that
+    assert max(read[2:]) <= QUESTION + 2
+    assert driver.worker.num_answers_hit >= 8
+    assert driver.worker.num_evictions
 
 
 def test_conversations_with_one_header_share_it_to_its_end() -> None:

@@ -53,6 +53,7 @@ class PrefixScheduler(PlanningScheduler):
                 self._manager.req_to_blocks,
                 [*map(WindowManager.take_over, self._other_managers)],
                 is_exact=self._is_exact,
+                turn_end_token_ids=self.turn_end_token_ids,
             )
             self._manager.share_prefixes(self.prefix_cache)
             CountingManager.take_over(self.kv_cache_manager, self.prefix_cache)

@@ -9,7 +9,7 @@ request is.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_roco.chunking import ChunkEnds
 from vllm_roco.config import RocoConfig, blocks_of
@@ -34,6 +34,8 @@ class ResolvedPlan:
         snapshot_key: Stands for all of which depends what is kept once something is
             evicted, the tokens apart.
         ends: Where the chunks of the prompt end.
+        evicts_in_next_turn: Whether the prompt is a conversation's that is likely to
+            evict when it is read in the next turn, and does not in this one.
         first_eviction: The least length at which something is evicted, or `NEVER`.
     """
 
@@ -43,6 +45,7 @@ class ResolvedPlan:
     max_blocks: int
     snapshot_key: bytes
     ends: ChunkEnds
+    evicts_in_next_turn: bool = False
     first_eviction: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -71,6 +74,23 @@ class ResolvedPlan:
             _snapshot_key(plan),
             ChunkEnds(plan.chunk),
         )
+
+    def read_in(self, ends: ChunkEnds, num_prompt_tokens: int) -> ResolvedPlan:
+        """Return the plan of a request whose prompt's chunks end at these lengths.
+
+        Args:
+            ends: Of the prompt.
+            num_prompt_tokens: Its length.
+        """
+        answers = ends.answers
+        evicts_in_next_turn = False
+        if answers.is_open and answers.written:
+            # if it is as long as the last one, answer and question together
+            grows_by = num_prompt_tokens - answers.starts[-2]
+            evicts_in_next_turn = (
+                num_prompt_tokens < self.first_eviction <= num_prompt_tokens + grows_by
+            )
+        return replace(self, ends=ends, evicts_in_next_turn=evicts_in_next_turn)
 
     @property
     def is_measured(self) -> bool:

@@ -120,9 +120,15 @@ class BlockCache:
     def serves(self, request: Request) -> bool:
         """Return whether a request leaves its blocks to others, and no snapshots.
 
-        That is one that has evicted nothing when all of it is read.
+        That is one that has evicted nothing when all of it is read; unless the next
+        turn of its conversation is likely to evict, which then begins behind it.
         """
-        return self.is_used and request.num_tokens < self._first_eviction(request)
+        plan = self._plans.of(request.request_id)
+        return (
+            self.is_used
+            and request.num_tokens < plan.first_eviction
+            and not plan.evicts_in_next_turn
+        )
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.
