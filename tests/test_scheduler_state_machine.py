@@ -165,7 +165,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapter: LoRARequest | None,
     ) -> None:
         assert self.driver is not None
-        setup = self.driver.setup
         if self.driver.scheduler.lora_config is None:
             adapter = None
         extra_args: dict[str, Any] | None = None

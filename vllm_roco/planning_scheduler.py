@@ -115,7 +115,10 @@ class PlanningScheduler(AdapterScheduler):
         except (RequestOptionError, RequestTooLargeError) as error:
             return str(error)
         resolved = self._by_turns(resolved, request)
-        if plan != self._default_plan or resolved.ends != self.request_plans.default.ends:
+        if (
+            plan != self._default_plan
+            or resolved.ends != self.request_plans.default.ends
+        ):
             self.request_plans.enter(request.request_id, resolved)
         if plan.row != self._default_plan.row:
             _tell_workers(request, plan.row)
