@@ -249,15 +249,23 @@ class PagedWorker:
             schedule = EvictionRow(*options[ROW_KEY]).schedule(schedule.block_size)
         return schedule, chunk
 
-    def _ends(self, prompt: list[int], chunk: int) -> list[int]:
+    def _ends(
+        self, prompt: list[int], chunk: int, answers: list[tuple[int, int]]
+    ) -> list[int]:
         """Return where the chunks of a prompt end, found block by block."""
         size = self._schedule.block_size
         least = max(size, self._chunk // 4)
         ends, last = [], 0
         for end in range(size, len(prompt) + 1, size):
             # the turn may end before the next block is full
-            is_turn = not {*prompt[end - 1 : end + size - 1]}.isdisjoint(
-                self._turn_end_token_ids
+            is_turn = any(
+                prompt[place - 1] in self._turn_end_token_ids
+                # not an answer that begins behind the block before
+                and not any(
+                    end < start and place == last_of_answer
+                    for start, last_of_answer in answers
+                )
+                for place in range(end, min(end + size, len(prompt) + 1))
             )
             is_turn &= chunk > least and end - last >= least
             if end - last == chunk or is_turn:
@@ -268,7 +276,8 @@ class PagedWorker:
     def _answers(self, prompt: list[int]) -> list[tuple[int, int]]:
         """Return where answers begin and end in a prompt, found token by token."""
         start = self._answer_start_token_ids
-        if not start or self._windows or not self._is_exact:
+        can_be_told = bool(start and self._turn_end_token_ids)
+        if self._windows or not self._is_exact or not can_be_told:
             return []
         answers = []
         begun = None
@@ -288,8 +297,8 @@ class PagedWorker:
             *window_rows, blocks = map(list, new.block_ids)
             length = len(new.prompt_token_ids)
             schedule, chunk = self._plan(new.sampling_params)
-            ends = self._ends(new.prompt_token_ids, chunk)
             answers = self._answers(new.prompt_token_ids)
+            ends = self._ends(new.prompt_token_ids, chunk, answers)
             sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
                 ends=ends,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
@@ -95,6 +96,58 @@ def test_a_next_turn_begins_behind_the_answer(
     assert max(read[2:]) <= QUESTION + 2
     assert driver.worker.num_answers_hit >= 8
     assert driver.worker.num_evictions
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_conversations_in_a_crowd_keep_what_each_would_alone(
+    mode: dict[str, Any],
+) -> None:
+    """Preempted, short of memory, with answers that look like the ends of some."""
+    num_answers_hit = num_evictions = num_preemptions = 0
+    for seed in range(30):
+        random = Random(seed)
+        budget, stride, chunk = random.choice([(16, 8, 8), (24, 4, 32), (12, 16, 16)])
+        driver = Driver(
+            Setup(
+                budget=budget,
+                stride=stride,
+                chunk=chunk,
+                spare_blocks=random.choice([0, 8, 30, 200]),
+                prefill_tokens=random.choice([1, 8, 64]),
+                caching=True,
+                # an answer may have the other token, too
+                turn_end_token_ids=random.choice([(END,), (END, 7)]),
+                answer_start_token_ids=CUE,
+                **mode,
+            )
+        )
+        texts = {number: [2] * random.randrange(30) for number in range(4)}
+        running: dict[int, str] = {}
+        for _ in range(60):
+            for number, text in texts.items():
+                name = running.get(number)
+                if name in driver.scheduler.requests or random.random() < 0.5:
+                    continue
+                if name is not None:
+                    text += [*driver.outputs[name], END]
+                text += [*[20 + number] * random.randrange(1, 20), END, *CUE]
+                running[number] = driver.add(
+                    0,
+                    random.randrange(1, 24),
+                    prompt=text,
+                    ignore_stop=random.random() < 0.5,
+                )
+            for _ in range(random.randrange(12)):
+                driver.step()
+            if random.random() < 0.05:
+                driver.preempt_all()
+                num_preemptions += 1
+        driver.drain(4000)
+        num_answers_hit += driver.worker.num_answers_hit
+        num_evictions += driver.worker.num_evictions
+    assert num_answers_hit > 80 or "windows" in mode
+    assert num_evictions > 900
+    assert num_preemptions > 30
 
 
 def test_conversations_with_one_header_share_it_to_its_end() -> None:

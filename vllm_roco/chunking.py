@@ -78,7 +78,9 @@ class ChunkEnds:
             return cls(chunk, answers=answers)
         ends: list[int] = []
         last = 0
-        for length in _lengths_of_turns(tokens, turn_end_token_ids, block_size):
+        for length in _lengths_of_turns(
+            tokens, turn_end_token_ids, block_size, answers
+        ):
             # in whole chunks, and behind the last of them
             num_chunks, rest = divmod(length - last, chunk)
             if rest < least:
@@ -118,12 +120,24 @@ class ChunkEnds:
 
 
 def _lengths_of_turns(
-    tokens: np.ndarray, turn_end_token_ids: Collection[int], block_size: int
+    tokens: np.ndarray,
+    turn_end_token_ids: Collection[int],
+    block_size: int,
+    answers: Answers,
 ) -> list[int]:
-    """Return the lengths of the whole blocks up to tokens that end turns, in order."""
+    """Return the lengths of the whole blocks up to tokens that end turns, in order.
+
+    Not of an answer that ends in the block in which it begins: the prompt before it was
+    read on to its own end.
+    """
     # without a step of Python for each token, or for each that ends a turn
-    found = np.isin(tokens, [*turn_end_token_ids])
-    lengths = (np.flatnonzero(found) + 1) // block_size * block_size
+    turns = np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
+    lengths = turns // block_size * block_size
+    if answers.ends:
+        ends = np.array(answers.ends)
+        place = np.searchsorted(ends, turns).clip(max=len(ends) - 1)
+        starts = np.where(ends[place] == turns, np.array(answers.starts)[place], 0)
+        lengths = lengths[lengths >= starts]
     return [*map(int, np.unique(lengths))]
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
+from tests.engine.conversations import CHAT, CUE, END, check_turns, conversation
 from tests.engine.engines import Engine, roco_arguments, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
 from tests.engine.prefix_hits import (
@@ -23,7 +23,7 @@ from tests.engine.prefix_hits import (
     check_one_by_one,
     without_hits,
 )
-from tests.engine.steps import poisoned_free_blocks
+from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.oracle import Options
 from vllm_roco.scheduler import RocoAsyncScheduler
@@ -66,11 +66,6 @@ def test_all_at_once_asynchronously(
     check_crowd(tiny_llama, options, expected, pool, RocoAsyncScheduler)
 
 
-END = 7
-CUE = (3, 4)
-"""What a template puts behind a question."""
-
-
 def turns(num_turns: int) -> list[tuple[int, ...]]:
     """Return the prompts of a conversation, each longer by an answer and a question."""
     text: tuple[int, ...] = ()
@@ -109,44 +104,16 @@ def test_next_turns_begin_within_a_chunk(tiny_llama: Path) -> None:
     assert any(end % SMALL_BUDGET.chunk for end in ends[1:-1])
 
 
-NUM_WRITTEN = 45
-"""More than a stride, so that something is evicted in the midst of most answers."""
-
-
 def test_next_turns_begin_behind_answers(tiny_llama: Path, asynchronous: None) -> None:
-    """Where an answer ended, whose tokens were evicted among one by one."""
-    chosen = roco_arguments(SMALL_BUDGET)["additional_config"]["roco"]
-    options = {"turn_end_token_ids": [END], "answer_start_token_ids": [*CUE]}
-    arguments = {"additional_config": {"roco": {**chosen, **options}}}
-
-    def conversation(engine: Engine) -> tuple[list[Ending], list[int]]:
-        text: list[int] = []
-        endings, written = [], []
-        for turn in range(8):
-            question = [token for token in random_prompt(50, seed=turn) if token != END]
-            text += [*question[:30], END, *CUE]
-            endings += run_to_the_end(
-                engine, [tuple(text)], NUM_WRITTEN, logit_bias={END: -100.0}
-            )
-            text += endings[-1].tokens
-            # what was written last has not been read
-            written.append(len(text) - 1)
-            text.append(END)
-        assert_whole(engine)
-        return endings, written
-
-    with running_engine(tiny_llama, SMALL_BUDGET, **arguments) as engine:
-        expected, _ = conversation(engine)
+    with running_engine(tiny_llama, SMALL_BUDGET, **CHAT) as engine:
+        expected = conversation(engine)
     with (
         running_engine(
-            tiny_llama, SMALL_BUDGET, enable_prefix_caching=True, **arguments
+            tiny_llama, SMALL_BUDGET, **CHAT, enable_prefix_caching=True
         ) as engine,
+        audited_manager(engine),
         poisoned_free_blocks(engine),
     ):
-        found, written = conversation(engine)
-    for ending, other in zip(found, expected, strict=True):
-        assert ending.tokens == other.tokens
-        pages = (np.frombuffer(each.pages, np.float32) for each in (ending, other))
-        np.testing.assert_allclose(*pages, rtol=2e-3, atol=2e-4)
-    # the second one was read for the third one's sake
-    assert [ending.num_cached_tokens for ending in found] == [0, 0, *written[1:-1]]
+        found = conversation(engine)
+        assert_whole(engine)
+    check_turns(found, expected)
