@@ -150,6 +150,27 @@ def test_conversations_in_a_crowd_keep_what_each_would_alone(
     assert num_preemptions > 30
 
 
+@pytest.mark.parametrize(
+    ("num_others", "expected"),
+    [
+        # two show where they part; the second turn leaves a snapshot there for others
+        pytest.param(2, [245, 24, 24], id="behind a header that others have"),
+        pytest.param(0, [25, 276, 24], id="alone"),
+    ],
+)
+def test_a_turn_is_read_for_the_next_one_if_that_is_little(
+    num_others: int, expected: list[int]
+) -> None:
+    """The third one is the first that evicts while it is read."""
+    header = [9] * 191 + [END]
+    driver = driver_of(answer_start_token_ids=CUE, budget=256, stride=8)
+    for other in range(num_others):
+        driver.add(0, 1, prompt=[*header, *[30 + other] * 40])
+        driver.drain(1000)
+    _, *read = conversation(driver, header, 4, 8)
+    assert read == expected
+
+
 def test_conversations_with_one_header_share_it_to_its_end() -> None:
     """Once two have shown where they part."""
     driver = driver_of()

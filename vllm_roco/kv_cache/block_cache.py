@@ -103,6 +103,8 @@ class BlockCache:
         self.is_used = is_used
         self._serves_all = serves_all
         self._owners: dict[str, _Owner] = {}
+        # unfinished requests that are not served for the sake of their next turn
+        self._for_next_turn: set[str] = set()
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
         # blocks of their prompts that others have, each with a reference
@@ -120,15 +122,26 @@ class BlockCache:
     def serves(self, request: Request) -> bool:
         """Return whether a request leaves its blocks to others, and no snapshots.
 
-        That is one that has evicted nothing when all of it is read; unless the next
-        turn of its conversation is likely to evict, which then begins behind it.
+        That is one that has evicted nothing when all of it is read, unless it is read
+        for its next turn, see `read_for_next_turn`.
         """
-        plan = self._plans.of(request.request_id)
         return (
             self.is_used
-            and request.num_tokens < plan.first_eviction
-            and not plan.evicts_in_next_turn
+            and request.num_tokens < self._first_eviction(request)
+            and request.request_id not in self._for_next_turn
         )
+
+    def read_for_next_turn(self, request_id: str) -> None:
+        """Let a new request begin with snapshots alone, and leave what evicts later.
+
+        So its statistics are of its own queries, and the next turn of its conversation
+        may begin where its answer ends, though it evicts.
+        """
+        self._for_next_turn.add(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that is done."""
+        self._for_next_turn.discard(request_id)
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.

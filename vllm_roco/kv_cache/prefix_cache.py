@@ -111,6 +111,7 @@ class PrefixCache:
             serves_all=not is_exact,
         )
         self.num_waits = 0
+        self._is_exact = is_exact
         self._block_size = block_size
         self._plans = plans
         self._rows = rows
@@ -166,7 +167,42 @@ class PrefixCache:
             self._earlier.enter(request)
         places = self._places(request, 0)
         if places:
-            self._shared.enter(self._keys.keys(request, places))
+            prefixes = self._keys.keys(request, places)
+            self._shared.enter(prefixes)
+            if self._is_exact and self._is_worth_its_next_turn(
+                request, [*zip(places, prefixes, strict=True)]
+            ):
+                self.blocks.read_for_next_turn(request.request_id)
+
+    def _is_worth_its_next_turn(
+        self, request: Request, prefixes: Iterable[tuple[int, BlockHash]]
+    ) -> bool:
+        """Return whether a turn is read from a snapshot on so that the next one is not.
+
+        That one will evict while it is read, this one does not, and may begin with
+        blocks. It is if two of three conversations go on; and if the turn before was
+        read so.
+
+        Args:
+            request: The turn.
+            prefixes: Its places in order, each with its hash.
+        """
+        if self._longest_earlier(request):
+            return True
+        plan = self._plans.of(request.request_id)
+        if not plan.evicts_in_next_turn:
+            return False
+        start = 0
+        for place, prefix in prefixes:
+            # there is a snapshot, or will be for all that begin alike
+            if self._shared.part_at(prefix) or self.store.has(prefix):
+                start = place
+        answers = plan.ends.answers
+        begun, ended = answers.starts[-2], answers.written[-1]
+        more_now = ended - start
+        # an answer like the last one comes on top
+        less_then = request.num_prompt_tokens + ended - begun - start
+        return 3 * more_now <= 2 * less_then
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -230,6 +266,7 @@ class PrefixCache:
 
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Take note that a request is done, before it lets go of its row."""
+        self.blocks.forget(request.request_id)
         if self._earlier is not None:
             self._earlier.end(request, row)
 
