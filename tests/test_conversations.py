@@ -191,6 +191,15 @@ def test_a_request_may_ask_for_smaller_chunks() -> None:
     assert driver.worker.num_hits >= 5
 
 
+def test_beside_embeddings_no_answer_is_told() -> None:
+    """A key of its end would have the tokens that stand in for them."""
+    scheduler = driver_of(answer_start_token_ids=CUE).scheduler
+    text = [*[9] * 50, *CUE, *[8] * 10, END, *[9] * 10, *CUE]
+    request = with_embeddings(text, 9)
+    scheduler.add_request(request)
+    assert not scheduler.request_plans.of(request.request_id).ends.answers.starts
+
+
 def with_embeddings(text: list[int], place_holder: int) -> Request:
     """Return a request whose tokens from the 8th to the 40th are embeddings."""
     is_token = [not 8 <= place < 40 for place in range(len(text))]

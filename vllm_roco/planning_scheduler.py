@@ -130,9 +130,12 @@ class PlanningScheduler(AdapterScheduler):
         if not self.turn_end_token_ids or tokens is None:
             return plan
         ids = np.fromiter(tokens, np.int64, len(tokens))
+        answer_start = self.answer_start_token_ids
         if (is_token := request.prompt_is_token_ids) is not None:
-            # what stands in the places of embeddings is not in a prefix's hash
+            # what stands in the places of embeddings is not in a prefix's hash, nor is
+            # what they are in the key of an answer's end
             ids[~np.array(is_token, dtype=bool)] = -1
+            answer_start = ()
         block_size = self._planner.block_size
         ends = ChunkEnds.of(
             ids,
@@ -140,7 +143,7 @@ class PlanningScheduler(AdapterScheduler):
             plan.chunk,
             least_chunk(self.roco_config.chunk, block_size),
             block_size,
-            self.answer_start_token_ids,
+            answer_start,
         )
         return plan.read_in(ends, request.num_prompt_tokens)
 

@@ -30,7 +30,7 @@ from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
