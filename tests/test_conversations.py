@@ -194,6 +194,7 @@ def test_a_request_may_ask_for_smaller_chunks() -> None:
 def test_beside_embeddings_no_answer_is_told() -> None:
     """A key of its end would have the tokens that stand in for them."""
     scheduler = driver_of(answer_start_token_ids=CUE).scheduler
+    assert scheduler.describe_prefix_caching() == "on, behind answers too"
     text = [*[9] * 50, *CUE, *[8] * 10, END, *[9] * 10, *CUE]
     request = with_embeddings(text, 9)
     scheduler.add_request(request)

@@ -61,7 +61,8 @@ class PrefixScheduler(PlanningScheduler):
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""
         if self._is_exact:
-            return self._why_none or "on"
+            on = "on, behind answers too" if self.answer_start_token_ids else "on"
+            return self._why_none or on
         if self._why_none is None:
             return "on, longest hits"
         hits = self.roco_config.prefix_hits
