@@ -23,6 +23,7 @@ from vllm.v1.request import Request
 from benchmarks.serving.engines import MODELS
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache.earlier_turns import MAX_ANSWERS
 from vllm_roco.turn_ends import turn_end_token_ids
 
 END = 97
@@ -189,6 +190,19 @@ def test_a_request_may_ask_for_smaller_chunks() -> None:
             driver.add(0, 4, prompt=prompt, extra_args={"roco_chunk": chunk})
             driver.drain(1000)
     assert driver.worker.num_hits >= 5
+
+
+def test_of_many_answers_the_last_ones_are_looked_for(
+    monkeypatch: MonkeyPatch,
+) -> None:
+    """A prompt can be made of nothing but answers; most have nothing to begin with."""
+    driver = driver_of(answer_start_token_ids=CUE)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    looks: list[object] = []
+    monkeypatch.setattr(cache.store, "may_have", looks.append)
+    driver.add(0, 1, prompt=[*[*CUE, 8, END] * 240, *CUE])
+    assert 0 < len(looks) <= 3 * MAX_ANSWERS
 
 
 def test_beside_embeddings_no_answer_is_told() -> None:

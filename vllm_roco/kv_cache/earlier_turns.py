@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm_roco.kv_cache.snapshots import SnapshotStore
     from vllm_roco.request_plans import RequestPlans
 
+MAX_ANSWERS = 64
+"""Answers of a prompt, the last ones, behind which something is looked for."""
 _MOST_UNREAD = 2
 """Tokens of an answer in a prompt that may not have been read when it ended.
 
@@ -88,7 +90,8 @@ class EarlierTurns:
         # another token must be read to go on from
         most = request.num_prompt_tokens - 1
         most = min(most, self._keys.most_tokens(request) + self._block_size - 1)
-        for end in self._plans.of(request.request_id).ends.answers.written:
+        answers = self._plans.of(request.request_id).ends.answers
+        for end in answers.written[-MAX_ANSWERS:]:
             for length in range(end - _MOST_UNREAD, end + 1):
                 if self._block_size <= length <= most:
                     key = self._keys.turn_key(request, length)
