@@ -260,11 +260,8 @@ class PagedWorker:
             # the turn may end before the next block is full
             is_turn = any(
                 prompt[place - 1] in self._turn_end_token_ids
-                # not an answer that begins behind the block before
-                and not any(
-                    end < start and place == last_of_answer
-                    for start, last_of_answer in answers
-                )
+                # what was asked before an answer was read without what came later
+                and not any(end < start < place for start, _ in answers)
                 for place in range(end, min(end + size, len(prompt) + 1))
             )
             is_turn &= chunk > least and end - last >= least
