@@ -39,6 +39,7 @@ class Page(NamedTuple):
         prefix: Stands for all tokens of the sequence up to the last one written.
         length: Of the sequence when it was last attended to: its statistics' age.
         is_measured: Whether every query since it was begun is in its statistics.
+        is_mixed: Whether those of other sequences are, too.
     """
 
     owner: tuple[str, int]
@@ -47,6 +48,7 @@ class Page(NamedTuple):
     prefix: int
     length: int
     is_measured: bool
+    is_mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -260,11 +262,8 @@ class PagedWorker:
             # the turn may end before the next block is full
             is_turn = any(
                 prompt[place - 1] in self._turn_end_token_ids
-                # not an answer that begins behind the block before
-                and not any(
-                    end < start and place == last_of_answer
-                    for start, last_of_answer in answers
-                )
+                # what was asked before an answer was read without what came later
+                and not any(end < start < place for start, _ in answers)
                 for place in range(end, min(end + size, len(prompt) + 1))
             )
             is_turn &= chunk > least and end - last >= least
@@ -377,10 +376,16 @@ class PagedWorker:
             assert by_block or not self._is_exact or page.length == start, (
                 "statistics of another length"
             )
+            assert by_block or not self._is_exact or not page.is_mixed, (
+                "statistics of other sequences, too"
+            )
             assert by_block or block in self._copied, "the copy was not made"
             # whoever wrote a shared block must never evict: see `_run`
             is_copy = block in self._copied
-            self._pages[block] = page._replace(owner=owner if is_copy else _SHARED)
+            self._pages[block] = page._replace(
+                owner=owner if is_copy else _SHARED,
+                is_mixed=page.is_mixed or page.length != start or not is_copy,
+            )
             self.num_shared += not is_copy
             logical.add(page.logical)
         assert len(logical) == len(places), "a block is in two places"
@@ -415,16 +420,25 @@ class PagedWorker:
         after = schedule.evicted_blocks(end)
         for position in range(start, end):
             block, logical = sequence.row[position // size], position // size
+            is_mixed = False
             if position % size:
                 page = self._pages[block]
                 written = (page.owner, page.logical, page.num_tokens)
                 expected = (owner, logical, position % size)
                 assert written == expected, "a block was written over"
+                is_mixed = page.is_mixed
             prefix = sequence.prefixes[position]
             self._computed.add(block)
             self._window_pages.pop(block, None)
-            page = Page(owner, logical, position % size + 1, prefix, end, is_measured)
-            self._pages[block] = page
+            self._pages[block] = Page(
+                owner,
+                logical,
+                position % size + 1,
+                prefix,
+                end,
+                is_measured,
+                is_mixed,
+            )
 
         places = self._places(schedule, start, end)
         live = [sequence.row[place] for place in places]

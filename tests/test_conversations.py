@@ -99,6 +99,88 @@ def test_a_next_turn_begins_behind_the_answer(
     assert driver.worker.num_evictions
 
 
+def ask(driver: Driver, text: list[int], answer: int) -> int:
+    """Ask, take the answer into the text; return with how many answers it began."""
+    hits = driver.worker.num_answers_hit
+    name = driver.add(0, answer, prompt=text)
+    driver.drain(1000)
+    text += [*driver.outputs[name], END]
+    return driver.worker.num_answers_hit - hits
+
+
+def test_nobody_goes_on_from_an_answer_over_blocks_of_others() -> None:
+    """Whose statistics have queries of others: of the turn before, that went on."""
+    driver = driver_of(answer_start_token_ids=CUE, budget=24, stride=4)
+    text = [20, END, *CUE]
+    assert not ask(driver, text, 4)
+    # a short turn, behind which nobody expects that the next one evicts
+    text += [21, END, *CUE]
+    assert not ask(driver, text, 20)
+    assert driver.worker.num_hits == 1
+    assert driver.worker.num_evictions
+    text += [22, END, *CUE]
+    assert not ask(driver, text, 4)
+    text += [23, END, *CUE]
+    assert ask(driver, text, 4)
+
+
+@pytest.mark.parametrize("turn", range(1, 4))
+def test_an_answer_may_look_like_several(turn: int) -> None:
+    """It was written on where a prompt has neither of them."""
+
+    def talk(end: int, cue: int) -> Driver:
+        driver = Driver(
+            Setup(
+                chunk=32,
+                stride=4,
+                caching=True,
+                turn_end_token_ids=(END, end),
+                answer_start_token_ids=(cue,),
+            )
+        )
+        text = [2] * 9
+        for number in range(7):
+            text += [*[70 + number] * 5, END, cue]
+            ask(driver, text, 24)
+        return driver
+
+    # the worker writes the same, whatever is asked
+    written = talk(END, CUE[0]).outputs[str(turn)]
+    driver = talk(end=written[3], cue=written[9])
+    assert driver.outputs[str(turn)] == written
+    assert driver.worker.num_answers_hit
+
+
+def test_what_follows_in_its_last_block_does_not_change_how_a_prompt_is_read() -> None:
+    """A turn that ended there made a chunk's end that the prompt had not had."""
+
+    def talk(*ends: int) -> Driver:
+        driver = Driver(
+            Setup(
+                chunk=32,
+                stride=4,
+                caching=True,
+                turn_end_token_ids=(END, *ends),
+                answer_start_token_ids=CUE,
+            )
+        )
+        text = [2] * 6
+        for number in range(6):
+            text += [*[70 + number] * 9, *CUE]
+            assert len(text) % BLOCK_SIZE == 1
+            # nothing, but for its end token
+            ask(driver, text, 1)
+            text += [70 + number] * 3
+        # by somebody who begins with nothing
+        driver.add(0, 1, prompt=text, cache_salt="another")
+        driver.drain(1000)
+        return driver
+
+    written = talk().outputs.values()
+    driver = talk(*(token for tokens in written for token in tokens))
+    assert driver.worker.num_answers_hit
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_conversations_in_a_crowd_keep_what_each_would_alone(
     mode: dict[str, Any],

@@ -13,8 +13,11 @@ from vllm.v1.engine import FinishReason
 
 from tests.scheduler_driver import Driver, Setup
 from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
+from vllm_roco.answers import Answers
+from vllm_roco.chunking import ChunkEnds
 from vllm_roco.config import MODES
 from vllm_roco.eviction_row import NUM_ROW_FIELDS, ROW_KEY, EvictionRow
+from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
@@ -69,6 +72,36 @@ def test_a_snapshot_is_of_all_that_decides_what_is_kept() -> None:
         assert (other in keys) == (name == "until")
         keys.add(other)
     assert len(keys) == 1 + NUM_ROW_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("answers", "length", "expected"),
+    [
+        # 40 tokens since the turn before; the first eviction is at 96
+        pytest.param(((16, 56), (20, NEVER)), 56, True, id="just long enough"),
+        pytest.param(((17, 56), (20, NEVER)), 56, False, id="a token too short"),
+        pytest.param(((10, 95), (20, NEVER)), 95, True, id="the last before it"),
+        pytest.param(((10, 96), (20, NEVER)), 96, False, id="evicts in this turn"),
+        pytest.param(((4, 10, 56), (8, 20, NEVER)), 56, True, id="the last turn's"),
+        pytest.param(((4, 30, 56), (8, 40, NEVER)), 56, False, id="not both turns'"),
+        pytest.param(((10, 40), (20, NEVER)), 56, True, id="from answer to prompt"),
+        pytest.param(((56,), (NEVER,)), 56, False, id="nothing is answered yet"),
+        pytest.param(((10, 20), (20, 30)), 56, False, id="nothing is to be answered"),
+        pytest.param(((), ()), 56, False, id="no answers"),
+    ],
+)
+def test_a_conversation_may_evict_in_its_next_turn(
+    answers: tuple[tuple[int, ...], tuple[int, ...]], length: int, *, expected: bool
+) -> None:
+    """If it gets as long again as the last turn made it, answer and question."""
+    default = Driver(Setup(budget=64, stride=32)).scheduler.request_plans.default
+    assert default.first_eviction == 96
+    ends = ChunkEnds(default.chunk, (32,), Answers(*answers))
+    plan = default.read_in(ends, length)
+    assert plan.evicts_in_next_turn == expected
+    assert not default.evicts_in_next_turn
+    assert replace(plan, ends=default.ends, evicts_in_next_turn=False) == default
+    assert plan.ends == ends
 
 
 def test_workers_are_told_what_differs_alone() -> None:

@@ -127,17 +127,15 @@ def _lengths_of_turns(
 ) -> list[int]:
     """Return the lengths of the whole blocks up to tokens that end turns, in order.
 
-    Not of an answer that ends in the block in which it begins: the prompt before it was
-    read on to its own end.
+    Not where an answer begins between such a length and the token: the prompt before it
+    was read on to its own end.
     """
     # without a step of Python for each token, or for each that ends a turn
     turns = np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
     lengths = turns // block_size * block_size
-    if answers.ends:
-        ends = np.array(answers.ends)
-        place = np.searchsorted(ends, turns).clip(max=len(ends) - 1)
-        starts = np.where(ends[place] == turns, np.array(answers.starts)[place], 0)
-        lengths = lengths[lengths >= starts]
+    if answers.starts:
+        starts = np.array([0, *answers.starts])
+        lengths = lengths[lengths >= starts[np.searchsorted(starts, turns) - 1]]
     return [*map(int, np.unique(lengths))]
 
 
