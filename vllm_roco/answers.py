@@ -80,7 +80,7 @@ class Answers:
             return NEVER
         grows = schedule.next_eviction(length)
         index = bisect_left(self.ends, grows)
-        if grows == NEVER or index == len(self.starts):
+        if index == len(self.starts):
             return NEVER
         return max(grows, self.starts[index])
 
