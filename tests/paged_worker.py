@@ -360,7 +360,7 @@ class PagedWorker:
             assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
             is_answer = any(first <= start <= last for first, last in sequence.answers)
             assert start in sequence.ends or is_answer, "a hit within a chunk"
-            self.num_answers_hit += is_answer
+            self.num_answers_hit += start not in sequence.ends
         logical: set[int] = set()
         places = self._places(schedule, start, start)
         for place in places:

@@ -122,7 +122,7 @@ def test_the_last_answer_may_be_open(
 ) -> None:
     answers = Answers.of(np.array(tokens, dtype=np.int64), (CUE,), {END})
     assert answers.is_open == is_open
-    assert [*answers.written] == written
+    assert [*answers.written_ends] == written
 
 
 texts = st.lists(st.sampled_from([1, 2, END, CUE, OTHER]), max_size=60)

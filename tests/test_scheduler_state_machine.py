@@ -167,20 +167,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.driver is not None
         if self.driver.scheduler.lora_config is None:
             adapter = None
-        extra_args: dict[str, Any] | None = None
-        if self.has_options and options:
-            extra_args = {
-                name: value * BLOCK_SIZE if isinstance(value, int) else value
-                for name, value in options.items()
-            }
-            room = self.driver.scheduler.max_num_scheduled_tokens - MAX_NUM_SEQS
-            chunk = min(extra_args["roco_chunk"], room // BLOCK_SIZE * BLOCK_SIZE)
-            extra_args["roco_chunk"] = chunk
-            if extra_args.get("roco_mode") == "full":
-                extra_args.pop("roco_stride", None)
-            else:
-                # a stride of the server's would not fit above every budget
-                extra_args.setdefault("roco_stride", BLOCK_SIZE)
+        extra_args = self.arguments(options) if self.has_options and options else None
         before = copy.deepcopy(extra_args)
         for _ in range(how_often):
             shared = stem[: min(num_stem_tokens, num_prompt_tokens)]
@@ -193,6 +180,22 @@ class SchedulerMachine(RuleBasedStateMachine):
                 lora_request=adapter,
             )
             assert extra_args == before, "shared by several requests"
+
+    def arguments(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what a request asks with, in tokens."""
+        assert self.driver is not None
+        found = {
+            name: value * BLOCK_SIZE if isinstance(value, int) else value
+            for name, value in options.items()
+        }
+        room = self.driver.scheduler.max_num_scheduled_tokens - MAX_NUM_SEQS
+        found["roco_chunk"] = min(found["roco_chunk"], room // BLOCK_SIZE * BLOCK_SIZE)
+        if found.get("roco_mode") == "full":
+            found.pop("roco_stride", None)
+        else:
+            # a stride of the server's would not fit above every budget
+            found.setdefault("roco_stride", BLOCK_SIZE)
+        return found
 
     def ask(
         self,
@@ -218,6 +221,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_question_tokens=st.integers(1, 30),
         max_tokens=st.integers(1, MAX_OUTPUT),
         ignore_stop=st.booleans(),
+        options=st.none() | OPTIONS,
     )
     def go_on(
         self,
@@ -225,6 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_question_tokens: int,
         max_tokens: int,
         ignore_stop: bool,
+        options: dict[str, Any] | None,
     ) -> None:
         """Ask a conversation's next question, behind its answer."""
         assert self.driver is not None
@@ -234,6 +239,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         answer = self.driver.outputs[request_id]
         own = [62 + len(self.lengths) % 60] * num_question_tokens
         prompt = [*prompt, *answer, *end, *own, *end, *CUE]
+        if options and self.has_options:
+            extra_args = self.arguments(options)
         if len(prompt) <= MAX_PROMPT:
             self.ask(prompt, max_tokens, extra_args, ignore_stop=ignore_stop)
 

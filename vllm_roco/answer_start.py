@@ -23,6 +23,7 @@ logger = init_logger(f"vllm.{__name__}")
 
 _QUESTIONS = "Where is it?", "How many are there, then"
 _ANSWER = "Over there."
+_REASONED_ANSWER = f"<think>\nThey ask for a place.\n</think>\n\n{_ANSWER}"
 
 
 def answer_start_token_ids(
@@ -31,8 +32,8 @@ def answer_start_token_ids(
     """Return the tokens behind which an answer begins, in a prompt of several turns.
 
     By default what the tokenizer's chat template puts between a question and its
-    answer, without what ends the question. The engine core has loaded the tokenizer
-    anyhow, for structured outputs.
+    answer, without what ends the question. Where there is a tokenizer, the engine core
+    has loaded it for structured outputs.
 
     Args:
         config: The options.
@@ -41,7 +42,8 @@ def answer_start_token_ids(
 
     Returns:
         Token ids, in order; none where answers cannot be told from what they answer, or
-        stand in a later prompt in another way than they were asked for.
+        a later prompt has not all that was asked for or written: an opened `<think>`,
+        or the reasoning.
     """
     if config.answer_start_token_ids is not None:
         return config.answer_start_token_ids if turn_ends else ()
@@ -57,18 +59,21 @@ def answer_start_token_ids(
 
 
 def _of_template(tokenizer: Any, turn_ends: Collection[int]) -> tuple[int, ...]:
-    """Return them as a chat template has them; of two questions it is the same."""
+    """Return them as a chat template has them: how the prompts of two questions end."""
     first, other = (_rendered(tokenizer, [question]) for question in _QUESTIONS)
     width = _common(first[::-1], other[::-1])
     start = first[len(first) - width :]
-    for place, token in enumerate(start):
-        if token in turn_ends:
-            start = first[len(first) - width + place + 1 :]
+    behind = [place for place, token in enumerate(start, 1) if token in turn_ends]
+    start = start[behind[-1] :] if behind else start
     # the next turn must have the answer where it was written, and its end
-    both = _rendered(tokenizer, [_QUESTIONS[0], _ANSWER, _QUESTIONS[1]])
+    both, reasoned = (
+        _rendered(tokenizer, [_QUESTIONS[0], answer, _QUESTIONS[1]])
+        for answer in (_ANSWER, _REASONED_ANSWER)
+    )
     found = Answers.of(np.array(both, dtype=np.int64), start, turn_ends)
     is_there = both[: len(first)] == first and found.starts[:1] == (len(first),)
-    return tuple(start) if is_there and len(found.written) == 1 else ()
+    is_whole = len(found.written_ends) == 1 and reasoned != both
+    return tuple(start) if is_there and is_whole else ()
 
 
 def _rendered(tokenizer: Any, texts: Sequence[str]) -> list[int]:

@@ -90,6 +90,12 @@ class Answers:
         return bool(self.ends) and self.ends[-1] == NEVER
 
     @property
-    def written(self) -> Sequence[int]:
+    def written_ends(self) -> Sequence[int]:
         """Ends of the answers that are in the prompt with an end token."""
         return self.ends[:-1] if self.is_open else self.ends
+
+    @property
+    def last_written(self) -> tuple[int, int] | None:
+        """Where the last one of these begins and ends, None if there is none."""
+        ends = self.written_ends
+        return (self.starts[len(ends) - 1], ends[-1]) if ends else None

@@ -170,7 +170,7 @@ def next_step_ends(
         end = min(end, schedule.next_eviction(num_computed_tokens))
     free = schedule.next_eviction(0) - 1
     if num_prompt_tokens > free:
-        # the chunk that evicts first is a whole one
+        # the chunk that evicts first is a whole one, if no answer ends a step before
         free = ends.within(free)
     free = min(free, num_tokens)
     if num_computed_tokens < free:

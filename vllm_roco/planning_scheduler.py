@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import override
+from vllm.logger import init_logger
 
 from vllm_roco.adapter_scheduler import AdapterScheduler
 from vllm_roco.answer_start import answer_start_token_ids
@@ -24,9 +25,14 @@ from vllm_roco.turn_ends import turn_end_token_ids
 from vllm_roco.validation import request_planner
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_row import EvictionRow
+
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class PlanningScheduler(AdapterScheduler):
@@ -40,7 +46,8 @@ class PlanningScheduler(AdapterScheduler):
         max_steps_in_flight: Steps that may be scheduled but not yet processed.
         turn_end_token_ids: Tokens behind which chunks of prompts may end.
         answer_start_token_ids: Tokens behind which an answer begins that is read as it
-            was written; none where next turns never begin behind answers.
+            was written; none with `prefix_hits` `longest` and beside layers of other
+            kinds. Whether prefixes are cached changes nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -87,6 +94,13 @@ class PlanningScheduler(AdapterScheduler):
             self.answer_start_token_ids = answer_start_token_ids(
                 self.roco_config, model_config, self.turn_end_token_ids
             )
+        if self.roco_config.answer_start_token_ids and not self.answer_start_token_ids:
+            logger.warning_once(
+                "roco: answer_start_token_ids = %s does nothing: answers are read like "
+                "everything else with prefix_hits 'longest', beside layers of other "
+                "kinds, and where no token ends a turn.",
+                str(list(self.roco_config.answer_start_token_ids)),
+            )
         self._check_pool()
         self.request_plans = RequestPlans(
             ResolvedPlan.of(
@@ -130,11 +144,14 @@ class PlanningScheduler(AdapterScheduler):
         if not self.turn_end_token_ids or tokens is None:
             return plan
         ids = np.fromiter(tokens, np.int64, len(tokens))
-        answer_start = self.answer_start_token_ids
+        answer_start: Sequence[int] = self.answer_start_token_ids
         if (is_token := request.prompt_is_token_ids) is not None:
             # what stands in the places of embeddings is not in a prefix's hash, nor is
             # what they are in the key of an answer's end
             ids[~np.array(is_token, dtype=bool)] = -1
+            answer_start = ()
+        if request.has_encoder_inputs:
+            # which nobody begins behind
             answer_start = ()
         block_size = self._planner.block_size
         ends = ChunkEnds.of(

@@ -84,9 +84,9 @@ class ResolvedPlan:
         """
         answers = ends.answers
         evicts_in_next_turn = False
-        if answers.is_open and answers.written:
+        if answers.is_open and answers.last_written is not None:
             # if it is as long as the last one, answer and question together
-            grows_by = num_prompt_tokens - answers.starts[-2]
+            grows_by = num_prompt_tokens - answers.last_written[0]
             evicts_in_next_turn = (
                 num_prompt_tokens < self.first_eviction <= num_prompt_tokens + grows_by
             )
@@ -107,7 +107,8 @@ class ResolvedPlan:
 
 def _snapshot_key(plan: RequestPlan) -> bytes:
     fields = plan.row._asdict()
-    # a place of a snapshot lies in the prompt, where all that evict go on evicting
+    # a place of a snapshot lies in the prompt, where all that evict go on evicting, and
+    # ends of answers are kept where they do, and for prompts that evict
     del fields["until"]
     return _KEY.pack(*fields.values(), plan.chunk)
 

@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "what steps in flight evict from is kept of an answer",
         "kv_cache/earlier_turns.py",
-        "computed = request.num_computed_tokens\n",
-        "computed = request.num_computed_tokens - request.num_in_flight_tokens\n",
+        "computed, size = request.num_computed_tokens,",
+        "computed, size = request.num_computed_tokens - request.num_in_flight_tokens,",
         ("tests/test_longest_hits.py",),
     ),
     Mutant(
@@ -100,6 +100,13 @@ MUTANTS = (
         "kv_cache/earlier_turns.py",
         "or request.num_computed_tokens > request.num_tokens",
         "or False",
+        ("tests/test_conversations.py",),
+    ),
+    Mutant(
+        "who evicts nothing goes on from what has been evicted from",
+        "kv_cache/earlier_turns.py",
+        "if not plan.is_measured:",
+        "if False:",
         ("tests/test_conversations.py",),
     ),
     Mutant(
@@ -140,14 +147,14 @@ MUTANTS = (
     Mutant(
         "an answer begins where later prompts do not have it",
         "answer_start.py",
-        "if is_there and len(found.written) == 1",
-        "if len(found.written) == 1",
+        "if is_there and is_whole",
+        "if is_whole",
         ("tests/test_answer_start.py",),
     ),
     Mutant(
         "a next turn is likely to evict that is told by the whole conversation",
         "request_plans.py",
-        "num_prompt_tokens - answers.starts[-2]",
+        "num_prompt_tokens - answers.last_written[0]",
         "num_prompt_tokens - answers.starts[0]",
         ("tests/test_request_plans.py",),
     ),

@@ -11,6 +11,9 @@ at any block, not only where there is a snapshot. Whose they are decides how:
   copy them while it runs, and it copies what it begins with itself. Before it evicts,
   those of its prompt are copied into free blocks, where they are kept as long as any.
 
+A turn of a conversation that is read for the next one's sake does neither: see
+`read_for_next_turn`.
+
 The statistics in such blocks are those of all queries that have been asked over them,
 whoever asked; a later eviction goes by the mean over these. A request that never
 evicts, however long it gets, leaves no statistics: what it writes is found by its like
@@ -102,9 +105,9 @@ class BlockCache:
         self._plans = plans
         self.is_used = is_used
         self._serves_all = serves_all
-        self._owners: dict[str, _Owner] = {}
         # unfinished requests that are not served for the sake of their next turn
         self._for_next_turn: set[str] = set()
+        self._owners: dict[str, _Owner] = {}
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
         # blocks of their prompts that others have, each with a reference
@@ -132,7 +135,7 @@ class BlockCache:
         )
 
     def read_for_next_turn(self, request_id: str) -> None:
-        """Let a new request begin with snapshots alone, and leave what evicts later.
+        """Let a new request begin with snapshots alone, leave such, and share no block.
 
         So its statistics are of its own queries, and the next turn of its conversation
         may begin where its answer ends, though it evicts.
@@ -140,7 +143,7 @@ class BlockCache:
         self._for_next_turn.add(request_id)
 
     def forget(self, request_id: str) -> None:
-        """Forget a request that is done."""
+        """Forget how a request was to be read that is done."""
         self._for_next_turn.discard(request_id)
 
     def can_begin_with_blocks(self, request: Request) -> bool:

@@ -2,8 +2,8 @@
 """Lets the next turn of a conversation begin where an earlier answer ended.
 
 With `prefix_hits: exact` where reading the answer keeps what writing it kept, see
-`answers`: in prompts with earlier answers, which end as the model's template begins
-one. With `longest` wherever something was evicted.
+`answers`: behind prompts that have an earlier answer, and end where one begins or
+within it. With `longest` wherever something was evicted.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class EarlierTurns:
         self._turn_end_token_ids = frozenset(turn_end_token_ids)
         # of unfinished requests what was kept along their prompts, in order
         self._turns: dict[str, list[EarlierTurn]] = {}
-        # of those that run, who began with nothing that others have asked over
+        # with exact hits, of those that run, who began with nothing that others have
+        # asked over
         self._untouched: set[str] = set()
 
     def enter(self, request: Request) -> None:
@@ -87,11 +88,14 @@ class EarlierTurns:
 
     def _as_read(self, request: Request) -> Iterator[EarlierTurn]:
         """Yield what may have been kept where the answers in a prompt ended."""
-        # another token must be read to go on from
+        plan = self._plans.of(request.request_id)
+        if not plan.is_measured:
+            # it evicts nothing, and what others keep has gaps
+            return
+        # another token must be read to go on from; a hash is of a whole block here
         most = request.num_prompt_tokens - 1
         most = min(most, self._keys.most_tokens(request) + self._block_size - 1)
-        answers = self._plans.of(request.request_id).ends.answers
-        for end in answers.written[-MAX_ANSWERS:]:
+        for end in plan.ends.answers.written_ends[-MAX_ANSWERS:]:
             for length in range(end - _MOST_UNREAD, end + 1):
                 if self._block_size <= length <= most:
                     key = self._keys.turn_key(request, length)
@@ -127,8 +131,9 @@ class EarlierTurns:
         return None
 
     def begin(self, request: Request) -> None:
-        """Note that a request is let in, with nothing but what reading would keep."""
-        self._untouched.add(request.request_id)
+        """Note that a request is let in with a snapshot, or nothing."""
+        if self._is_exact:
+            self._untouched.add(request.request_id)
 
     def drop(self, request_id: str) -> None:
         """Forget that a request runs."""
@@ -146,33 +151,39 @@ class EarlierTurns:
         self._turns.pop(request.request_id, None)
         if not row:
             return
-        schedule = self._plans.of(request.request_id).schedule
-        computed = request.num_computed_tokens
-        length = self._kept_tokens(request)
-        if (
-            not length
-            or computed < request.num_prompt_tokens
-            or schedule.evicted_blocks(length) != schedule.evicted_blocks(computed)
-            # a next turn evicts on behind it
-            or schedule.next_eviction(length) == NEVER
-        ):
-            return
-        keys = self._keys
-        key = keys.turn_key if self._is_exact else keys.key
-        live = keys.live_blocks(request, row, length)
-        self._store.keep(key(request, length), live)
+        keep = self._keep_as_read if self._is_exact else self._keep_in_blocks
+        if request.num_computed_tokens >= request.num_prompt_tokens:
+            keep(request, row)
 
-    def _kept_tokens(self, request: Request) -> int:
-        """Return of how many tokens a request leaves what it holds, or 0."""
-        size, computed = self._block_size, request.num_computed_tokens
-        most = self._keys.most_tokens(request)
-        if self._is_exact:
-            is_kept = computed // size * size <= most and self._is_as_read(request)
-            return computed if computed >= size and is_kept else 0
-        # who has evicted nothing leaves blocks
+    def _keep_as_read(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep all that a request holds, if a prompt that has all of it keeps that."""
+        length, size = request.num_computed_tokens, self._block_size
+        if size <= length // size * size <= self._keys.most_tokens(request) and (
+            self._is_as_read(request)
+        ):
+            self._keep(self._keys.turn_key(request, length), request, row, length)
+
+    def _keep_in_blocks(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep what a request holds in whole blocks, if it has evicted."""
+        computed, size = request.num_computed_tokens, self._block_size
         schedule = self._plans.of(request.request_id).schedule
         evicted = schedule.evicted_blocks(computed)
-        return min(computed, most) // size * size if evicted else 0
+        length = min(computed, self._keys.most_tokens(request)) // size * size
+        # who has evicted nothing leaves blocks
+        if evicted and schedule.evicted_blocks(length) == evicted:
+            self._keep(self._keys.key(request, length), request, row, length)
+
+    def _keep(
+        self,
+        key: BlockHash,
+        request: Request,
+        row: Sequence[KVCacheBlock],
+        length: int,
+    ) -> None:
+        schedule = self._plans.of(request.request_id).schedule
+        # a next turn evicts on behind it
+        if schedule.next_eviction(length) < NEVER:
+            self._store.keep(key, self._keys.live_blocks(request, row, length))
 
     def _is_as_read(self, request: Request) -> bool:
         """Return whether a request holds what a prompt would keep that has all of it.
@@ -183,7 +194,7 @@ class EarlierTurns:
         if (
             request.request_id not in self._untouched
             or not answers.is_open
-            or not answers.written
+            or not answers.written_ends
             # of a step in flight nobody knows what it read
             or request.num_computed_tokens > request.num_tokens
         ):

@@ -30,7 +30,7 @@ from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
 
     from vllm_roco.kv_cache.window_manager import WindowManager
     from vllm_roco.request_plans import RequestPlans
+
+
+SHARE_THAT_GOES_ON = 2 / 3
+"""Share of conversations that are taken to go on when a turn is read for the next."""
 
 
 class Hit(NamedTuple):
@@ -166,43 +170,48 @@ class PrefixCache:
         if self._earlier is not None:
             self._earlier.enter(request)
         places = self._places(request, 0)
+        prefixes = self._keys.keys(request, places) if places else ()
         if places:
-            prefixes = self._keys.keys(request, places)
             self._shared.enter(prefixes)
-            if self._is_exact and self._is_worth_its_next_turn(
-                request, [*zip(places, prefixes, strict=True)]
-            ):
-                self.blocks.read_for_next_turn(request.request_id)
+        # with `longest`, turns begin behind what began with blocks, too
+        if self._is_exact and (
+            self._longest_earlier(request)
+            or self._is_worth_its_next_turn(request, places, prefixes)
+        ):
+            self.blocks.read_for_next_turn(request.request_id)
 
     def _is_worth_its_next_turn(
-        self, request: Request, prefixes: Iterable[tuple[int, BlockHash]]
+        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
     ) -> bool:
-        """Return whether a turn is read from a snapshot on so that the next one is not.
+        """Return whether a turn is to begin with a snapshot, so that the next one can.
 
-        That one will evict while it is read, this one does not, and may begin with
-        blocks. It is if two of three conversations go on; and if the turn before was
-        read so.
+        The next one evicts while it is read, and can begin behind this one if that
+        began with no blocks. This one then reads more than it would behind blocks, and
+        is to if that pays where as many conversations as `SHARE_THAT_GOES_ON` go on.
 
         Args:
             request: The turn.
-            prefixes: Its places in order, each with its hash.
+            places: Where a snapshot of its prompt can be.
+            prefixes: What stands for the prompt up to there.
         """
-        if self._longest_earlier(request):
-            return True
         plan = self._plans.of(request.request_id)
-        if not plan.evicts_in_next_turn:
+        answer = plan.ends.answers.last_written
+        if not plan.evicts_in_next_turn or answer is None:
             return False
-        start = 0
-        for place, prefix in prefixes:
-            # there is a snapshot, or will be for all that begin alike
-            if self._shared.part_at(prefix) or self.store.has(prefix):
-                start = place
-        answers = plan.ends.answers
-        begun, ended = answers.starts[-2], answers.written[-1]
+        start = max(
+            (
+                place
+                for place, prefix in zip(places, prefixes, strict=True)
+                # there is a snapshot, or the first one that comes leaves one
+                if self._shared.part_at(prefix) or self.store.has(prefix)
+            ),
+            default=0,
+        )
+        begun, ended = answer
         more_now = ended - start
-        # an answer like the last one comes on top
-        less_then = request.num_prompt_tokens + ended - begun - start
-        return 3 * more_now <= 2 * less_then
+        # an answer as long as the last one comes on top
+        less_then = request.num_prompt_tokens + (ended - begun) - start
+        return more_now <= SHARE_THAT_GOES_ON * less_then
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -341,10 +350,13 @@ class PrefixCache:
 
     def longest_snapshot(self, request: Request) -> int:
         """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
+        earlier = self._longest_earlier(request)
         for length in reversed(self._places(request, 0)):
+            if length <= earlier:
+                break
             if self.store.has(self._keys.key(request, length)):
                 return length
-        return 0
+        return earlier
 
     def _is_yet_to_come(self, request: Request, awaited: _Prefix) -> bool:
         """Return whether what a request waits for is on its way, and not there."""
