@@ -80,6 +80,13 @@ def test_the_models_own_template_tells(smollm2: Path) -> None:
             id="a thought is begun that later prompts do not have",
         ),
         pytest.param(
+            f"{EACH}<|{{{{ message['role'] }}}}|>"
+            "{{ message['content'].split('</think>')[-1].lstrip() }}<|im_end|>"
+            f"{{% endfor %}}{ASKS}<|assistant|>{{% endif %}}",
+            "",
+            id="what was thought is dropped",
+        ),
+        pytest.param(
             f"{EACH}<|{{{{ message['role'] }}}}|>\n\n{CONTENT}<|im_end|>"
             f"{{% endfor %}}{ASKS}<|assistant|>\n\n{{% endif %}}",
             "",

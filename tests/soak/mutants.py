@@ -152,6 +152,13 @@ MUTANTS = (
         ("tests/test_answer_start.py",),
     ),
     Mutant(
+        "an answer is told whose reasoning later prompts do not have",
+        "answer_start.py",
+        " and reasoned != both",
+        "",
+        ("tests/test_answer_start.py",),
+    ),
+    Mutant(
         "a next turn is likely to evict that is told by the whole conversation",
         "request_plans.py",
         "num_prompt_tokens - answers.last_written[0]",
