@@ -281,11 +281,12 @@ class PagedWorker:
         answers = []
         begun = None
         for end in range(1, len(prompt) + 1):
-            if begun is None and prompt[max(0, end - len(start)) : end] == start:
-                begun = end
-            elif begun is not None and prompt[end - 1] in self._turn_end_token_ids:
+            if begun is not None and prompt[end - 1] in self._turn_end_token_ids:
                 answers.append((begun, end))
                 begun = None
+            # the token that ends one may be the last before another
+            if begun is None and prompt[max(0, end - len(start)) : end] == start:
+                begun = end
         return answers if begun is None else [*answers, (begun, NEVER)]
 
     def _take_rows(self, output: SchedulerOutput) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pytest import MonkeyPatch
 from vllm.config import ModelConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
@@ -47,7 +48,11 @@ def driver_of(**changes: Any) -> Driver:
 
 
 def conversation(
-    driver: Driver, header: list[int], num_turns: int, answer: int = ANSWER
+    driver: Driver,
+    header: list[int],
+    num_turns: int,
+    answer: int = ANSWER,
+    extra_args: dict[str, Any] | None = None,
 ) -> Iterator[int]:
     """Let a client ask, and yield how many tokens each prompt has to read.
 
@@ -56,6 +61,7 @@ def conversation(
         header: What the conversation begins with.
         num_turns: Questions.
         answer: Tokens that are written.
+        extra_args: Options of its requests.
     """
     cache = driver.scheduler.prefix_cache
     assert cache is not None
@@ -65,7 +71,7 @@ def conversation(
         # as a template has it: the question's end, and what an answer begins with
         text = [*text, *[20 + number] * (QUESTION - 3), END, *CUE]
         saved = cache.counts().saved_tokens
-        name = driver.add(0, answer, prompt=text)
+        name = driver.add(0, answer, prompt=text, extra_args=extra_args)
         driver.drain(1000)
         yield len(text) - (cache.counts().saved_tokens - saved)
         text = [*text, *driver.outputs[name], END]
@@ -305,6 +311,66 @@ def test_what_is_told_without_effect_is_warned_of(
 ) -> None:
     Driver(Setup(caching=True, answer_start_token_ids=(94,)))
     assert "answer_start_token_ids = [94] does nothing" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"roco_budget": 0.5}])
+def test_nothing_is_kept_that_no_next_turn_begins_with(options: dict[str, Any]) -> None:
+    """Where a budget grows with the prompt, each turn keeps other blocks."""
+    found = []
+    for cue in ((), CUE):
+        driver = driver_of(
+            answer_start_token_ids=cue,
+            mode="both" if options else "generation",
+            max_budget=900,
+        )
+        num_read = sum(conversation(driver, [2], 8, 12, extra_args=options))
+        cache = driver.scheduler.prefix_cache
+        assert cache is not None
+        found.append((num_read, cache.counts().published_snapshots))
+    # nor does a turn do without blocks that it may begin with
+    assert found[0] == found[1]
+
+
+def test_samples_of_one_prompt_share_its_blocks_whatever_the_next_turn_does() -> None:
+    """That could begin behind one of them, if each of them held all by itself."""
+    most_held = []
+    for cue in ((), CUE):
+        driver = driver_of(answer_start_token_ids=cue, budget=200)
+        pool = driver.scheduler.kv_cache_manager.block_pool
+        text = [*[2] * 60, END, *CUE, 3, END, *[4] * 90, END, *CUE]
+        for _ in range(4):
+            driver.add(0, 20, prompt=text)
+        held = []
+        while driver.scheduler.has_requests():
+            driver.step()
+            held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        most_held.append(max(held))
+    assert most_held[0] == most_held[1]
+    assert most_held[1] < 2 * len(text) // BLOCK_SIZE
+
+
+def test_answers_behind_an_image_are_read_in_whole_chunks() -> None:
+    """As no next turn begins behind one, to read it as it was written wins nothing."""
+    scheduler = driver_of(answer_start_token_ids=CUE).scheduler
+    text = [9] * 8 + [END, *CUE] + [8] * 80
+    image = MultiModalFeatureSpec(
+        data=None,
+        modality="image",
+        identifier="picture",
+        mm_position=PlaceholderRange(offset=2, length=3),
+    )
+    for features, is_told in (([], True), ([image], False)):
+        request = Request(
+            request_id=f"{len(features)} images",
+            prompt_token_ids=text,
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            mm_features=features,
+            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+        )
+        scheduler.add_request(request)
+        plan = scheduler.request_plans.of(request.request_id)
+        assert bool(plan.ends.answers.starts) == is_told
 
 
 def test_of_many_answers_the_last_ones_are_looked_for(

@@ -21,7 +21,7 @@ from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
-from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
+from vllm_roco.request_plans import NextTurn, ResolvedPlan, most_blocks_by_default
 from vllm_roco.start_up_line import describe
 
 OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
@@ -94,14 +94,23 @@ def test_a_conversation_may_evict_in_its_next_turn(
     answers: tuple[tuple[int, ...], tuple[int, ...]], length: int, *, expected: bool
 ) -> None:
     """If it gets as long again as the last turn made it, answer and question."""
-    default = Driver(Setup(budget=64, stride=32)).scheduler.request_plans.default
+    scheduler = Driver(Setup(budget=64, stride=32)).scheduler
+    default, default_plan = scheduler.request_plans.default, scheduler._default_plan
     assert default.first_eviction == 96
-    ends = ChunkEnds(default.chunk, (32,), Answers(*answers))
-    plan = default.read_in(ends, length)
-    assert plan.evicts_in_next_turn == expected
     assert not default.evicts_in_next_turn
-    assert replace(plan, ends=default.ends, evicts_in_next_turn=False) == default
+    found = Answers(*answers)
+    ends, longer = ChunkEnds(default.chunk, (32,), found), found.next_turn(length)
+    next_turn = None if longer is None else NextTurn(longer, default_plan)
+    plan = default.read_in(ends, length, next_turn)
+    assert plan.evicts_in_next_turn == expected
+    assert plan.keeps_for_next_turn == (longer is not None)
+    likely = {"keeps_for_next_turn": False, "evicts_in_next_turn": False}
+    assert replace(plan, ends=default.ends, **likely) == default
     assert plan.ends == ends
+    if next_turn is not None:
+        # of which other blocks are kept
+        other = next_turn._replace(plan=default_plan._replace(chunk=4))
+        assert default.read_in(ends, length, other) == replace(default, ends=ends)
 
 
 def test_workers_are_told_what_differs_alone() -> None:

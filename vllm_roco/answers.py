@@ -84,6 +84,22 @@ class Answers:
             return NEVER
         return max(grows, self.starts[index])
 
+    def next_turn(self, num_prompt_tokens: int) -> int | None:
+        """Return how long the prompt of a conversation's next turn is likely to be.
+
+        As much longer as this one is than that of the turn before, by an answer and a
+        question.
+
+        Args:
+            num_prompt_tokens: Length of this one.
+
+        Returns:
+            None unless the conversation has gone on once, as most prompts do not.
+        """
+        if not self.is_open or self.last_written is None:
+            return None
+        return 2 * num_prompt_tokens - self.last_written[0]
+
     @property
     def is_open(self) -> bool:
         """Whether what is written behind the prompt is an answer."""

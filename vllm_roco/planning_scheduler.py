@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +20,13 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.request_options.error import RequestOptionError
-from vllm_roco.request_plans import RequestPlans, ResolvedPlan
+from vllm_roco.request_plans import NextTurn, RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.turn_ends import turn_end_token_ids
 from vllm_roco.validation import request_planner
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm.v1.request import Request
 
@@ -128,7 +129,7 @@ class PlanningScheduler(AdapterScheduler):
             )
         except (RequestOptionError, RequestTooLargeError) as error:
             return str(error)
-        resolved = self._by_turns(resolved, request)
+        resolved = self._by_turns(resolved, request, extra_args)
         if (
             plan != self._default_plan
             or resolved.ends != self.request_plans.default.ends
@@ -138,7 +139,12 @@ class PlanningScheduler(AdapterScheduler):
             _tell_workers(request, plan.row)
         return None
 
-    def _by_turns(self, plan: ResolvedPlan, request: Request) -> ResolvedPlan:
+    def _by_turns(
+        self,
+        plan: ResolvedPlan,
+        request: Request,
+        extra_args: Mapping[str, Any] | None,
+    ) -> ResolvedPlan:
         """Let the chunks of a request's prompt end where its turns do, too."""
         tokens = request.prompt_token_ids
         if not self.turn_end_token_ids or tokens is None:
@@ -162,7 +168,13 @@ class PlanningScheduler(AdapterScheduler):
             block_size,
             answer_start,
         )
-        return plan.read_in(ends, request.num_prompt_tokens)
+        num_tokens = request.num_prompt_tokens
+        next_turn = None
+        if (longer := ends.answers.next_turn(num_tokens)) is not None:
+            # there is none if its prompt would be too long for the options
+            with suppress(RequestOptionError):
+                next_turn = NextTurn(longer, self._planner.plan(extra_args, longer))
+        return plan.read_in(ends, num_tokens, next_turn)
 
     @override
     def _free_blocks(self, request: Request) -> None:

@@ -160,9 +160,9 @@ MUTANTS = (
     ),
     Mutant(
         "a next turn is likely to evict that is told by the whole conversation",
-        "request_plans.py",
-        "num_prompt_tokens - answers.last_written[0]",
-        "num_prompt_tokens - answers.starts[0]",
+        "answers.py",
+        "num_prompt_tokens - self.last_written[0]",
+        "num_prompt_tokens - self.starts[0]",
         ("tests/test_request_plans.py",),
     ),
     Mutant(

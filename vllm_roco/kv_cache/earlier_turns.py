@@ -188,13 +188,11 @@ class EarlierTurns:
     def _is_as_read(self, request: Request) -> bool:
         """Return whether a request holds what a prompt would keep that has all of it.
 
-        Only of conversations that have gone on once: most prompts are asked about once.
+        Only where a next turn is likely to come and to keep the same.
         """
-        answers = self._plans.of(request.request_id).ends.answers
         if (
             request.request_id not in self._untouched
-            or not answers.is_open
-            or not answers.written_ends
+            or not self._plans.of(request.request_id).keeps_for_next_turn
             # of a step in flight nobody knows what it read
             or request.num_computed_tokens > request.num_tokens
         ):

@@ -178,7 +178,7 @@ class PrefixCache:
             self._longest_earlier(request)
             or self._is_worth_its_next_turn(request, places, prefixes)
         ):
-            self.blocks.read_for_next_turn(request.request_id)
+            self.blocks.read_for_next_turn(request)
 
     def _is_worth_its_next_turn(
         self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
