@@ -30,7 +30,7 @@ _SERVED: _Works = {
 }
 _SHARED: _Works = {
     "prefix": {"workload": "shared-16384", "warm": "yes", **_ROCO_CACHED},
-    "chat": {"workload": "chat", **_ROCO_CACHED},
+    "chat": {"workload": "chat", **_ROCO_CACHED, "answers": ""},
     "longest": {"workload": "chat", **_ROCO_CACHED, "prefix_hits": "longest"},
 }
 _ASKED = {

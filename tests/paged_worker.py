@@ -39,6 +39,7 @@ class Page(NamedTuple):
         prefix: Stands for all tokens of the sequence up to the last one written.
         length: Of the sequence when it was last attended to: its statistics' age.
         is_measured: Whether every query since it was begun is in its statistics.
+        is_mixed: Whether those of other sequences are, too.
     """
 
     owner: tuple[str, int]
@@ -47,6 +48,7 @@ class Page(NamedTuple):
     prefix: int
     length: int
     is_measured: bool
+    is_mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Sequence:
     Attributes:
         num_prompt_tokens: Length of the prompt.
         ends: Where its chunks end, once it evicts.
+        answers: Where earlier answers in it begin and end.
         prefixes: What stands for the first tokens, by their number less one, of the
             prompt and all that was sampled.
         num_known_tokens: Prompt and sampled tokens.
@@ -86,6 +89,7 @@ class Sequence:
 
     num_prompt_tokens: int
     ends: list[int]
+    answers: list[tuple[int, int]]
     prefixes: list[int]
     num_known_tokens: int
     row: list[int]
@@ -117,19 +121,35 @@ class Sequence:
 
 
 class LoneRun:
-    """What a sequence keeps when it is the only one, in sets and without pages."""
+    """What a sequence keeps when it is the only one, in sets and without pages.
+
+    Args:
+        num_prompt_tokens: Length of the prompt.
+        ends: Where its chunks end, once it evicts.
+        answers: Where answers in it begin and end.
+        schedule: Its eviction arithmetic.
+    """
 
     def __init__(
-        self, num_prompt_tokens: int, ends: list[int], schedule: EvictionSchedule
+        self,
+        num_prompt_tokens: int,
+        ends: list[int],
+        answers: list[tuple[int, int]],
+        schedule: EvictionSchedule,
     ) -> None:
         self._schedule = schedule
+        evicts = [
+            length
+            for length in range(1, num_prompt_tokens)
+            if any(start <= length <= end for start, end in answers)
+        ]
         self._ends = chain(
-            (end for end in ends if end < num_prompt_tokens),
+            sorted({*(end for end in ends if end < num_prompt_tokens), *evicts}),
             iter(lambda: max(self._length + 1, num_prompt_tokens), None),
         )
         self._length = 0
         self._kept: set[int] = set()
-        self._after: dict[int, frozenset[int]] = {}
+        self._after: dict[int, frozenset[int]] = {0: frozenset()}
 
     def after(self, num_tokens: int) -> frozenset[int]:
         """Return the full blocks kept after the step that ends at this length."""
@@ -160,6 +180,7 @@ class PagedWorker:
         chunk: Likewise, most prompt tokens in a step.
         windows: Tokens in the window of each further group, whose blocks come first.
         turn_end_token_ids: Tokens behind which a chunk may end.
+        answer_start_token_ids: Tokens behind which an answer begins.
         is_exact: Whether who evicts while it is read keeps what it would keep alone.
     """
 
@@ -170,11 +191,13 @@ class PagedWorker:
         windows: tuple[int, ...] = (),
         *,
         turn_end_token_ids: tuple[int, ...] = (),
+        answer_start_token_ids: tuple[int, ...] = (),
         is_exact: bool = True,
     ) -> None:
         self._schedule = schedule
         self._chunk = chunk
         self._turn_end_token_ids = turn_end_token_ids
+        self._answer_start_token_ids = [*answer_start_token_ids]
         self._windows = windows
         self._is_exact = is_exact
         self._pages: dict[int, Page] = {}
@@ -185,6 +208,7 @@ class PagedWorker:
         self._computed: set[int] = set()
         self.num_evictions = 0
         self.num_hits = 0
+        self.num_answers_hit = 0
         self.num_shared = 0
         self.num_copies = 0
 
@@ -227,21 +251,43 @@ class PagedWorker:
             schedule = EvictionRow(*options[ROW_KEY]).schedule(schedule.block_size)
         return schedule, chunk
 
-    def _ends(self, prompt: list[int], chunk: int) -> list[int]:
+    def _ends(
+        self, prompt: list[int], chunk: int, answers: list[tuple[int, int]]
+    ) -> list[int]:
         """Return where the chunks of a prompt end, found block by block."""
         size = self._schedule.block_size
         least = max(size, self._chunk // 4)
         ends, last = [], 0
         for end in range(size, len(prompt) + 1, size):
             # the turn may end before the next block is full
-            is_turn = not {*prompt[end - 1 : end + size - 1]}.isdisjoint(
-                self._turn_end_token_ids
+            is_turn = any(
+                prompt[place - 1] in self._turn_end_token_ids
+                # what was asked before an answer was read without what came later
+                and not any(end < start < place for start, _ in answers)
+                for place in range(end, min(end + size, len(prompt) + 1))
             )
             is_turn &= chunk > least and end - last >= least
             if end - last == chunk or is_turn:
                 ends.append(end)
                 last = end
         return ends
+
+    def _answers(self, prompt: list[int]) -> list[tuple[int, int]]:
+        """Return where answers begin and end in a prompt, found token by token."""
+        start = self._answer_start_token_ids
+        can_be_told = bool(start and self._turn_end_token_ids)
+        if self._windows or not self._is_exact or not can_be_told:
+            return []
+        answers = []
+        begun = None
+        for end in range(1, len(prompt) + 1):
+            if begun is not None and prompt[end - 1] in self._turn_end_token_ids:
+                answers.append((begun, end))
+                begun = None
+            # the token that ends one may be the last before another
+            if begun is None and prompt[max(0, end - len(start)) : end] == start:
+                begun = end
+        return answers if begun is None else [*answers, (begun, NEVER)]
 
     def _take_rows(self, output: SchedulerOutput) -> None:
         self._starts: dict[str, int] = {}
@@ -251,17 +297,19 @@ class PagedWorker:
             *window_rows, blocks = map(list, new.block_ids)
             length = len(new.prompt_token_ids)
             schedule, chunk = self._plan(new.sampling_params)
-            ends = self._ends(new.prompt_token_ids, chunk)
+            answers = self._answers(new.prompt_token_ids)
+            ends = self._ends(new.prompt_token_ids, chunk, answers)
             sequence = self._sequences[new.req_id] = Sequence(
                 num_prompt_tokens=length,
                 ends=ends,
+                answers=answers,
                 prefixes=[],
                 num_known_tokens=length,
                 row=blocks,
                 window_rows=window_rows,
                 schedule=schedule,
                 chunk=chunk,
-                alone=LoneRun(length, ends, schedule),
+                alone=LoneRun(length, ends, answers, schedule),
             )
             for token in new.prompt_token_ids:
                 sequence.append(token)
@@ -311,28 +359,38 @@ class PagedWorker:
         by_block &= not self._windows
         if not by_block and self._is_exact:
             assert start <= sequence.num_prompt_tokens, "a hit in generated tokens"
-            assert start in sequence.ends, "a hit within a chunk"
+            is_answer = any(first <= start <= last for first, last in sequence.answers)
+            assert start in sequence.ends or is_answer, "a hit within a chunk"
+            self.num_answers_hit += start not in sequence.ends
         logical: set[int] = set()
         places = self._places(schedule, start, start)
         for place in places:
             block = sequence.row[place]
             page = self._pages[block]
             assert block not in self._computed, "a block of this step"
-            assert page.num_tokens == size
+            last = min((page.logical + 1) * size, start)
+            assert page.num_tokens == last - page.logical * size
             assert page.is_measured or not schedule.until, "no statistics"
-            assert page.prefix == sequence.prefixes[(page.logical + 1) * size - 1], (
+            assert page.prefix == sequence.prefixes[last - 1], (
                 "a block of another prefix"
             )
             assert by_block or not self._is_exact or page.length == start, (
                 "statistics of another length"
             )
+            assert by_block or not self._is_exact or not page.is_mixed, (
+                "statistics of other sequences, too"
+            )
             assert by_block or block in self._copied, "the copy was not made"
             # whoever wrote a shared block must never evict: see `_run`
             is_copy = block in self._copied
-            self._pages[block] = page._replace(owner=owner if is_copy else _SHARED)
+            self._pages[block] = page._replace(
+                owner=owner if is_copy else _SHARED,
+                is_mixed=page.is_mixed or page.length != start or not is_copy,
+            )
             self.num_shared += not is_copy
             logical.add(page.logical)
         assert len(logical) == len(places), "a block is in two places"
+        logical.discard(start // size)
         if by_block or not schedule.evicted_blocks(start):
             assert logical == set(range(start // size)), "a hit with a hole"
         elif not self._is_exact:
@@ -363,16 +421,25 @@ class PagedWorker:
         after = schedule.evicted_blocks(end)
         for position in range(start, end):
             block, logical = sequence.row[position // size], position // size
+            is_mixed = False
             if position % size:
                 page = self._pages[block]
                 written = (page.owner, page.logical, page.num_tokens)
                 expected = (owner, logical, position % size)
                 assert written == expected, "a block was written over"
+                is_mixed = page.is_mixed
             prefix = sequence.prefixes[position]
             self._computed.add(block)
             self._window_pages.pop(block, None)
-            page = Page(owner, logical, position % size + 1, prefix, end, is_measured)
-            self._pages[block] = page
+            self._pages[block] = Page(
+                owner,
+                logical,
+                position % size + 1,
+                prefix,
+                end,
+                is_measured,
+                is_mixed,
+            )
 
         places = self._places(schedule, start, end)
         live = [sequence.row[place] for place in places]

@@ -87,7 +87,8 @@ class Setup:
         mode: Option of RoCo; likewise prefill_tokens.
         prefill_tokens: See `mode`.
         prefix_hits: Option of RoCo; likewise turn_end_token_ids.
-        turn_end_token_ids: See `prefix_hits`.
+        turn_end_token_ids: See `prefix_hits`; likewise answer_start_token_ids.
+        answer_start_token_ids: See `turn_end_token_ids`.
         hash_size: Tokens per hash, which divide a block: `--prefix-match-unit`.
         events: Whether vLLM tells of blocks that are stored and removed.
     """
@@ -108,6 +109,7 @@ class Setup:
     prefill_tokens: int = RocoConfig().prefill_tokens
     prefix_hits: str = RocoConfig().prefix_hits
     turn_end_token_ids: tuple[int, ...] = ()
+    answer_start_token_ids: tuple[int, ...] = ()
     hash_size: int = BLOCK_SIZE
     events: bool = False
 
@@ -126,6 +128,7 @@ class Setup:
             prefill_tokens=self.prefill_tokens,
             prefix_hits=self.prefix_hits,
             turn_end_token_ids=self.turn_end_token_ids,
+            answer_start_token_ids=self.answer_start_token_ids,
         )
 
     def spec(self) -> RocoSpec:
@@ -232,6 +235,7 @@ class Driver:
             setup.chunk,
             setup.windows,
             turn_end_token_ids=setup.turn_end_token_ids,
+            answer_start_token_ids=setup.answer_start_token_ids,
             is_exact=setup.prefix_hits == "exact",
         )
         self.outputs: dict[str, list[int]] = {}

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from itertools import pairwise
 from random import Random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_roco.answers import Answers
 from vllm_roco.chunking import ChunkEnds, next_step_ends
-from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 
 SCHEDULE = EvictionSchedule(block_size=16, budget=64, stride=32)
 
@@ -111,7 +113,7 @@ def text_with_turns(length: int, *turns: int) -> list[int]:
 
 
 def ends_of(tokens: list[int], chunk: int = CHUNK) -> list[int]:
-    ends = ChunkEnds.of(tokens, {END}, chunk, LEAST, SIZE)
+    ends = ChunkEnds.of(np.array(tokens), {END}, chunk, LEAST, SIZE)
     return [*ends.between(0, len(tokens))]
 
 
@@ -171,7 +173,7 @@ def test_chunks_of_turns_are_neither_too_long_nor_too_short(
 def test_ends_are_found_from_any_length(
     prompt: list[int], start: int, most: int, blocks: int
 ) -> None:
-    ends = ChunkEnds.of(prompt, {END}, blocks * SIZE, LEAST, SIZE)
+    ends = ChunkEnds.of(np.array(prompt), {END}, blocks * SIZE, LEAST, SIZE)
     every = [*ends.between(0, 400)]
     assert [*ends.between(start, most)] == [e for e in every if start < e <= most]
     assert ends.following(start) == next(end for end in every if end > start)
@@ -188,7 +190,7 @@ def test_turns_change_no_eviction_for_others(
     """Blocks go at ends of chunks, at the prompt's, or where `E` grows behind it."""
     schedule, chunk = shape
     size = schedule.block_size
-    ends = ChunkEnds.of(prompt, {END}, chunk, max(size, chunk // 4), size)
+    ends = ChunkEnds.of(np.array(prompt), {END}, chunk, max(size, chunk // 4), size)
     known = len(prompt) + outputs
     alone = read(len(prompt), known, ends, schedule)
     crowded = read(len(prompt), known, ends, schedule, room=random.randint)
@@ -300,3 +302,123 @@ def test_a_resumed_request_evicts_where_the_first_run_did(
         # computing the last known token yields one more
         known = min(total, max(known, ends[-1] + 1 if ends[-1] >= known else 0))
     assert evictions(run(known), schedule) == expected
+
+
+@pytest.mark.parametrize(
+    ("computed", "end"),
+    [
+        # E grows at 96, 128, 160 and so on
+        pytest.param(90, 96, id="in an answer"),
+        pytest.param(96, 110, id="a chunk ends before E grows"),
+        pytest.param(110, 128, id="its last token"),
+        pytest.param(128, 174, id="between answers, no E; a chunk ends first"),
+        pytest.param(174, 200, id="where an answer begins, what the question grew by"),
+        pytest.param(200, 224, id="in an answer that goes on"),
+        pytest.param(224, 230, id="the prompt ends"),
+        pytest.param(230, 238, id="resumed: a chunk ends"),
+        pytest.param(238, 250, id="resumed: all that is known"),
+    ],
+)
+def test_worked_examples_with_answers(computed: int, end: int) -> None:
+    answers = Answers((80, 200), (128, NEVER))
+    chunks = ChunkEnds(64, (48, 110), answers)
+    assert next_step_ends(computed, 230, 250, chunks, SCHEDULE) == (end, end)
+
+
+def test_answers_do_not_stop_who_evicts_nothing_yet() -> None:
+    """Up to the last chunk's end before the first eviction, or the prompt's."""
+    chunks = ChunkEnds(16, answers=Answers((10,), (90,)))
+    assert next_step_ends(0, 300, 300, chunks, SCHEDULE) == (16, 80)
+    assert next_step_ends(80, 300, 300, chunks, SCHEDULE) == (96, 96)
+    assert next_step_ends(0, 95, 95, chunks, SCHEDULE) == (16, 95)
+
+
+CUE = (8, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param([1] * 18 + [*CUE, 1, END] + [1] * 20, [20, 52], id="a block on"),
+        pytest.param([1] * 15 + [*CUE, 1, END] + [1] * 20, [32], id="in the block"),
+        pytest.param(
+            [1] * 14 + [END, *CUE, 1, END] + [1] * 20, [12, 44], id="a question does"
+        ),
+        pytest.param(
+            [1] * 17 + [END, *CUE, END] + [1] * 20, [16, 48], id="behind the question"
+        ),
+        pytest.param(
+            [1] * 15 + [*CUE, END, END] + [1] * 20,
+            [32],
+            id="the next question's, in the block",
+        ),
+    ],
+)
+def test_an_answer_cuts_no_prompt_before_it(
+    text: list[int], expected: list[int]
+) -> None:
+    """What the prompt was read by, when the answer had yet to be written."""
+    ends = ChunkEnds.of(np.array(text), {END}, CHUNK, LEAST, SIZE, CUE)
+    assert [*ends.between(0, 52)][: len(expected)] == expected
+
+
+few_or_many = st.one_of(st.integers(0, 3), st.integers(0, 3), st.integers(0, 50))
+turns = st.builds(
+    lambda question, has_end, answer, stray: [
+        *[1] * question,
+        *[END] * has_end,
+        *CUE,
+        *[2] * answer,
+        # what an answer may have in it
+        *CUE[:stray],
+        END,
+    ],
+    few_or_many,
+    st.booleans(),
+    few_or_many,
+    st.integers(0, 2),
+)
+conversations = st.lists(turns, min_size=3, max_size=20).map(lambda all: sum(all, []))
+# so that something is evicted in most blocks, of which turns may end within one
+tight_shapes = st.builds(
+    lambda size, budget, stride, chunk: (
+        EvictionSchedule(size, budget * size, stride * size),
+        chunk * size,
+    ),
+    st.sampled_from([8, 16]),
+    st.integers(1, 2),
+    st.integers(1, 2),
+    st.integers(2, 6),
+)
+
+
+@given(
+    conversations,
+    tight_shapes,
+    st.integers(1, 2),
+    st.integers(0, 99),
+    st.randoms(use_true_random=False),
+)
+def test_a_conversation_is_read_as_it_was_written(
+    text: list[int],
+    shape: tuple[EvictionSchedule, int],
+    least: int,
+    more: int,
+    random: Random,
+) -> None:
+    """Whatever was known of an answer when its prompt was read, none of it or some."""
+    schedule, chunk = shape
+    size = schedule.block_size
+
+    def run(prompt: list[int], total: int) -> list[tuple[int, int]]:
+        # the prompt in chunks, the rest token by token
+        ends = ChunkEnds.of(np.array(prompt), {END}, chunk, least * size, size, CUE)
+        steps = read(len(prompt), len(prompt), ends, schedule)
+        return evictions([*steps, *range(len(prompt) + 1, total + 1)], schedule)
+
+    again = run([*text, *[1] * more], len(text) + more)
+    answers = Answers.of(np.array(text), CUE, {END})
+    for start, end in zip(answers.starts, answers.ends, strict=True):
+        expected = [step for step in again if step[0] <= end]
+        for known in (start, random.randint(start, end)):
+            assert run(text[:known], end) == expected

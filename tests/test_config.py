@@ -40,6 +40,7 @@ def test_every_option_is_read() -> None:
         "chunk": 128,
         "prefill_tokens": 1024,
         "turn_end_token_ids": (2, 7),
+        "answer_start_token_ids": (1, 5, 1),
         "prefix_hits": "longest",
         "sink": 32,
         "recent": 48,
@@ -140,6 +141,17 @@ def test_an_unknown_option_is_refused_with_the_known_ones() -> None:
         ("turn_end_token_ids", [-1], "a list of token ids"),
         ("turn_end_token_ids", [2**31], "a list of token ids"),
         ("turn_end_token_ids", [True], "a list of token ids"),
+        (
+            "answer_start_token_ids",
+            "<|im_start|>assistant",
+            "a list of token ids, or null for those of the model",
+        ),
+        ("answer_start_token_ids", 1, "a list of token ids"),
+        ("answer_start_token_ids", [1, None], "a list of token ids"),
+        ("answer_start_token_ids", [1, -5], "a list of token ids"),
+        ("answer_start_token_ids", [2**31], "a list of token ids"),
+        ("answer_start_token_ids", [False], "a list of token ids"),
+        ("answer_start_token_ids", [[1, 5]], "a list of token ids"),
         ("prefill_tokens", 0, "a whole number of tokens, at least 1"),
         ("sink", -1, "a whole number of tokens, at least 0"),
         ("recent", -1, "a whole number of tokens, at least 0"),
@@ -182,6 +194,21 @@ def test_a_bad_value_is_refused_by_name(key: str, value: object, allowed: str) -
 )
 def test_the_ends_of_the_ranges_are_allowed(options: dict[str, Any]) -> None:
     RocoConfig(**options)
+
+
+@pytest.mark.parametrize("key", ["turn_end_token_ids", "answer_start_token_ids"])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, None), ([], ()), ([0, 2**31 - 1, 0], (0, 2**31 - 1, 0))],
+    ids=repr,
+)
+def test_token_ids_are_kept_in_order(
+    key: str, value: list[int] | None, expected: tuple[int, ...] | None
+) -> None:
+    """As JSON has them; the options' hash needs a tuple."""
+    config = RocoConfig.from_additional_config({"roco": {key: value}})
+    assert getattr(config, key) == expected
+    assert hash(config) == hash(RocoConfig(**{key: expected}))
 
 
 def test_protected_tokens_must_fit_the_budget() -> None:

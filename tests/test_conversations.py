@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 import pytest
 import torch
 from pytest import MonkeyPatch
 from vllm.config import ModelConfig
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
@@ -22,9 +24,11 @@ from vllm.v1.request import Request
 from benchmarks.serving.engines import MODELS
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.config import RocoConfig
+from vllm_roco.kv_cache.earlier_turns import MAX_ANSWERS
 from vllm_roco.turn_ends import turn_end_token_ids
 
-END = 7
+END = 97
+"""None of the tokens that `PagedWorker` writes, nor is the cue."""
 QUESTION, ANSWER = 22, 6
 MODES = [
     pytest.param({}, id="synchronous"),
@@ -34,18 +38,30 @@ MODES = [
 ]
 
 
+CUE = (95, 96)
+"""What a template puts before an answer."""
+
+
 def driver_of(**changes: Any) -> Driver:
     """Return a driver with chunks of 32 tokens, where the first eviction is at 24."""
     return Driver(Setup(chunk=32, caching=True, turn_end_token_ids=(END,), **changes))
 
 
-def conversation(driver: Driver, header: list[int], num_turns: int) -> Iterator[int]:
+def conversation(
+    driver: Driver,
+    header: list[int],
+    num_turns: int,
+    answer: int = ANSWER,
+    extra_args: dict[str, Any] | None = None,
+) -> Iterator[int]:
     """Let a client ask, and yield how many tokens each prompt has to read.
 
     Args:
         driver: Of the scheduler.
         header: What the conversation begins with.
         num_turns: Questions.
+        answer: Tokens that are written.
+        extra_args: Options of its requests.
     """
     cache = driver.scheduler.prefix_cache
     assert cache is not None
@@ -53,9 +69,9 @@ def conversation(driver: Driver, header: list[int], num_turns: int) -> Iterator[
     for _ in range(num_turns):
         number = len(driver.outputs)
         # as a template has it: the question's end, and what an answer begins with
-        text = [*text, *[20 + number] * (QUESTION - 3), END, 5, 6]
+        text = [*text, *[20 + number] * (QUESTION - 3), END, *CUE]
         saved = cache.counts().saved_tokens
-        name = driver.add(0, ANSWER, prompt=text)
+        name = driver.add(0, answer, prompt=text, extra_args=extra_args)
         driver.drain(1000)
         yield len(text) - (cache.counts().saved_tokens - saved)
         text = [*text, *driver.outputs[name], END]
@@ -72,6 +88,182 @@ def test_a_next_turn_begins_at_the_last_questions_end(mode: dict[str, Any]) -> N
     assert driver.worker.num_evictions
     plain = Driver(Setup(chunk=32, caching=True, **mode))
     assert sum(conversation(plain, [2], 12)) > 1.3 * sum(read)
+
+
+@pytest.mark.parametrize("mode", MODES[:-1])
+@pytest.mark.parametrize("answer", [*range(1, 17)])
+def test_a_next_turn_begins_behind_the_answer(
+    mode: dict[str, Any], answer: int
+) -> None:
+    """However far the answer went on behind an eviction, or over one."""
+    driver = driver_of(answer_start_token_ids=CUE, **mode)
+    read = [*conversation(driver, [2], 12, answer)]
+    # the last token written, the end token and the question; the third turn begins
+    # with what the second has left, which was read for that
+    assert max(read[2:]) <= QUESTION + 2
+    assert driver.worker.num_evictions
+
+
+def ask(driver: Driver, text: list[int], answer: int) -> int:
+    """Ask, take the answer into the text; return with how many answers it began."""
+    hits = driver.worker.num_answers_hit
+    name = driver.add(0, answer, prompt=text)
+    driver.drain(1000)
+    text += [*driver.outputs[name], END]
+    return driver.worker.num_answers_hit - hits
+
+
+def test_nobody_goes_on_from_an_answer_over_blocks_of_others() -> None:
+    """Whose statistics have queries of others: of the turn before, that went on."""
+    driver = driver_of(answer_start_token_ids=CUE, budget=24, stride=4)
+    text = [20, END, *CUE]
+    assert not ask(driver, text, 4)
+    # a short turn, behind which nobody expects that the next one evicts
+    text += [21, END, *CUE]
+    assert not ask(driver, text, 20)
+    assert driver.worker.num_hits == 1
+    assert driver.worker.num_evictions
+    text += [22, END, *CUE]
+    assert not ask(driver, text, 4)
+    text += [23, END, *CUE]
+    assert ask(driver, text, 4)
+
+
+@pytest.mark.parametrize("turn", range(1, 4))
+def test_an_answer_may_look_like_several(turn: int) -> None:
+    """It was written on where a prompt has neither of them."""
+
+    def talk(end: int, cue: int) -> Driver:
+        driver = Driver(
+            Setup(
+                chunk=32,
+                stride=4,
+                caching=True,
+                turn_end_token_ids=(END, end),
+                answer_start_token_ids=(cue,),
+            )
+        )
+        text = [2] * 9
+        for number in range(7):
+            text += [*[70 + number] * 5, END, cue]
+            ask(driver, text, 24)
+        return driver
+
+    # the worker writes the same, whatever is asked
+    written = talk(END, CUE[0]).outputs[str(turn)]
+    driver = talk(end=written[3], cue=written[9])
+    assert driver.outputs[str(turn)] == written
+    assert driver.worker.num_answers_hit
+
+
+def test_what_follows_in_its_last_block_does_not_change_how_a_prompt_is_read() -> None:
+    """A turn that ended there made a chunk's end that the prompt had not had."""
+
+    def talk(*ends: int) -> Driver:
+        driver = Driver(
+            Setup(
+                chunk=32,
+                stride=4,
+                caching=True,
+                turn_end_token_ids=(END, *ends),
+                answer_start_token_ids=CUE,
+            )
+        )
+        text = [2] * 6
+        for number in range(6):
+            text += [*[70 + number] * 9, *CUE]
+            assert len(text) % BLOCK_SIZE == 1
+            # nothing, but for its end token
+            ask(driver, text, 1)
+            text += [70 + number] * 3
+        # by somebody who begins with nothing
+        driver.add(0, 1, prompt=text, cache_salt="another")
+        driver.drain(1000)
+        return driver
+
+    written = talk().outputs.values()
+    driver = talk(*(token for tokens in written for token in tokens))
+    assert driver.worker.num_answers_hit
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_conversations_in_a_crowd_keep_what_each_would_alone(
+    mode: dict[str, Any],
+) -> None:
+    """Preempted, short of memory, with options of their own for some turns."""
+    num_answers_hit = num_evictions = num_preemptions = 0
+    for seed in range(30):
+        random = Random(seed)
+        budget, stride, chunk = random.choice([(16, 8, 8), (24, 4, 32), (12, 16, 16)])
+        driver = Driver(
+            Setup(
+                budget=budget,
+                stride=stride,
+                chunk=chunk,
+                spare_blocks=random.choice([0, 8, 30, 200]),
+                prefill_tokens=random.choice([1, 8, 64]),
+                caching=True,
+                # an answer may have the other token, too
+                turn_end_token_ids=random.choice([(END,), (END, 7)]),
+                answer_start_token_ids=CUE,
+                allow_full=True,
+                **mode,
+            )
+        )
+        options = [
+            *[None] * 12,
+            *({"roco_mode": name} for name in ("full", "prompt", "auto")),
+            {"roco_chunk": BLOCK_SIZE},
+        ]
+        texts = {number: [2] * random.randrange(30) for number in range(4)}
+        running: dict[int, str] = {}
+        for _ in range(60):
+            for number, text in texts.items():
+                name = running.get(number)
+                if name in driver.scheduler.requests or random.random() < 0.5:
+                    continue
+                if name is not None:
+                    text += [*driver.outputs[name], END]
+                text += [*[20 + number] * random.randrange(1, 20), END, *CUE]
+                running[number] = driver.add(
+                    0,
+                    random.randrange(1, 24),
+                    prompt=text,
+                    ignore_stop=random.random() < 0.5,
+                    extra_args=random.choice(options),
+                )
+            for _ in range(random.randrange(12)):
+                driver.step()
+            if random.random() < 0.05:
+                driver.preempt_all()
+                num_preemptions += 1
+        driver.drain(4000)
+        num_answers_hit += driver.worker.num_answers_hit
+        num_evictions += driver.worker.num_evictions
+    assert num_answers_hit > 80 or "windows" in mode
+    assert num_evictions > 900
+    assert num_preemptions > 30
+
+
+@pytest.mark.parametrize(
+    ("num_others", "expected"),
+    [
+        # two show where they part; the second turn leaves a snapshot there for others
+        pytest.param(2, [245, 24, 24], id="behind a header that others have"),
+        pytest.param(0, [25, 276, 24], id="alone"),
+    ],
+)
+def test_a_turn_is_read_for_the_next_one_if_that_is_little(
+    num_others: int, expected: list[int]
+) -> None:
+    """The third one is the first that evicts while it is read."""
+    header = [9] * 191 + [END]
+    driver = driver_of(answer_start_token_ids=CUE, budget=256, stride=8)
+    for other in range(num_others):
+        driver.add(0, 1, prompt=[*header, *[30 + other] * 40])
+        driver.drain(1000)
+    _, *read = conversation(driver, header, 4, 8)
+    assert read == expected
 
 
 def test_conversations_with_one_header_share_it_to_its_end() -> None:
@@ -92,6 +284,116 @@ def test_a_request_may_ask_for_smaller_chunks() -> None:
             driver.add(0, 4, prompt=prompt, extra_args={"roco_chunk": chunk})
             driver.drain(1000)
     assert driver.worker.num_hits >= 5
+
+
+def test_who_evicts_nothing_begins_behind_no_answer_that_was_evicted_from() -> None:
+    """Its row would have no gap, and the blocks of others in it."""
+    driver = driver_of(answer_start_token_ids=CUE, allow_full=True)
+    (*_,) = conversation(driver, [2], 4)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    text = [2]
+    for number in range(4):
+        text += [20 + number] * (QUESTION - 3) + [END, *CUE]
+        text += [*driver.outputs[str(number)], END]
+    text += [50, END, *CUE]
+    hits = cache.counts().snapshot_hits
+    driver.add(0, 4, prompt=text, extra_args={"roco_mode": "full"})
+    driver.drain(1000)
+    assert cache.counts().snapshot_hits == hits
+    driver.add(0, 4, prompt=text)
+    driver.drain(1000)
+    assert cache.counts().snapshot_hits == hits + 1
+
+
+def test_what_is_told_without_effect_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    Driver(Setup(caching=True, answer_start_token_ids=(94,)))
+    assert "answer_start_token_ids = [94] does nothing" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"roco_budget": 0.5}])
+def test_nothing_is_kept_that_no_next_turn_begins_with(options: dict[str, Any]) -> None:
+    """Where a budget grows with the prompt, each turn keeps other blocks."""
+    found = []
+    for cue in ((), CUE):
+        driver = driver_of(
+            answer_start_token_ids=cue,
+            mode="both" if options else "generation",
+            max_budget=900,
+        )
+        num_read = sum(conversation(driver, [2], 8, 12, extra_args=options))
+        cache = driver.scheduler.prefix_cache
+        assert cache is not None
+        found.append((num_read, cache.counts().published_snapshots))
+    # nor does a turn do without blocks that it may begin with
+    assert found[0] == found[1]
+
+
+def test_samples_of_one_prompt_share_its_blocks_whatever_the_next_turn_does() -> None:
+    """That could begin behind one of them, if each of them held all by itself."""
+    most_held = []
+    for cue in ((), CUE):
+        driver = driver_of(answer_start_token_ids=cue, budget=200)
+        pool = driver.scheduler.kv_cache_manager.block_pool
+        text = [*[2] * 60, END, *CUE, 3, END, *[4] * 90, END, *CUE]
+        for _ in range(4):
+            driver.add(0, 20, prompt=text)
+        held = []
+        while driver.scheduler.has_requests():
+            driver.step()
+            held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        most_held.append(max(held))
+    assert most_held[0] == most_held[1]
+    assert most_held[1] < 2 * len(text) // BLOCK_SIZE
+
+
+def test_answers_behind_an_image_are_read_in_whole_chunks() -> None:
+    """As no next turn begins behind one, to read it as it was written wins nothing."""
+    scheduler = driver_of(answer_start_token_ids=CUE).scheduler
+    text = [9] * 8 + [END, *CUE] + [8] * 80
+    image = MultiModalFeatureSpec(
+        data=None,
+        modality="image",
+        identifier="picture",
+        mm_position=PlaceholderRange(offset=2, length=3),
+    )
+    for features, is_told in (([], True), ([image], False)):
+        request = Request(
+            request_id=f"{len(features)} images",
+            prompt_token_ids=text,
+            sampling_params=SamplingParams(max_tokens=1),
+            pooling_params=None,
+            mm_features=features,
+            block_hasher=get_request_block_hasher(BLOCK_SIZE, sha256),
+        )
+        scheduler.add_request(request)
+        plan = scheduler.request_plans.of(request.request_id)
+        assert bool(plan.ends.answers.starts) == is_told
+
+
+def test_of_many_answers_the_last_ones_are_looked_for(
+    monkeypatch: MonkeyPatch,
+) -> None:
+    """A prompt can be made of nothing but answers; most have nothing to begin with."""
+    driver = driver_of(answer_start_token_ids=CUE)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    looks: list[object] = []
+    monkeypatch.setattr(cache.store, "may_have", looks.append)
+    driver.add(0, 1, prompt=[*[*CUE, 8, END] * 240, *CUE])
+    assert 0 < len(looks) <= 3 * MAX_ANSWERS
+
+
+def test_beside_embeddings_no_answer_is_told() -> None:
+    """A key of its end would have the tokens that stand in for them."""
+    scheduler = driver_of(answer_start_token_ids=CUE).scheduler
+    assert scheduler.describe_prefix_caching() == "on, behind answers too"
+    text = [*[9] * 50, *CUE, *[8] * 10, END, *[9] * 10, *CUE]
+    request = with_embeddings(text, 9)
+    scheduler.add_request(request)
+    assert not scheduler.request_plans.of(request.request_id).ends.answers.starts
 
 
 def with_embeddings(text: list[int], place_holder: int) -> Request:

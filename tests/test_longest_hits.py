@@ -167,9 +167,9 @@ def test_who_waits_for_none_is_forgotten() -> None:
     name = driver.add(0, 1, prompt=[*text, 1])
     earlier = cache_of(driver)._earlier
     assert earlier is not None
-    assert earlier._lengths
+    assert earlier._turns
     driver.abort(name)
-    assert not earlier._lengths
+    assert not earlier._turns
 
 
 def test_the_rest_behind_an_answer_joins_any_step() -> None:

@@ -22,6 +22,7 @@ from tools.releases import other_releases
 
 ROOT = Path(__file__).parents[1]
 FILES = [
+    "tests/test_answer_start.py",
     "tests/test_chunking.py",
     "tests/test_conversations.py",
     "tests/test_eviction_schedule.py",

@@ -13,12 +13,15 @@ from vllm.v1.engine import FinishReason
 
 from tests.scheduler_driver import Driver, Setup
 from tests.test_prefix_scheduler import PROMPT, cache_of, driver_of, hit_of
+from vllm_roco.answers import Answers
+from vllm_roco.chunking import ChunkEnds
 from vllm_roco.config import MODES
 from vllm_roco.eviction_row import NUM_ROW_FIELDS, ROW_KEY, EvictionRow
+from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
-from vllm_roco.request_plans import ResolvedPlan, most_blocks_by_default
+from vllm_roco.request_plans import NextTurn, ResolvedPlan, most_blocks_by_default
 from vllm_roco.start_up_line import describe
 
 OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
@@ -69,6 +72,45 @@ def test_a_snapshot_is_of_all_that_decides_what_is_kept() -> None:
         assert (other in keys) == (name == "until")
         keys.add(other)
     assert len(keys) == 1 + NUM_ROW_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("answers", "length", "expected"),
+    [
+        # 40 tokens since the turn before; the first eviction is at 96
+        pytest.param(((16, 56), (20, NEVER)), 56, True, id="just long enough"),
+        pytest.param(((17, 56), (20, NEVER)), 56, False, id="a token too short"),
+        pytest.param(((10, 95), (20, NEVER)), 95, True, id="the last before it"),
+        pytest.param(((10, 96), (20, NEVER)), 96, False, id="evicts in this turn"),
+        pytest.param(((4, 10, 56), (8, 20, NEVER)), 56, True, id="the last turn's"),
+        pytest.param(((4, 30, 56), (8, 40, NEVER)), 56, False, id="not both turns'"),
+        pytest.param(((10, 40), (20, NEVER)), 56, True, id="from answer to prompt"),
+        pytest.param(((56,), (NEVER,)), 56, False, id="nothing is answered yet"),
+        pytest.param(((10, 20), (20, 30)), 56, False, id="nothing is to be answered"),
+        pytest.param(((), ()), 56, False, id="no answers"),
+    ],
+)
+def test_a_conversation_may_evict_in_its_next_turn(
+    answers: tuple[tuple[int, ...], tuple[int, ...]], length: int, *, expected: bool
+) -> None:
+    """If it gets as long again as the last turn made it, answer and question."""
+    scheduler = Driver(Setup(budget=64, stride=32)).scheduler
+    default, default_plan = scheduler.request_plans.default, scheduler._default_plan
+    assert default.first_eviction == 96
+    assert not default.evicts_in_next_turn
+    found = Answers(*answers)
+    ends, longer = ChunkEnds(default.chunk, (32,), found), found.next_turn(length)
+    next_turn = None if longer is None else NextTurn(longer, default_plan)
+    plan = default.read_in(ends, length, next_turn)
+    assert plan.evicts_in_next_turn == expected
+    assert plan.keeps_for_next_turn == (longer is not None)
+    likely = {"keeps_for_next_turn": False, "evicts_in_next_turn": False}
+    assert replace(plan, ends=default.ends, **likely) == default
+    assert plan.ends == ends
+    if next_turn is not None:
+        # of which other blocks are kept
+        other = next_turn._replace(plan=default_plan._replace(chunk=4))
+        assert default.read_in(ends, length, other) == replace(default, ends=ends)
 
 
 def test_workers_are_told_what_differs_alone() -> None:

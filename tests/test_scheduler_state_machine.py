@@ -40,6 +40,9 @@ STEMS = (
     [1] * MAX_PROMPT,
 )
 
+CUE = (52, 53)
+"""What a template puts before an answer."""
+
 ADAPTERS = [LoRARequest(f"adapter {n}", n, f"/nowhere/{n}") for n in (1, 2)]
 
 EXAMPLES = 36
@@ -80,6 +83,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.aborted: set[str] = set()
         self.chunks: dict[str, int] = {}
         self.refused: set[str] = set()
+        # prompts of conversations, and how the last request of each asked
+        self.asked: dict[str, tuple[list[int], dict[str, Any] | None]] = {}
 
     @initialize(
         # in blocks: each larger than, equal to or smaller than the others
@@ -93,6 +98,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         prefill_tokens=st.sampled_from([1, 2 * BLOCK_SIZE, MAX_PROMPT]),
         # none, some of the stems', or every token of one stem
         turn_end_token_ids=st.sampled_from([(), (7, 20, 41), (1,)]),
+        # none, or what a next turn puts before its answer
+        answer_start_token_ids=st.sampled_from([(), CUE, CUE]),
         # of two, in the place of one
         has_adapters=st.sampled_from([False, False, True]),
     )
@@ -103,6 +110,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare_blocks: int,
         prefill_tokens: int,
         turn_end_token_ids: tuple[int, ...],
+        answer_start_token_ids: tuple[int, ...],
         has_adapters: bool,
     ) -> None:
         budget, stride, chunk = (blocks * BLOCK_SIZE for blocks in shape)
@@ -120,6 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 caching=self.caching,
                 prefix_hits=self.prefix_hits,
                 turn_end_token_ids=turn_end_token_ids,
+                answer_start_token_ids=answer_start_token_ids,
                 windows=self.windows,
                 allow_full=self.has_options,
                 max_budget=(MAX_PROMPT + 2) + 12 * BLOCK_SIZE
@@ -156,41 +165,92 @@ class SchedulerMachine(RuleBasedStateMachine):
         adapter: LoRARequest | None,
     ) -> None:
         assert self.driver is not None
-        setup = self.driver.setup
         if self.driver.scheduler.lora_config is None:
             adapter = None
-        extra_args: dict[str, Any] | None = None
-        if self.has_options and options:
-            extra_args = {
-                name: value * BLOCK_SIZE if isinstance(value, int) else value
-                for name, value in options.items()
-            }
-            room = self.driver.scheduler.max_num_scheduled_tokens - MAX_NUM_SEQS
-            chunk = min(extra_args["roco_chunk"], room // BLOCK_SIZE * BLOCK_SIZE)
-            extra_args["roco_chunk"] = chunk
-            if extra_args.get("roco_mode") == "full":
-                extra_args.pop("roco_stride", None)
-            else:
-                # a stride of the server's would not fit above every budget
-                extra_args.setdefault("roco_stride", BLOCK_SIZE)
+        extra_args = self.arguments(options) if self.has_options and options else None
         before = copy.deepcopy(extra_args)
         for _ in range(how_often):
             shared = stem[: min(num_stem_tokens, num_prompt_tokens)]
             own = [62 + len(self.lengths) % 60] * (num_prompt_tokens - len(shared))
-            request_id = self.driver.add(
-                num_prompt_tokens,
+            self.ask(
+                shared + own,
                 max_tokens,
-                prompt=shared + own,
+                extra_args,
                 ignore_stop=ignore_stop,
-                extra_args=extra_args,
                 lora_request=adapter,
             )
             assert extra_args == before, "shared by several requests"
-            self.chunks[request_id] = (extra_args or {}).get("roco_chunk", setup.chunk)
-            request = self.driver.scheduler.requests.get(request_id)
-            if request is None:
-                self.refused.add(request_id)
-            self.lengths[request_id] = (num_prompt_tokens, max_tokens)
+
+    def arguments(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what a request asks with, in tokens."""
+        assert self.driver is not None
+        found = {
+            name: value * BLOCK_SIZE if isinstance(value, int) else value
+            for name, value in options.items()
+        }
+        room = self.driver.scheduler.max_num_scheduled_tokens - MAX_NUM_SEQS
+        found["roco_chunk"] = min(found["roco_chunk"], room // BLOCK_SIZE * BLOCK_SIZE)
+        if found.get("roco_mode") == "full":
+            found.pop("roco_stride", None)
+        else:
+            # a stride of the server's would not fit above every budget
+            found.setdefault("roco_stride", BLOCK_SIZE)
+        return found
+
+    def ask(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        extra_args: dict[str, Any] | None,
+        **more: Any,
+    ) -> None:
+        assert self.driver is not None
+        request_id = self.driver.add(
+            0, max_tokens, prompt=prompt, extra_args=extra_args, **more
+        )
+        chunk = self.driver.setup.chunk
+        self.chunks[request_id] = (extra_args or {}).get("roco_chunk", chunk)
+        if request_id not in self.driver.scheduler.requests:
+            self.refused.add(request_id)
+        self.lengths[request_id] = (len(prompt), max_tokens)
+        self.asked[request_id] = prompt, extra_args
+
+    @precondition(lambda self: self.answered)
+    @rule(
+        data=st.data(),
+        num_question_tokens=st.integers(1, 30),
+        max_tokens=st.integers(1, MAX_OUTPUT),
+        ignore_stop=st.booleans(),
+        options=st.none() | OPTIONS,
+    )
+    def go_on(
+        self,
+        data: st.DataObject,
+        num_question_tokens: int,
+        max_tokens: int,
+        ignore_stop: bool,
+        options: dict[str, Any] | None,
+    ) -> None:
+        """Ask a conversation's next question, behind its answer."""
+        assert self.driver is not None
+        request_id = data.draw(st.sampled_from(self.answered))
+        prompt, extra_args = self.asked[request_id]
+        end = [*self.driver.setup.turn_end_token_ids[-1:]]
+        answer = self.driver.outputs[request_id]
+        own = [62 + len(self.lengths) % 60] * num_question_tokens
+        prompt = [*prompt, *answer, *end, *own, *end, *CUE]
+        if options and self.has_options:
+            extra_args = self.arguments(options)
+        if len(prompt) <= MAX_PROMPT:
+            self.ask(prompt, max_tokens, extra_args, ignore_stop=ignore_stop)
+
+    @property
+    def answered(self) -> list[str]:
+        """Requests that are done, the longest prompts last."""
+        if self.driver is None:
+            return []
+        done = [name for name in self.asked if name not in self.unfinished]
+        return sorted(done, key=lambda name: self.lengths[name])
 
     @rule(num_steps=st.integers(1, 40))
     def step(self, num_steps: int) -> None:
@@ -241,6 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "scheduled steps": self.driver.num_steps,
                 "evictions": worker.num_evictions,
                 "hits": worker.num_hits,
+                "answers hit": worker.num_answers_hit,
                 "snapshots looked at": self.driver.num_snapshot_looks,
             }
         )

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from vllm_roco.answers import Answers
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 TURNS_PER_CHUNK = 4
@@ -38,19 +39,23 @@ class ChunkEnds:
         chunk: Most tokens of a chunk.
         lengths: All ends up to the last one that a turn makes, in order. Behind it, or
             from the beginning if there is none, there is one every `chunk` tokens.
+        answers: Where earlier answers stand, in which steps end wherever something was
+            evicted while they were written.
     """
 
     chunk: int
     lengths: Sequence[int] = ()
+    answers: Answers = field(default_factory=Answers)
 
     @classmethod
     def of(
         cls,
-        tokens: Sequence[int],
+        tokens: np.ndarray,
         turn_end_token_ids: Collection[int],
         chunk: int,
         least: int,
         block_size: int,
+        answer_start_token_ids: Sequence[int] = (),
     ) -> ChunkEnds:
         """Return the ends of a prompt whose chunks also end where turns do.
 
@@ -58,19 +63,24 @@ class ChunkEnds:
         alone, so a prompt that continues another one has the same ends along it.
 
         Args:
-            tokens: The prompt.
+            tokens: `[num_tokens]` int64, the prompt.
             turn_end_token_ids: Tokens that end a turn. A chunk ends with the last full
                 block up to one.
             chunk: Most tokens of a chunk, whole blocks.
             least: What `least_chunk` returns. If `chunk` is no longer, no turn ends
                 one.
             block_size: Tokens per block.
+            answer_start_token_ids: Tokens behind which an answer begins; none if
+                answers are read like everything else.
         """
+        answers = Answers.of(tokens, answer_start_token_ids, turn_end_token_ids)
         if chunk <= least:
-            return cls(chunk)
+            return cls(chunk, answers=answers)
         ends: list[int] = []
         last = 0
-        for length in _lengths_of_turns(tokens, turn_end_token_ids, block_size):
+        for length in _lengths_of_turns(
+            tokens, turn_end_token_ids, block_size, answers
+        ):
             # in whole chunks, and behind the last of them
             num_chunks, rest = divmod(length - last, chunk)
             if rest < least:
@@ -78,7 +88,7 @@ class ChunkEnds:
             ends += range(last + chunk, last + num_chunks * chunk + 1, chunk)
             ends.append(length)
             last = length
-        return cls(chunk, tuple(ends))
+        return cls(chunk, tuple(ends), answers)
 
     def following(self, length: int) -> int:
         """Return the first end behind a length, which may lie behind the prompt."""
@@ -110,12 +120,22 @@ class ChunkEnds:
 
 
 def _lengths_of_turns(
-    tokens: Sequence[int], turn_end_token_ids: Collection[int], block_size: int
+    tokens: np.ndarray,
+    turn_end_token_ids: Collection[int],
+    block_size: int,
+    answers: Answers,
 ) -> list[int]:
-    """Return the lengths of the whole blocks up to tokens that end turns, in order."""
+    """Return the lengths of the whole blocks up to tokens that end turns, in order.
+
+    Not where an answer begins between such a length and the token: the prompt before it
+    was read on to its own end.
+    """
     # without a step of Python for each token, or for each that ends a turn
-    found = np.isin(np.fromiter(tokens, np.int64, len(tokens)), [*turn_end_token_ids])
-    lengths = (np.flatnonzero(found) + 1) // block_size * block_size
+    turns = np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
+    lengths = turns // block_size * block_size
+    if answers.starts:
+        starts = np.array([0, *answers.starts])
+        lengths = lengths[lengths >= starts[np.searchsorted(starts, turns) - 1]]
     return [*map(int, np.unique(lengths))]
 
 
@@ -131,9 +151,9 @@ def next_step_ends(
     A step of a prompt ends at the next chunk's end or at the prompt's. While nothing is
     evicted it may also end later, up to the last such place before the first eviction;
     never sooner, so that no request lives on what others leave and keeps them waiting.
-    From there on both lengths are one. Tokens that were generated before a preemption
-    are read again in chunks that also end where `E` grows: the first run took them one
-    by one and evicted exactly there.
+    From there on both lengths are one. Earlier answers in a prompt, and tokens that
+    were generated before a preemption, are read in chunks that also end where `E`
+    grows: the first run took them one by one and evicted exactly there.
 
     Args:
         num_computed_tokens: Tokens computed so far, fewer than `num_tokens`.
@@ -144,12 +164,13 @@ def next_step_ends(
     """
     end = min(num_tokens, ends.following(num_computed_tokens))
     if num_computed_tokens < num_prompt_tokens:
-        end = min(end, num_prompt_tokens)
+        stop = ends.answers.next_eviction(num_computed_tokens, schedule)
+        end = min(end, num_prompt_tokens, stop)
     else:
         end = min(end, schedule.next_eviction(num_computed_tokens))
     free = schedule.next_eviction(0) - 1
     if num_prompt_tokens > free:
-        # the chunk that evicts first is a whole one
+        # the chunk that evicts first is a whole one, if no answer ends a step before
         free = ends.within(free)
     free = min(free, num_tokens)
     if num_computed_tokens < free:

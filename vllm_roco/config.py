@@ -60,6 +60,10 @@ class RocoConfig:
         turn_end_token_ids: Tokens that end a turn of a conversation, behind which a
             chunk may end before it has `chunk` tokens: a next turn begins there. None:
             those with which the model ends its answers. Empty: no chunk ends early.
+        answer_start_token_ids: Tokens, in this order, behind which an answer begins in
+            a prompt of several turns. It is then read as it was written, so that a next
+            turn may begin behind it. None: those of the model's chat template. Empty:
+            answers are read again.
         prefix_hits: How much of a prefix requests take over from others. `"exact"`: of
             one that evicts, only what leaves it with the blocks that reading would
             keep. `"longest"`: all that is there, answers of earlier turns included;
@@ -89,6 +93,7 @@ class RocoConfig:
     chunk: int = _FROM_BUDGET
     prefill_tokens: int = 4096
     turn_end_token_ids: tuple[int, ...] | None = None
+    answer_start_token_ids: tuple[int, ...] | None = None
     prefix_hits: str = "exact"
     sink: int = 16
     recent: int = 32
@@ -102,10 +107,9 @@ class RocoConfig:
         _check_choice("mode", self.mode, MODES)
         _check_choice("shield", self.shield, SHIELDS)
         _check_choice("prefix_hits", self.prefix_hits, PREFIX_HITS)
-        if self.turn_end_token_ids is not None:
-            object.__setattr__(
-                self, "turn_end_token_ids", _token_ids(self.turn_end_token_ids)
-            )
+        for key in ("turn_end_token_ids", "answer_start_token_ids"):
+            if (value := getattr(self, key)) is not None:
+                object.__setattr__(self, key, _token_ids(key, value))
         _check_integer("budget", self.budget, 1)
         for key, most in _MOST.items():
             if getattr(self, key) is None:
@@ -310,15 +314,11 @@ def _check_integer(key: str, value: Any, least: int) -> None:
         raise _bad(key, value, f"a whole number of tokens, at most {MAX_INTEGER}")
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
+def _token_ids(key: str, value: Any) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(
         is_integer(token, 0) and token <= MAX_INTEGER for token in value
     ):
-        raise _bad(
-            "turn_end_token_ids",
-            value,
-            "a list of token ids, or null for those of the model",
-        )
+        raise _bad(key, value, "a list of token ids, or null for those of the model")
     return tuple(value)
 
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from typing_extensions import override
+from vllm.logger import init_logger
 
 from vllm_roco.adapter_scheduler import AdapterScheduler
+from vllm_roco.answer_start import answer_start_token_ids
 from vllm_roco.chunking import ChunkEnds, least_chunk
 from vllm_roco.config import UNBOUNDED_MODES
 from vllm_roco.eviction_row import ROW_KEY
@@ -17,15 +20,20 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.request_options.error import RequestOptionError
-from vllm_roco.request_plans import RequestPlans, ResolvedPlan
+from vllm_roco.request_plans import NextTurn, RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.turn_ends import turn_end_token_ids
 from vllm_roco.validation import request_planner
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from vllm.v1.request import Request
 
     from vllm_roco.eviction_row import EvictionRow
+
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 class PlanningScheduler(AdapterScheduler):
@@ -37,6 +45,10 @@ class PlanningScheduler(AdapterScheduler):
         request_plans: What holds for each request.
         other_caches: What sequences hold in layers that are not RoCo's.
         max_steps_in_flight: Steps that may be scheduled but not yet processed.
+        turn_end_token_ids: Tokens behind which chunks of prompts may end.
+        answer_start_token_ids: Tokens behind which an answer begins that is read as it
+            was written; none with `prefix_hits` `longest` and beside layers of other
+            kinds. Whether prefixes are cached changes nothing.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -61,9 +73,8 @@ class PlanningScheduler(AdapterScheduler):
         self.roco_config = self._planner.config
         # nobody has checked the options with these
         self.roco_config.check_block_size(manager.block_size)
-        self._turn_end_token_ids = turn_end_token_ids(
-            self.roco_config, self.vllm_config.model_config
-        )
+        model_config = self.vllm_config.model_config
+        self.turn_end_token_ids = turn_end_token_ids(self.roco_config, model_config)
         self.max_steps_in_flight = manager.max_steps_in_flight
         self._sizes = RequestSizes(
             manager.block_size, self.max_steps_in_flight, self.max_model_len
@@ -79,6 +90,18 @@ class PlanningScheduler(AdapterScheduler):
             self.scheduler_config.max_num_batched_tokens,
             self.max_model_len,
         )
+        self.answer_start_token_ids: tuple[int, ...] = ()
+        if self.roco_config.prefix_hits == "exact" and not self.other_caches:
+            self.answer_start_token_ids = answer_start_token_ids(
+                self.roco_config, model_config, self.turn_end_token_ids
+            )
+        if self.roco_config.answer_start_token_ids and not self.answer_start_token_ids:
+            logger.warning_once(
+                "roco: answer_start_token_ids = %s does nothing: answers are read like "
+                "everything else with prefix_hits 'longest', beside layers of other "
+                "kinds, and where no token ends a turn.",
+                str(list(self.roco_config.answer_start_token_ids)),
+            )
         self._check_pool()
         self.request_plans = RequestPlans(
             ResolvedPlan.of(
@@ -106,28 +129,52 @@ class PlanningScheduler(AdapterScheduler):
             )
         except (RequestOptionError, RequestTooLargeError) as error:
             return str(error)
-        resolved = self._by_turns(resolved, request)
-        if plan != self._default_plan or resolved.ends.lengths:
+        resolved = self._by_turns(resolved, request, extra_args)
+        if (
+            plan != self._default_plan
+            or resolved.ends != self.request_plans.default.ends
+        ):
             self.request_plans.enter(request.request_id, resolved)
         if plan.row != self._default_plan.row:
             _tell_workers(request, plan.row)
         return None
 
-    def _by_turns(self, plan: ResolvedPlan, request: Request) -> ResolvedPlan:
+    def _by_turns(
+        self,
+        plan: ResolvedPlan,
+        request: Request,
+        extra_args: Mapping[str, Any] | None,
+    ) -> ResolvedPlan:
         """Let the chunks of a request's prompt end where its turns do, too."""
         tokens = request.prompt_token_ids
-        if not self._turn_end_token_ids or tokens is None:
+        if not self.turn_end_token_ids or tokens is None:
             return plan
+        ids = np.fromiter(tokens, np.int64, len(tokens))
+        answer_start: Sequence[int] = self.answer_start_token_ids
         if (is_token := request.prompt_is_token_ids) is not None:
-            # what stands in the places of embeddings is not in a prefix's hash
-            pairs = zip(tokens, is_token, strict=True)
-            tokens = [token if is_one else -1 for token, is_one in pairs]
+            # what stands in the places of embeddings is not in a prefix's hash, nor is
+            # what they are in the key of an answer's end
+            ids[~np.array(is_token, dtype=bool)] = -1
+            answer_start = ()
+        if request.has_encoder_inputs:
+            # which nobody begins behind
+            answer_start = ()
         block_size = self._planner.block_size
-        least = least_chunk(self.roco_config.chunk, block_size)
         ends = ChunkEnds.of(
-            tokens, self._turn_end_token_ids, plan.chunk, least, block_size
+            ids,
+            self.turn_end_token_ids,
+            plan.chunk,
+            least_chunk(self.roco_config.chunk, block_size),
+            block_size,
+            answer_start,
         )
-        return replace(plan, ends=ends)
+        num_tokens = request.num_prompt_tokens
+        next_turn = None
+        if (longer := ends.answers.next_turn(num_tokens)) is not None:
+            # there is none if its prompt would be too long for the options
+            with suppress(RequestOptionError):
+                next_turn = NextTurn(longer, self._planner.plan(extra_args, longer))
+        return plan.read_in(ends, num_tokens, next_turn)
 
     @override
     def _free_blocks(self, request: Request) -> None:

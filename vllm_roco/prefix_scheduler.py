@@ -53,6 +53,7 @@ class PrefixScheduler(PlanningScheduler):
                 self._manager.req_to_blocks,
                 [*map(WindowManager.take_over, self._other_managers)],
                 is_exact=self._is_exact,
+                turn_end_token_ids=self.turn_end_token_ids,
             )
             self._manager.share_prefixes(self.prefix_cache)
             CountingManager.take_over(self.kv_cache_manager, self.prefix_cache)
@@ -60,7 +61,8 @@ class PrefixScheduler(PlanningScheduler):
     def describe_prefix_caching(self) -> str:
         """Return whether prefixes can be hit, or why not, in a few words."""
         if self._is_exact:
-            return self._why_none or "on"
+            on = "on, behind answers too" if self.answer_start_token_ids else "on"
+            return self._why_none or on
         if self._why_none is None:
             return "on, longest hits"
         hits = self.roco_config.prefix_hits

@@ -9,7 +9,8 @@ request is.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from vllm_roco.chunking import ChunkEnds
 from vllm_roco.config import RocoConfig, blocks_of
@@ -19,6 +20,18 @@ from vllm_roco.request_options.planner import RequestPlan
 
 # the fields of a row but one, and the chunk
 _KEY = struct.Struct(f"<{NUM_ROW_FIELDS}i")
+
+
+class NextTurn(NamedTuple):
+    """What is likely to follow in a conversation.
+
+    Attributes:
+        num_prompt_tokens: Length of the prompt.
+        plan: What would hold for it.
+    """
+
+    num_prompt_tokens: int
+    plan: RequestPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +47,10 @@ class ResolvedPlan:
         snapshot_key: Stands for all of which depends what is kept once something is
             evicted, the tokens apart.
         ends: Where the chunks of the prompt end.
+        keeps_for_next_turn: Whether the prompt is a conversation's, of which the next
+            turn may keep the same blocks.
+        evicts_in_next_turn: Whether that one is likely to evict when it is read, and
+            this one does not.
         first_eviction: The least length at which something is evicted, or `NEVER`.
     """
 
@@ -43,6 +60,8 @@ class ResolvedPlan:
     max_blocks: int
     snapshot_key: bytes
     ends: ChunkEnds
+    keeps_for_next_turn: bool = False
+    evicts_in_next_turn: bool = False
     first_eviction: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -72,6 +91,26 @@ class ResolvedPlan:
             ChunkEnds(plan.chunk),
         )
 
+    def read_in(
+        self, ends: ChunkEnds, num_prompt_tokens: int, next_turn: NextTurn | None = None
+    ) -> ResolvedPlan:
+        """Return the plan of a request whose prompt's chunks end at these lengths.
+
+        Args:
+            ends: Of the prompt.
+            num_prompt_tokens: Its length.
+            next_turn: What is likely to follow if it is a conversation's.
+        """
+        if next_turn is None or _snapshot_key(next_turn.plan) != self.snapshot_key:
+            return replace(self, ends=ends)
+        most = next_turn.num_prompt_tokens
+        return replace(
+            self,
+            ends=ends,
+            keeps_for_next_turn=True,
+            evicts_in_next_turn=num_prompt_tokens < self.first_eviction <= most,
+        )
+
     @property
     def is_measured(self) -> bool:
         """Whether blocks have statistics, without which nobody can evict."""
@@ -87,7 +126,8 @@ class ResolvedPlan:
 
 def _snapshot_key(plan: RequestPlan) -> bytes:
     fields = plan.row._asdict()
-    # a place of a snapshot lies in the prompt, where all that evict go on evicting
+    # a place of a snapshot lies in the prompt, where all that evict go on evicting, and
+    # ends of answers are kept where they do, and for prompts that evict
     del fields["until"]
     return _KEY.pack(*fields.values(), plan.chunk)
 

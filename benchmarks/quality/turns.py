@@ -5,7 +5,8 @@
 
 The same conversations are read by the plugin with chunks that end with turns, with
 chunks that do not, with shorter ones that do not, and by the full cache. Each has a
-needle in prose that is told in turns, and asks for it in the last one.
+needle in prose that is told in turns, and asks for it in the last one. Answers in them
+are read like everything else, not as they were written.
 
 Appends to `turns.csv` (`right` of `n` numbers found, Wilson's interval of their share;
 `context` is the length of the prose, `turn_end_token_ids` is `model` for the tokens
@@ -92,8 +93,11 @@ class Side:
         arguments = engine_arguments(setup, context + _MOST_AROUND)
         if "kv_cache_memory_bytes" in arguments:
             arguments["kv_cache_memory_bytes"] = _KV_CACHE_BYTES
-        if self.turn_end_token_ids == "none":
-            arguments["additional_config"]["roco"]["turn_end_token_ids"] = []
+        if self.budget:
+            options = arguments["additional_config"]["roco"]
+            options["answer_start_token_ids"] = []
+            if self.turn_end_token_ids == "none":
+                options["turn_end_token_ids"] = []
         return arguments
 
 

@@ -55,8 +55,10 @@ def prefix_comparisons(rows: pd.DataFrame) -> pd.DataFrame:
     chunk = chunk.where(rows["chunk"] != rows["budget"].clip(upper=1024), "")
     hits = ", " + rows["prefix_hits"] + " hits"
     hits = hits.where(rows["prefix_hits"] != "", "")
+    answers = ", answers " + rows["answers"]
+    answers = answers.where(rows["answers"] != "", "")
     budget = rows["budget"].astype("string") + rows["shield"].map(other_shield)
-    roco = "roco, budget " + budget + chunk + hits + uncached
+    roco = "roco, budget " + budget + chunk + hits + answers + uncached
     return _beside_baselines(
         rows.assign(
             engine=roco.fillna(rows["backend"]),

@@ -80,6 +80,7 @@ class Engine:
             roco["shield"] = None
         if roco["prefix_hits"] == DEFAULT.prefix_hits:
             roco["prefix_hits"] = None
+        reads_again = self.roco is not None and self.roco.answer_start_token_ids == ()
         return {
             "model": self.model,
             "gpu_memory_utilization": self.gpu_memory_utilization,
@@ -87,6 +88,7 @@ class Engine:
             "backend": self.backend,
             "kv_cache_dtype": self.kv_cache_dtype,
             **roco,
+            "answers": "read again" if reads_again else None,
         }
 
     def command(self, common: Sequence[str]) -> list[str]:
@@ -97,7 +99,7 @@ class Engine:
         """
         names = [
             *("policy", "budget", "max_budget", "stride", "chunk"),
-            *("prefill_tokens", "trace"),
+            *("prefill_tokens", "answer_start_token_ids", "trace"),
         ]
         if self.roco is not None and self.roco.prefix_hits != DEFAULT.prefix_hits:
             names.append("prefix_hits")

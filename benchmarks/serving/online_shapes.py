@@ -38,6 +38,7 @@ SIDES = {
     "stock": Side("FLASH_ATTN"),
     "stock-fp8": Side("FLASH_ATTN, fp8 KV cache", "fp8"),
     "roco": Side("roco", roco={}),
+    "roco-fp8": Side("roco, fp8 KV cache", "fp8", roco={}),
     # more than any step has, so that no prompt waits for another one's end
     "roco-side-by-side": Side(
         "roco, prompts side by side", roco={"prefill_tokens": 2**20}

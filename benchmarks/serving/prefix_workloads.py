@@ -19,8 +19,8 @@ SIDES = ("stock", "roco", "roco-uncached")
 """The baseline first; the last one has vLLM's prefix caching off."""
 TOKEN_IDS = (1000, 40000)
 """Ids of random text, which every model's vocabulary holds."""
-GENERATION_PROMPT_LEN = 4
-"""Tokens of a chat template's generation prompt, behind the last message."""
+GENERATION_PROMPT = (101, 102, 103, 104)
+"""What stands for a chat template's, behind the last message; in no random text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,9 @@ PREFIX_WORKLOADS = {
         output_len=200,
         num_turns=8,
         configs=(
-            RocoConfig(budget=2048),
+            # of a model's template a server knows by itself
+            RocoConfig(budget=2048, answer_start_token_ids=GENERATION_PROMPT),
+            RocoConfig(budget=2048, answer_start_token_ids=()),
             RocoConfig(budget=2048, prefix_hits="longest"),
         ),
     ),
@@ -272,7 +274,8 @@ def text(
             prefix[-1] = end
         for suffix in chain(*turns):
             # of the answer before it, and its own
-            suffix[0] = suffix[-1 - GENERATION_PROMPT_LEN] = end
+            suffix[0] = end
+            suffix[-1 - len(GENERATION_PROMPT) :] = [end, *GENERATION_PROMPT]
     return [prefixes[index % workload.num_prefixes] for index in requests], turns
 
 

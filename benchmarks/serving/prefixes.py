@@ -30,7 +30,7 @@ TABLE = Table(
     key=(
         *("workload", "side", "warm", "round", "model", "gpu_memory_utilization"),
         *("kv_cache_bytes", "backend", "shield", "budget", "stride", "chunk"),
-        *("prefix_hits", "num_requests", "num_prefixes", "num_turns"),
+        *("prefix_hits", "answers", "num_requests", "num_prefixes", "num_turns"),
         *("prefix_len", "suffix_len", "output_len", "max_tokens"),
     ),
     results=("output_tok_s", "ttft_ms", "ttft_p99_ms", "hit_rate", "preemptions"),

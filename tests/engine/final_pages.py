@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -33,11 +34,11 @@ class Ending:
 
 
 def run_to_the_end(
-    engine: Engine, prompts: Sequence[Prompt], max_tokens: int
+    engine: Engine, prompts: Sequence[Prompt], max_tokens: int, **arguments: Any
 ) -> list[Ending]:
     """Generate for all prompts at once, as `Engine.generate` does."""
     with _recorded_pages(engine) as recorded:
-        outputs = engine.run(prompts, max_tokens)
+        outputs = engine.run(prompts, max_tokens, **arguments)
     endings = []
     for output in outputs:
         # vLLM adds something to each name

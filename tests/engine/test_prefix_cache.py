@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request that begins behind another's prefix ends as if it had read all of it.
 
-In float32 the tokens and every byte of its live pages are the same.
+In float32 the tokens and every byte of its live pages are the same. Behind an answer
+the tokens are, and the blocks that are kept, and what is in them but for rounding.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conversations import CHAT, CUE, END, check_turns, conversation
 from tests.engine.engines import Engine, roco_arguments, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
 from tests.engine.prefix_hits import (
@@ -21,6 +23,7 @@ from tests.engine.prefix_hits import (
     check_one_by_one,
     without_hits,
 )
+from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.oracle import Options
 from vllm_roco.scheduler import RocoAsyncScheduler
@@ -63,11 +66,6 @@ def test_all_at_once_asynchronously(
     check_crowd(tiny_llama, options, expected, pool, RocoAsyncScheduler)
 
 
-END = 7
-CUE = (3, 4)
-"""What a template puts behind a question."""
-
-
 def turns(num_turns: int) -> list[tuple[int, ...]]:
     """Return the prompts of a conversation, each longer by an answer and a question."""
     text: tuple[int, ...] = ()
@@ -104,3 +102,18 @@ def test_next_turns_begin_within_a_chunk(tiny_llama: Path) -> None:
     # the first one evicts nothing while it is read, and leaves no snapshot
     assert [ending.num_cached_tokens for ending in found] == [0, 0, *ends[1:-1]]
     assert any(end % SMALL_BUDGET.chunk for end in ends[1:-1])
+
+
+def test_next_turns_begin_behind_answers(tiny_llama: Path, asynchronous: None) -> None:
+    with running_engine(tiny_llama, SMALL_BUDGET, **CHAT) as engine:
+        expected = conversation(engine)
+    with (
+        running_engine(
+            tiny_llama, SMALL_BUDGET, **CHAT, enable_prefix_caching=True
+        ) as engine,
+        audited_manager(engine),
+        poisoned_free_blocks(engine),
+    ):
+        found = conversation(engine)
+        assert_whole(engine)
+    check_turns(found, expected)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conversations import CHAT, check_turns, conversation
 from tests.engine.final_pages import run_to_the_end
 from tests.engine.mixed_models import save_mixed
 from tests.engine.prefix_hits import (
@@ -53,6 +54,23 @@ def test_hits_behind_windows_change_no_byte(
 ) -> None:
     model = save_mixed("gemma2", tmp_path, sliding_window=window)
     check_hits(model, SMALL_BUDGET, RUNS[run])
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_next_turns_begin_behind_answers(tiny_llama: Path, run: str) -> None:
+    """With blocks and tokens as of who reads all, and bytes that rounding changes."""
+    with gpu_engine(tiny_llama, SMALL_BUDGET, **RUNS[run], **CHAT) as engine:
+        expected = conversation(engine)
+    with (
+        gpu_engine(
+            tiny_llama, SMALL_BUDGET, **RUNS[run], **CHAT, enable_prefix_caching=True
+        ) as engine,
+        audited_manager(engine),
+        poisoned_free_blocks(engine),
+    ):
+        found = conversation(engine)
+        assert_whole(engine)
+    check_turns(found, expected)
 
 
 def check_hits(

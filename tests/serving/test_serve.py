@@ -157,9 +157,30 @@ def test_says_once_what_it_does(server: Server) -> None:
         "policy roco (contribution shield, ratio 1), budget 128 tokens per sequence,",
         "stride 32, chunk 64, block size 16.",
         "attends over at most 159 tokens after a step and holds at most 240 tokens",
-        "Prefix caching: on. Switched off: speculative decoding, KV connectors.",
+        # as the model's chat template has it
+        "Prefix caching: on, behind answers too. Switched off: speculative decoding,",
     ):
         assert said in lines[0]
+
+
+@pytest.mark.usefixtures("evicts")
+def test_a_chat_goes_on_where_its_last_answer_ended(client: openai.OpenAI) -> None:
+    """The template tells the server where answers begin; no token has been named."""
+    messages: list[Any] = []
+    found, ended = [], []
+    for number in range(6):
+        question = f"Question {number}: {STORY} What does it do next?"
+        messages.append({"role": "user", "content": question})
+        done = client.chat.completions.create(
+            model=MODEL, messages=messages, temperature=0, max_tokens=45
+        )
+        answer = done.choices[0].message.content
+        messages.append({"role": "assistant", "content": answer})
+        assert done.usage is not None
+        found.append(done.usage.prompt_tokens_details.cached_tokens)
+        ended.append(done.usage.prompt_tokens + done.usage.completion_tokens - 1)
+    # the second prompt evicts, too, and begins anew
+    assert found == [0, 0, *ended[1:-1]]
 
 
 def complete(client: openai.OpenAI, **arguments: Any) -> openai.types.Completion:

@@ -11,6 +11,9 @@ at any block, not only where there is a snapshot. Whose they are decides how:
   copy them while it runs, and it copies what it begins with itself. Before it evicts,
   those of its prompt are copied into free blocks, where they are kept as long as any.
 
+A turn of a conversation that is read for the next one's sake does neither: see
+`read_for_next_turn`.
+
 The statistics in such blocks are those of all queries that have been asked over them,
 whoever asked; a later eviction goes by the mean over these. A request that never
 evicts, however long it gets, leaves no statistics: what it writes is found by its like
@@ -102,6 +105,11 @@ class BlockCache:
         self._plans = plans
         self.is_used = is_used
         self._serves_all = serves_all
+        # unfinished requests that are not served for the sake of their next turn
+        self._for_next_turn: set[str] = set()
+        # who was to be read so first of all that ask the same, by a prompt's last hash
+        self._first_to_ask: dict[BlockHash, Request] = {}
+        self._asked: dict[str, BlockHash] = {}
         self._owners: dict[str, _Owner] = {}
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
@@ -120,9 +128,36 @@ class BlockCache:
     def serves(self, request: Request) -> bool:
         """Return whether a request leaves its blocks to others, and no snapshots.
 
-        That is one that has evicted nothing when all of it is read.
+        That is one that has evicted nothing when all of it is read, unless it is read
+        for its next turn, see `read_for_next_turn`.
         """
-        return self.is_used and request.num_tokens < self._first_eviction(request)
+        return (
+            self.is_used
+            and request.num_tokens < self._first_eviction(request)
+            and request.request_id not in self._for_next_turn
+        )
+
+    def read_for_next_turn(self, request: Request) -> None:
+        """Let a new request begin with snapshots alone, leave such, and share no block.
+
+        So its statistics are of its own queries, and the next turn of its conversation
+        may begin where its answer ends, though it evicts. Samples of one prompt share
+        its blocks instead.
+        """
+        prompt = request.block_hashes[request.num_prompt_tokens // self._block_size - 1]
+        first = self._first_to_ask.setdefault(prompt, request)
+        if first is request:
+            self._asked[request.request_id] = prompt
+            self._for_next_turn.add(request.request_id)
+        elif not first.num_computed_tokens:
+            self._for_next_turn.discard(first.request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Forget how a request was to be read that is done."""
+        self._for_next_turn.discard(request_id)
+        prompt = self._asked.pop(request_id, None)
+        if prompt is not None:
+            del self._first_to_ask[prompt]
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.

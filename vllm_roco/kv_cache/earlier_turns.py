@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets the next turn of a conversation begin where an earlier answer ended.
 
-What a sequence holds that has evicted while it was written is what the conversation
-kept, not what a prompt with that answer in it would keep: see `prefix_hits: longest`.
+With `prefix_hits: exact` where reading the answer keeps what writing it kept, see
+`answers`: behind prompts that have an earlier answer, and end where one begins or
+within it. With `longest` wherever something was evicted.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_roco.eviction_schedule import NEVER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
@@ -22,6 +23,26 @@ if TYPE_CHECKING:
     from vllm_roco.kv_cache.prefix_keys import PrefixKeys
     from vllm_roco.kv_cache.snapshots import SnapshotStore
     from vllm_roco.request_plans import RequestPlans
+
+MAX_ANSWERS = 64
+"""Answers of a prompt, the last ones, behind which something is looked for."""
+_MOST_UNREAD = 2
+"""Tokens of an answer in a prompt that may not have been read when it ended.
+
+Its end token, if it was not written but is the template's; and the last one written.
+"""
+
+
+class EarlierTurn(NamedTuple):
+    """What was kept of a conversation when one of its answers ended.
+
+    Attributes:
+        num_tokens: What had been read and written.
+        key: Under which it is in the store.
+    """
+
+    num_tokens: int
+    key: BlockHash
 
 
 class EarlierTurns:
@@ -32,6 +53,8 @@ class EarlierTurns:
         keys: Under which keys.
         block_size: Tokens per block.
         plans: What holds for each request.
+        is_exact: Whether a next turn keeps what it would keep if it read all.
+        turn_end_token_ids: Tokens that end an answer.
     """
 
     def __init__(
@@ -40,45 +63,81 @@ class EarlierTurns:
         keys: PrefixKeys,
         block_size: int,
         plans: RequestPlans,
+        *,
+        is_exact: bool,
+        turn_end_token_ids: Collection[int] = (),
     ) -> None:
         self._store = store
         self._keys = keys
         self._block_size = block_size
         self._plans = plans
-        # of unfinished requests the lengths at which something was kept, in order
-        self._lengths: dict[str, list[int]] = {}
+        self._is_exact = is_exact
+        self._turn_end_token_ids = frozenset(turn_end_token_ids)
+        # of unfinished requests what was kept along their prompts, in order
+        self._turns: dict[str, list[EarlierTurn]] = {}
+        # with exact hits, of those that run, who began with nothing that others have
+        # asked over
+        self._untouched: set[str] = set()
 
     def enter(self, request: Request) -> None:
         """Look once for what has been kept along a new request's prompt."""
+        found = self._as_read(request) if self._is_exact else self._in_blocks(request)
+        turns = [turn for turn in found if self._store.may_have(turn.key)]
+        if turns:
+            self._turns[request.request_id] = turns
+
+    def _as_read(self, request: Request) -> Iterator[EarlierTurn]:
+        """Yield what may have been kept where the answers in a prompt ended."""
+        plan = self._plans.of(request.request_id)
+        if not plan.is_measured:
+            # it evicts nothing, and what others keep has gaps
+            return
+        # another token must be read to go on from; a hash is of a whole block here
+        most = request.num_prompt_tokens - 1
+        most = min(most, self._keys.most_tokens(request) + self._block_size - 1)
+        for end in plan.ends.answers.written_ends[-MAX_ANSWERS:]:
+            for length in range(end - _MOST_UNREAD, end + 1):
+                if self._block_size <= length <= most:
+                    key = self._keys.turn_key(request, length)
+                    yield EarlierTurn(length, key)
+
+    def _in_blocks(self, request: Request) -> Iterator[EarlierTurn]:
+        """Yield what may have been kept in whole blocks, where something is evicted."""
         size = self._block_size
         plan = self._plans.of(request.request_id)
         most = (request.num_prompt_tokens - 1) // size
         first = plan.first_eviction // size
         # as `PrefixKeys` has it, for all lengths at little cost
-        may_have, key = self._store.may_have, plan.snapshot_key
-        lengths = [
-            number * size
-            for number, found in enumerate(request.block_hashes[:most], start=1)
-            if number >= first and may_have(BlockHash(found + key))
-        ]
-        if lengths:
-            self._lengths[request.request_id] = lengths
+        for number, found in enumerate(request.block_hashes[:most], start=1):
+            if number >= first:
+                yield EarlierTurn(number * size, BlockHash(found + plan.snapshot_key))
 
-    def lengths(self, request: Request) -> Sequence[int]:
-        """Return where a request may find something, in order; some may be gone."""
-        return self._lengths.get(request.request_id, ())
+    def longest(self, request: Request, most: int = NEVER) -> EarlierTurn | None:
+        """Return the longest that a request can begin with, None if there is none.
 
-    def longest(self, request: Request) -> int:
-        """Return the most tokens that a request can begin with, or 0.
+        Each one of which nothing is left costs time once.
 
-        Each length at which nothing is left costs time once.
+        Args:
+            request: The request.
+            most: A bound on the tokens.
         """
-        lengths = self._lengths.get(request.request_id)
-        while lengths:
-            if self._store.find(self._keys.key(request, lengths[-1])) is not None:
-                return lengths[-1]
-            lengths.pop()
-        return 0
+        turns = self._turns.get(request.request_id, [])
+        for index in reversed(range(len(turns))):
+            if turns[index].num_tokens > most:
+                continue
+            if self._store.find(turns[index].key) is not None:
+                return turns[index]
+            del turns[index]
+        return None
+
+    def begin(self, request: Request) -> None:
+        """Note that a request is let in with a snapshot, or nothing."""
+        if self._is_exact:
+            self._untouched.add(request.request_id)
+
+    def drop(self, request_id: str) -> None:
+        """Forget that a request runs."""
+        self._untouched.discard(request_id)
 
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Keep what a request holds that is done, and forget the request.
@@ -89,22 +148,55 @@ class EarlierTurns:
             request: A request that has evicted, or not.
             row: Its block table.
         """
-        self._lengths.pop(request.request_id, None)
+        self._turns.pop(request.request_id, None)
         if not row:
             return
-        size = self._block_size
-        schedule = self._plans.of(request.request_id).schedule
-        computed = request.num_computed_tokens
-        length = min(computed, self._keys.most_tokens(request)) // size * size
-        evicted = schedule.evicted_blocks(computed)
-        if (
-            # who has evicted nothing leaves blocks
-            not evicted
-            or computed < request.num_prompt_tokens
-            or schedule.evicted_blocks(length) != evicted
-            # a next turn evicts on behind it
-            or schedule.next_eviction(length) == NEVER
+        keep = self._keep_as_read if self._is_exact else self._keep_in_blocks
+        if request.num_computed_tokens >= request.num_prompt_tokens:
+            keep(request, row)
+
+    def _keep_as_read(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep all that a request holds, if a prompt that has all of it keeps that."""
+        length, size = request.num_computed_tokens, self._block_size
+        if size <= length // size * size <= self._keys.most_tokens(request) and (
+            self._is_as_read(request)
         ):
-            return
-        live = self._keys.live_blocks(request, row, length)
-        self._store.keep(self._keys.key(request, length), live)
+            self._keep(self._keys.turn_key(request, length), request, row, length)
+
+    def _keep_in_blocks(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep what a request holds in whole blocks, if it has evicted."""
+        computed, size = request.num_computed_tokens, self._block_size
+        schedule = self._plans.of(request.request_id).schedule
+        evicted = schedule.evicted_blocks(computed)
+        length = min(computed, self._keys.most_tokens(request)) // size * size
+        # who has evicted nothing leaves blocks
+        if evicted and schedule.evicted_blocks(length) == evicted:
+            self._keep(self._keys.key(request, length), request, row, length)
+
+    def _keep(
+        self,
+        key: BlockHash,
+        request: Request,
+        row: Sequence[KVCacheBlock],
+        length: int,
+    ) -> None:
+        schedule = self._plans.of(request.request_id).schedule
+        # a next turn evicts on behind it
+        if schedule.next_eviction(length) < NEVER:
+            self._store.keep(key, self._keys.live_blocks(request, row, length))
+
+    def _is_as_read(self, request: Request) -> bool:
+        """Return whether a request holds what a prompt would keep that has all of it.
+
+        Only where a next turn is likely to come and to keep the same.
+        """
+        if (
+            request.request_id not in self._untouched
+            or not self._plans.of(request.request_id).keeps_for_next_turn
+            # of a step in flight nobody knows what it read
+            or request.num_computed_tokens > request.num_tokens
+        ):
+            return False
+        # an answer in a prompt ends with the first of these
+        written = request.all_token_ids[request.num_prompt_tokens : -1]
+        return self._turn_end_token_ids.isdisjoint(written)

@@ -2,11 +2,12 @@
 """Lets requests begin behind a prefix that others have read, or wait for one.
 
 A prompt that evicts while it is read begins with a snapshot: at the ends of its chunks,
-and nowhere else, what a sequence keeps is a function of its tokens alone. One that does
-not may also begin with blocks, see `block_cache`.
+or where an earlier answer ended (see `earlier_turns`), what a sequence keeps is a
+function of its tokens alone. One that does not may also begin with blocks, see
+`block_cache`.
 
 That is `prefix_hits: exact`. With `longest` all prompts may begin with blocks, and
-where an earlier answer ended, see `earlier_turns`.
+behind more answers.
 
 Where other layers have a sliding window, a snapshot holds their blocks as well, and all
 prompts begin with snapshots: of one that evicts nothing it is a function of its tokens,
@@ -29,7 +30,7 @@ from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
     from vllm_roco.kv_cache.window_manager import WindowManager
     from vllm_roco.request_plans import RequestPlans
+
+
+SHARE_THAT_GOES_ON = 2 / 3
+"""Share of conversations that are taken to go on when a turn is read for the next."""
 
 
 class Hit(NamedTuple):
@@ -78,6 +83,7 @@ class PrefixCache:
         windows: Managers of the groups of layers with a window, with the same blocks.
         is_exact: Whether who evicts while it is read keeps what it would keep alone;
             otherwise there are no windows.
+        turn_end_token_ids: Tokens that end an answer.
 
     Attributes:
         windows: Likewise.
@@ -96,6 +102,7 @@ class PrefixCache:
         windows: Sequence[WindowManager] = (),
         *,
         is_exact: bool = True,
+        turn_end_token_ids: Collection[int] = (),
     ) -> None:
         self.windows = windows
         self.store = SnapshotStore(block_pool)
@@ -108,6 +115,7 @@ class PrefixCache:
             serves_all=not is_exact,
         )
         self.num_waits = 0
+        self._is_exact = is_exact
         self._block_size = block_size
         self._plans = plans
         self._rows = rows
@@ -120,8 +128,15 @@ class PrefixCache:
             is_of_tokens=self.blocks.is_used,
         )
         self._earlier: EarlierTurns | None = None
-        if not is_exact:
-            self._earlier = EarlierTurns(self.store, self._keys, block_size, plans)
+        if not windows:
+            self._earlier = EarlierTurns(
+                self.store,
+                self._keys,
+                block_size,
+                plans,
+                is_exact=is_exact,
+                turn_end_token_ids=turn_end_token_ids,
+            )
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
         # of snapshots that the step being scheduled makes, and of what; who begins
@@ -155,8 +170,48 @@ class PrefixCache:
         if self._earlier is not None:
             self._earlier.enter(request)
         places = self._places(request, 0)
+        prefixes = self._keys.keys(request, places) if places else ()
         if places:
-            self._shared.enter(self._keys.keys(request, places))
+            self._shared.enter(prefixes)
+        # with `longest`, turns begin behind what began with blocks, too
+        if self._is_exact and (
+            self._longest_earlier(request)
+            or self._is_worth_its_next_turn(request, places, prefixes)
+        ):
+            self.blocks.read_for_next_turn(request)
+
+    def _is_worth_its_next_turn(
+        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
+    ) -> bool:
+        """Return whether a turn is to begin with a snapshot, so that the next one can.
+
+        The next one evicts while it is read, and can begin behind this one if that
+        began with no blocks. This one then reads more than it would behind blocks, and
+        is to if that pays where as many conversations as `SHARE_THAT_GOES_ON` go on.
+
+        Args:
+            request: The turn.
+            places: Where a snapshot of its prompt can be.
+            prefixes: What stands for the prompt up to there.
+        """
+        plan = self._plans.of(request.request_id)
+        answer = plan.ends.answers.last_written
+        if not plan.evicts_in_next_turn or answer is None:
+            return False
+        start = max(
+            (
+                place
+                for place, prefix in zip(places, prefixes, strict=True)
+                # there is a snapshot, or the first one that comes leaves one
+                if self._shared.part_at(prefix) or self.store.has(prefix)
+            ),
+            default=0,
+        )
+        begun, ended = answer
+        more_now = ended - start
+        # an answer as long as the last one comes on top
+        less_then = request.num_prompt_tokens + (ended - begun) - start
+        return more_now <= SHARE_THAT_GOES_ON * less_then
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -212,18 +267,23 @@ class PrefixCache:
             has_copies = hit is not None and hit.num_shared < len(hit.row)
             self.blocks.begin(request, has_copies=has_copies)
             return
+        if self._earlier is not None:
+            self._earlier.begin(request)
         places = self._places(request, start)
         if places:
             self._readers.begin(request, places, self._keys.keys(request, places))
 
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Take note that a request is done, before it lets go of its row."""
+        self.blocks.forget(request.request_id)
         if self._earlier is not None:
             self._earlier.end(request, row)
 
     def drop(self, request_id: str, row: Sequence[KVCacheBlock]) -> None:
         """Forget a request that is preempted or done, and lets go of its row."""
         self._readers.drop(request_id)
+        if self._earlier is not None:
+            self._earlier.drop(request_id)
         self._waits.pop(request_id, None)
         self._asked.pop(request_id, None)
         self.blocks.drop(request_id, row)
@@ -276,9 +336,12 @@ class PrefixCache:
         length = self._ends(request).within(self._most_of_a_hit(request))
         if not length or request.skip_reading_prefix_cache:
             return 0
+        earlier = self._longest_earlier(request)
+        if earlier > length:
+            return earlier
         if self.store.find(self._keys.key(request, length)) is not None:
             return length
-        if self._earlier is not None and (earlier := self._earlier.longest(request)):
+        if earlier:
             return earlier
         blocks = self.blocks
         if blocks.can_begin_with_blocks(request) and blocks.has(request, length):
@@ -287,10 +350,13 @@ class PrefixCache:
 
     def longest_snapshot(self, request: Request) -> int:
         """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
+        earlier = self._longest_earlier(request)
         for length in reversed(self._places(request, 0)):
+            if length <= earlier:
+                break
             if self.store.has(self._keys.key(request, length)):
                 return length
-        return 0
+        return earlier
 
     def _is_yet_to_come(self, request: Request, awaited: _Prefix) -> bool:
         """Return whether what a request waits for is on its way, and not there."""
@@ -316,8 +382,7 @@ class PrefixCache:
         if not self._readers:
             return None
         store, readers = self.store, self._readers
-        if self._earlier is not None:
-            start = max(start, self._earlier.longest(request))
+        start = max(start, self._longest_earlier(request))
         awaited = None
         others_length = 0
         for length in reversed(self._hit_places(request)):
@@ -390,26 +455,38 @@ class PrefixCache:
         self._sources[prefix] = live
         return True
 
+    def _longest_earlier(self, request: Request) -> int:
+        """Return how much of a conversation is there where an answer ended, or 0."""
+        if self._earlier is None:
+            return 0
+        earlier = self._earlier.longest(request)
+        return 0 if earlier is None else earlier.num_tokens
+
     def _find_snapshot(self, request: Request, max_tokens: int | None) -> Hit | None:
-        places: Iterable[int] = reversed(self._hit_places(request, max_tokens))
-        if self._earlier is not None and (ends := self._earlier.lengths(request)):
-            most = request.num_tokens if max_tokens is None else max_tokens
-            ends = [length for length in ends if length <= most]
-            places = sorted({*places, *ends}, reverse=True)
-        for length in places:
+        most = NEVER if max_tokens is None else max_tokens
+        earlier = None
+        if self._earlier is not None:
+            earlier = self._earlier.longest(request, most)
+        for length in reversed(self._hit_places(request, max_tokens)):
+            if earlier is not None and length <= earlier.num_tokens:
+                break
             prefix = self._keys.key(request, length)
-            snapshot = self.store.find(prefix)
-            if snapshot is not None:
-                blocks = self._sources.get(prefix, snapshot.blocks)
-                row = self._keys.row_of(request, blocks, length)
-                windows = [
-                    manager.row_at(in_window, length)
-                    for manager, in_window in zip(
-                        self.windows, snapshot.windows, strict=True
-                    )
-                ]
-                return Hit(length, row, snapshot=prefix, windows=windows)
-        return None
+            if (hit := self._hit(request, length, prefix)) is not None:
+                return hit
+        return None if earlier is None else self._hit(request, *earlier)
+
+    def _hit(self, request: Request, length: int, prefix: BlockHash) -> Hit | None:
+        """Return a hit of the snapshot of a prefix, None if there is none."""
+        snapshot = self.store.find(prefix)
+        if snapshot is None:
+            return None
+        blocks = self._sources.get(prefix, snapshot.blocks)
+        row = self._keys.row_of(request, blocks, length)
+        windows = [
+            manager.row_at(in_window, length)
+            for manager, in_window in zip(self.windows, snapshot.windows, strict=True)
+        ]
+        return Hit(length, row, snapshot=prefix, windows=windows)
 
     def _is_due(self, request: Request, length: int, prefix: BlockHash) -> bool:
         """Return whether a snapshot at a place of a prompt is worth its blocks."""

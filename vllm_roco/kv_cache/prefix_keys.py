@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import BlockHash
+
+from vllm_roco.config import blocks_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from vllm_roco.request_plans import RequestPlans
 
 _UNMEASURED = b"unmeasured"
+_TURN = b"turn"
 
 
 class PrefixKeys:
@@ -69,21 +73,36 @@ class PrefixKeys:
             for length in lengths
         ]
 
+    def turn_key(self, request: Request, length: int) -> BlockHash:
+        """Return the key of what an answer leaves that ends at a length.
+
+        Args:
+            request: The request.
+            length: At least a block, not whole ones perhaps.
+        """
+        plan = self._plans.of(request.request_id)
+        start = length // self._block_size * self._block_size
+        found = request.block_hashes[start // self._hash_size - 1]
+        # who keeps everything may have all else in common with who does not
+        evicted = plan.schedule.evicted_blocks(length)
+        tail = array("q", [evicted, *request.all_token_ids[start:length]])
+        return BlockHash(found + plan.snapshot_key + _TURN + tail.tobytes())
+
     def live_blocks(
         self, request: Request, row: Sequence[KVCacheBlock], length: int
     ) -> Sequence[KVCacheBlock]:
-        """Return the full blocks that a request attends to at a length.
+        """Return the blocks that a request attends to at a length.
 
         Args:
             request: The request.
             row: Its block table.
-            length: Tokens of whole blocks.
+            length: Tokens, of which the last block may be full in part.
         """
         schedule = self._plans.of(request.request_id).schedule
         resident = schedule.budget_blocks
-        full = length // self._block_size
+        end = blocks_of(length, self._block_size)
         incoming = resident + schedule.evicted_blocks(length)
-        return [*row[: min(resident, full)], *row[incoming:full]]
+        return [*row[: min(resident, end)], *row[incoming:end]]
 
     def row_of(
         self, request: Request, live_blocks: Sequence[KVCacheBlock], length: int

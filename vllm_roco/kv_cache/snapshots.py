@@ -34,7 +34,7 @@ class Snapshot(NamedTuple):
 
     Attributes:
         name: What each block bears as its hash while its content is the snapshot's.
-        blocks: Resident blocks, then incoming ones, all full: copies, or those of a
+        blocks: Resident blocks, then incoming ones: copies, all full, or those of a
             sequence that has ended.
         windows: Of each group of layers with a window the blocks in it, all full. They
             are no copies, and may be those of a sequence or of other snapshots, too.
@@ -207,7 +207,8 @@ class SnapshotStore:
 
         Args:
             prefix: Hash of what it has read and written.
-            live_blocks: What it holds of that, without a hash, before it lets go of it.
+            live_blocks: What it holds of that, without a hash, before it lets go of it;
+                the last one may be full in part.
         """
         if self.find(prefix) is None:
             self._enter(prefix, live_blocks, ())

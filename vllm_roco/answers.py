@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where earlier answers stand in a prompt: they are read as they were written.
+
+While an answer was written, a stride was evicted wherever `E` grew, token by token. A
+prompt that has the answer in it and evicts at those same lengths keeps what was kept
+then. So the next turn of a conversation may go on from there.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The answers in one prompt.
+
+    Attributes:
+        starts: Of each the length at which it begins, in order: of the prompt of the
+            turn that was answered.
+        ends: Of each the length at which it ends, its end token included. `NEVER` for
+            one that is yet to be written, or goes on.
+    """
+
+    starts: Sequence[int] = ()
+    ends: Sequence[int] = ()
+
+    @classmethod
+    def of(
+        cls,
+        tokens: np.ndarray,
+        answer_start_token_ids: Sequence[int],
+        turn_end_token_ids: Collection[int],
+    ) -> Answers:
+        """Return the answers in a prompt.
+
+        Which there are up to a length depends on the tokens up to there alone.
+
+        Args:
+            tokens: `[num_tokens]` int64, the prompt.
+            answer_start_token_ids: Tokens, in this order, behind which an answer
+                begins; none if answers cannot be told.
+            turn_end_token_ids: Tokens of which the first one ends it.
+        """
+        width = len(answer_start_token_ids)
+        if not width or len(tokens) < width:
+            return cls()
+        # without a step of Python for each token
+        found = np.ones(len(tokens) - width + 1, dtype=bool)
+        for place, token in enumerate(answer_start_token_ids):
+            found &= tokens[place : place + len(found)] == token
+        starts = np.flatnonzero(found) + width
+        if not starts.size:
+            return cls()
+        turns = np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
+        behind = np.searchsorted(turns, starts, side="right")
+        # one that begins within another is part of it
+        ends, first = np.unique(np.append(turns, NEVER)[behind], return_index=True)
+        return cls(tuple(starts[first].tolist()), tuple(ends.tolist()))
+
+    def next_eviction(self, length: int, schedule: EvictionSchedule) -> int:
+        """Return the first length behind `length` at which something was evicted.
+
+        While answers were written, or when the prompt of one had been read.
+
+        Args:
+            length: At which a step begins.
+            schedule: The eviction arithmetic.
+
+        Returns:
+            `NEVER` if there is none.
+        """
+        if not self.starts:
+            return NEVER
+        grows = schedule.next_eviction(length)
+        index = bisect_left(self.ends, grows)
+        if index == len(self.starts):
+            return NEVER
+        return max(grows, self.starts[index])
+
+    def next_turn(self, num_prompt_tokens: int) -> int | None:
+        """Return how long the prompt of a conversation's next turn is likely to be.
+
+        As much longer as this one is than that of the turn before, by an answer and a
+        question.
+
+        Args:
+            num_prompt_tokens: Length of this one.
+
+        Returns:
+            None unless the conversation has gone on once, as most prompts do not.
+        """
+        if not self.is_open or self.last_written is None:
+            return None
+        return 2 * num_prompt_tokens - self.last_written[0]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether what is written behind the prompt is an answer."""
+        return bool(self.ends) and self.ends[-1] == NEVER
+
+    @property
+    def written_ends(self) -> Sequence[int]:
+        """Ends of the answers that are in the prompt with an end token."""
+        return self.ends[:-1] if self.is_open else self.ends
+
+    @property
+    def last_written(self) -> tuple[int, int] | None:
+        """Where the last one of these begins and ends, None if there is none."""
+        ends = self.written_ends
+        return (self.starts[len(ends) - 1], ends[-1]) if ends else None
