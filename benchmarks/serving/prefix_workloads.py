@@ -230,7 +230,11 @@ def prefix_runs(
         workload = PREFIX_WORKLOADS[name]
         several = workload.configs
         if budgets is not None:
-            several = tuple(RocoConfig(budget=budget) for budget in budgets)
+            answers = workload.configs[0].answer_start_token_ids
+            several = tuple(
+                RocoConfig(budget=budget, answer_start_token_ids=answers)
+                for budget in budgets
+            )
         for config in several if side == "roco" else several[:1]:
             own = engine(workload, side, config)
             found += [

@@ -19,6 +19,7 @@ from benchmarks.serving.engines import MODELS
 from benchmarks.serving.jobs import MACHINE, Session
 from benchmarks.serving.pictures import PICTURES
 from benchmarks.serving.prefix_workloads import (
+    GENERATION_PROMPT,
     PREFIX_WORKLOADS,
     SIDES,
     PrefixWorkload,
@@ -103,8 +104,9 @@ def test_workloads_share_an_engine() -> None:
     ]
     together = "shared-4096 shared-16384 chat"
     own = ["documents", "prefix-repetition"]
-    more = ["shared-4096", "chat"]
-    once = [together, *own, together, *more, *own, together, *own]
+    # chats are told where answers begin, or not
+    pair, more = "shared-4096 shared-16384", ["shared-4096", *3 * ["chat"]]
+    once = [together, *own, pair, *more, *own, pair, "chat", *own]
     assert sorted(served) == sorted(2 * once)
     # a drift meets every side alike
     numbers = [columns["round"] for job in jobs for columns, _ in job]
@@ -123,6 +125,8 @@ def test_budgets_are_the_command_lines() -> None:
     assert budgets == [
         *(("stock", None), ("roco", 512), ("roco", 4096), ("roco-uncached", 512)),
     ]
+    told = {run.engine.roco.answer_start_token_ids for run in runs if run.engine.roco}
+    assert told == {GENERATION_PROMPT}
 
 
 def rows(commit: str, **speeds: float) -> list[dict[str, object]]:
@@ -151,7 +155,9 @@ def test_report(tmp_path: Path) -> None:
     assert set(found["commit"]) == {"new"}
     assert found.groupby("work", sort=False)["engine"].apply(list).tolist() == [
         [
-            *("FLASH_ATTN", "roco, budget 2048", "roco, budget 2048, longest hits"),
+            *("FLASH_ATTN", "roco, budget 2048"),
+            "roco, budget 2048, answers read again",
+            "roco, budget 2048, longest hits",
             "roco, budget 2048, no prefix caching",
         ],
         ["FLASH_ATTN", "roco, budget 2048", "roco, budget 1024"],
