@@ -9,9 +9,7 @@ attention.
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -19,6 +17,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from tests.lone_run import LoneRun, choose, hash_of
 from vllm_roco.eviction_row import ROW_KEY, EvictionRow
 from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 from vllm_roco.policy import plan_moves
@@ -104,7 +103,7 @@ class Sequence:
     def append(self, token: int) -> None:
         """Take another token."""
         before = self.prefixes[-1] if self.prefixes else 0
-        self.prefixes.append(_hash(before, token))
+        self.prefixes.append(hash_of(before, token))
 
     def content(self, position: int, start: int) -> object:
         """Return what stands for keys and values behind layers that evict.
@@ -118,58 +117,6 @@ class Sequence:
         # what is evicted later does not matter
         schedule = replace(self.schedule, until=NEVER)
         return self.prefixes[position], schedule, self.chunk
-
-
-class LoneRun:
-    """What a sequence keeps when it is the only one, in sets and without pages.
-
-    Args:
-        num_prompt_tokens: Length of the prompt.
-        ends: Where its chunks end, once it evicts.
-        answers: Where answers in it begin and end.
-        schedule: Its eviction arithmetic.
-    """
-
-    def __init__(
-        self,
-        num_prompt_tokens: int,
-        ends: list[int],
-        answers: list[tuple[int, int]],
-        schedule: EvictionSchedule,
-    ) -> None:
-        self._schedule = schedule
-        evicts = [
-            length
-            for length in range(1, num_prompt_tokens)
-            if any(start <= length <= end for start, end in answers)
-        ]
-        self._ends = chain(
-            sorted({*(end for end in ends if end < num_prompt_tokens), *evicts}),
-            iter(lambda: max(self._length + 1, num_prompt_tokens), None),
-        )
-        self._length = 0
-        self._kept: set[int] = set()
-        self._after: dict[int, frozenset[int]] = {0: frozenset()}
-
-    def after(self, num_tokens: int) -> frozenset[int]:
-        """Return the full blocks kept after the step that ends at this length."""
-        while self._length < num_tokens:
-            self._step(next(self._ends))
-        return self._after[num_tokens]
-
-    def _step(self, end: int) -> None:
-        size = self._schedule.block_size
-        before = self._schedule.evicted_blocks(self._length)
-        after = self._schedule.evicted_blocks(end)
-        self._kept.update(range(self._length // size, end // size))
-        candidates = [
-            block
-            for block in self._kept
-            if block < self._schedule.budget_blocks + after
-        ]
-        self._kept.difference_update(choose(candidates, after - before, end))
-        self._length = end
-        self._after[end] = frozenset(self._kept)
 
 
 class PagedWorker:
@@ -531,7 +478,7 @@ class PagedWorker:
         if end < sequence.num_known_tokens:
             return []
         sequence.num_known_tokens = end + 1
-        token = _hash(request_id, end) % _NUM_TOKENS
+        token = hash_of(request_id, end) % _NUM_TOKENS
         if len(sequence.prefixes) == end:
             sequence.append(token)
         return [token]
@@ -548,12 +495,3 @@ class Touched:
 
     rows: dict[str, dict[int, int]] = field(default_factory=dict)
     windows: dict[str, list[dict[int, int]]] = field(default_factory=dict)
-
-
-def choose(blocks: list[int], count: int, length: int) -> set[int]:
-    """Return blocks to evict: arbitrary, but the same for the same arguments."""
-    return set(sorted(blocks, key=lambda block: _hash(block, length))[:count])
-
-
-def _hash(*values: object) -> int:
-    return zlib.crc32(repr(values).encode())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_roco.answers import Answers
+from vllm_roco.answers import Answers, turn_lengths
 from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 
 END, CUE, OTHER = 7, 8, 9
@@ -18,7 +18,8 @@ def answers_of(
     tokens: list[int], cue: tuple[int, ...] = (CUE,), ends: tuple[int, ...] = (END,)
 ) -> list[tuple[int, int]]:
     """Return where answers begin and end."""
-    answers = Answers.of(np.array(tokens, dtype=np.int64), cue, ends)
+    ids = np.array(tokens, dtype=np.int64)
+    answers = Answers.of(ids, cue, turn_lengths(ids, ends))
     return [*zip(answers.starts, answers.ends, strict=True)]
 
 
@@ -120,7 +121,8 @@ def test_worked_examples(
 def test_the_last_answer_may_be_open(
     tokens: list[int], is_open: bool, written: list[int]
 ) -> None:
-    answers = Answers.of(np.array(tokens, dtype=np.int64), (CUE,), {END})
+    ids = np.array(tokens, dtype=np.int64)
+    answers = Answers.of(ids, (CUE,), turn_lengths(ids, {END}))
     assert answers.is_open == is_open
     assert [*answers.written_ends] == written
 

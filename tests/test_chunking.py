@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_roco.answers import Answers
+from vllm_roco.answers import Answers, turn_lengths
 from vllm_roco.chunking import ChunkEnds, next_step_ends
 from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 
@@ -417,7 +417,8 @@ def test_a_conversation_is_read_as_it_was_written(
         return evictions([*steps, *range(len(prompt) + 1, total + 1)], schedule)
 
     again = run([*text, *[1] * more], len(text) + more)
-    answers = Answers.of(np.array(text), CUE, {END})
+    ids = np.array(text)
+    answers = Answers.of(ids, CUE, turn_lengths(ids, {END}))
     for start, end in zip(answers.starts, answers.ends, strict=True):
         expected = [step for step in again if step[0] <= end]
         for known in (start, random.randint(start, end)):

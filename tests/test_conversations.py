@@ -238,6 +238,10 @@ def test_conversations_in_a_crowd_keep_what_each_would_alone(
                 driver.preempt_all()
                 num_preemptions += 1
         driver.drain(4000)
+        cache = driver.scheduler.prefix_cache
+        assert cache is not None
+        assert not cache.blocks._for_next_turn
+        assert not cache.blocks._first_to_ask
         num_answers_hit += driver.worker.num_answers_hit
         num_evictions += driver.worker.num_evictions
     assert num_answers_hit > 80 or "windows" in mode

@@ -9,7 +9,7 @@ import numpy as np
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from vllm_roco.answers import Answers
+from vllm_roco.answers import Answers, turn_lengths
 from vllm_roco.config import is_integer
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def _of_template(tokenizer: Any, turn_ends: Collection[int]) -> tuple[int, ...]:
         _rendered(tokenizer, [_QUESTIONS[0], answer, _QUESTIONS[1]])
         for answer in (_ANSWER, _REASONED_ANSWER)
     )
-    found = Answers.of(np.array(both, dtype=np.int64), start, turn_ends)
+    tokens = np.array(both, dtype=np.int64)
+    found = Answers.of(tokens, start, turn_lengths(tokens, turn_ends))
     is_there = both[: len(first)] == first and found.starts[:1] == (len(first),)
     is_whole = len(found.written_ends) == 1 and reasoned != both
     return tuple(start) if is_there and is_whole else ()

@@ -17,6 +17,20 @@ import numpy as np
 from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 
 
+def turn_lengths(tokens: np.ndarray, turn_end_token_ids: Collection[int]) -> np.ndarray:
+    """Return the lengths at which turns end.
+
+    Args:
+        tokens: `[num_tokens]` int64, the prompt.
+        turn_end_token_ids: Tokens that end a turn.
+
+    Returns:
+        `[num_turns]` int64, ascending, the end token included.
+    """
+    # without a step of Python for each token, or for each that ends a turn
+    return np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
+
+
 @dataclass(frozen=True, slots=True)
 class Answers:
     """The answers in one prompt.
@@ -36,7 +50,7 @@ class Answers:
         cls,
         tokens: np.ndarray,
         answer_start_token_ids: Sequence[int],
-        turn_end_token_ids: Collection[int],
+        turns: np.ndarray,
     ) -> Answers:
         """Return the answers in a prompt.
 
@@ -46,7 +60,7 @@ class Answers:
             tokens: `[num_tokens]` int64, the prompt.
             answer_start_token_ids: Tokens, in this order, behind which an answer
                 begins; none if answers cannot be told.
-            turn_end_token_ids: Tokens of which the first one ends it.
+            turns: What `turn_lengths` returns; an answer ends with the first behind it.
         """
         width = len(answer_start_token_ids)
         if not width or len(tokens) < width:
@@ -58,7 +72,6 @@ class Answers:
         starts = np.flatnonzero(found) + width
         if not starts.size:
             return cls()
-        turns = np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
         behind = np.searchsorted(turns, starts, side="right")
         # one that begins within another is part of it
         ends, first = np.unique(np.append(turns, NEVER)[behind], return_index=True)

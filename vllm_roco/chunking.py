@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from vllm_roco.answers import Answers
+from vllm_roco.answers import Answers, turn_lengths
 from vllm_roco.eviction_schedule import EvictionSchedule
 
 TURNS_PER_CHUNK = 4
@@ -73,14 +73,13 @@ class ChunkEnds:
             answer_start_token_ids: Tokens behind which an answer begins; none if
                 answers are read like everything else.
         """
-        answers = Answers.of(tokens, answer_start_token_ids, turn_end_token_ids)
+        turns = turn_lengths(tokens, turn_end_token_ids)
+        answers = Answers.of(tokens, answer_start_token_ids, turns)
         if chunk <= least:
             return cls(chunk, answers=answers)
         ends: list[int] = []
         last = 0
-        for length in _lengths_of_turns(
-            tokens, turn_end_token_ids, block_size, answers
-        ):
+        for length in _whole_blocks(turns, block_size, answers):
             # in whole chunks, and behind the last of them
             num_chunks, rest = divmod(length - last, chunk)
             if rest < least:
@@ -119,19 +118,12 @@ class ChunkEnds:
         return last + (length - last) // self.chunk * self.chunk
 
 
-def _lengths_of_turns(
-    tokens: np.ndarray,
-    turn_end_token_ids: Collection[int],
-    block_size: int,
-    answers: Answers,
-) -> list[int]:
-    """Return the lengths of the whole blocks up to tokens that end turns, in order.
+def _whole_blocks(turns: np.ndarray, block_size: int, answers: Answers) -> list[int]:
+    """Return the lengths of the whole blocks up to turns' ends, in order.
 
     Not where an answer begins between such a length and the token: the prompt before it
     was read on to its own end.
     """
-    # without a step of Python for each token, or for each that ends a turn
-    turns = np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
     lengths = turns // block_size * block_size
     if answers.starts:
         starts = np.array([0, *answers.starts])

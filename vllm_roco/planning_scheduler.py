@@ -145,10 +145,26 @@ class PlanningScheduler(AdapterScheduler):
         request: Request,
         extra_args: Mapping[str, Any] | None,
     ) -> ResolvedPlan:
-        """Let the chunks of a request's prompt end where its turns do, too."""
+        """Let a prompt be read by its turns, and note what is likely to follow."""
+        ends = self._chunk_ends(request, plan.chunk)
+        num_tokens = request.num_prompt_tokens
+        next_turn = None
+        if (longer := ends.answers.next_turn(num_tokens)) is not None:
+            # there is none if its prompt would be too long for the options
+            with suppress(RequestOptionError):
+                next_turn = NextTurn(longer, self._planner.plan(extra_args, longer))
+        return plan.read_in(ends, num_tokens, next_turn)
+
+    def _chunk_ends(self, request: Request, chunk: int) -> ChunkEnds:
+        """Return where the chunks of a request's prompt end.
+
+        Args:
+            request: The request.
+            chunk: Most tokens of a chunk.
+        """
         tokens = request.prompt_token_ids
         if not self.turn_end_token_ids or tokens is None:
-            return plan
+            return ChunkEnds(chunk)
         ids = np.fromiter(tokens, np.int64, len(tokens))
         answer_start: Sequence[int] = self.answer_start_token_ids
         if (is_token := request.prompt_is_token_ids) is not None:
@@ -160,21 +176,14 @@ class PlanningScheduler(AdapterScheduler):
             # which nobody begins behind
             answer_start = ()
         block_size = self._planner.block_size
-        ends = ChunkEnds.of(
+        return ChunkEnds.of(
             ids,
             self.turn_end_token_ids,
-            plan.chunk,
+            chunk,
             least_chunk(self.roco_config.chunk, block_size),
             block_size,
             answer_start,
         )
-        num_tokens = request.num_prompt_tokens
-        next_turn = None
-        if (longer := ends.answers.next_turn(num_tokens)) is not None:
-            # there is none if its prompt would be too long for the options
-            with suppress(RequestOptionError):
-                next_turn = NextTurn(longer, self._planner.plan(extra_args, longer))
-        return plan.read_in(ends, num_tokens, next_turn)
 
     @override
     def _free_blocks(self, request: Request) -> None:

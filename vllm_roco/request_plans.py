@@ -22,6 +22,10 @@ from vllm_roco.request_options.planner import RequestPlan
 _KEY = struct.Struct(f"<{NUM_ROW_FIELDS}i")
 
 
+SHARE_THAT_GOES_ON = 2 / 3
+"""Share of conversations that are taken to go on when a turn is read for the next."""
+
+
 class NextTurn(NamedTuple):
     """What is likely to follow in a conversation.
 
@@ -110,6 +114,24 @@ class ResolvedPlan:
             keeps_for_next_turn=True,
             evicts_in_next_turn=num_prompt_tokens < self.first_eviction <= most,
         )
+
+    def pays_in_next_turn(self, num_prompt_tokens: int, start: int) -> bool:
+        """Return whether what a turn reads more than it must spares the next one more.
+
+        As often as that one comes, with `SHARE_THAT_GOES_ON`.
+
+        Args:
+            num_prompt_tokens: Length of its prompt, in which there is an answer.
+            start: Where it begins to read, rather than behind that answer, as the next
+                one would otherwise.
+        """
+        answer = self.ends.answers.last_written
+        assert answer is not None
+        begun, ended = answer
+        more_now = ended - start
+        # an answer as long as the last one comes on top
+        less_then = num_prompt_tokens + (ended - begun) - start
+        return more_now <= SHARE_THAT_GOES_ON * less_then
 
     @property
     def is_measured(self) -> bool:

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from tests.engine.engines import Engine, roco_arguments
 from tests.engine.final_pages import Ending, run_to_the_end
+from tests.engine.prefix_hits import assert_whole
+from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 
 END = 7
@@ -28,7 +32,25 @@ CHAT: dict[str, Any] = {
 }
 
 
-def conversation(engine: Engine) -> list[Ending]:
+def check_next_turns(start: Callable[..., AbstractContextManager[Engine]]) -> None:
+    """Fail unless turns begin behind answers, and end as those that read all.
+
+    Args:
+        start: Starts an engine with further arguments of `LLM`.
+    """
+    with start(**CHAT) as engine:
+        expected = _conversation(engine)
+    with (
+        start(**CHAT, enable_prefix_caching=True) as engine,
+        audited_manager(engine),
+        poisoned_free_blocks(engine),
+    ):
+        found = _conversation(engine)
+        assert_whole(engine)
+    _check_turns(found, expected)
+
+
+def _conversation(engine: Engine) -> list[Ending]:
     """Ask question after question, and return how each turn ends."""
     text: list[int] = []
     endings: list[Ending] = []
@@ -43,8 +65,7 @@ def conversation(engine: Engine) -> list[Ending]:
     return endings
 
 
-def check_turns(found: list[Ending], expected: list[Ending]) -> None:
-    """Fail unless turns begin behind answers, and end as those that read all."""
+def _check_turns(found: list[Ending], expected: list[Ending]) -> None:
     for ending, other in zip(found, expected, strict=True):
         assert ending.tokens == other.tokens
         pages = (np.frombuffer(each.pages, np.float32) for each in (ending, other))

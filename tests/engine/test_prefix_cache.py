@@ -8,11 +8,12 @@ the tokens are, and the blocks that are kept, and what is in them but for roundi
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.engine.conversations import CHAT, CUE, END, check_turns, conversation
+from tests.engine.conversations import CUE, END, check_next_turns
 from tests.engine.engines import Engine, roco_arguments, running_engine
 from tests.engine.final_pages import Ending, run_to_the_end
 from tests.engine.prefix_hits import (
@@ -23,7 +24,6 @@ from tests.engine.prefix_hits import (
     check_one_by_one,
     without_hits,
 )
-from tests.engine.steps import audited_manager, poisoned_free_blocks
 from tests.engine.tiny_models import SMALL_BUDGET, random_prompt
 from tests.oracle import Options
 from vllm_roco.scheduler import RocoAsyncScheduler
@@ -105,15 +105,4 @@ def test_next_turns_begin_within_a_chunk(tiny_llama: Path) -> None:
 
 
 def test_next_turns_begin_behind_answers(tiny_llama: Path, asynchronous: None) -> None:
-    with running_engine(tiny_llama, SMALL_BUDGET, **CHAT) as engine:
-        expected = conversation(engine)
-    with (
-        running_engine(
-            tiny_llama, SMALL_BUDGET, **CHAT, enable_prefix_caching=True
-        ) as engine,
-        audited_manager(engine),
-        poisoned_free_blocks(engine),
-    ):
-        found = conversation(engine)
-        assert_whole(engine)
-    check_turns(found, expected)
+    check_next_turns(partial(running_engine, tiny_llama, SMALL_BUDGET))

@@ -7,12 +7,13 @@ As `tests/engine/test_prefix_cache.py`, with graphs and vLLM's runner for GPUs.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.conversations import CHAT, check_turns, conversation
+from tests.engine.conversations import check_next_turns
 from tests.engine.final_pages import run_to_the_end
 from tests.engine.mixed_models import save_mixed
 from tests.engine.prefix_hits import (
@@ -59,18 +60,7 @@ def test_hits_behind_windows_change_no_byte(
 @pytest.mark.parametrize("run", RUNS)
 def test_next_turns_begin_behind_answers(tiny_llama: Path, run: str) -> None:
     """With blocks and tokens as of who reads all, and bytes that rounding changes."""
-    with gpu_engine(tiny_llama, SMALL_BUDGET, **RUNS[run], **CHAT) as engine:
-        expected = conversation(engine)
-    with (
-        gpu_engine(
-            tiny_llama, SMALL_BUDGET, **RUNS[run], **CHAT, enable_prefix_caching=True
-        ) as engine,
-        audited_manager(engine),
-        poisoned_free_blocks(engine),
-    ):
-        found = conversation(engine)
-        assert_whole(engine)
-    check_turns(found, expected)
+    check_next_turns(partial(gpu_engine, tiny_llama, SMALL_BUDGET, **RUNS[run]))
 
 
 def check_hits(

@@ -109,7 +109,6 @@ class BlockCache:
         self._for_next_turn: set[str] = set()
         # who was to be read so first of all that ask the same, by a prompt's last hash
         self._first_to_ask: dict[BlockHash, Request] = {}
-        self._asked: dict[str, BlockHash] = {}
         self._owners: dict[str, _Owner] = {}
         # those of them that evict in the step being scheduled
         self._evicting: list[str] = []
@@ -144,20 +143,24 @@ class BlockCache:
         may begin where its answer ends, though it evicts. Samples of one prompt share
         its blocks instead.
         """
-        prompt = request.block_hashes[request.num_prompt_tokens // self._block_size - 1]
-        first = self._first_to_ask.setdefault(prompt, request)
+        first = self._first_to_ask.setdefault(self._last_hash(request), request)
         if first is request:
-            self._asked[request.request_id] = prompt
             self._for_next_turn.add(request.request_id)
         elif not first.num_computed_tokens:
             self._for_next_turn.discard(first.request_id)
 
-    def forget(self, request_id: str) -> None:
+    def forget(self, request: Request) -> None:
         """Forget how a request was to be read that is done."""
-        self._for_next_turn.discard(request_id)
-        prompt = self._asked.pop(request_id, None)
-        if prompt is not None:
-            del self._first_to_ask[prompt]
+        self._for_next_turn.discard(request.request_id)
+        num_blocks = request.num_prompt_tokens // self._block_size
+        if self._first_to_ask and 0 < num_blocks <= len(request.block_hashes):
+            prompt = self._last_hash(request)
+            if self._first_to_ask.get(prompt) is request:
+                del self._first_to_ask[prompt]
+
+    def _last_hash(self, request: Request) -> BlockHash:
+        """Return the hash of a prompt's whole blocks, of which it has one or more."""
+        return request.block_hashes[request.num_prompt_tokens // self._block_size - 1]
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.

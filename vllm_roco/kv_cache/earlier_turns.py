@@ -90,7 +90,7 @@ class EarlierTurns:
         """Yield what may have been kept where the answers in a prompt ended."""
         plan = self._plans.of(request.request_id)
         if not plan.is_measured:
-            # it evicts nothing, and what others keep has gaps
+            # it has this key in common with who evicts, whose rows have gaps
             return
         # another token must be read to go on from; a hash is of a whole block here
         most = request.num_prompt_tokens - 1

@@ -40,10 +40,6 @@ if TYPE_CHECKING:
     from vllm_roco.request_plans import RequestPlans
 
 
-SHARE_THAT_GOES_ON = 2 / 3
-"""Share of conversations that are taken to go on when a turn is read for the next."""
-
-
 class Hit(NamedTuple):
     """What a request may begin with.
 
@@ -186,8 +182,7 @@ class PrefixCache:
         """Return whether a turn is to begin with a snapshot, so that the next one can.
 
         The next one evicts while it is read, and can begin behind this one if that
-        began with no blocks. This one then reads more than it would behind blocks, and
-        is to if that pays where as many conversations as `SHARE_THAT_GOES_ON` go on.
+        began with no blocks.
 
         Args:
             request: The turn.
@@ -195,8 +190,7 @@ class PrefixCache:
             prefixes: What stands for the prompt up to there.
         """
         plan = self._plans.of(request.request_id)
-        answer = plan.ends.answers.last_written
-        if not plan.evicts_in_next_turn or answer is None:
+        if not plan.evicts_in_next_turn:
             return False
         start = max(
             (
@@ -207,11 +201,7 @@ class PrefixCache:
             ),
             default=0,
         )
-        begun, ended = answer
-        more_now = ended - start
-        # an answer as long as the last one comes on top
-        less_then = request.num_prompt_tokens + (ended - begun) - start
-        return more_now <= SHARE_THAT_GOES_ON * less_then
+        return plan.pays_in_next_turn(request.num_prompt_tokens, start)
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -275,7 +265,7 @@ class PrefixCache:
 
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Take note that a request is done, before it lets go of its row."""
-        self.blocks.forget(request.request_id)
+        self.blocks.forget(request)
         if self._earlier is not None:
             self._earlier.end(request, row)
 

@@ -83,10 +83,8 @@ class PrefixKeys:
         plan = self._plans.of(request.request_id)
         start = length // self._block_size * self._block_size
         found = request.block_hashes[start // self._hash_size - 1]
-        # who keeps everything may have all else in common with who does not
-        evicted = plan.schedule.evicted_blocks(length)
-        tail = array("q", [evicted, *request.all_token_ids[start:length]])
-        return BlockHash(found + plan.snapshot_key + _TURN + tail.tobytes())
+        tail = array("q", request.all_token_ids[start:length]).tobytes()
+        return BlockHash(found + plan.snapshot_key + _TURN + tail)
 
     def live_blocks(
         self, request: Request, row: Sequence[KVCacheBlock], length: int
