@@ -18,7 +18,7 @@ _SHARING = [
     *("prefix_len", "suffix_len", "output_len", "max_tokens"),
 ]
 _SETTING = ["gpu", "vllm", "commit", "flags"]
-_ENGINE = ["backend", "kv_cache_dtype", "policy", "shield"]
+_ENGINE = ["backend", "kv_cache_dtype", "policy", "shield", "ranks"]
 _FIGURES = ["output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions"]
 _PREFIX_FIGURES = [
     *("output_tok_s", "ttft_ms", "ttft_p99_ms", "hit_rate", "preemptions"),
@@ -115,7 +115,7 @@ def other_shield(shield: str) -> str:
 
 
 def _engine(
-    backend: str, kv_cache_dtype: str, policy: str, shield: str
+    backend: str, kv_cache_dtype: str, policy: str, shield: str, ranks: str
 ) -> tuple[str, int]:
     """Return what a reader calls an engine, and its place behind the baseline."""
     name, rank = backend, 0
@@ -123,6 +123,8 @@ def _engine(
         name, rank = "roco, policy: recent", 2
     elif policy:
         name, rank = f"roco{other_shield(shield)}", 4
+    if ranks == "apart":
+        name, rank = f"{name}, agree: false", rank + 2
     if kv_cache_dtype == "auto":
         return name, rank
     return f"{name}, {kv_cache_dtype} KV cache", rank + 1

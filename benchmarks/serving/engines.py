@@ -80,6 +80,7 @@ class Engine:
             roco["shield"] = None
         if roco["prefix_hits"] == DEFAULT.prefix_hits:
             roco["prefix_hits"] = None
+        apart = self.roco is not None and not self.roco.agree
         reads_again = self.roco is not None and self.roco.answer_start_token_ids == ()
         return {
             "model": self.model,
@@ -88,6 +89,7 @@ class Engine:
             "backend": self.backend,
             "kv_cache_dtype": self.kv_cache_dtype,
             **roco,
+            "ranks": "apart" if apart else None,
             "answers": "read again" if reads_again else None,
         }
 
@@ -101,9 +103,11 @@ class Engine:
             *("policy", "budget", "max_budget", "stride", "chunk"),
             *("prefill_tokens", "answer_start_token_ids", "trace"),
         ]
-        if self.roco is not None and self.roco.prefix_hits != DEFAULT.prefix_hits:
-            names.append("prefix_hits")
         given = {name: getattr(self.roco, name, None) for name in names}
+        for name in ("agree", "prefix_hits"):
+            default = getattr(DEFAULT, name)
+            if (value := getattr(self.roco, name, default)) != default:
+                given[name] = value
         told = {name: value for name, value in given.items() if value is not None}
         memory = f"--kv-cache-memory-bytes={self.kv_cache_bytes}"
         return [

@@ -61,7 +61,7 @@ class Case:
     @property
     def max_num_batched_tokens(self) -> int:
         """A step's tokens: beside all decodes one chunk and a half, or many."""
-        chunk = WORKLOAD.config("roco").chunk
+        chunk = WORKLOAD.config({}).chunk
         return self.running + 3 * chunk // 2 if self.waiting else 16384
 
 
@@ -126,7 +126,7 @@ def scheduler(
         kind: Instead of the class that serves them.
     """
     requests = WORKLOAD.batches[0]
-    config = WORKLOAD.config("roco")
+    config = WORKLOAD.config({})
     sizes = {key: getattr(config, key) for key in ("budget", "stride", "chunk")}
     backend: dict[str, Any] = {}
     if roco:

@@ -25,7 +25,7 @@ TABLE = Table(
     "serving",
     key=(
         *("workload", "round", "model", "gpu_memory_utilization", "kv_cache_bytes"),
-        *("backend", "kv_cache_dtype", "policy", "shield"),
+        *("backend", "kv_cache_dtype", "policy", "shield", "ranks"),
         *("budget", "stride", "chunk", "num_requests", "input_len", "output_len"),
     ),
     results=("output_tok_s", "ttft_ms", "tpot_ms", "max_running", "preemptions"),

@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.serving.engines import Engine, Requests
 from vllm_roco.config import RocoConfig
 
-VARIANTS: dict[str, tuple[str, str | None]] = {
+VARIANTS: dict[str, tuple[str, Mapping[str, Any] | None]] = {
     "stock": ("auto", None),
     "stock-fp8": ("fp8", None),
-    "recent": ("auto", "recent"),
-    "roco": ("auto", "roco"),
-    "roco-fp8": ("fp8", "roco"),
+    "recent": ("auto", {"policy": "recent"}),
+    "roco": ("auto", {}),
+    "roco-fp8": ("fp8", {}),
+    "roco-apart": ("auto", {"agree": False}),
 }
-"""The engines of a comparison, by dtype of the KV cache and by RoCo's policy.
+"""The engines of a comparison, by dtype of the KV cache and by the plugin's options.
 
 Baselines first: stock vLLM, and stock vLLM with a cache of half the size.
 """
@@ -59,10 +61,10 @@ class Workload:
     tensor_parallel_size: int = 1
     one_at_a_time: bool = False
 
-    def config(self, policy: str) -> RocoConfig:
-        """Return the plugin's options under a policy."""
+    def config(self, options: Mapping[str, Any]) -> RocoConfig:
+        """Return the plugin's options, beside those of size."""
         sizes = {"budget": self.budget, "stride": self.stride, "chunk": self.chunk}
-        return RocoConfig(policy=policy, **sizes)  # type: ignore[arg-type]
+        return RocoConfig(**{**sizes, **options})
 
     def engine(self, variant: str, **options: Any) -> Engine:
         """Return the engine of a variant.
@@ -71,13 +73,13 @@ class Workload:
             variant: Key of `VARIANTS`.
             **options: Fields of `Engine`, in the place of the workload's.
         """
-        kv_cache_dtype, policy = VARIANTS[variant]
+        kv_cache_dtype, roco = VARIANTS[variant]
         return Engine(
             **{
                 "model": self.model,
                 # all of them, whichever are selected: a row means the same alone
                 "batches": self.batches,
-                "roco": None if policy is None else self.config(policy),
+                "roco": None if roco is None else self.config(roco),
                 "kv_cache_dtype": kv_cache_dtype,
                 "kv_cache_bytes": self.kv_cache_bytes,
                 "tensor_parallel_size": self.tensor_parallel_size,
@@ -184,6 +186,7 @@ WORKLOADS |= {
         "a 70B model on two GPUs, KV memory for ten full sequences",
         model="llama-3.1-70b",
         batches=(Requests(64, 700, 512),),
+        variants=("stock", "roco", "roco-apart"),
     ),
 }
 

@@ -75,6 +75,18 @@ def test_prefill() -> None:
         config.check_block_size(BLOCK_SIZE)
 
 
+def test_an_engine_is_told_what_its_side_is_named_for() -> None:
+    """A side whose option is not told measures another side once more."""
+    told = {
+        variant: json.loads(command.split("=", 1)[1]).get("roco", {})
+        for variant in ("roco", "roco-apart")
+        for run in runs("70b-two-gpus", variants=[variant])
+        for command in run.engine.command([])
+        if command.startswith("--additional-config=")
+    }
+    assert told["roco-apart"] == {**told["roco"], "agree": False}
+
+
 def test_engine_arguments_come_last() -> None:
     command = runs("smoke")[0].engine.command([TOKENIZER, "--max-num-seqs=7"])
     assert parsed(throughput, command).max_num_seqs == 7

@@ -131,6 +131,13 @@ def test_rows_of_another_shield_say_so(tmp_path: Path) -> None:
         assert f"| 1 x 16384 | {engine} | 2048 | 1024 | 10.0" in text
 
 
+def test_ranks_that_choose_apart_are_a_side_of_their_own(tmp_path: Path) -> None:
+    rows = served("70b-two-gpus", "a", stock=100, roco=160, **{"roco-apart": 150})
+    found = compared(tmp_path, rows)
+    assert found["engine"].tolist() == ["FLASH_ATTN", "roco", "roco, agree: false"]
+    assert found["ratio"].tolist() == pytest.approx([1, 1.6, 1.5])
+
+
 def test_pictures(tmp_path: Path) -> None:
     write(
         tmp_path / "serving.csv",
