@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vllm_roco.chunking import ChunkEnds, least_chunk
 from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.kv_cache.block_cache import BlockCache, Found
-from vllm_roco.kv_cache.earlier_turns import EarlierTurns
+from vllm_roco.kv_cache.earlier_turns import ExactTurns, LongestTurns
 from vllm_roco.kv_cache.prefix_keys import PrefixKeys
 from vllm_roco.kv_cache.prefix_readers import PrefixReaders
 from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.request import Request
 
+    from vllm_roco.kv_cache.earlier_turns import EarlierTurns
     from vllm_roco.kv_cache.window_manager import WindowManager
     from vllm_roco.request_plans import RequestPlans
 
@@ -125,13 +126,11 @@ class PrefixCache:
         )
         self._earlier: EarlierTurns | None = None
         if not windows:
-            self._earlier = EarlierTurns(
-                self.store,
-                self._keys,
-                block_size,
-                plans,
-                is_exact=is_exact,
-                turn_end_token_ids=turn_end_token_ids,
+            common = self.store, self._keys, block_size, plans
+            self._earlier = (
+                ExactTurns(*common, turn_end_token_ids)
+                if is_exact
+                else LongestTurns(*common)
             )
         self._shared = SharedPrefixes()
         self._readers = PrefixReaders()
