@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from vllm_roco.kv_cache.cached_tokens import CountingManager
-from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
+from vllm_roco.kv_cache.prefix_cache import PrefixCache
 from vllm_roco.kv_cache.window_manager import WindowManager
 from vllm_roco.planning_scheduler import PlanningScheduler
 from vllm_roco.validation import check_prefix_hits_beside_windows
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
     from vllm.v1.request import Request
+
+    from vllm_roco.kv_cache.prefix_finder import Hit
 
 MAX_WAITS_PER_STEP = 64
 """Requests that a step leaves waiting for a prefix before it lets nobody else in.

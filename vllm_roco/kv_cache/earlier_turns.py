@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets the next turn of a conversation begin where an earlier answer ended.
 
-With `prefix_hits: exact` where reading the answer keeps what writing it kept, see
-`answers`: behind prompts that have an earlier answer, and end where one begins or
-within it. With `longest` wherever something was evicted.
+With `prefix_hits: exact` where reading the answer keeps what writing it kept:
+`ExactTurns`. With `longest` wherever something was evicted: `LongestTurns`.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
+from typing_extensions import override
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_roco.eviction_schedule import NEVER
@@ -45,7 +46,7 @@ class EarlierTurn(NamedTuple):
     key: BlockHash
 
 
-class EarlierTurns:
+class EarlierTurns(ABC):
     """Where answers ended, and which prompts go on from there.
 
     Args:
@@ -53,8 +54,6 @@ class EarlierTurns:
         keys: Under which keys.
         block_size: Tokens per block.
         plans: What holds for each request.
-        is_exact: Whether a next turn keeps what it would keep if it read all.
-        turn_end_token_ids: Tokens that end an answer.
     """
 
     def __init__(
@@ -63,54 +62,25 @@ class EarlierTurns:
         keys: PrefixKeys,
         block_size: int,
         plans: RequestPlans,
-        *,
-        is_exact: bool,
-        turn_end_token_ids: Collection[int] = (),
     ) -> None:
         self._store = store
         self._keys = keys
         self._block_size = block_size
         self._plans = plans
-        self._is_exact = is_exact
-        self._turn_end_token_ids = frozenset(turn_end_token_ids)
         # of unfinished requests what was kept along their prompts, in order
         self._turns: dict[str, list[EarlierTurn]] = {}
-        # with exact hits, of those that run, who began with nothing that others have
-        # asked over
-        self._untouched: set[str] = set()
 
     def enter(self, request: Request) -> None:
         """Look once for what has been kept along a new request's prompt."""
-        found = self._as_read(request) if self._is_exact else self._in_blocks(request)
-        turns = [turn for turn in found if self._store.may_have(turn.key)]
+        turns = [
+            turn for turn in self._along(request) if self._store.may_have(turn.key)
+        ]
         if turns:
             self._turns[request.request_id] = turns
 
-    def _as_read(self, request: Request) -> Iterator[EarlierTurn]:
-        """Yield what may have been kept where the answers in a prompt ended."""
-        plan = self._plans.of(request.request_id)
-        if not plan.is_measured:
-            # it has this key in common with who evicts, whose rows have gaps
-            return
-        # another token must be read to go on from; a hash is of a whole block here
-        most = request.num_prompt_tokens - 1
-        most = min(most, self._keys.most_tokens(request) + self._block_size - 1)
-        for end in plan.ends.answers.written_ends[-MAX_ANSWERS:]:
-            for length in range(end - _MOST_UNREAD, end + 1):
-                if self._block_size <= length <= most:
-                    key = self._keys.turn_key(request, length)
-                    yield EarlierTurn(length, key)
-
-    def _in_blocks(self, request: Request) -> Iterator[EarlierTurn]:
-        """Yield what may have been kept in whole blocks, where something is evicted."""
-        size = self._block_size
-        plan = self._plans.of(request.request_id)
-        most = (request.num_prompt_tokens - 1) // size
-        first = plan.first_eviction // size
-        # as `PrefixKeys` has it, for all lengths at little cost
-        for number, found in enumerate(request.block_hashes[:most], start=1):
-            if number >= first:
-                yield EarlierTurn(number * size, BlockHash(found + plan.snapshot_key))
+    @abstractmethod
+    def _along(self, request: Request) -> Iterator[EarlierTurn]:
+        """Yield what may have been kept along a prompt, in order."""
 
     def longest(self, request: Request, most: int = NEVER) -> EarlierTurn | None:
         """Return the longest that a request can begin with, None if there is none.
@@ -130,14 +100,13 @@ class EarlierTurns:
             del turns[index]
         return None
 
+    @abstractmethod
     def begin(self, request: Request) -> None:
         """Note that a request is let in with a snapshot, or nothing."""
-        if self._is_exact:
-            self._untouched.add(request.request_id)
 
+    @abstractmethod
     def drop(self, request_id: str) -> None:
         """Forget that a request runs."""
-        self._untouched.discard(request_id)
 
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Keep what a request holds that is done, and forget the request.
@@ -149,29 +118,12 @@ class EarlierTurns:
             row: Its block table.
         """
         self._turns.pop(request.request_id, None)
-        if not row:
-            return
-        keep = self._keep_as_read if self._is_exact else self._keep_in_blocks
-        if request.num_computed_tokens >= request.num_prompt_tokens:
-            keep(request, row)
+        if row and request.num_computed_tokens >= request.num_prompt_tokens:
+            self._keep_of(request, row)
 
-    def _keep_as_read(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
-        """Keep all that a request holds, if a prompt that has all of it keeps that."""
-        length, size = request.num_computed_tokens, self._block_size
-        if size <= length // size * size <= self._keys.most_tokens(request) and (
-            self._is_as_read(request)
-        ):
-            self._keep(self._keys.turn_key(request, length), request, row, length)
-
-    def _keep_in_blocks(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
-        """Keep what a request holds in whole blocks, if it has evicted."""
-        computed, size = request.num_computed_tokens, self._block_size
-        schedule = self._plans.of(request.request_id).schedule
-        evicted = schedule.evicted_blocks(computed)
-        length = min(computed, self._keys.most_tokens(request)) // size * size
-        # who has evicted nothing leaves blocks
-        if evicted and schedule.evicted_blocks(length) == evicted:
-            self._keep(self._keys.key(request, length), request, row, length)
+    @abstractmethod
+    def _keep_of(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep what a request holds that has read its prompt, if a turn may use it."""
 
     def _keep(
         self,
@@ -184,6 +136,64 @@ class EarlierTurns:
         # a next turn evicts on behind it
         if schedule.next_eviction(length) < NEVER:
             self._store.keep(key, self._keys.live_blocks(request, row, length))
+
+
+class ExactTurns(EarlierTurns):
+    """Of answers that, once they are read, keep what they kept as they were written.
+
+    Behind prompts that have an earlier answer, and end where one begins or within it:
+    see `answers`. What is kept may end within a block. Arguments as in the base class,
+    and one more.
+
+    Args:
+        turn_end_token_ids: Tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        store: SnapshotStore,
+        keys: PrefixKeys,
+        block_size: int,
+        plans: RequestPlans,
+        turn_end_token_ids: Collection[int],
+    ) -> None:
+        super().__init__(store, keys, block_size, plans)
+        self._turn_end_token_ids = frozenset(turn_end_token_ids)
+        # of those that run, who began with nothing that others have asked over
+        self._untouched: set[str] = set()
+
+    @override
+    def _along(self, request: Request) -> Iterator[EarlierTurn]:
+        """Yield what may have been kept where the answers in a prompt ended."""
+        plan = self._plans.of(request.request_id)
+        if not plan.is_measured:
+            # it has this key in common with who evicts, whose rows have gaps
+            return
+        # another token must be read to go on from; a hash is of a whole block here
+        most = request.num_prompt_tokens - 1
+        most = min(most, self._keys.most_tokens(request) + self._block_size - 1)
+        for end in plan.ends.answers.written_ends[-MAX_ANSWERS:]:
+            for length in range(end - _MOST_UNREAD, end + 1):
+                if self._block_size <= length <= most:
+                    key = self._keys.turn_key(request, length)
+                    yield EarlierTurn(length, key)
+
+    @override
+    def begin(self, request: Request) -> None:
+        self._untouched.add(request.request_id)
+
+    @override
+    def drop(self, request_id: str) -> None:
+        self._untouched.discard(request_id)
+
+    @override
+    def _keep_of(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep all that a request holds, if a prompt that has all of it keeps that."""
+        length, size = request.num_computed_tokens, self._block_size
+        if size <= length // size * size <= self._keys.most_tokens(request) and (
+            self._is_as_read(request)
+        ):
+            self._keep(self._keys.turn_key(request, length), request, row, length)
 
     def _is_as_read(self, request: Request) -> bool:
         """Return whether a request holds what a prompt would keep that has all of it.
@@ -200,3 +210,41 @@ class EarlierTurns:
         # an answer in a prompt ends with the first of these
         written = request.all_token_ids[request.num_prompt_tokens : -1]
         return self._turn_end_token_ids.isdisjoint(written)
+
+
+class LongestTurns(EarlierTurns):
+    """Of all answers behind which something was evicted, up to their last whole block.
+
+    A next turn need not keep what it would keep if it read all.
+    """
+
+    @override
+    def _along(self, request: Request) -> Iterator[EarlierTurn]:
+        """Yield what may have been kept in whole blocks, where something is evicted."""
+        size = self._block_size
+        plan = self._plans.of(request.request_id)
+        most = (request.num_prompt_tokens - 1) // size
+        first = plan.first_eviction // size
+        # as `PrefixKeys` has it, for all lengths at little cost
+        for number, found in enumerate(request.block_hashes[:most], start=1):
+            if number >= first:
+                yield EarlierTurn(number * size, BlockHash(found + plan.snapshot_key))
+
+    @override
+    def begin(self, request: Request) -> None:
+        """Note nothing: it does not matter what a request began with."""
+
+    @override
+    def drop(self, request_id: str) -> None:
+        """Forget nothing: see `begin`."""
+
+    @override
+    def _keep_of(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
+        """Keep what a request holds in whole blocks, if it has evicted."""
+        computed, size = request.num_computed_tokens, self._block_size
+        schedule = self._plans.of(request.request_id).schedule
+        evicted = schedule.evicted_blocks(computed)
+        length = min(computed, self._keys.most_tokens(request)) // size * size
+        # who has evicted nothing leaves blocks
+        if evicted and schedule.evicted_blocks(length) == evicted:
+            self._keep(self._keys.key(request, length), request, row, length)

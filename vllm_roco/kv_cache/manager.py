@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.request import Request
 
-    from vllm_roco.kv_cache.prefix_cache import Hit, PrefixCache
+    from vllm_roco.kv_cache.prefix_cache import PrefixCache
+    from vllm_roco.kv_cache.prefix_finder import Hit
 
 
 class RocoManager(BudgetedManager):
