@@ -21,7 +21,7 @@ from vllm_roco.eviction_schedule import NEVER
 from vllm_roco.observability.metrics import read_engines
 from vllm_roco.request_options.error import RequestOptionError
 from vllm_roco.request_options.planner import RequestPlan, RequestPlanner
-from vllm_roco.request_plans import NextTurn, ResolvedPlan, most_blocks_by_default
+from vllm_roco.request_plans import LaterTurn, ResolvedPlan, most_blocks_by_default
 from vllm_roco.start_up_line import describe
 
 OPEN: dict[str, Any] = {"max_budget": 200, "allow_full": True}
@@ -85,13 +85,14 @@ def test_a_snapshot_is_of_all_that_decides_what_is_kept() -> None:
         pytest.param(((4, 10, 56), (8, 20, NEVER)), 56, True, id="the last turn's"),
         pytest.param(((4, 30, 56), (8, 40, NEVER)), 56, False, id="not both turns'"),
         pytest.param(((10, 40), (20, NEVER)), 56, True, id="from answer to prompt"),
-        pytest.param(((56,), (NEVER,)), 56, False, id="nothing is answered yet"),
+        pytest.param(((56,), (NEVER,), 40), 56, True, id="the turn's after the next"),
+        pytest.param(((56,), (NEVER,), 43), 56, False, id="a later one's"),
         pytest.param(((10, 20), (20, 30)), 56, False, id="nothing is to be answered"),
         pytest.param(((), ()), 56, False, id="no answers"),
     ],
 )
 def test_a_conversation_may_evict_in_its_next_turn(
-    answers: tuple[tuple[int, ...], tuple[int, ...]], length: int, *, expected: bool
+    answers: tuple[Any, ...], length: int, *, expected: bool
 ) -> None:
     """If it gets as long again as the last turn made it, answer and question."""
     scheduler = Driver(Setup(budget=64, stride=32)).scheduler
@@ -99,17 +100,19 @@ def test_a_conversation_may_evict_in_its_next_turn(
     assert default.first_eviction == 96
     assert not default.evicts_in_next_turn
     found = Answers(*answers)
-    ends, longer = ChunkEnds(default.chunk, (32,), found), found.next_turn(length)
-    next_turn = None if longer is None else NextTurn(longer, default_plan)
-    plan = default.read_in(ends, length, next_turn)
+    ends = ChunkEnds(default.chunk, (32,), found)
+    longer = found.later_prompt(length, max_tokens=6)
+    later_turn = None if longer is None else LaterTurn(longer, default_plan)
+    plan = default.read_in(ends, length, later_turn)
     assert plan.evicts_in_next_turn == expected
-    assert plan.keeps_for_next_turn == (longer is not None)
+    goes_on = found.is_open and not found.is_first_turn
+    assert plan.keeps_for_next_turn == (goes_on or expected)
     likely = {"keeps_for_next_turn": False, "evicts_in_next_turn": False}
     assert replace(plan, ends=default.ends, **likely) == default
     assert plan.ends == ends
-    if next_turn is not None:
+    if later_turn is not None:
         # of which other blocks are kept
-        other = next_turn._replace(plan=default_plan._replace(chunk=4))
+        other = later_turn._replace(plan=default_plan._replace(chunk=4))
         assert default.read_in(ends, length, other) == replace(default, ends=ends)
 
 

@@ -16,6 +16,12 @@ import numpy as np
 
 from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 
+FIRST_TURNS_AHEAD = 2
+"""How many turns ahead a conversation's first one looks; the others look one ahead.
+
+The second one can begin behind the first at little cost, and the third behind that.
+"""
+
 
 def turn_lengths(tokens: np.ndarray, turn_end_token_ids: Collection[int]) -> np.ndarray:
     """Return the lengths at which turns end.
@@ -40,10 +46,13 @@ class Answers:
             turn that was answered.
         ends: Of each the length at which it ends, its end token included. `NEVER` for
             one that is yet to be written, or goes on.
+        question_start: Where the turn before the last one that begins ends: what was
+            asked last stands behind it.
     """
 
     starts: Sequence[int] = ()
     ends: Sequence[int] = ()
+    question_start: int = 0
 
     @classmethod
     def of(
@@ -75,7 +84,9 @@ class Answers:
         behind = np.searchsorted(turns, starts, side="right")
         # one that begins within another is part of it
         ends, first = np.unique(np.append(turns, NEVER)[behind], return_index=True)
-        return cls(tuple(starts[first].tolist()), tuple(ends.tolist()))
+        before = behind[first[-1]] - 2
+        question_start = int(turns[before]) if before >= 0 else 0
+        return cls(tuple(starts[first].tolist()), tuple(ends.tolist()), question_start)
 
     def next_eviction(self, length: int, schedule: EvictionSchedule) -> int:
         """Return the first length behind `length` at which something was evicted.
@@ -97,26 +108,37 @@ class Answers:
             return NEVER
         return max(grows, self.starts[index])
 
-    def next_turn(self, num_prompt_tokens: int) -> int | None:
-        """Return how long the prompt of a conversation's next turn is likely to be.
+    def later_prompt(self, num_prompt_tokens: int, max_tokens: int) -> int | None:
+        """Return how long the prompt of a later turn is likely to be.
 
-        As much longer as this one is than that of the turn before, by an answer and a
-        question.
+        Of the next one: as much longer as this one is than that of the turn before, by
+        an answer and a question. Of a first turn, the one `FIRST_TURNS_AHEAD`, as if
+        all answers were as long as the question.
 
         Args:
             num_prompt_tokens: Length of this one.
+            max_tokens: Most tokens of its answer.
 
         Returns:
-            None unless the conversation has gone on once, as most prompts do not.
+            None if nobody is asked for an answer.
         """
-        if not self.is_open or self.last_written is None:
+        if not self.is_open:
             return None
-        return 2 * num_prompt_tokens - self.last_written[0]
+        if self.last_written is not None:
+            return 2 * num_prompt_tokens - self.last_written[0]
+        question = num_prompt_tokens - self.question_start
+        growth = question + min(question, max_tokens)
+        return num_prompt_tokens + FIRST_TURNS_AHEAD * growth
 
     @property
     def is_open(self) -> bool:
         """Whether what is written behind the prompt is an answer."""
         return bool(self.ends) and self.ends[-1] == NEVER
+
+    @property
+    def is_first_turn(self) -> bool:
+        """Whether the prompt asks for an answer, and has none yet."""
+        return len(self.ends) == 1 and self.is_open
 
     @property
     def written_ends(self) -> Sequence[int]:

@@ -20,7 +20,7 @@ from vllm_roco.eviction_schedule import EvictionSchedule
 from vllm_roco.kv_cache.manager import RocoManager
 from vllm_roco.kv_cache.other_caches import OtherCaches
 from vllm_roco.request_options.error import RequestOptionError
-from vllm_roco.request_plans import NextTurn, RequestPlans, ResolvedPlan
+from vllm_roco.request_plans import LaterTurn, RequestPlans, ResolvedPlan
 from vllm_roco.request_size import RequestSizes, RequestTooLargeError
 from vllm_roco.turn_ends import turn_end_token_ids
 from vllm_roco.validation import request_planner
@@ -148,12 +148,13 @@ class PlanningScheduler(AdapterScheduler):
         """Let a prompt be read by its turns, and note what is likely to follow."""
         ends = self._chunk_ends(request, plan.chunk)
         num_tokens = request.num_prompt_tokens
-        next_turn = None
-        if (longer := ends.answers.next_turn(num_tokens)) is not None:
+        later_turn = None
+        longer = ends.answers.later_prompt(num_tokens, request.max_tokens)
+        if longer is not None:
             # there is none if its prompt would be too long for the options
             with suppress(RequestOptionError):
-                next_turn = NextTurn(longer, self._planner.plan(extra_args, longer))
-        return plan.read_in(ends, num_tokens, next_turn)
+                later_turn = LaterTurn(longer, self._planner.plan(extra_args, longer))
+        return plan.read_in(ends, num_tokens, later_turn)
 
     def _chunk_ends(self, request: Request, chunk: int) -> ChunkEnds:
         """Return where the chunks of a request's prompt end.

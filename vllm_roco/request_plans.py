@@ -24,10 +24,12 @@ _KEY = struct.Struct(f"<{NUM_ROW_FIELDS}i")
 
 SHARE_THAT_GOES_ON = 2 / 3
 """Share of conversations that are taken to go on when a turn is read for the next."""
+SHARE_OF_FIRST_TURNS = 1 / 8
+"""Likewise of those of which the first turn is."""
 
 
-class NextTurn(NamedTuple):
-    """What is likely to follow in a conversation.
+class LaterTurn(NamedTuple):
+    """What is likely to follow in a conversation, see `Answers.later_prompt`.
 
     Attributes:
         num_prompt_tokens: Length of the prompt.
@@ -51,10 +53,10 @@ class ResolvedPlan:
         snapshot_key: Stands for all of which depends what is kept once something is
             evicted, the tokens apart.
         ends: Where the chunks of the prompt end.
-        keeps_for_next_turn: Whether the prompt is a conversation's, of which the next
-            turn may keep the same blocks.
-        evicts_in_next_turn: Whether that one is likely to evict when it is read, and
-            this one does not.
+        keeps_for_next_turn: Whether the prompt is a conversation's that has gone on, or
+            whose later turns evict, of which the next turn may keep the same blocks.
+        evicts_in_next_turn: Whether that one is likely to evict when it is read, of a
+            first turn the one after that, and this one does not.
         first_eviction: The least length at which something is evicted, or `NEVER`.
     """
 
@@ -96,42 +98,58 @@ class ResolvedPlan:
         )
 
     def read_in(
-        self, ends: ChunkEnds, num_prompt_tokens: int, next_turn: NextTurn | None = None
+        self,
+        ends: ChunkEnds,
+        num_prompt_tokens: int,
+        later_turn: LaterTurn | None = None,
     ) -> ResolvedPlan:
         """Return the plan of a request whose prompt's chunks end at these lengths.
 
         Args:
             ends: Of the prompt.
             num_prompt_tokens: Its length.
-            next_turn: What is likely to follow if it is a conversation's.
+            later_turn: What is likely to follow if it is a conversation's.
         """
-        if next_turn is None or _snapshot_key(next_turn.plan) != self.snapshot_key:
+        if later_turn is None or _snapshot_key(later_turn.plan) != self.snapshot_key:
             return replace(self, ends=ends)
-        most = next_turn.num_prompt_tokens
+        most = later_turn.num_prompt_tokens
+        evicts = num_prompt_tokens < self.first_eviction <= most
         return replace(
             self,
             ends=ends,
-            keeps_for_next_turn=True,
-            evicts_in_next_turn=num_prompt_tokens < self.first_eviction <= most,
+            keeps_for_next_turn=evicts or not ends.answers.is_first_turn,
+            evicts_in_next_turn=evicts,
         )
 
     def pays_in_next_turn(self, num_prompt_tokens: int, start: int) -> bool:
         """Return whether what a turn reads more than it must spares the next one more.
 
-        As often as that one comes, with `SHARE_THAT_GOES_ON`.
+        As often as that one comes, with `SHARE_THAT_GOES_ON`. A first turn shares what
+        stands before the question with others, and nothing behind that.
 
         Args:
-            num_prompt_tokens: Length of its prompt, in which there is an answer.
-            start: Where it begins to read, rather than behind that answer, as the next
-                one would otherwise.
+            num_prompt_tokens: Length of its prompt.
+            start: Where it begins to read, rather than behind the last answer, as the
+                next one would otherwise; a first turn, rather than at its question.
         """
         answer = self.ends.answers.last_written
-        assert answer is not None
+        if answer is None:
+            more_now = self.ends.answers.question_start - start
+            less_then = num_prompt_tokens - start
+            return 0 <= more_now <= SHARE_OF_FIRST_TURNS * less_then
         begun, ended = answer
         more_now = ended - start
         # an answer as long as the last one comes on top
         less_then = num_prompt_tokens + (ended - begun) - start
         return more_now <= SHARE_THAT_GOES_ON * less_then
+
+    @property
+    def is_read_for_later_turns(self) -> bool:
+        """Whether a first turn that others leave the header to is read for later ones.
+
+        It leaves its end to the next one, and to the same prompt once more the header.
+        """
+        return self.evicts_in_next_turn and self.ends.answers.is_first_turn
 
     @property
     def is_measured(self) -> bool:

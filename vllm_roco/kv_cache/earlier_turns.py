@@ -14,6 +14,7 @@ from typing_extensions import override
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_roco.eviction_schedule import NEVER
+from vllm_roco.kv_cache.first_turns import FirstTurns
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -100,9 +101,13 @@ class EarlierTurns(ABC):
             del turns[index]
         return None
 
+    def first_turns_go_on(self) -> bool:
+        """Return whether a first turn is to be read so that the next begins behind."""
+        return False
+
     @abstractmethod
-    def begin(self, request: Request) -> None:
-        """Note that a request is let in with a snapshot, or nothing."""
+    def begin(self, request: Request, prefix: BlockHash | None) -> None:
+        """Note that a request is let in with a snapshot, under this key, or nothing."""
 
     @abstractmethod
     def drop(self, request_id: str) -> None:
@@ -159,6 +164,7 @@ class ExactTurns(EarlierTurns):
     ) -> None:
         super().__init__(store, keys, block_size, plans)
         self._turn_end_token_ids = frozenset(turn_end_token_ids)
+        self._first_turns = FirstTurns(store)
         # of those that run, who began with nothing that others have asked over
         self._untouched: set[str] = set()
 
@@ -179,8 +185,14 @@ class ExactTurns(EarlierTurns):
                     yield EarlierTurn(length, key)
 
     @override
-    def begin(self, request: Request) -> None:
+    def first_turns_go_on(self) -> bool:
+        return self._first_turns.go_on()
+
+    @override
+    def begin(self, request: Request, prefix: BlockHash | None) -> None:
         self._untouched.add(request.request_id)
+        if prefix is not None:
+            self._first_turns.hit(prefix)
 
     @override
     def drop(self, request_id: str) -> None:
@@ -193,7 +205,10 @@ class ExactTurns(EarlierTurns):
         if size <= length // size * size <= self._keys.most_tokens(request) and (
             self._is_as_read(request)
         ):
-            self._keep(self._keys.turn_key(request, length), request, row, length)
+            key = self._keys.turn_key(request, length)
+            self._keep(key, request, row, length)
+            if self._plans.of(request.request_id).ends.answers.is_first_turn:
+                self._first_turns.keep(key)
 
     def _is_as_read(self, request: Request) -> bool:
         """Return whether a request holds what a prompt would keep that has all of it.
@@ -231,7 +246,7 @@ class LongestTurns(EarlierTurns):
                 yield EarlierTurn(number * size, BlockHash(found + plan.snapshot_key))
 
     @override
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request, prefix: BlockHash | None) -> None:
         """Note nothing: it does not matter what a request began with."""
 
     @override

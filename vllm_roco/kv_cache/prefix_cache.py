@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from vllm_roco.config import blocks_of
 from vllm_roco.kv_cache.block_cache import BlockCache
 from vllm_roco.kv_cache.earlier_turns import EarlierTurns, ExactTurns, LongestTurns
 from vllm_roco.kv_cache.prefix_finder import Hit, PrefixFinder
@@ -21,6 +22,7 @@ from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
 from vllm_roco.kv_cache.snapshot_publisher import SnapshotPublisher
 from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
+from vllm_roco.request_plans import SHARE_OF_FIRST_TURNS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -96,7 +98,7 @@ class PrefixCache(PrefixFinder):
             places=places,
             readers=readers,
             publisher=SnapshotPublisher(
-                store, keys, places, readers, shared, rows, windows
+                store, keys, places, readers, shared, plans, rows, windows
             ),
             windows=windows,
             block_size=block_size,
@@ -127,14 +129,42 @@ class PrefixCache(PrefixFinder):
             self._earlier.enter(request)
         places = self._places.between(request, 0)
         prefixes = self._keys.keys(request, places) if places else ()
+        # the second one to come behind a header begins with blocks, as in stock vLLM
+        is_worth = self._is_worth_later_turns(request, places, prefixes)
         if places:
             self._shared.enter(prefixes)
         # with `longest`, turns begin behind what began with blocks, too
         if self._is_exact and (
-            self._longest_earlier(request)
+            is_worth
+            or self._longest_earlier(request)
             or self._is_worth_its_next_turn(request, places, prefixes)
         ):
             self.blocks.read_for_next_turn(request)
+
+    def _is_worth_later_turns(
+        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
+    ) -> bool:
+        """Return whether a first turn is to begin with a snapshot, for later ones.
+
+        Where it has the header of others before it, and nothing else of them: it then
+        reads no more than behind blocks, but holds the header for itself alone.
+
+        Arguments as of `_is_worth_its_next_turn`.
+        """
+        plan = self._plans.of(request.request_id)
+        if not plan.is_read_for_later_turns:
+            return False
+        start = self._start_of_snapshots(places, prefixes)
+        num_tokens = request.num_prompt_tokens
+        if not start or not plan.pays_in_next_turn(num_tokens, start):
+            return False
+        further = start + int(SHARE_OF_FIRST_TURNS * (num_tokens - start))
+        further = blocks_of(further, self._block_size) * self._block_size
+        return (
+            not self.blocks.has(request, further)
+            and self._earlier is not None
+            and self._earlier.first_turns_go_on()
+        )
 
     def _is_worth_its_next_turn(
         self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
@@ -150,9 +180,16 @@ class PrefixCache(PrefixFinder):
             prefixes: What stands for the prompt up to there.
         """
         plan = self._plans.of(request.request_id)
-        if not plan.evicts_in_next_turn:
+        if not plan.evicts_in_next_turn or plan.ends.answers.is_first_turn:
             return False
-        start = max(
+        start = self._start_of_snapshots(places, prefixes)
+        return plan.pays_in_next_turn(request.num_prompt_tokens, start)
+
+    def _start_of_snapshots(
+        self, places: Sequence[int], prefixes: Sequence[BlockHash]
+    ) -> int:
+        """Return where a prompt begins that begins with a snapshot of one of these."""
+        return max(
             (
                 place
                 for place, prefix in zip(places, prefixes, strict=True)
@@ -161,7 +198,6 @@ class PrefixCache(PrefixFinder):
             ),
             default=0,
         )
-        return plan.pays_in_next_turn(request.num_prompt_tokens, start)
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -206,7 +242,7 @@ class PrefixCache(PrefixFinder):
             self.blocks.begin(request, has_copies=has_copies)
             return
         if self._earlier is not None:
-            self._earlier.begin(request)
+            self._earlier.begin(request, None if hit is None else hit.snapshot)
         places = self._places.between(request, start)
         if places:
             self._readers.begin(request, places, self._keys.keys(request, places))

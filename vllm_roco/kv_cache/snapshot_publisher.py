@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
     from vllm_roco.kv_cache.snapshots import SnapshotStore
     from vllm_roco.kv_cache.window_manager import WindowManager
+    from vllm_roco.request_plans import RequestPlans
 
 
 class SnapshotPublisher:
@@ -28,6 +29,7 @@ class SnapshotPublisher:
         places: At which lengths.
         readers: Who stands there, and for which prefixes others wait.
         shared: Where prompts part.
+        plans: What holds for each request.
         rows: The block table of each request.
         windows: Managers of the groups of layers with a window.
 
@@ -43,6 +45,7 @@ class SnapshotPublisher:
         places: PrefixPlaces,
         readers: PrefixReaders,
         shared: SharedPrefixes,
+        plans: RequestPlans,
         rows: Mapping[str, Sequence[KVCacheBlock]],
         windows: Sequence[WindowManager],
     ) -> None:
@@ -52,6 +55,7 @@ class SnapshotPublisher:
         self._places = places
         self._readers = readers
         self._shared = shared
+        self._plans = plans
         self._rows = rows
         self._windows = windows
         # to be made before the step being scheduled
@@ -62,7 +66,11 @@ class SnapshotPublisher:
         # the last place for a prompt that goes on, and for the same one once more:
         # its last token must be read to go on from
         return (
-            self._places.ends(request).following(length) >= request.num_prompt_tokens
+            (
+                self._places.ends(request).following(length)
+                >= request.num_prompt_tokens
+                and not self._plans.of(request.request_id).is_read_for_later_turns
+            )
             or self._shared.part_at(prefix)
             or self._readers.is_wanted(prefix)
         )
