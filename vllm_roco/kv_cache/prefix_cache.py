@@ -30,7 +30,7 @@ from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
@@ -139,6 +139,10 @@ class PrefixCache:
         # with one in the same step copies that
         self._copies: list[tuple[KVCacheBlock, KVCacheBlock]] = []
         self._sources: dict[BlockHash, Sequence[KVCacheBlock]] = {}
+        # about whom vLLM has asked last, in what state, and what that came to: a bound
+        # on the snapshots of the prompt as long as the state is the same
+        self._looked: tuple[Request, int, int] | None = None
+        self._longest = 0
         # what blocks there are for whom vLLM asks about next, from `must_wait`
         self._found: tuple[Request, Found] | None = None
         # whom vLLM is about to let in, and what it was offered
@@ -166,7 +170,7 @@ class PrefixCache:
         if self._earlier is not None:
             self._earlier.enter(request)
         places = self._places(request, 0)
-        prefixes = self._keys.keys(request, places) if places else ()
+        prefixes = [*self._keys.keys(request, places)]
         if places:
             self._shared.enter(prefixes)
         # with `longest`, turns begin behind what began with blocks, too
@@ -242,7 +246,7 @@ class PrefixCache:
         if self._offered is None or self._offered[0].request_id != request_id:
             return
         request, hit = self._offered
-        self._offered = None
+        self._offered = self._looked = None
         self._waits.pop(request_id, None)
         self._asked.pop(request_id, None)
         start = 0
@@ -261,7 +265,8 @@ class PrefixCache:
             self._earlier.begin(request)
         places = self._places(request, start)
         if places:
-            self._readers.begin(request, places, self._keys.keys(request, places))
+            prefixes = [*self._keys.keys(request, places)]
+            self._readers.begin(request, places, prefixes)
 
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Take note that a request is done, before it lets go of its row."""
@@ -341,10 +346,11 @@ class PrefixCache:
     def longest_snapshot(self, request: Request) -> int:
         """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
         earlier = self._longest_earlier(request)
-        for length in reversed(self._places(request, 0)):
+        most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
+        for length, prefix in self._from_longest(request, most):
             if length <= earlier:
                 break
-            if self.store.has(self._keys.key(request, length)):
+            if self.store.has(prefix):
                 return length
         return earlier
 
@@ -369,16 +375,16 @@ class PrefixCache:
 
     def _awaited(self, request: Request, start: int) -> _Prefix | None:
         """Return the prefix longer than `start` that another request is reading."""
-        if not self._readers:
+        if not self._is_being_read(request):
             return None
         store, readers = self.store, self._readers
         start = max(start, self._longest_earlier(request))
+        most = self._most_of_a_hit(request)
         awaited = None
         others_length = 0
-        for length in reversed(self._hit_places(request)):
+        for length, prefix in self._from_longest(request, most):
             if length <= max(start, others_length):
                 break
-            prefix = self._keys.key(request, length)
             # a request that can begin here is no further from the end than the other
             if store.find(prefix) is not None:
                 return None
@@ -392,6 +398,16 @@ class PrefixCache:
                     return None
                 awaited = _Prefix(length, prefix)
         return awaited
+
+    def _is_being_read(self, request: Request) -> bool:
+        """Return whether others read a prefix of a request's prompt, of any length.
+
+        Without a look at each of its places: most prompts have nothing in common.
+        """
+        most = self._most_of_a_hit(request)
+        ahead = [place for place in self._readers.next_places() if place[0] <= most]
+        keys = self._keys.keys(request, (length for length, _ in ahead))
+        return any(key == prefix for key, (_, prefix) in zip(keys, ahead, strict=True))
 
     def first_stop(self, request: Request, start: int, end: int) -> int:
         """Return where a step must end so that a snapshot can be made, at most `end`.
@@ -457,13 +473,21 @@ class PrefixCache:
         earlier = None
         if self._earlier is not None:
             earlier = self._earlier.longest(request, most)
-        for length in reversed(self._hit_places(request, max_tokens)):
+        most = min(most, self._most_of_a_hit(request))
+        # vLLM asks in each step about the first one for which there is no room
+        looked = request, most, self.store.num_published
+        if looked == self._looked:
+            most = self._longest
+        hit = None
+        for length, prefix in self._from_longest(request, most):
             if earlier is not None and length <= earlier.num_tokens:
                 break
-            prefix = self._keys.key(request, length)
             if (hit := self._hit(request, length, prefix)) is not None:
-                return hit
-        return None if earlier is None else self._hit(request, *earlier)
+                break
+        if hit is None and earlier is not None:
+            hit = self._hit(request, *earlier)
+        self._looked, self._longest = looked, hit.num_tokens if hit else 0
+        return hit
 
     def _hit(self, request: Request, length: int, prefix: BlockHash) -> Hit | None:
         """Return a hit of the snapshot of a prefix, None if there is none."""
@@ -493,14 +517,6 @@ class PrefixCache:
         most = min(most, request.num_prompt_tokens, self._keys.most_tokens(request))
         return self._ends(request).between(start, most)
 
-    def _hit_places(
-        self, request: Request, max_tokens: int | None = None
-    ) -> Sequence[int]:
-        most = self._most_of_a_hit(request)
-        if max_tokens is not None:
-            most = min(most, max_tokens)
-        return self._ends(request).between(0, most)
-
     def _most_of_a_hit(self, request: Request) -> int:
         # generated tokens were read one by one, the first time
         return min(
@@ -508,6 +524,13 @@ class PrefixCache:
             request.num_tokens - 1,
             self._keys.most_tokens(request),
         )
+
+    def _from_longest(
+        self, request: Request, most: int
+    ) -> Iterator[tuple[int, BlockHash]]:
+        """Yield the places of a prompt up to `most`, and the keys of its prefixes."""
+        places = self._ends(request).between(0, most)[::-1]
+        return zip(places, self._keys.keys(request, places), strict=True)
 
     def _ends(self, request: Request) -> ChunkEnds:
         """Return the places of a prompt: ends of its chunks, not too many of them.
