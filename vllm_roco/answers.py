@@ -34,7 +34,7 @@ def turn_lengths(tokens: np.ndarray, turn_end_token_ids: Collection[int]) -> np.
         `[num_turns]` int64, ascending, the end token included.
     """
     # without a step of Python for each token, or for each that ends a turn
-    return np.flatnonzero(np.isin(tokens, [*turn_end_token_ids])) + 1
+    return np.flatnonzero(np.isin(tokens, [*turn_end_token_ids], kind="sort")) + 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import struct
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -166,12 +167,14 @@ class PlanningScheduler(AdapterScheduler):
         tokens = request.prompt_token_ids
         if not self.turn_end_token_ids or tokens is None:
             return ChunkEnds(chunk)
-        ids = np.fromiter(tokens, np.int64, len(tokens))
+        # half the time that numpy takes for a list, and most of what is done here
+        packed = struct.pack(f"{len(tokens)}q", *tokens)
+        ids = np.frombuffer(packed, np.int64)
         answer_start: Sequence[int] = self.answer_start_token_ids
         if (is_token := request.prompt_is_token_ids) is not None:
             # what stands in the places of embeddings is not in a prefix's hash, nor is
             # what they are in the key of an answer's end
-            ids[~np.array(is_token, dtype=bool)] = -1
+            ids = np.where(is_token, ids, -1)
             answer_start = ()
         if request.has_encoder_inputs:
             # which nobody begins behind

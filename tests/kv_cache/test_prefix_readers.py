@@ -108,3 +108,17 @@ def test_a_step_without_its_reader_ends_nowhere(readers: PrefixReaders) -> None:
     readers.drop("a")
     begin(readers, "a")
     assert names(readers) == ["a"] * 3
+
+
+def test_the_place_before_each_reader_is_told(readers: PrefixReaders) -> None:
+    first, second = begin(readers, "a"), begin(readers, "b", 8)
+    assert [*readers.next_places()] == [(8, PREFIXES[0]), (16, PREFIXES[1])]
+    first.num_computed_tokens = second.num_computed_tokens = 16
+    # they stand there, and others may begin with what they hold
+    assert [*readers.next_places()] == [(8, PREFIXES[0]), (16, PREFIXES[1])]
+    assert [length for _, length, _ in readers.arrivals()] == [16, 16]
+    assert [*readers.next_places()] == [(24, PREFIXES[2])] * 2
+    readers.drop("a")
+    second.num_computed_tokens = 24
+    assert [*readers.arrivals()] == [(second, 24, PREFIXES[2])]
+    assert not [*readers.next_places()]

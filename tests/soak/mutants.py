@@ -233,11 +233,11 @@ MUTANTS = (
     Mutant(
         "cache_salt is ignored",
         "kv_cache/prefix_keys.py",
-        "hashes = request.block_hashes\n        return [",
+        "hashes = request.block_hashes\n        keys = (",
         "hashes = [\n"
         "            BlockHash(repr([*request.all_token_ids[: end * size]]).encode())\n"
         "            for end in range(1, len(request.block_hashes) + 1)\n"
-        "        ]\n        return [",
+        "        ]\n        keys = (",
         ("tests/test_prefix_scheduler.py",),
     ),
     Mutant(

@@ -128,7 +128,7 @@ class PrefixCache(PrefixFinder):
         if self._earlier is not None:
             self._earlier.enter(request)
         places = self._places.between(request, 0)
-        prefixes = self._keys.keys(request, places) if places else ()
+        prefixes = [*self._keys.keys(request, places)]
         # the second one to come behind a header begins with blocks, as in stock vLLM
         is_worth = self._is_worth_later_turns(request, places, prefixes)
         if places:
@@ -227,7 +227,7 @@ class PrefixCache(PrefixFinder):
         if self._offered is None or self._offered[0].request_id != request_id:
             return
         request, hit = self._offered
-        self._offered = None
+        self._offered = self._looked = None
         self._stop_waiting(request_id)
         start = 0
         if hit is not None:
@@ -245,7 +245,8 @@ class PrefixCache(PrefixFinder):
             self._earlier.begin(request, None if hit is None else hit.snapshot)
         places = self._places.between(request, start)
         if places:
-            self._readers.begin(request, places, self._keys.keys(request, places))
+            prefixes = [*self._keys.keys(request, places)]
+            self._readers.begin(request, places, prefixes)
 
     def first_stop(self, request: Request, start: int, end: int) -> int:
         """Return where a step must end so that a snapshot can be made, at most `end`.

@@ -107,6 +107,10 @@ class PrefixFinder:
         self._readers = readers
         self._publisher = publisher
         self._block_size = block_size
+        # about whom vLLM has asked last, in what state, and what that came to: a bound
+        # on the snapshots of the prompt as long as the state is the same
+        self._looked: tuple[Request, int, int] | None = None
+        self._longest = 0
         # what blocks there are for whom vLLM asks about next, from `must_wait`
         self._found: tuple[Request, Found] | None = None
         # for what waiting requests wait; None for blocks of the step being chosen
@@ -134,13 +138,21 @@ class PrefixFinder:
         earlier = None
         if self._earlier is not None:
             earlier = self._earlier.longest(request, most)
-        for length in reversed(self._places.of_hits(request, max_tokens)):
+        most = min(most, self._places.most_of_a_hit(request))
+        # vLLM asks in each step about the first one for which there is no room
+        looked = request, most, self.store.num_published
+        if looked == self._looked:
+            most = self._longest
+        hit = None
+        for length, prefix in self._places.from_longest(request, most):
             if earlier is not None and length <= earlier.num_tokens:
                 break
-            prefix = self._keys.key(request, length)
             if (hit := self._hit(request, length, prefix)) is not None:
-                return hit
-        return None if earlier is None else self._hit(request, *earlier)
+                break
+        if hit is None and earlier is not None:
+            hit = self._hit(request, *earlier)
+        self._looked, self._longest = looked, hit.num_tokens if hit else 0
+        return hit
 
     def _hit(self, request: Request, length: int, prefix: BlockHash) -> Hit | None:
         """Return a hit of the snapshot of a prefix, None if there is none."""
@@ -191,10 +203,11 @@ class PrefixFinder:
     def longest_snapshot(self, request: Request) -> int:
         """Return how many tokens of a request's prompt a snapshot is there of, or 0."""
         earlier = self._longest_earlier(request)
-        for length in reversed(self._places.between(request, 0)):
+        most = min(request.num_prompt_tokens, self._keys.most_tokens(request))
+        for length, prefix in self._places.from_longest(request, most):
             if length <= earlier:
                 break
-            if self.store.has(self._keys.key(request, length)):
+            if self.store.has(prefix):
                 return length
         return earlier
 
@@ -264,16 +277,16 @@ class PrefixFinder:
 
     def _awaited(self, request: Request, start: int) -> _Prefix | None:
         """Return the prefix longer than `start` that another request is reading."""
-        if not self._readers:
+        if not self._is_being_read(request):
             return None
         store, readers = self.store, self._readers
         start = max(start, self._longest_earlier(request))
+        most = self._places.most_of_a_hit(request)
         awaited = None
         others_length = 0
-        for length in reversed(self._places.of_hits(request)):
+        for length, prefix in self._places.from_longest(request, most):
             if length <= max(start, others_length):
                 break
-            prefix = self._keys.key(request, length)
             # a request that can begin here is no further from the end than the other
             if store.find(prefix) is not None:
                 return None
@@ -287,3 +300,13 @@ class PrefixFinder:
                     return None
                 awaited = _Prefix(length, prefix)
         return awaited
+
+    def _is_being_read(self, request: Request) -> bool:
+        """Return whether others read a prefix of a request's prompt, of any length.
+
+        Without a look at each of its places: most prompts have nothing in common.
+        """
+        most = self._places.most_of_a_hit(request)
+        ahead = [place for place in self._readers.next_places() if place[0] <= most]
+        keys = self._keys.keys(request, (length for length, _ in ahead))
+        return any(key == prefix for key, (_, prefix) in zip(keys, ahead, strict=True))

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_roco.config import blocks_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
@@ -56,22 +56,25 @@ class PrefixKeys:
 
     def key(self, request: Request, length: int) -> BlockHash:
         """Return the key of a request's first `length` tokens, whole blocks."""
-        (key,) = self.keys(request, (length,))
-        return key
+        return next(self.keys(request, (length,)))
 
-    def keys(self, request: Request, lengths: Sequence[int]) -> Sequence[BlockHash]:
-        """Return the keys of several prefixes, tokens of whole blocks each."""
+    def keys(self, request: Request, lengths: Iterable[int]) -> Iterator[BlockHash]:
+        """Yield the keys of several prefixes, tokens of whole blocks each.
+
+        A key is made when it is asked for, at little more than the cost of its bytes:
+        whoever looks for one of many prefixes asks for no more than come before it.
+        """
         plan = self._plans.of(request.request_id)
         first, key, size = plan.first_eviction, plan.snapshot_key, self._hash_size
         # while nothing is evicted, only the tokens matter
         early_key = b"" if plan.is_measured or self._is_of_tokens else _UNMEASURED
         hashes = request.block_hashes
-        return [
-            BlockHash(
-                hashes[length // size - 1] + (early_key if length < first else key)
-            )
+        keys = (
+            hashes[length // size - 1] + (early_key if length < first else key)
             for length in lengths
-        ]
+        )
+        # a call of the type would cost as much again
+        return cast("Iterator[BlockHash]", keys)
 
     def turn_key(self, request: Request, length: int) -> BlockHash:
         """Return the key of what an answer leaves that ends at a length.

@@ -9,8 +9,9 @@ from vllm_roco.chunking import ChunkEnds, least_chunk
 from vllm_roco.eviction_schedule import NEVER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from vllm.v1.core.kv_cache_utils import BlockHash
     from vllm.v1.request import Request
 
     from vllm_roco.kv_cache.prefix_keys import PrefixKeys
@@ -49,17 +50,12 @@ class PrefixPlaces:
         most = min(most, request.num_prompt_tokens, self._keys.most_tokens(request))
         return self.ends(request).between(start, most)
 
-    def of_hits(self, request: Request, max_tokens: int | None = None) -> Sequence[int]:
-        """Return the places behind which a request can begin.
-
-        Args:
-            request: The request.
-            max_tokens: A bound on the length of the prefix, of vLLM's own.
-        """
-        most = self.most_of_a_hit(request)
-        if max_tokens is not None:
-            most = min(most, max_tokens)
-        return self.ends(request).between(0, most)
+    def from_longest(
+        self, request: Request, most: int
+    ) -> Iterator[tuple[int, BlockHash]]:
+        """Yield the places of a prompt up to `most`, and the keys of its prefixes."""
+        places = self.ends(request).between(0, most)[::-1]
+        return zip(places, self._keys.keys(request, places), strict=True)
 
     def most_of_a_hit(self, request: Request) -> int:
         """Return how many tokens a request can begin behind at most, place or not."""

@@ -85,6 +85,18 @@ class PrefixReaders:
                 return request
         return None
 
+    def next_places(self) -> Iterator[tuple[int, BlockHash]]:
+        """Yield of each reader the first place that it has not gone past.
+
+        Who shares any place ahead of a reader shares this one: places up to a length
+        depend on the tokens up to there, and a hash stands for all of these.
+
+        Yields:
+            Length and hash of the prefix.
+        """
+        for reader in self._readers.values():
+            yield reader.places[reader.next_place], reader.prefixes[reader.next_place]
+
     def want(self, prefix: BlockHash) -> None:
         """Ask for a snapshot of a prefix that is being read."""
         self._wanted.add(prefix)
