@@ -24,7 +24,7 @@ Row = Mapping[str, object]
 
 _TEXT = (
     *("gpu", "vllm", "commit", "flags", "backend", "kv_cache_dtype", "policy"),
-    *("shield", "ranks", "prefix_hits", "answers", "short_of", "note"),
+    *("shield", "ranks", "prefix_hits", "answers", "short_of", "note", "teller"),
 )
 """Columns that are text, also where they are empty or look like numbers."""
 

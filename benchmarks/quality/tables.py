@@ -332,11 +332,12 @@ def pace_study(found: pd.DataFrame) -> str:
 
 
 def turns(found: pd.DataFrame) -> str:
-    """Return the answers found with and without chunks that end with turns.
+    """Return the answers found in conversations that are read in different ways.
 
     Args:
         found: Rows of `turns.csv`.
     """
+    found = found.sort_values("teller", ascending=False, kind="stable")
     is_full = found["budget"] == 0
     ends = found["turn_end_token_ids"].map({"model": "yes", "none": "no"}).fillna("")
     shown = found.assign(
@@ -345,9 +346,11 @@ def turns(found: pd.DataFrame) -> str:
         ends=ends,
     )
     keys = {
+        "told by": "{teller}",
         "budget": "{kept}",
         "chunk, at most": "{most}",
         "chunks end with turns": "{ends}",
+        "answers": "{answers}",
         "n": "{n}",
     }
     cell = f"{{right}}: {_SCORE}"

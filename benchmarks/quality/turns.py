@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What it costs in answers that chunks end with turns.
+"""What it costs in answers to read conversations turn by turn.
 
     python -m benchmarks.quality.turns --out DIR
 
-The same conversations are read by the plugin with chunks that end with turns, with
-chunks that do not, with shorter ones that do not, and by the full cache. Each has a
-needle in prose that is told in turns, and asks for it in the last one. Answers in them
-are read like everything else, not as they were written.
+The same conversations are read by the plugin as it does by default, with answers that
+are read like everything else, with chunks that do not end with turns either, with
+shorter ones of these, and by the full cache. Each has a needle in prose that is told in
+turns, by the user or by the assistant, and asks for it in the last one.
 
 Appends to `turns.csv` (`right` of `n` numbers found, Wilson's interval of their share;
 `context` is the length of the prose, `turn_end_token_ids` is `model` for the tokens
-with which the model ends its answers, `none` for no such token), and versions to
-`provenance.json`. What is there is not measured again.
+with which the model ends its answers, `none` for no such token, `answers` tells whether
+they are read `as written`), and versions to `provenance.json`. What is there is not
+measured again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ from benchmarks.quality.grid import DEFAULT, FULL, setup_of
 from benchmarks.quality.significance import score
 from benchmarks.quality.tables import turns
 from benchmarks.quality.tasks import Problem
-from benchmarks.quality.tasks.told_in_turns import build_told_in_turns
+from benchmarks.quality.tasks.told_in_turns import (
+    ANSWER_START,
+    TELLERS,
+    build_told_in_turns,
+)
 from benchmarks.quality.training.trained import find_any
 from benchmarks.rows import Row, Table
 from tools.packaged_models import SMOLLM2
@@ -52,6 +57,7 @@ TABLE = Table(
             "chunk",
             "turn_end_token_ids",
         ),
+        *("answers", "teller"),
         *("n", "seed", "gpu", "vllm", "commit"),
     ],
     results=["right", "score", "ci_low", "ci_high"],
@@ -71,18 +77,23 @@ class Side:
         stride: Tokens evicted at a time.
         chunk: Most tokens of a chunk.
         turn_end_token_ids: `model` or `none`; empty for the full cache.
+        answers: `as written` or `read again`; likewise.
     """
 
     budget: int = 0
     stride: int = 0
     chunk: int = 0
     turn_end_token_ids: str = ""
+    answers: str = ""
 
-    def engine_arguments(self, context: int) -> dict[str, Any]:
+    def engine_arguments(
+        self, context: int, answer_start: Sequence[int]
+    ) -> dict[str, Any]:
         """Return the arguments of `LLM` beside the model.
 
         Args:
             context: Most tokens of the prose.
+            answer_start: Tokens behind which an answer begins.
         """
         # it imports vLLM
         from benchmarks.quality.with_vllm import engine_arguments
@@ -95,21 +106,24 @@ class Side:
             arguments["kv_cache_memory_bytes"] = _KV_CACHE_BYTES
         if self.budget:
             options = arguments["additional_config"]["roco"]
-            options["answer_start_token_ids"] = []
+            is_written = self.answers == "as written"
+            options["answer_start_token_ids"] = [*answer_start] if is_written else []
             if self.turn_end_token_ids == "none":
                 options["turn_end_token_ids"] = []
         return arguments
 
 
 def sides(budgets: Sequence[int]) -> Iterator[Side]:
-    """Yield what is compared: the full cache, then three sides of each budget."""
+    """Yield what is compared: the full cache, then four sides of each budget."""
     yield Side()
     for budget in budgets:
         usual = RocoConfig(budget=budget)
-        yield Side(budget, usual.stride, usual.chunk, "model")
-        yield Side(budget, usual.stride, usual.chunk, "none")
+        sizes = budget, usual.stride, usual.chunk
+        yield Side(*sizes, "model", "as written")
+        yield Side(*sizes, "model", "read again")
+        yield Side(*sizes, "none", "read again")
         if usual.chunk > SHORT_CHUNK:
-            yield Side(budget, usual.stride, SHORT_CHUNK, "none")
+            yield Side(budget, usual.stride, SHORT_CHUNK, "none", "read again")
 
 
 def counted(right: int, n: int) -> Row:
@@ -177,10 +191,14 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     facts = machine.environment_elsewhere()
     facts["commit"] = arguments.commit or facts["commit"]
-    asked: dict[int, list[Problem]] = {
-        context: build_told_in_turns(tokenizer, context, arguments.n, arguments.seed)
+    asked: dict[tuple[str, int], list[Problem]] = {
+        (teller, context): build_told_in_turns(
+            tokenizer, context, arguments.n, arguments.seed, teller
+        )
+        for teller in TELLERS
         for context in arguments.contexts
     }
+    start = tokenizer(ANSWER_START, add_special_tokens=False)["input_ids"]
     common = {
         "task": TASK,
         # folders of packaged models have names of their own
@@ -191,16 +209,17 @@ def run(arguments: argparse.Namespace) -> None:
     for side in sides(arguments.budgets):
         row = {**common, **vars(side)}
         lacking = [
-            context
-            for context in asked
-            if not TABLE.has(folder, {**row, "context": context})
+            (cell, problems)
+            for (teller, context), problems in asked.items()
+            if not TABLE.has(
+                folder, cell := {"teller": teller, "context": context, **row}
+            )
         ]
         if not lacking:
             continue
-        llm = LLM(model, **side.engine_arguments(max(asked)))
-        for context in lacking:
-            right = answers_right(llm, asked[context])
-            found = {**row, "context": context, **counted(right, arguments.n)}
+        llm = LLM(model, **side.engine_arguments(max(arguments.contexts), start))
+        for cell, problems in lacking:
+            found = {**cell, **counted(answers_right(llm, problems), arguments.n)}
             TABLE.append(folder, found)
             print(found, flush=True)
         llm.llm_engine.engine_core.shutdown()

@@ -167,14 +167,17 @@ def test_turns_have_a_line_for_each_side(tmp_path: Path) -> None:
             "budget": budget,
             "chunk": chunk,
             "turn_end_token_ids": ends,
+            "answers": answers,
+            "teller": teller,
         }
         | {"n": 8, "right": right, "score": right / 8, "ci_low": 0.1, "ci_high": 0.9}
         for context, right in ((2048, 6), (4096, 4))
-        for budget, chunk, ends in (
-            (0, 0, ""),
-            (1024, 1024, "model"),
-            (1024, 1024, "none"),
-            (1024, 256, "none"),
+        for budget, chunk, ends, answers, teller in (
+            (0, 0, "", "", "assistant"),
+            (0, 0, "", "", "user"),
+            (1024, 1024, "model", "as written", "user"),
+            (1024, 1024, "none", "read again", "user"),
+            (1024, 256, "none", "read again", "user"),
         )
     ]
     # not measured to the end
@@ -185,10 +188,11 @@ def test_turns_have_a_line_for_each_side(tmp_path: Path) -> None:
     assert header.endswith("| 2,048 tokens of prose | 4,096 tokens of prose |")
     both = "| 8 | 6: 0.75 [0.10, 0.90] | 4: 0.50 [0.10, 0.90] |"
     assert lines == [
-        f"| full cache | | {both}",
-        f"| 1,024 | 1,024 | yes {both}",
-        f"| 1,024 | 1,024 | no {both}",
-        "| 1,024 | 256 | no | 8 | 6: 0.75 [0.10, 0.90] | |",
+        f"| user | full cache | | | {both}",
+        f"| user | 1,024 | 1,024 | yes | as written {both}",
+        f"| user | 1,024 | 1,024 | no | read again {both}",
+        "| user | 1,024 | 256 | no | read again | 8 | 6: 0.75 [0.10, 0.90] | |",
+        f"| assistant | full cache | | | {both}",
     ]
 
 

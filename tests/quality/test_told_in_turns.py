@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -17,7 +18,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks import rows
 from benchmarks.quality.tasks import Problem, build
-from benchmarks.quality.tasks.told_in_turns import WORDS, build_told_in_turns
+from benchmarks.quality.tasks.told_in_turns import (
+    ANSWER_START,
+    TELLERS,
+    WORDS,
+    build_told_in_turns,
+)
 from benchmarks.quality.turns import (
     BUDGETS,
     CONTEXTS,
@@ -27,6 +33,7 @@ from benchmarks.quality.turns import (
     counted,
     sides,
 )
+from vllm_roco.answers import Answers, turn_lengths
 from vllm_roco.chunking import TURNS_PER_CHUNK, ChunkEnds
 from vllm_roco.config import RocoConfig
 
@@ -103,6 +110,25 @@ def test_the_kept_rows_are_of_these_conversations(tokenizer: Any) -> None:
     assert sum(len(problem.token_ids) for problem in problems) == 422_838
 
 
+def test_the_assistant_tells_the_same_in_its_answers(
+    tokenizer: Any, told: list[Problem], end: int
+) -> None:
+    start = tokenizer(ANSWER_START, add_special_tokens=False)["input_ids"]
+    for problem, other in zip(
+        build_told_in_turns(tokenizer, CONTEXT, 8, SEED, "assistant"), told, strict=True
+    ):
+        ids = np.array(problem.token_ids)
+        answers = Answers.of(ids, start, turn_lengths(ids, [end]))
+        parts = [
+            tokenizer.decode(ids[begin : until - 1])
+            for begin, until in zip(answers.starts, answers.written_ends, strict=False)
+        ]
+        text = tokenizer.decode(other.token_ids)
+        assert parts == re.findall(r"Remember this: (.*)<\|im_end\|>", text)
+        assert answers.is_open
+        assert answers.starts[-1] < len(ids)
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_turns_end_chunks_that_would_be_longer(
     told: list[Problem], end: int, budget: int
@@ -126,24 +152,28 @@ def test_a_tokenizer_without_the_end_of_a_turn_is_refused() -> None:
 
 def test_a_side_differs_from_the_default_in_what_it_names_alone() -> None:
     full, *others = sides(BUDGETS)
-    assert "additional_config" not in full.engine_arguments(CONTEXT)
+    assert "additional_config" not in full.engine_arguments(CONTEXT, [1, 2])
     found = []
     for side in others:
-        arguments = side.engine_arguments(CONTEXT)
+        arguments = side.engine_arguments(CONTEXT, [1, 2])
         assert arguments["attention_backend"] == "roco"
         config = RocoConfig(**arguments["additional_config"]["roco"])
         default = asdict(RocoConfig(budget=side.budget))
         found.append({k: v for k, v in asdict(config).items() if v != default[k]})
     answers, ends = {"answer_start_token_ids": ()}, {"turn_end_token_ids": ()}
-    assert found == [answers, answers | ends, answers | ends | {"chunk": 256}] * 2
+    written = {"answer_start_token_ids": (1, 2)}
+    again = [answers, answers | ends, answers | ends | {"chunk": 256}]
+    assert found == [written, *again] * 2
 
 
 def test_the_kept_rows_are_every_side_with_its_interval() -> None:
     kept = TABLE.read(rows.RESULTS)
-    names = ["budget", "stride", "chunk", "turn_end_token_ids", "context"]
+    names = ["budget", "stride", "chunk", "turn_end_token_ids", "answers"]
+    names += ["teller", "context"]
     assert [tuple(row) for row in kept[names].itertuples(index=False)] == [
-        (*vars(side).values(), context)
+        (*vars(side).values(), teller, context)
         for side in sides(BUDGETS)
+        for teller in TELLERS
         for context in CONTEXTS
     ]
     for row in kept.to_dict("records"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A needle in prose that a user tells in turns, and asks for in the last one.
+"""A needle in prose that is told in turns, and asked for in the last one.
 
 The texts are those of `needle`, cut between sentences, in ChatML.
 """
@@ -18,16 +18,26 @@ WORDS = 220
 """Of a turn, at least: some 300 tokens with the answer. No turn has twice as many."""
 
 _BEGIN = "<|im_start|>"
-_TOLD = (
-    f"{_BEGIN}user\nRemember this: {{told}}{TURN_END}\n"
-    f"{_BEGIN}assistant\nI will remember it.{TURN_END}\n"
-)
-_ASKED = f"{_BEGIN}user\n{{question}}?{TURN_END}\n{_BEGIN}assistant\n{{begun}}"
+ANSWER_START = f"{_BEGIN}assistant\n"
+"""What the template puts before an answer."""
+_TOLD_BY = {
+    "user": (
+        f"{_BEGIN}user\nRemember this: {{told}}{TURN_END}\n"
+        f"{ANSWER_START}I will remember it.{TURN_END}\n"
+    ),
+    "assistant": (
+        f"{_BEGIN}user\nGo on with the text.{TURN_END}\n"
+        f"{ANSWER_START}{{told}}{TURN_END}\n"
+    ),
+}
+TELLERS = tuple(_TOLD_BY)
+"""Who tells the prose: in questions, or in answers."""
+_ASKED = f"{_BEGIN}user\n{{question}}?{TURN_END}\n{ANSWER_START}{{begun}}"
 _ANSWER_TOKENS = 16
 
 
 def build_told_in_turns(
-    tokenizer: Any, context: int, n: int, seed: int
+    tokenizer: Any, context: int, n: int, seed: int, teller: str = "user"
 ) -> list[Problem]:
     """Return `n` conversations, each about a number in its text, depths from 0 to 1.
 
@@ -37,6 +47,7 @@ def build_told_in_turns(
             turns comes on top: less than 400 tokens for 4,096.
         n: Number of conversations.
         seed: As that of `build_needles`.
+        teller: One of `TELLERS`.
 
     Raises:
         ValueError: The end of a turn is no token of its own, or what `build_needles`
@@ -53,18 +64,21 @@ def build_told_in_turns(
     return [
         replace(
             problem,
-            token_ids=list(tokenizer(_in_turns(tokenizer, problem))["input_ids"]),
+            token_ids=list(
+                tokenizer(_in_turns(tokenizer, problem, teller))["input_ids"]
+            ),
             max_tokens=_ANSWER_TOKENS,
         )
         for problem in problems
     ]
 
 
-def _in_turns(tokenizer: Any, problem: Problem) -> str:
+def _in_turns(tokenizer: Any, problem: Problem, teller: str) -> str:
     # the task stands in the first line, the question in the last one
     _, *body, asked = tokenizer.decode(problem.token_ids).split("\n")
     question, begun = asked.split("?", 1)
-    told = "".join(_TOLD.format(told=part) for part in _parts(" ".join(body)))
+    parts = _parts(" ".join(body))
+    told = "".join(_TOLD_BY[teller].format(told=part) for part in parts)
     return told + _ASKED.format(question=question, begun=begun.strip())
 
 
