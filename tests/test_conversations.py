@@ -360,6 +360,24 @@ def test_a_first_turn_is_read_for_later_ones_behind_a_header_of_others() -> None
     assert cache.counts().snapshot_hits == 3 + 3 * (1 + 3)
 
 
+def test_a_first_turn_behind_no_header_is_not_read_for_later_ones() -> None:
+    """Most go no further, and what they leave pushes out what others come back to."""
+    driver = driver_of_longer(budget=64)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    for _ in range(3):
+        assert [*conversation(driver, [], 1, 8)] == [QUESTION]
+    assert not cache.counts().published_snapshots
+    # the third turn of one that goes on evicts
+    evictions = driver.worker.num_evictions
+    turns = conversation(driver, [], 3, 8)
+    for _ in range(2):
+        next(turns)
+        assert driver.worker.num_evictions == evictions
+    next(turns)
+    assert driver.worker.num_evictions > evictions
+
+
 def test_who_comes_second_behind_a_header_begins_with_its_blocks() -> None:
     """As in stock vLLM, whatever later turns would be spared."""
     driver = driver_of_longer()
