@@ -392,6 +392,7 @@ def test_who_comes_second_behind_a_header_begins_with_its_blocks() -> None:
         pytest.param(256, 8, True, id="the third turn evicts"),
         pytest.param(288, 8, False, id="a later one"),
         pytest.param(288, 22, True, id="answers may be longer"),
+        pytest.param(304, 60, False, id="longer than the question"),
     ],
 )
 def test_a_first_turn_looks_two_turns_ahead(
