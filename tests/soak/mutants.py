@@ -170,7 +170,7 @@ MUTANTS = (
         "answers.py",
         "FIRST_TURNS_AHEAD = 2",
         "FIRST_TURNS_AHEAD = 1",
-        ("tests/test_request_plans.py", "tests/test_conversations.py"),
+        ("tests/test_request_plans.py",),
     ),
     Mutant(
         "first turns suppose that answers are as long as they may be",
@@ -191,7 +191,7 @@ MUTANTS = (
         "answers.py",
         "int(turns[before]) if before >= 0 else 0",
         "0",
-        ("tests/test_answers.py", "tests/test_conversations.py"),
+        ("tests/test_answers.py",),
     ),
     Mutant(
         "who comes second behind a header is not served with blocks",
@@ -256,14 +256,14 @@ MUTANTS = (
         "kv_cache/first_turns.py",
         "self._lots.append(False)",
         "pass",
-        ("tests/kv_cache/test_first_turns.py", "tests/test_conversations.py"),
+        ("tests/kv_cache/test_first_turns.py",),
     ),
     Mutant(
         "a first turn that goes on is not counted",
         "kv_cache/first_turns.py",
         "self._lots.append(True)",
         "pass",
-        ("tests/kv_cache/test_first_turns.py", "tests/test_conversations.py"),
+        ("tests/kv_cache/test_first_turns.py",),
     ),
     Mutant(
         "a first turn that goes on is counted each time",
@@ -277,7 +277,7 @@ MUTANTS = (
         "kv_cache/first_turns.py",
         "enough or self._num_asked % TRIES == 0",
         "enough",
-        ("tests/kv_cache/test_first_turns.py", "tests/test_conversations.py"),
+        ("tests/kv_cache/test_first_turns.py",),
     ),
     Mutant(
         "first turns that have gone on long ago decide",
