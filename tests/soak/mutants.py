@@ -308,7 +308,7 @@ MUTANTS = (
         ("tests/kv_cache/test_prefix_places.py",),
     ),
     Mutant(
-        "who waits for room is offered what was there for another one",
+        "who waits for room is offered no more than was there for another one",
         "kv_cache/prefix_finder.py",
         "looked = request, most, self.store.num_published",
         "looked = None, most, self.store.num_published",
