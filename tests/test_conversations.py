@@ -445,6 +445,35 @@ def test_first_turns_that_never_go_on_share_their_header_again() -> None:
     assert num_kept(3) > 2 * 32
 
 
+def test_samples_of_a_second_turn_show_that_the_first_one_has_gone_on() -> None:
+    """They share blocks, behind what it has left."""
+    driver = driver_of_longer()
+    part_behind(HEADER, driver)
+    text = [*HEADER, *[20] * (QUESTION - 3), END, *CUE]
+    assert not ask(driver, text, 8)
+    text += [*[21] * (QUESTION - 3), END, *CUE]
+    for _ in range(2):
+        driver.add(0, 8, prompt=text)
+    driver.drain(1000)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None and isinstance(cache._earlier, ExactTurns)
+    assert cache.counts().snapshot_hits == 1
+    assert [*cache._earlier._first_turns._lots] == [True]
+
+
+def test_a_reset_cache_does_not_show_that_nobody_goes_on() -> None:
+    """As before an update of the weights: what is there goes, pushed out by nobody."""
+    driver = driver_of_longer()
+    part_behind(HEADER, driver)
+    for _ in range(4):
+        [*conversation(driver, HEADER, 1, 8)]
+    driver.scheduler.reset_prefix_cache()
+    part_behind(HEADER, driver)
+    first, *others = (next(conversation(driver, HEADER, 1, 8)) for _ in range(2))
+    assert first == len(HEADER) + QUESTION
+    assert others == [QUESTION]
+
+
 def test_conversations_with_one_header_share_it_to_its_end() -> None:
     """Once two have shown where they part."""
     driver = driver_of()
