@@ -127,6 +127,26 @@ def test_the_last_answer_may_be_open(
     assert [*answers.written_ends] == written
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        pytest.param([1, 1, END, 2, 2, END, CUE], 3, id="behind a header"),
+        pytest.param([1, END, 1, END, 2, END, CUE], 4, id="behind the last of two"),
+        pytest.param([2, 2, END, CUE], 0, id="no header"),
+        pytest.param([1, END, 2, 2, CUE], 0, id="nothing ends the question"),
+        pytest.param([2, END, CUE, 3, END, 2, END, CUE], 5, id="behind an answer"),
+        pytest.param([2, END, CUE, 3, CUE, 3], 0, id="a marker within an answer"),
+        pytest.param([1, 1], 0, id="nothing is asked"),
+    ],
+)
+def test_the_last_question_stands_behind_the_turn_before(
+    tokens: list[int], expected: int
+) -> None:
+    ids = np.array(tokens, dtype=np.int64)
+    answers = Answers.of(ids, (CUE,), turn_lengths(ids, {END}))
+    assert answers.question_start == expected
+
+
 texts = st.lists(st.sampled_from([1, 2, END, CUE, OTHER]), max_size=60)
 cues = st.sampled_from([(CUE,), (CUE, OTHER), (CUE, CUE), (END, CUE)])
 end_tokens = st.sampled_from([(), (END,), (END, OTHER)])

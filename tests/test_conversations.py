@@ -360,6 +360,24 @@ def test_a_first_turn_is_read_for_later_ones_behind_a_header_of_others() -> None
     assert cache.counts().snapshot_hits == 3 + 3 * (1 + 3)
 
 
+def test_a_first_turn_behind_no_header_is_not_read_for_later_ones() -> None:
+    """Most go no further, and what they leave pushes out what others come back to."""
+    driver = driver_of_longer(budget=64)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    for _ in range(3):
+        assert [*conversation(driver, [], 1, 8)] == [QUESTION]
+    assert not cache.counts().published_snapshots
+    # the third turn of one that goes on evicts
+    evictions = driver.worker.num_evictions
+    turns = conversation(driver, [], 3, 8)
+    for _ in range(2):
+        next(turns)
+        assert driver.worker.num_evictions == evictions
+    next(turns)
+    assert driver.worker.num_evictions > evictions
+
+
 def test_who_comes_second_behind_a_header_begins_with_its_blocks() -> None:
     """As in stock vLLM, whatever later turns would be spared."""
     driver = driver_of_longer()
@@ -374,6 +392,7 @@ def test_who_comes_second_behind_a_header_begins_with_its_blocks() -> None:
         pytest.param(256, 8, True, id="the third turn evicts"),
         pytest.param(288, 8, False, id="a later one"),
         pytest.param(288, 22, True, id="answers may be longer"),
+        pytest.param(304, 60, False, id="longer than the question"),
     ],
 )
 def test_a_first_turn_looks_two_turns_ahead(
@@ -424,6 +443,35 @@ def test_first_turns_that_never_go_on_share_their_header_again() -> None:
     assert num_kept(1) == 2
     # and it does
     assert num_kept(3) > 2 * 32
+
+
+def test_samples_of_a_second_turn_show_that_the_first_one_has_gone_on() -> None:
+    """They share blocks, behind what it has left."""
+    driver = driver_of_longer()
+    part_behind(HEADER, driver)
+    text = [*HEADER, *[20] * (QUESTION - 3), END, *CUE]
+    assert not ask(driver, text, 8)
+    text += [*[21] * (QUESTION - 3), END, *CUE]
+    for _ in range(2):
+        driver.add(0, 8, prompt=text)
+    driver.drain(1000)
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None and isinstance(cache._earlier, ExactTurns)
+    assert cache.counts().snapshot_hits == 1
+    assert [*cache._earlier._first_turns._lots] == [True]
+
+
+def test_a_reset_cache_does_not_show_that_nobody_goes_on() -> None:
+    """As before an update of the weights: what is there goes, pushed out by nobody."""
+    driver = driver_of_longer()
+    part_behind(HEADER, driver)
+    for _ in range(4):
+        [*conversation(driver, HEADER, 1, 8)]
+    driver.scheduler.reset_prefix_cache()
+    part_behind(HEADER, driver)
+    first, *others = (next(conversation(driver, HEADER, 1, 8)) for _ in range(2))
+    assert first == len(HEADER) + QUESTION
+    assert others == [QUESTION]
 
 
 def test_conversations_with_one_header_share_it_to_its_end() -> None:

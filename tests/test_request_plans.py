@@ -116,6 +116,25 @@ def test_a_conversation_may_evict_in_its_next_turn(
         assert default.read_in(ends, length, other) == replace(default, ends=ends)
 
 
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        pytest.param(60, True, id="the header's end"),
+        # 5 of 45 tokens more, and 6 of 46
+        pytest.param(55, True, id="an eighth before it"),
+        pytest.param(54, False, id="more than an eighth"),
+        pytest.param(61, False, id="within the question"),
+    ],
+)
+def test_a_first_turn_may_read_a_little_of_its_header_for_later_ones(
+    start: int, *, expected: bool
+) -> None:
+    ends = ChunkEnds(32, (), Answers((100,), (NEVER,), question_start=60))
+    default = Driver(Setup()).scheduler.request_plans.default
+    plan = default.read_in(ends, num_prompt_tokens=100)
+    assert plan.pays_in_next_turn(100, start) == expected
+
+
 def test_workers_are_told_what_differs_alone() -> None:
     """Parameters are shared between requests, and with whoever asked."""
     driver = Driver(Setup(**OPEN))

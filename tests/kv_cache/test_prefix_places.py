@@ -234,6 +234,21 @@ def test_who_waits_for_room_is_looked_for_once() -> None:
     assert look() == (LENGTH, 1)
 
 
+def test_what_was_found_for_one_is_no_bound_for_the_next() -> None:
+    """They are as long as each other, and no snapshot is made in between."""
+    cache = Cache()
+    first, second = (cache.request(str(text), 256, text) for text in range(2))
+    pool = cache.store._pool
+    for _, copy in cache.store.publish(
+        cache._keys.key(second, 4096), pool.get_new_blocks(10)
+    ):
+        pool.free_blocks([copy])
+    assert cache.offer(first) is None
+    hit = cache.offer(second)
+    assert hit is not None
+    assert hit.num_tokens == 4096
+
+
 def test_each_place_of_a_new_prompt_has_one_key() -> None:
     cache = Cache()
     request = cache.request("a", 256, text=1)
