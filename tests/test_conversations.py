@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from random import Random
 from typing import Any
@@ -22,59 +21,24 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request
 
 from benchmarks.serving.engines import MODELS
+from tests.chats import (
+    ANSWER,
+    CUE,
+    END,
+    HEADER,
+    MODES,
+    QUESTION,
+    ask,
+    conversation,
+    crowd,
+    driver_of,
+    driver_of_longer,
+    part_behind,
+)
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
 from vllm_roco.config import RocoConfig
-from vllm_roco.kv_cache.earlier_turns import MAX_ANSWERS, ExactTurns
+from vllm_roco.kv_cache.earlier_turns import MAX_ANSWERS
 from vllm_roco.turn_ends import turn_end_token_ids
-
-END = 97
-"""None of the tokens that `PagedWorker` writes, nor is the cue."""
-QUESTION, ANSWER = 22, 6
-MODES = [
-    pytest.param({}, id="synchronous"),
-    pytest.param({"asynchronous": True, "max_steps_in_flight": 2}, id="asynchronous"),
-    pytest.param({"asynchronous": True, "max_steps_in_flight": 3}, id="two-stages"),
-    pytest.param({"windows": (6, 30)}, id="windows"),
-]
-
-
-CUE = (95, 96)
-"""What a template puts before an answer."""
-
-
-def driver_of(**changes: Any) -> Driver:
-    """Return a driver with chunks of 32 tokens, where the first eviction is at 24."""
-    return Driver(Setup(chunk=32, caching=True, turn_end_token_ids=(END,), **changes))
-
-
-def conversation(
-    driver: Driver,
-    header: list[int],
-    num_turns: int,
-    answer: int = ANSWER,
-    extra_args: dict[str, Any] | None = None,
-) -> Iterator[int]:
-    """Let a client ask, and yield how many tokens each prompt has to read.
-
-    Args:
-        driver: Of the scheduler.
-        header: What the conversation begins with.
-        num_turns: Questions.
-        answer: Tokens that are written.
-        extra_args: Options of its requests.
-    """
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-    text = header
-    for _ in range(num_turns):
-        number = len(driver.outputs)
-        # as a template has it: the question's end, and what an answer begins with
-        text = [*text, *[20 + number] * (QUESTION - 3), END, *CUE]
-        saved = cache.counts().saved_tokens
-        name = driver.add(0, answer, prompt=text, extra_args=extra_args)
-        driver.drain(1000)
-        yield len(text) - (cache.counts().saved_tokens - saved)
-        text = [*text, *driver.outputs[name], END]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -102,15 +66,6 @@ def test_a_next_turn_begins_behind_the_answer(
     # with what the second has left, which was read for that
     assert max(read[2:]) <= QUESTION + 2
     assert driver.worker.num_evictions
-
-
-def ask(driver: Driver, text: list[int], answer: int) -> int:
-    """Ask, take the answer into the text; return with how many answers it began."""
-    hits = driver.worker.num_answers_hit
-    name = driver.add(0, answer, prompt=text)
-    driver.drain(1000)
-    text += [*driver.outputs[name], END]
-    return driver.worker.num_answers_hit - hits
 
 
 def test_nobody_goes_on_from_an_answer_over_blocks_of_others() -> None:
@@ -186,61 +141,6 @@ def test_what_follows_in_its_last_block_does_not_change_how_a_prompt_is_read() -
     assert driver.worker.num_answers_hit
 
 
-def crowd(
-    driver: Driver,
-    random: Random,
-    texts: dict[int, list[int]],
-    questions: range,
-    share_that_ends: float = 0,
-) -> int:
-    """Let conversations go on by chance; return how often all were preempted.
-
-    Args:
-        driver: Of the scheduler.
-        random: Decides who asks when, and what for.
-        texts: What each has said so far.
-        questions: How long they may be.
-        share_that_ends: Share of turns behind which another conversation begins.
-    """
-    options = [
-        *[None] * 12,
-        *({"roco_mode": name} for name in ("full", "prompt", "auto")),
-        {"roco_chunk": BLOCK_SIZE},
-    ]
-    begun = {number: [*text] for number, text in texts.items()}
-    running: dict[int, str] = {}
-    num_preemptions = 0
-    for _ in range(60):
-        for number, text in texts.items():
-            name = running.get(number)
-            if name in driver.scheduler.requests or random.random() < 0.5:
-                continue
-            if name is not None:
-                text += [*driver.outputs[name], END]
-                if share_that_ends and random.random() < share_that_ends:
-                    text[:] = begun[number]
-            question = random.choice(questions)
-            text += [*[20 + number + len(driver.outputs)] * question, END, *CUE]
-            running[number] = driver.add(
-                0,
-                random.randrange(1, 24),
-                prompt=text,
-                ignore_stop=random.random() < 0.5,
-                extra_args=random.choice(options),
-            )
-        for _ in range(random.randrange(12)):
-            driver.step()
-        if random.random() < 0.05:
-            driver.preempt_all()
-            num_preemptions += 1
-    driver.drain(4000)
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-    assert not cache.blocks._for_next_turn
-    assert not cache.blocks._first_to_ask
-    return num_preemptions
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_conversations_in_a_crowd_keep_what_each_would_alone(
     mode: dict[str, Any],
@@ -274,56 +174,6 @@ def test_conversations_in_a_crowd_keep_what_each_would_alone(
     assert num_preemptions > 30
 
 
-@pytest.mark.parametrize("mode", MODES[:-1])
-def test_first_turns_in_a_crowd_leave_what_each_would_alone(
-    mode: dict[str, Any],
-) -> None:
-    """Behind one header, which some of them share while others copy it."""
-    lots: list[bool] = []
-    num_shared = 0
-    for seed in range(16):
-        random = Random(seed)
-        driver = Driver(
-            Setup(
-                budget=128,
-                stride=8,
-                chunk=16,
-                spare_blocks=random.choice([60, 300]),
-                caching=True,
-                turn_end_token_ids=(END,),
-                answer_start_token_ids=CUE,
-                allow_full=True,
-                **mode,
-            )
-        )
-        header = [2] * (BLOCK_SIZE * random.randrange(8, 16) - 1) + [END]
-        texts = {number: [*header] for number in range(6)}
-        crowd(driver, random, texts, range(10, 24), share_that_ends=0.4)
-        cache = driver.scheduler.prefix_cache
-        assert cache is not None and isinstance(cache._earlier, ExactTurns)
-        lots += cache._earlier._first_turns._lots
-        num_shared += driver.worker.num_shared
-    assert lots.count(True) > 8
-    assert lots.count(False) > 8
-    assert num_shared > 100
-
-
-HEADER = [9] * 191 + [END]
-
-
-def driver_of_longer(**changes: Any) -> Driver:
-    """Return a driver of conversations behind `HEADER` whose third turns evict."""
-    longer = {"budget": 256, "stride": 8, **changes}
-    return driver_of(answer_start_token_ids=CUE, **longer)
-
-
-def part_behind(header: list[int], driver: Driver) -> None:
-    """Let two prompts show where they part."""
-    for other in range(2):
-        driver.add(0, 1, prompt=[*header, *[10 + other] * 40])
-        driver.drain(1000)
-
-
 @pytest.mark.parametrize(
     ("has_others", "expected"),
     [
@@ -342,136 +192,6 @@ def test_a_turn_is_read_for_the_next_one_if_that_is_little(
     if has_others:
         part_behind(HEADER, driver)
     assert [*turns] == expected
-
-
-def test_a_first_turn_is_read_for_later_ones_behind_a_header_of_others() -> None:
-    """That has cost the second one the first's question and answer once more."""
-    driver = driver_of_longer()
-    part_behind(HEADER, driver)
-    # the first one to come leaves a snapshot of the header
-    assert [*conversation(driver, HEADER, 4, 8)] == [
-        *(len(HEADER) + QUESTION, QUESTION + 2, QUESTION + 2, QUESTION + 2)
-    ]
-    for _ in range(3):
-        assert [*conversation(driver, HEADER, 4, 8)] == [QUESTION, *[QUESTION + 2] * 3]
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-    # of the header, and where answers ended
-    assert cache.counts().snapshot_hits == 3 + 3 * (1 + 3)
-
-
-def test_a_first_turn_behind_no_header_is_not_read_for_later_ones() -> None:
-    """Most go no further, and what they leave pushes out what others come back to."""
-    driver = driver_of_longer(budget=64)
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-    for _ in range(3):
-        assert [*conversation(driver, [], 1, 8)] == [QUESTION]
-    assert not cache.counts().published_snapshots
-    # the third turn of one that goes on evicts
-    evictions = driver.worker.num_evictions
-    turns = conversation(driver, [], 3, 8)
-    for _ in range(2):
-        next(turns)
-        assert driver.worker.num_evictions == evictions
-    next(turns)
-    assert driver.worker.num_evictions > evictions
-
-
-def test_who_comes_second_behind_a_header_begins_with_its_blocks() -> None:
-    """As in stock vLLM, whatever later turns would be spared."""
-    driver = driver_of_longer()
-    first, second = (next(conversation(driver, HEADER, 1, 8)) for _ in range(2))
-    assert first == len(HEADER) + QUESTION
-    assert second == QUESTION
-
-
-@pytest.mark.parametrize(
-    ("budget", "answer", "is_kept"),
-    [
-        pytest.param(256, 8, True, id="the third turn evicts"),
-        pytest.param(288, 8, False, id="a later one"),
-        pytest.param(288, 22, True, id="answers may be longer"),
-        pytest.param(304, 60, False, id="longer than the question"),
-    ],
-)
-def test_a_first_turn_looks_two_turns_ahead(
-    budget: int, answer: int, *, is_kept: bool
-) -> None:
-    driver = driver_of_longer(budget=budget)
-    part_behind(HEADER, driver)
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-    before = cache.counts().published_snapshots
-    (_,) = conversation(driver, HEADER, 1, answer)
-    # of the header, and the answer's end
-    assert cache.counts().published_snapshots == before + 2 * is_kept
-
-
-def test_first_turns_with_more_in_common_than_a_header_share_it() -> None:
-    """Examples before the question, which stand in no place of a snapshot."""
-    driver = driver_of_longer()
-    part_behind(HEADER, driver)
-    examples = [*HEADER, *[8] * 20]
-    for other in range(2):
-        driver.add(0, 1, prompt=[*examples, 10 + other])
-        driver.drain(1000)
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-    saved = cache.counts().saved_tokens
-    driver.add(0, 8, prompt=[*examples, *[40] * 3, END, *CUE])
-    driver.drain(1000)
-    assert cache.counts().saved_tokens == saved + len(examples)
-
-
-def test_first_turns_that_never_go_on_share_their_header_again() -> None:
-    """What they left pushed out what others come back to."""
-    driver = driver_of_longer(spare_blocks=200)
-    part_behind(HEADER, driver)
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None
-
-    def num_kept(num_turns: int) -> int:
-        before = cache.counts().published_snapshots
-        for _ in range(32):
-            [*conversation(driver, HEADER, num_turns, 8)]
-        return cache.counts().published_snapshots - before
-
-    # of each the end, until the first have been pushed out
-    assert 4 < num_kept(1) < 12
-    # one in so many, to see whether that changes
-    assert num_kept(1) == 2
-    # and it does
-    assert num_kept(3) > 2 * 32
-
-
-def test_samples_of_a_second_turn_show_that_the_first_one_has_gone_on() -> None:
-    """They share blocks, behind what it has left."""
-    driver = driver_of_longer()
-    part_behind(HEADER, driver)
-    text = [*HEADER, *[20] * (QUESTION - 3), END, *CUE]
-    assert not ask(driver, text, 8)
-    text += [*[21] * (QUESTION - 3), END, *CUE]
-    for _ in range(2):
-        driver.add(0, 8, prompt=text)
-    driver.drain(1000)
-    cache = driver.scheduler.prefix_cache
-    assert cache is not None and isinstance(cache._earlier, ExactTurns)
-    assert cache.counts().snapshot_hits == 1
-    assert [*cache._earlier._first_turns._lots] == [True]
-
-
-def test_a_reset_cache_does_not_show_that_nobody_goes_on() -> None:
-    """As before an update of the weights: what is there goes, pushed out by nobody."""
-    driver = driver_of_longer()
-    part_behind(HEADER, driver)
-    for _ in range(4):
-        [*conversation(driver, HEADER, 1, 8)]
-    driver.scheduler.reset_prefix_cache()
-    part_behind(HEADER, driver)
-    first, *others = (next(conversation(driver, HEADER, 1, 8)) for _ in range(2))
-    assert first == len(HEADER) + QUESTION
-    assert others == [QUESTION]
 
 
 def test_conversations_with_one_header_share_it_to_its_end() -> None:

@@ -98,41 +98,22 @@ def test_a_conversation_may_evict_in_its_next_turn(
     scheduler = Driver(Setup(budget=64, stride=32)).scheduler
     default, default_plan = scheduler.request_plans.default, scheduler._default_plan
     assert default.first_eviction == 96
-    assert not default.evicts_in_next_turn
+    assert not default.evicts_in_later_turn
     found = Answers(*answers)
     ends = ChunkEnds(default.chunk, (32,), found)
     longer = found.later_prompt(length, max_tokens=6)
     later_turn = None if longer is None else LaterTurn(longer, default_plan)
     plan = default.read_in(ends, length, later_turn)
-    assert plan.evicts_in_next_turn == expected
+    assert plan.evicts_in_later_turn == expected
     goes_on = found.is_open and not found.is_first_turn
     assert plan.keeps_for_next_turn == (goes_on or expected)
-    likely = {"keeps_for_next_turn": False, "evicts_in_next_turn": False}
+    likely = {"keeps_for_next_turn": False, "evicts_in_later_turn": False}
     assert replace(plan, ends=default.ends, **likely) == default
     assert plan.ends == ends
     if later_turn is not None:
         # of which other blocks are kept
         other = later_turn._replace(plan=default_plan._replace(chunk=4))
         assert default.read_in(ends, length, other) == replace(default, ends=ends)
-
-
-@pytest.mark.parametrize(
-    ("start", "expected"),
-    [
-        pytest.param(60, True, id="the header's end"),
-        # 5 of 45 tokens more, and 6 of 46
-        pytest.param(55, True, id="an eighth before it"),
-        pytest.param(54, False, id="more than an eighth"),
-        pytest.param(61, False, id="within the question"),
-    ],
-)
-def test_a_first_turn_may_read_a_little_of_its_header_for_later_ones(
-    start: int, *, expected: bool
-) -> None:
-    ends = ChunkEnds(32, (), Answers((100,), (NEVER,), question_start=60))
-    default = Driver(Setup()).scheduler.request_plans.default
-    plan = default.read_in(ends, num_prompt_tokens=100)
-    assert plan.pays_in_next_turn(100, start) == expected
 
 
 def test_workers_are_told_what_differs_alone() -> None:

@@ -152,6 +152,8 @@ class PlanningScheduler(AdapterScheduler):
         later_turn = None
         longer = ends.answers.later_prompt(num_tokens, request.max_tokens)
         if longer is not None:
+            # of one that is too long for the model, the turn before it may come
+            longer = min(longer, self.max_model_len - 1)
             # there is none if its prompt would be too long for the options
             with suppress(RequestOptionError):
                 later_turn = LaterTurn(longer, self._planner.plan(extra_args, longer))

@@ -22,12 +22,6 @@ from vllm_roco.request_options.planner import RequestPlan
 _KEY = struct.Struct(f"<{NUM_ROW_FIELDS}i")
 
 
-SHARE_THAT_GOES_ON = 2 / 3
-"""Share of conversations that are taken to go on when a turn is read for the next."""
-SHARE_OF_FIRST_TURNS = 1 / 8
-"""Likewise of those of which the first turn is."""
-
-
 class LaterTurn(NamedTuple):
     """What is likely to follow in a conversation, see `Answers.later_prompt`.
 
@@ -53,10 +47,10 @@ class ResolvedPlan:
         snapshot_key: Stands for all of which depends what is kept once something is
             evicted, the tokens apart.
         ends: Where the chunks of the prompt end.
-        keeps_for_next_turn: Whether the prompt is a conversation's that has gone on, or
-            whose later turns evict, of which the next turn may keep the same blocks.
-        evicts_in_next_turn: Whether that one is likely to evict when it is read, of a
-            first turn the one after that, and this one does not.
+        keeps_for_next_turn: Whether the next turn of a conversation may keep the same
+            blocks, and is likely to come: it has gone on once, or may be read for that.
+        evicts_in_later_turn: Whether the turn that `Answers.later_prompt` tells of is
+            likely to evict while it is read, and this one does not.
         first_eviction: The least length at which something is evicted, or `NEVER`.
     """
 
@@ -67,7 +61,7 @@ class ResolvedPlan:
     snapshot_key: bytes
     ends: ChunkEnds
     keeps_for_next_turn: bool = False
-    evicts_in_next_turn: bool = False
+    evicts_in_later_turn: bool = False
     first_eviction: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -118,38 +112,16 @@ class ResolvedPlan:
             self,
             ends=ends,
             keeps_for_next_turn=evicts or not ends.answers.is_first_turn,
-            evicts_in_next_turn=evicts,
+            evicts_in_later_turn=evicts,
         )
-
-    def pays_in_next_turn(self, num_prompt_tokens: int, start: int) -> bool:
-        """Return whether what a turn reads more than it must spares the next one more.
-
-        As often as that one comes, with `SHARE_THAT_GOES_ON`. A first turn shares what
-        stands before the question with others, and nothing behind that.
-
-        Args:
-            num_prompt_tokens: Length of its prompt.
-            start: Where it begins to read, rather than behind the last answer, as the
-                next one would otherwise; a first turn, rather than at its question.
-        """
-        answer = self.ends.answers.last_written
-        if answer is None:
-            more_now = self.ends.answers.question_start - start
-            less_then = num_prompt_tokens - start
-            return 0 <= more_now <= SHARE_OF_FIRST_TURNS * less_then
-        begun, ended = answer
-        more_now = ended - start
-        # an answer as long as the last one comes on top
-        less_then = num_prompt_tokens + (ended - begun) - start
-        return more_now <= SHARE_THAT_GOES_ON * less_then
 
     @property
     def is_read_for_later_turns(self) -> bool:
-        """Whether a first turn that others leave the header to is read for later ones.
+        """Whether it is a first turn that later ones can make use of, see `LaterTurns`.
 
-        It leaves its end to the next one, and to the same prompt once more the header.
+        If it is read for these it leaves its end, and no snapshot of its prompt.
         """
-        return self.evicts_in_next_turn and self.ends.answers.is_first_turn
+        return self.evicts_in_later_turn and self.ends.answers.is_first_turn
 
     @property
     def is_measured(self) -> bool:

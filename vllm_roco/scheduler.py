@@ -186,6 +186,8 @@ class RocoSchedulerMixin(PrefixScheduler):
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Reset as vLLM does, and show what is left."""
         done = super().reset_prefix_cache(*args, **kwargs)
+        if done and self.prefix_cache is not None:
+            self.prefix_cache.reset()
         self._publish()
         self._publish_prefixes()
         return done

@@ -3,27 +3,21 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 from pytest import MonkeyPatch
-from vllm.sampling_params import SamplingParams
-from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
-    get_request_block_hasher,
-    init_none_hash,
 )
-from vllm.v1.request import Request
 
-from vllm_roco.chunking import ChunkEnds
-from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import first_turns
-from vllm_roco.kv_cache.first_turns import NUM_LOTS, TRIES, FirstTurns
-from vllm_roco.kv_cache.prefix_cache import PrefixCache
+from vllm_roco.kv_cache.first_turns import (
+    LEAST_OUTCOMES,
+    NUM_OUTCOMES,
+    TRIES,
+    FirstTurns,
+)
 from vllm_roco.kv_cache.snapshots import SnapshotStore
-from vllm_roco.request_options.planner import RequestPlanner
-from vllm_roco.request_plans import LaterTurn, RequestPlans, ResolvedPlan
 
 SIZE = 5
 """Blocks that a conversation leaves; the pool has room for four."""
@@ -68,7 +62,7 @@ class Chats:
 
     def answers(self, num_asked: int) -> list[bool]:
         """Ask for so many first turns whether they are taken to go on."""
-        return [self.first_turns.go_on() for _ in range(num_asked)]
+        return [self.first_turns.take_next() for _ in range(num_asked)]
 
     @property
     def is_enough(self) -> bool:
@@ -78,7 +72,9 @@ class Chats:
 
 
 @pytest.fixture
-def chats() -> Chats:
+def chats(monkeypatch: MonkeyPatch) -> Chats:
+    """Chats of which the first outcome counts."""
+    monkeypatch.setattr(first_turns, "LEAST_OUTCOMES", 1)
     return Chats()
 
 
@@ -95,6 +91,21 @@ def test_as_long_as_nothing_is_known_all_are_taken_to_go_on(chats: Chats) -> Non
     # still there, or asked for in vain
     chats.end(1, 2, 3)
     chats.first_turns.hit(chats.key(9))
+    assert all(chats.answers(2 * TRIES))
+
+
+def test_a_few_that_are_pushed_out_show_nothing() -> None:
+    chats = Chats()
+    pushed_out(chats, *range(LEAST_OUTCOMES - 1))
+    assert chats.is_enough
+    pushed_out(chats, LEAST_OUTCOMES)
+    assert not chats.is_enough
+
+
+def test_an_emptied_cache_shows_nothing(chats: Chats) -> None:
+    chats.end(1, 2, 3)
+    assert chats.pool.reset_prefix_cache()
+    chats.first_turns.forget()
     assert all(chats.answers(2 * TRIES))
 
 
@@ -149,13 +160,13 @@ def test_who_has_gone_on_is_counted_once(chats: Chats) -> None:
 
 def test_the_last_ones_decide(chats: Chats) -> None:
     """So it is noticed when chats begin to go on, or cease to."""
-    pushed_out(chats, *range(2 * NUM_LOTS))
-    for number in range(NUM_LOTS // 4):
+    pushed_out(chats, *range(2 * NUM_OUTCOMES))
+    for number in range(NUM_OUTCOMES // 4):
         assert not chats.is_enough
         chats.end(number)
         chats.go_on(number)
     assert chats.is_enough
-    pushed_out(chats, *range(100, 100 + 3 * NUM_LOTS // 4))
+    pushed_out(chats, *range(100, 100 + 3 * NUM_OUTCOMES // 4))
     assert chats.is_enough
     pushed_out(chats, 99)
     assert not chats.is_enough
@@ -170,51 +181,3 @@ def test_no_more_are_awaited_than_that(chats: Chats, monkeypatch: MonkeyPatch) -
     chats.go_on(1, 2)
     chats.push_out()
     assert chats.answers(TRIES).count(True) == 1
-
-
-@pytest.mark.parametrize("block_size", [16, 64])
-def test_a_question_may_be_shorter_than_a_block(block_size: int) -> None:
-    """The block behind the header that others might have ends behind the prompt."""
-    init_none_hash(sha256)
-    end, cue, max_tokens, longest = 97, (95, 96), 100, 1024
-    header = [9] * (16 * block_size - 1) + [end]
-    budget, stride = len(header) + block_size, block_size
-    config = RocoConfig(
-        budget=budget, stride=stride, chunk=4 * stride, sink=stride, recent=stride
-    )
-    plan = RequestPlanner(config, block_size).plan({}, longest)
-    default = ResolvedPlan.of(plan, block_size, 2, longest)
-    book = RequestPlans(default)
-    pool = BlockPool(100, enable_caching=True, hash_block_size=block_size)
-    cache = PrefixCache(pool, 0, block_size, book, {}, turn_end_token_ids=(end,))
-
-    def enter(text: list[int]) -> tuple[ResolvedPlan, bool]:
-        """Return how a prompt is read, and whether for later turns."""
-        request = Request(
-            request_id=str(len(book)),
-            prompt_token_ids=text,
-            sampling_params=SamplingParams(max_tokens=max_tokens),
-            pooling_params=None,
-            block_hasher=get_request_block_hasher(block_size, sha256),
-        )
-        ends = ChunkEnds.of(
-            np.array(text), [end], config.chunk, block_size, block_size, cue
-        )
-        longer = ends.answers.later_prompt(len(text), max_tokens)
-        later = None if longer is None else LaterTurn(longer, plan)
-        found = default.read_in(ends, len(text), later)
-        book.enter(request.request_id, found)
-        cache.enter(request)
-        is_for_later = request.request_id in cache.blocks._for_next_turn
-        cache.end(request, [])
-        return found, is_for_later
-
-    for other in range(2):
-        enter([*header, *[10 + other] * config.chunk])
-    lengths = range(len(cue) + 2, 2 * block_size)
-    read = [
-        enter([*header, *[20] * (num - len(cue) - 1), end, *cue]) for num in lengths
-    ]
-    assert all(is_for_later == plan.evicts_in_next_turn for plan, is_for_later in read)
-    # the shortest ones are far from evicting
-    assert {True, False} == {is_for_later for _, is_for_later in read}

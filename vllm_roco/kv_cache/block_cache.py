@@ -22,8 +22,11 @@ alone.
 
 from __future__ import annotations
 
+from array import array
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
+
+from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_roco.kv_cache.block_events import UNMEASURED_GROUP_ID, ToldBlockPool
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
     from vllm_roco.request_plans import RequestPlans
@@ -107,7 +110,7 @@ class BlockCache:
         self._serves_all = serves_all
         # unfinished requests that are not served for the sake of their next turn
         self._for_next_turn: set[str] = set()
-        # who was to be read so first of all that ask the same, by a prompt's last hash
+        # who was to be read so first of all that ask the same
         self._first_to_ask: dict[BlockHash, Request] = {}
         self._owners: dict[str, _Owner] = {}
         # those of them that evict in the step being scheduled
@@ -143,7 +146,7 @@ class BlockCache:
         may begin where its answer ends, though it evicts. Samples of one prompt share
         its blocks instead.
         """
-        first = self._first_to_ask.setdefault(self._last_hash(request), request)
+        first = self._first_to_ask.setdefault(self._prompt_key(request), request)
         if first is request:
             self._for_next_turn.add(request.request_id)
         elif not first.num_computed_tokens:
@@ -152,15 +155,22 @@ class BlockCache:
     def forget(self, request: Request) -> None:
         """Forget how a request was to be read that is done."""
         self._for_next_turn.discard(request.request_id)
-        num_blocks = request.num_prompt_tokens // self._block_size
-        if self._first_to_ask and 0 < num_blocks <= len(request.block_hashes):
-            prompt = self._last_hash(request)
+        if self._first_to_ask:
+            prompt = self._prompt_key(request)
             if self._first_to_ask.get(prompt) is request:
                 del self._first_to_ask[prompt]
 
-    def _last_hash(self, request: Request) -> BlockHash:
-        """Return the hash of a prompt's whole blocks, of which it has one or more."""
-        return request.block_hashes[request.num_prompt_tokens // self._block_size - 1]
+    def _prompt_key(self, request: Request) -> BlockHash:
+        """Return what stands for a whole prompt, the same for its samples."""
+        start = request.num_prompt_tokens // self._block_size * self._block_size
+        hashes = request.block_hashes[: start // self._block_size]
+        tail = request.all_token_ids[start : request.num_prompt_tokens]
+        return BlockHash(b"".join(hashes[-1:]) + array("q", tail).tobytes())
+
+    def may_evict(self, request: Request) -> bool:
+        """Return whether a request evicts if it writes as much as it may."""
+        most = request.num_prompt_tokens + request.max_tokens
+        return most >= self._first_eviction(request)
 
     def can_begin_with_blocks(self, request: Request) -> bool:
         """Return whether a request may begin with what `find` returns.
@@ -170,7 +180,7 @@ class BlockCache:
         read all by itself.
         """
         return (self._serves_all or self.serves(request)) and not (
-            request.num_tokens > request.num_prompt_tokens and self._may_evict(request)
+            request.num_tokens > request.num_prompt_tokens and self.may_evict(request)
         )
 
     def begin(self, request: Request, *, has_copies: bool = False) -> None:
@@ -180,7 +190,7 @@ class BlockCache:
             request: The request.
             has_copies: Whether it begins with copies of others' blocks.
         """
-        is_private = self._may_evict(request)
+        is_private = self.may_evict(request)
         self._owners[request.request_id] = _Owner(request, is_private, has_copies)
 
     def group_of(self, request: Request) -> int:
@@ -209,7 +219,7 @@ class BlockCache:
         if max_tokens is not None:
             most_blocks = min(most_blocks, max_tokens // self._block_size)
         blocks: list[KVCacheBlock] = []
-        num_shared: int | None = 0 if self._may_evict(request) else None
+        num_shared: int | None = 0 if self.may_evict(request) else None
         grows = False
         measured = self._plans.of(request.request_id).is_measured
         for block_hash in request.block_hashes[:most_blocks]:
@@ -432,10 +442,6 @@ class BlockCache:
         """Note that a request begins with blocks of so many tokens."""
         self.num_hits += 1
         self.num_saved_tokens += num_tokens
-
-    def _may_evict(self, request: Request) -> bool:
-        most = request.num_prompt_tokens + request.max_tokens
-        return most >= self._first_eviction(request)
 
     def _most_blocks(self, request: Request) -> int:
         """Return with how many blocks a request may begin at most."""

@@ -14,7 +14,6 @@ from typing_extensions import override
 from vllm.v1.core.kv_cache_utils import BlockHash
 
 from vllm_roco.eviction_schedule import NEVER
-from vllm_roco.kv_cache.first_turns import FirstTurns
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
+    from vllm_roco.kv_cache.first_turns import FirstTurns
     from vllm_roco.kv_cache.prefix_keys import PrefixKeys
     from vllm_roco.kv_cache.snapshots import SnapshotStore
     from vllm_roco.request_plans import RequestPlans
@@ -101,13 +101,9 @@ class EarlierTurns(ABC):
             del turns[index]
         return None
 
-    def first_turns_go_on(self) -> bool:
-        """Return whether a first turn is to be read so that the next begins behind."""
-        return False
-
     @abstractmethod
-    def begin(self, request: Request, prefix: BlockHash | None) -> None:
-        """Note that a request is let in with a snapshot, under this key, or nothing."""
+    def begin(self, request: Request) -> None:
+        """Note that a request is let in with a snapshot, or nothing."""
 
     @abstractmethod
     def drop(self, request_id: str) -> None:
@@ -146,12 +142,13 @@ class EarlierTurns(ABC):
 class ExactTurns(EarlierTurns):
     """Of answers that, once they are read, keep what they kept as they were written.
 
-    Behind prompts that have an earlier answer, and end where one begins or within it:
-    see `answers`. What is kept may end within a block. Arguments as in the base class,
-    and one more.
+    Behind prompts that have an earlier answer, or are read for later turns, and end
+    where an answer begins or within it: see `answers`. What is kept may end within a
+    block. Arguments as in the base class, and more.
 
     Args:
         turn_end_token_ids: Tokens that end an answer.
+        first_turns: Are told what one has left.
     """
 
     def __init__(
@@ -161,10 +158,11 @@ class ExactTurns(EarlierTurns):
         block_size: int,
         plans: RequestPlans,
         turn_end_token_ids: Collection[int],
+        first_turns: FirstTurns,
     ) -> None:
         super().__init__(store, keys, block_size, plans)
         self._turn_end_token_ids = frozenset(turn_end_token_ids)
-        self._first_turns = FirstTurns(store)
+        self._first_turns = first_turns
         # of those that run, who began with nothing that others have asked over
         self._untouched: set[str] = set()
 
@@ -185,14 +183,8 @@ class ExactTurns(EarlierTurns):
                     yield EarlierTurn(length, key)
 
     @override
-    def first_turns_go_on(self) -> bool:
-        return self._first_turns.go_on()
-
-    @override
-    def begin(self, request: Request, prefix: BlockHash | None) -> None:
+    def begin(self, request: Request) -> None:
         self._untouched.add(request.request_id)
-        if prefix is not None:
-            self._first_turns.hit(prefix)
 
     @override
     def drop(self, request_id: str) -> None:
@@ -240,13 +232,11 @@ class LongestTurns(EarlierTurns):
         plan = self._plans.of(request.request_id)
         most = (request.num_prompt_tokens - 1) // size
         first = plan.first_eviction // size
-        # as `PrefixKeys` has it, for all lengths at little cost
-        for number, found in enumerate(request.block_hashes[:most], start=1):
-            if number >= first:
-                yield EarlierTurn(number * size, BlockHash(found + plan.snapshot_key))
+        lengths = [number * size for number in range(first, most + 1)]
+        yield from map(EarlierTurn, lengths, self._keys.keys(request, lengths))
 
     @override
-    def begin(self, request: Request, prefix: BlockHash | None) -> None:
+    def begin(self, request: Request) -> None:
         """Note nothing: it does not matter what a request began with."""
 
     @override

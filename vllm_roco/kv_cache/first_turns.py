@@ -11,21 +11,23 @@ if TYPE_CHECKING:
 
     from vllm_roco.kv_cache.snapshots import SnapshotStore
 
-SHARE_THAT_GOES_ON = 1 / 4
-"""Share of those whose lot is known that must have gone on."""
-NUM_LOTS = 64
-"""First turns whose lot is remembered."""
+LEAST_SHARE_CONTINUED = 1 / 4
+"""Share of the outcomes that must be conversations that went on."""
+NUM_OUTCOMES = 64
+"""First turns of which it is remembered what became of them."""
+LEAST_OUTCOMES = 8
+"""With fewer of them nothing is known."""
 TRIES = 16
 """One in so many is taken to go on in any case, to see whether that has changed."""
 MAX_KEPT = 1024
-"""First turns of which it is awaited whether somebody goes on from them, at most."""
+"""Ends of first turns that are watched, at most."""
 
 
 class FirstTurns:
     """What became of that which first turns have left.
 
-    Somebody began with it, or the memory went to others first. As long as neither is
-    known of any, they are taken to go on: what they leave is in nobody's way yet.
+    Somebody began with it, or the memory went to others first. As long as little is
+    known, they are taken to go on: what they leave is in nobody's way yet.
 
     Args:
         store: Where it is kept.
@@ -35,7 +37,7 @@ class FirstTurns:
         self._store = store
         # the oldest first
         self._kept: OrderedDict[BlockHash, None] = OrderedDict()
-        self._lots: deque[bool] = deque(maxlen=NUM_LOTS)
+        self._outcomes: deque[bool] = deque(maxlen=NUM_OUTCOMES)
         self._num_asked = 0
 
     def keep(self, key: BlockHash) -> None:
@@ -48,13 +50,24 @@ class FirstTurns:
         """Note that a request begins with what is under a key."""
         if key in self._kept:
             del self._kept[key]
-            self._lots.append(True)
+            self._outcomes.append(True)
 
-    def go_on(self) -> bool:
-        """Return whether the next one is taken to go on; constant time in the mean."""
-        while self._kept and not self._store.has(next(iter(self._kept))):
+    def forget(self) -> None:
+        """Watch none of what is kept: the cache has been emptied."""
+        self._kept.clear()
+
+    def take_next(self) -> bool:
+        """Return whether the next one is taken to go on, and count that it came.
+
+        Constant time in the mean.
+        """
+        while self._kept and not self._store.has_ends(next(iter(self._kept))):
             self._kept.popitem(last=False)
-            self._lots.append(False)
+            self._outcomes.append(False)
         self._num_asked += 1
-        enough = sum(self._lots) >= SHARE_THAT_GOES_ON * len(self._lots)
-        return enough or self._num_asked % TRIES == 0
+        num_outcomes = len(self._outcomes)
+        return (
+            num_outcomes < LEAST_OUTCOMES
+            or sum(self._outcomes) >= LEAST_SHARE_CONTINUED * num_outcomes
+            or self._num_asked % TRIES == 0
+        )

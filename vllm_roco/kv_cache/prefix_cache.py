@@ -11,9 +11,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from vllm_roco.config import blocks_of
 from vllm_roco.kv_cache.block_cache import BlockCache
 from vllm_roco.kv_cache.earlier_turns import EarlierTurns, ExactTurns, LongestTurns
+from vllm_roco.kv_cache.first_turns import FirstTurns
+from vllm_roco.kv_cache.later_turns import LaterTurns
 from vllm_roco.kv_cache.prefix_finder import Hit, PrefixFinder
 from vllm_roco.kv_cache.prefix_keys import PrefixKeys
 from vllm_roco.kv_cache.prefix_places import PrefixPlaces
@@ -22,13 +23,12 @@ from vllm_roco.kv_cache.shared_prefixes import SharedPrefixes
 from vllm_roco.kv_cache.snapshot_publisher import SnapshotPublisher
 from vllm_roco.kv_cache.snapshots import SnapshotStore
 from vllm_roco.observability.families import PrefixCounts
-from vllm_roco.request_plans import SHARE_OF_FIRST_TURNS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
     from vllm_roco.kv_cache.window_manager import WindowManager
@@ -73,11 +73,12 @@ class PrefixCache(PrefixFinder):
             hash_size=block_pool.hash_block_size,
             is_of_tokens=not windows,
         )
+        first_turns = FirstTurns(store)
         earlier: EarlierTurns | None = None
         if not windows:
             common = store, keys, block_size, plans
             earlier = (
-                ExactTurns(*common, turn_end_token_ids)
+                ExactTurns(*common, turn_end_token_ids, first_turns)
                 if is_exact
                 else LongestTurns(*common)
             )
@@ -103,8 +104,19 @@ class PrefixCache(PrefixFinder):
             windows=windows,
             block_size=block_size,
         )
-        self._is_exact = is_exact
-        self._plans = plans
+        self._later: LaterTurns | None = None
+        # with `longest`, turns begin behind what began with blocks, too
+        if isinstance(earlier, ExactTurns):
+            self._later = LaterTurns(
+                store,
+                shared,
+                self.blocks,
+                block_pool.num_gpu_blocks,
+                block_size,
+                plans,
+                first_turns,
+            )
+        self._first_turns = first_turns
         self._rows = rows
         self._shared = shared
         # whom vLLM is about to let in, and what it was offered
@@ -129,75 +141,19 @@ class PrefixCache(PrefixFinder):
             self._earlier.enter(request)
         places = self._places.between(request, 0)
         prefixes = [*self._keys.keys(request, places)]
-        # the second one to come behind a header begins with blocks, as in stock vLLM
-        is_worth = self._is_worth_later_turns(request, places, prefixes)
-        if places:
+        later = self._later
+        if later is None:
             self._shared.enter(prefixes)
-        # with `longest`, turns begin behind what began with blocks, too
-        if self._is_exact and (
-            is_worth
+            return
+        # this one shows where prompts part to those that come after it
+        is_read = later.reads_first_turn(request, places, prefixes)
+        self._shared.enter(prefixes)
+        if (
+            is_read
             or self._longest_earlier(request)
-            or self._is_worth_its_next_turn(request, places, prefixes)
+            or later.reads_turn(request, places, prefixes)
         ):
             self.blocks.read_for_next_turn(request)
-
-    def _is_worth_later_turns(
-        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
-    ) -> bool:
-        """Return whether a first turn is to begin with a snapshot, for later ones.
-
-        Where it has the header of others before it, and nothing else of them: it then
-        reads no more than behind blocks, but holds the header for itself alone.
-
-        Arguments as of `_is_worth_its_next_turn`.
-        """
-        plan = self._plans.of(request.request_id)
-        if not plan.is_read_for_later_turns:
-            return False
-        start = self._start_of_snapshots(places, prefixes)
-        num_tokens = request.num_prompt_tokens
-        if not start or not plan.pays_in_next_turn(num_tokens, start):
-            return False
-        further = start + int(SHARE_OF_FIRST_TURNS * (num_tokens - start))
-        further = blocks_of(further, self._block_size) * self._block_size
-        return (
-            not self.blocks.has(request, further)
-            and self._earlier is not None
-            and self._earlier.first_turns_go_on()
-        )
-
-    def _is_worth_its_next_turn(
-        self, request: Request, places: Sequence[int], prefixes: Sequence[BlockHash]
-    ) -> bool:
-        """Return whether a turn is to begin with a snapshot, so that the next one can.
-
-        The next one evicts while it is read, and can begin behind this one if that
-        began with no blocks.
-
-        Args:
-            request: The turn.
-            places: Where a snapshot of its prompt can be.
-            prefixes: What stands for the prompt up to there.
-        """
-        plan = self._plans.of(request.request_id)
-        if not plan.evicts_in_next_turn or plan.ends.answers.is_first_turn:
-            return False
-        start = self._start_of_snapshots(places, prefixes)
-        return plan.pays_in_next_turn(request.num_prompt_tokens, start)
-
-    def _start_of_snapshots(
-        self, places: Sequence[int], prefixes: Sequence[BlockHash]
-    ) -> int:
-        """Return where a prompt begins that begins with a snapshot of one of these."""
-        return max(
-            (
-                place
-                for place, prefix in zip(places, prefixes, strict=True)
-                # there is a snapshot, or the first one that comes leaves one
-                if self._shared.part_at(prefix) or self.store.has(prefix)
-            ),
-            default=0,
-        )
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
@@ -237,12 +193,13 @@ class PrefixCache(PrefixFinder):
             else:
                 is_again = request.num_preemptions > 0
                 self.store.count_hit(hit.snapshot, start, is_again=is_again)
+                self._first_turns.hit(hit.snapshot)
         if self.blocks.serves(request):
             has_copies = hit is not None and hit.num_shared < len(hit.row)
             self.blocks.begin(request, has_copies=has_copies)
             return
         if self._earlier is not None:
-            self._earlier.begin(request, None if hit is None else hit.snapshot)
+            self._earlier.begin(request)
         places = self._places.between(request, start)
         if places:
             prefixes = [*self._keys.keys(request, places)]
@@ -281,8 +238,14 @@ class PrefixCache(PrefixFinder):
     def end(self, request: Request, row: Sequence[KVCacheBlock]) -> None:
         """Take note that a request is done, before it lets go of its row."""
         self.blocks.forget(request)
+        if self._later is not None:
+            self._later.end(request)
         if self._earlier is not None:
             self._earlier.end(request, row)
+
+    def reset(self) -> None:
+        """Take note that vLLM has emptied its cache: nothing was pushed out."""
+        self._first_turns.forget()
 
     def drop(self, request_id: str, row: Sequence[KVCacheBlock]) -> None:
         """Forget a request that is preempted or done, and lets go of its row."""

@@ -119,6 +119,14 @@ class SnapshotStore:
         snapshot = self._snapshots.get(prefix)
         return snapshot is not None and snapshot.is_whole
 
+    def has_ends(self, prefix: BlockHash) -> bool:
+        """Return whether vLLM has not begun to hand out a prefix's snapshot.
+
+        As far as can be told in constant time; not a look-up.
+        """
+        snapshot = self._snapshots.get(prefix)
+        return snapshot is not None and snapshot.has_ends
+
     def may_have(self, prefix: BlockHash) -> bool:
         """Return whether there is a snapshot of a prefix, whole or not."""
         return prefix in self._snapshots
