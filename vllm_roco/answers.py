@@ -33,7 +33,8 @@ def turn_lengths(tokens: np.ndarray, turn_end_token_ids: Collection[int]) -> np.
     Returns:
         `[num_turns]` int64, ascending, the end token included.
     """
-    # without a step of Python for each token, or for each that ends a turn
+    # without a step of Python for each token, or for each that ends a turn; by comparing
+    # the few that do, not by a table of all ids
     return np.flatnonzero(np.isin(tokens, [*turn_end_token_ids], kind="sort")) + 1
 
 
@@ -46,8 +47,8 @@ class Answers:
             turn that was answered.
         ends: Of each the length at which it ends, its end token included. `NEVER` for
             one that is yet to be written, or goes on.
-        question_start: Where the turn before the last one that begins ends: what was
-            asked last stands behind it.
+        question_start: Length at which the turn before the last question ends, 0 if
+            there is none. Too short where no token ends that question.
     """
 
     starts: Sequence[int] = ()
@@ -117,7 +118,7 @@ class Answers:
 
         Args:
             num_prompt_tokens: Length of this one.
-            max_tokens: Most tokens of its answer.
+            max_tokens: Most tokens of its answer, which count in a first turn alone.
 
         Returns:
             None if nobody is asked for an answer.

@@ -499,7 +499,8 @@ def run(tests: tuple[str, ...], folder: Path) -> tuple[bool, str]:
         raise RuntimeError(f"pytest could not run:\n{done.stdout[-4000:]}")
     lines = done.stdout.strip().splitlines()
     failed = [line for line in lines if line.startswith("FAILED")]
-    return done.returncode == 0, (failed or lines)[-1]
+    passed = [line for line in lines if " passed" in line]
+    return done.returncode == 0, (failed or passed or lines)[-1]
 
 
 def main(words: list[str]) -> int:
