@@ -186,11 +186,9 @@ def test_a_reset_cache_does_not_show_that_nobody_goes_on() -> None:
     assert others == [QUESTION]
 
 
-@pytest.mark.parametrize("question", range(5, 20))
-def test_a_first_turn_may_be_less_than_a_block(
-    monkeypatch: MonkeyPatch, question: int
-) -> None:
-    """A look was behind the prompt's last whole block."""
+@pytest.fixture
+def driver_of_larger_blocks(monkeypatch: MonkeyPatch) -> Driver:
+    """Blocks of 16 tokens."""
     monkeypatch.setattr(scheduler_driver, "BLOCK_SIZE", 16)
     driver = Driver(
         Setup(
@@ -204,6 +202,30 @@ def test_a_first_turn_may_be_less_than_a_block(
         )
     )
     part_behind(HEADER, driver)
+    return driver
+
+
+def test_short_questions_at_once_are_no_samples_of_one_prompt(
+    driver_of_larger_blocks: Driver,
+) -> None:
+    """They have all their whole blocks in common, those of the header."""
+    driver = driver_of_larger_blocks
+    cache = driver.scheduler.prefix_cache
+    assert cache is not None
+    before = cache.counts().published_snapshots
+    for number in range(2):
+        driver.add(0, 20, prompt=[*HEADER, *[20 + number] * 10, END, *CUE])
+    driver.drain(1000)
+    # where their answers ended
+    assert cache.counts().published_snapshots == before + 2
+
+
+@pytest.mark.parametrize("question", range(5, 20))
+def test_a_first_turn_may_be_less_than_a_block(
+    driver_of_larger_blocks: Driver, question: int
+) -> None:
+    """A look was behind the prompt's last whole block."""
+    driver = driver_of_larger_blocks
     driver.add(0, 4, prompt=[*HEADER, *[20] * question, END, *CUE])
     driver.drain(1000)
 

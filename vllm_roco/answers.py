@@ -33,8 +33,8 @@ def turn_lengths(tokens: np.ndarray, turn_end_token_ids: Collection[int]) -> np.
     Returns:
         `[num_turns]` int64, ascending, the end token included.
     """
-    # without a step of Python for each token, or for each that ends a turn; by comparing
-    # the few that do, not by a table of all ids
+    # without a step of Python for each token, or for each that ends a turn; compared
+    # with the few ids that do, without a table of all
     return np.flatnonzero(np.isin(tokens, [*turn_end_token_ids], kind="sort")) + 1
 
 
