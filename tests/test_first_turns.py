@@ -251,6 +251,22 @@ def test_questions_about_one_document_behind_a_header_share_it() -> None:
     assert saved[-1] == len(document), saved
 
 
+def test_samples_of_a_first_turn_share_its_blocks() -> None:
+    most_held = []
+    for cue in ((), CUE):
+        driver = driver_of(answer_start_token_ids=cue, budget=256, stride=8)
+        part_behind(HEADER, driver)
+        pool = driver.scheduler.kv_cache_manager.block_pool
+        for _ in range(4):
+            driver.add(0, 8, prompt=[*HEADER, *[20] * 30, END, *CUE])
+        held = []
+        while driver.scheduler.has_requests():
+            driver.step()
+            held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        most_held.append(max(held))
+    assert most_held[0] == most_held[1]
+
+
 def test_a_first_turn_asked_again_is_not_read_again() -> None:
     driver = driver_of_longer()
     part_behind(HEADER, driver)

@@ -287,6 +287,13 @@ MUTANTS = (
         ("tests/test_first_turns.py",),
     ),
     Mutant(
+        "of samples of a first turn the first one shares nothing",
+        "kv_cache/prefix_cache.py",
+        "            self.blocks.read_as_sample(request)\n",
+        "            pass\n",
+        ("tests/test_first_turns.py",),
+    ),
+    Mutant(
         "a first turn's end that is pushed out is not counted",
         "kv_cache/first_turns.py",
         "self._outcomes.append(False)",

@@ -144,13 +144,28 @@ class BlockCache:
 
         So its statistics are of its own queries, and the next turn of its conversation
         may begin where its answer ends, though it evicts. Samples of one prompt share
-        its blocks instead.
+        its blocks instead, see `read_as_sample`.
         """
-        first = self._first_to_ask.setdefault(self._prompt_key(request), request)
-        if first is request:
+        if not self.read_as_sample(request):
+            self._first_to_ask[self._prompt_key(request)] = request
             self._for_next_turn.add(request.request_id)
-        elif not first.num_computed_tokens:
+
+    def read_as_sample(self, request: Request) -> bool:
+        """Return whether another request with the same prompt was to be read alone.
+
+        It is not, unless it has begun: its blocks serve both.
+
+        Args:
+            request: A new request.
+        """
+        if not self._first_to_ask:
+            return False
+        first = self._first_to_ask.get(self._prompt_key(request))
+        if first is None:
+            return False
+        if not first.num_computed_tokens:
             self._for_next_turn.discard(first.request_id)
+        return True
 
     def forget(self, request: Request) -> None:
         """Forget how a request was to be read that is done."""

@@ -154,6 +154,8 @@ class PrefixCache(PrefixFinder):
             or later.reads_turn(request, places, prefixes)
         ):
             self.blocks.read_for_next_turn(request)
+        else:
+            self.blocks.read_as_sample(request)
 
     def offer(self, request: Request, max_tokens: int | None = None) -> Hit | None:
         """Return what a request may begin with, None for nothing.
