@@ -20,6 +20,8 @@ CUE = (3, 4)
 """What a template puts behind a question."""
 NUM_TURNS, NUM_ASKED, NUM_WRITTEN = 8, 30, 45
 """An answer is longer than a stride, so that something is evicted in most of them."""
+NUM_OF_HEADER, NUM_TURNS_BEHIND = 64, 4
+"""A header that others share, and the turns of the conversation behind it."""
 _OPTIONS = roco_arguments(SMALL_BUDGET)["additional_config"]["roco"]
 CHAT: dict[str, Any] = {
     "additional_config": {
@@ -39,25 +41,40 @@ def check_next_turns(start: Callable[..., AbstractContextManager[Engine]]) -> No
         start: Starts an engine with further arguments of `LLM`.
     """
     with start(**CHAT) as engine:
-        expected = _conversation(engine)
+        expected = _conversations(engine)
     with (
         start(**CHAT, enable_prefix_caching=True) as engine,
         audited_manager(engine),
         poisoned_free_blocks(engine),
     ):
-        found = _conversation(engine)
+        found = _conversations(engine)
         assert_whole(engine)
     _check_turns(found, expected)
 
 
-def _conversation(engine: Engine) -> list[Ending]:
+def _conversations(engine: Engine) -> list[Ending]:
+    """Return how the turns of two conversations end: alone, and behind a header."""
+    alone = _conversation(engine, [], NUM_TURNS, seed=0)
+    header = [*_said(NUM_OF_HEADER - 1, seed=100), END]
+    # on to another place where a snapshot can be
+    for other in range(2):
+        engine.run([(*header, *_said(SMALL_BUDGET.chunk + 1, seed=101 + other))], 1)
+    return alone + _conversation(engine, header, NUM_TURNS_BEHIND, seed=200)
+
+
+def _said(num_tokens: int, seed: int) -> list[int]:
+    """Return random tokens that end nothing."""
+    drawn = random_prompt(2 * num_tokens, seed)
+    return [token for token in drawn if token != END][:num_tokens]
+
+
+def _conversation(
+    engine: Engine, text: list[int], num_turns: int, seed: int
+) -> list[Ending]:
     """Ask question after question, and return how each turn ends."""
-    text: list[int] = []
     endings: list[Ending] = []
-    for turn in range(NUM_TURNS):
-        said = random_prompt(2 * NUM_ASKED, seed=turn)
-        text += [token for token in said if token != END][:NUM_ASKED]
-        text += [END, *CUE]
+    for turn in range(num_turns):
+        text = [*text, *_said(NUM_ASKED, seed + turn), END, *CUE]
         endings += run_to_the_end(
             engine, [tuple(text)], NUM_WRITTEN, logit_bias={END: -100.0}
         )
@@ -74,4 +91,8 @@ def _check_turns(found: list[Ending], expected: list[Ending]) -> None:
     turn = NUM_ASKED + 1 + len(CUE) + NUM_WRITTEN + 1
     begun = [number * turn - 2 for number in range(2, NUM_TURNS)]
     # nothing evicts in the first turn; the second was read for the third one's sake
-    assert [ending.num_cached_tokens for ending in found] == [0, 0, *begun]
+    assert [ending.num_cached_tokens for ending in found[:NUM_TURNS]] == [0, 0, *begun]
+    # behind a header that others have left, the first one was read for those behind it
+    begun = [NUM_OF_HEADER + number * turn - 2 for number in range(1, NUM_TURNS_BEHIND)]
+    behind = [ending.num_cached_tokens for ending in found[NUM_TURNS:]]
+    assert behind == [NUM_OF_HEADER, *begun]
