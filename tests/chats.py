@@ -134,6 +134,16 @@ def driver_of_longer(**changes: Any) -> Driver:
     return driver_of(answer_start_token_ids=CUE, **longer)
 
 
+def most_blocks_held(driver: Driver) -> int:
+    """Serve all that is asked, and return the most blocks in use behind a step."""
+    pool = driver.scheduler.kv_cache_manager.block_pool
+    held = []
+    while driver.scheduler.has_requests():
+        driver.step()
+        held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+    return max(held)
+
+
 def part_behind(header: list[int], driver: Driver) -> None:
     """Let two prompts show where they part."""
     for other in range(2):

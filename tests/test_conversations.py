@@ -33,6 +33,7 @@ from tests.chats import (
     crowd,
     driver_of,
     driver_of_longer,
+    most_blocks_held,
     part_behind,
 )
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
@@ -264,15 +265,10 @@ def test_samples_of_one_prompt_share_its_blocks_whatever_the_next_turn_does() ->
     most_held = []
     for cue in ((), CUE):
         driver = driver_of(answer_start_token_ids=cue, budget=200)
-        pool = driver.scheduler.kv_cache_manager.block_pool
         text = [*[2] * 60, END, *CUE, 3, END, *[4] * 90, END, *CUE]
         for _ in range(4):
             driver.add(0, 20, prompt=text)
-        held = []
-        while driver.scheduler.has_requests():
-            driver.step()
-            held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-        most_held.append(max(held))
+        most_held.append(most_blocks_held(driver))
     assert most_held[0] == most_held[1]
     assert most_held[1] < 2 * len(text) // BLOCK_SIZE
 

@@ -21,6 +21,7 @@ from tests.chats import (
     crowd,
     driver_of,
     driver_of_longer,
+    most_blocks_held,
     part_behind,
 )
 from tests.scheduler_driver import BLOCK_SIZE, Driver, Setup
@@ -256,14 +257,9 @@ def test_samples_of_a_first_turn_share_its_blocks() -> None:
     for cue in ((), CUE):
         driver = driver_of(answer_start_token_ids=cue, budget=256, stride=8)
         part_behind(HEADER, driver)
-        pool = driver.scheduler.kv_cache_manager.block_pool
         for _ in range(4):
             driver.add(0, 8, prompt=[*HEADER, *[20] * 30, END, *CUE])
-        held = []
-        while driver.scheduler.has_requests():
-            driver.step()
-            held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-        most_held.append(max(held))
+        most_held.append(most_blocks_held(driver))
     assert most_held[0] == most_held[1]
 
 
@@ -306,17 +302,12 @@ def test_nothing_is_done_for_turns_that_are_too_long_for_the_model(
     driver.drain(1000)
     for other in range(4):
         driver.add(0, 208, prompt=[*HEADER, *[20 + other] * 200, END, *CUE])
-    pool = driver.scheduler.kv_cache_manager.block_pool
-    held = []
-    while driver.scheduler.has_requests():
-        driver.step()
-        held.append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
     # the header once
-    assert max(held) <= (len(HEADER) + 4 * 412) // BLOCK_SIZE, max(held)
+    assert most_blocks_held(driver) <= (len(HEADER) + 4 * 412) // BLOCK_SIZE
 
 
 def test_a_batch_behind_a_header_takes_no_longer_for_turns_that_never_come() -> None:
-    """All are told to hold the header alone before the first has shown its lot."""
+    """All hold the header alone before it is known whether the first goes on."""
     num_steps = []
     for cue in ((), CUE):
         driver = driver_of(
@@ -339,7 +330,7 @@ def test_first_turns_in_a_crowd_leave_what_each_would_alone(
     mode: dict[str, Any],
 ) -> None:
     """Behind one header, which some of them share while others copy it."""
-    lots: list[bool] = []
+    outcomes: list[bool] = []
     num_shared = 0
     for seed in range(16):
         random = Random(seed)
@@ -361,8 +352,8 @@ def test_first_turns_in_a_crowd_leave_what_each_would_alone(
         crowd(driver, random, texts, range(10, 24), share_that_ends=0.4)
         cache = driver.scheduler.prefix_cache
         assert cache is not None
-        lots += cache._first_turns._outcomes
+        outcomes += cache._first_turns._outcomes
         num_shared += driver.worker.num_shared
-    assert lots.count(True) > 8
-    assert lots.count(False) > 8
+    assert outcomes.count(True) > 8
+    assert outcomes.count(False) > 8
     assert num_shared > 100

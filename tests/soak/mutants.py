@@ -282,8 +282,8 @@ MUTANTS = (
     Mutant(
         "short questions behind a header pass for samples of one prompt",
         "kv_cache/block_cache.py",
-        'b"".join(hashes[-1:]) + array("q", tail).tobytes()',
-        'b"".join(hashes[-1:])',
+        'whole + array("q", tail).tobytes()',
+        "whole",
         ("tests/test_first_turns.py",),
     ),
     Mutant(

@@ -177,10 +177,11 @@ class BlockCache:
 
     def _prompt_key(self, request: Request) -> BlockHash:
         """Return what stands for a whole prompt, the same for its samples."""
-        start = request.num_prompt_tokens // self._block_size * self._block_size
-        hashes = request.block_hashes[: start // self._block_size]
+        num_blocks = request.num_prompt_tokens // self._block_size
+        whole = request.block_hashes[num_blocks - 1] if num_blocks else b""
+        start = num_blocks * self._block_size
         tail = request.all_token_ids[start : request.num_prompt_tokens]
-        return BlockHash(b"".join(hashes[-1:]) + array("q", tail).tobytes())
+        return BlockHash(whole + array("q", tail).tobytes())
 
     def may_evict(self, request: Request) -> bool:
         """Return whether a request evicts if it writes as much as it may."""

@@ -185,6 +185,7 @@ class PrefixCache(PrefixFinder):
         if self._offered is None or self._offered[0].request_id != request_id:
             return
         request, hit = self._offered
+        # nobody asks about it again, and both would hold on to it
         self._offered = self._looked = None
         self._stop_waiting(request_id)
         start = 0
