@@ -8,6 +8,7 @@ every shape and boundary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,7 +22,8 @@ from vllm_roco.ops.device import H100, Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.prefill_attention import prefill_attention
-from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill
+from vllm_roco.ops.prefill_plan import PrefillScratch, plan_prefill
 from vllm_roco.ops.score_blocks import SCORES, first_statistics
 from vllm_roco.ops.select_victims import select_victims
 from vllm_roco.request_options.planner import RequestPlanner
@@ -124,49 +126,53 @@ def check_prefill(
     device: torch.device, dtype: torch.dtype, *, in_fp8: bool = False
 ) -> None:
     """Raise AssertionError unless prompts are attended and measured as by PyTorch."""
-    cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
-    scales = None
-    if in_fp8:
-        cache, scales = _in_fp8(cache)
-    k_scale, v_scale = scales or (None, None)
-    query_len, length = 40, WIDTH * BLOCK_SIZE - 5
-    query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
-    statistics = page.statistics_view(cache)
-    output = torch.empty_like(query)
-    lse = torch.empty(query.shape[1], query_len, device=device)
-    prefill_attention(
-        query=query,
-        kv_cache=cache,
-        query_start_loc=_int32([0, query_len], device),
-        live_table=table,
-        live_lens=_int32([length], device),
-        output=output,
-        lse=lse,
-        max_query_len=query_len,
-        scale=SCALE,
-        k_scale=k_scale,
-        v_scale=v_scale,
+    plan = plan_prefill(
+        head_size=HEAD_SIZE,
+        block_size=BLOCK_SIZE,
+        dtype=dtype,
+        device=Device.of(device) if device.type == "cuda" else H100,
     )
-    measure_prefill(
-        query=query,
-        kv_cache=cache,
-        lse=lse,
-        query_start_loc=_int32([0, query_len], device),
-        live_table=table,
-        live_lens=_int32([length], device),
-        evicted_before=_int32([0], device),
-        statistics=statistics,
-        max_live_tokens=length,
-        plan=plan_prefill(
-            head_size=HEAD_SIZE,
-            block_size=BLOCK_SIZE,
-            dtype=dtype,
-            device=Device.of(device) if device.type == "cuda" else H100,
-        ),
-        scale=SCALE,
-        k_scale=k_scale,
-    )
-    _assert_step(query, cache, table[0], length, output, scales)
+    scratch = PrefillScratch.allocate(device)
+    for splits in (1, 2):
+        cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
+        scales = None
+        if in_fp8:
+            cache, scales = _in_fp8(cache)
+        k_scale, v_scale = scales or (None, None)
+        query_len, length = 40, WIDTH * BLOCK_SIZE - 5
+        query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
+        statistics = page.statistics_view(cache)
+        output = torch.empty_like(query)
+        lse = torch.empty(query.shape[1], query_len, device=device)
+        prefill_attention(
+            query=query,
+            kv_cache=cache,
+            query_start_loc=_int32([0, query_len], device),
+            live_table=table,
+            live_lens=_int32([length], device),
+            output=output,
+            lse=lse,
+            max_query_len=query_len,
+            scale=SCALE,
+            k_scale=k_scale,
+            v_scale=v_scale,
+        )
+        measure_prefill(
+            query=query,
+            kv_cache=cache,
+            lse=lse,
+            query_start_loc=_int32([0, query_len], device),
+            live_table=table,
+            live_lens=_int32([length], device),
+            evicted_before=_int32([0], device),
+            statistics=statistics,
+            max_live_tokens=length,
+            plan=replace(plan, splits=splits),
+            scratch=scratch,
+            scale=SCALE,
+            k_scale=k_scale,
+        )
+        _assert_step(query, cache, table[0], length, output, scales)
 
 
 def check_eviction(device: torch.device, dtype: torch.dtype) -> None:

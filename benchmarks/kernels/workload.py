@@ -27,7 +27,8 @@ from vllm_roco.ops.decode.plan import (
     plan_decode,
 )
 from vllm_roco.ops.device import Device
-from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill
+from vllm_roco.ops.prefill_plan import PrefillPlan, PrefillScratch
 
 DTYPE = torch.bfloat16
 SMALLEST_BLOCK = 16
@@ -269,6 +270,7 @@ class Workload:
     def prefill_mass(self, plan: PrefillPlan, block_size: int = 16) -> list[Call]:
         """Return our prompt kernel's calls, one a layer; arguments as of `roco`."""
         shape, table = self.shape, self.table(block_size)
+        scratch = PrefillScratch.allocate(self.pool.device)
         # any log-sum-exp will do for timing: weights above 1 cost what others do
         lse = torch.full(
             (shape.q_heads, shape.batch * shape.query_len),
@@ -288,6 +290,7 @@ class Workload:
                 statistics=page.statistics_view(cache),
                 max_live_tokens=shape.context,
                 plan=plan,
+                scratch=scratch,
                 scale=self.scale,
             )
             for cache in self.caches(block_size, token_major=False, has_statistics=True)

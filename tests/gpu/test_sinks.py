@@ -29,7 +29,7 @@ from vllm_roco.attention.bound_caches import CacheViews
 from vllm_roco.attention.cuda.metadata import Prefills
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.ops.device import Device
-from vllm_roco.ops.prefill_mass import plan_prefill
+from vllm_roco.ops.prefill_plan import PrefillScratch, plan_prefill
 
 pytestmark = pytest.mark.gpu
 
@@ -159,6 +159,7 @@ def test_prompts_through_flash_attention(
                 dtype=case.query.dtype,
                 device=Device.of(device),
             ),
+            scratch=PrefillScratch.allocate(device),
         ),
     )
     assert_as_good_as(output, exact.output, low.output)

@@ -15,7 +15,13 @@ from tests.ops.paged_case import (
     boundary_lengths,
 )
 from vllm_roco.ops.device import H100
-from vllm_roco.ops.prefill_mass import PrefillPlan, measure_prefill, plan_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill
+from vllm_roco.ops.prefill_plan import (
+    SUMS,
+    PrefillPlan,
+    PrefillScratch,
+    plan_prefill,
+)
 
 
 def check(
@@ -36,6 +42,7 @@ def run(
     *,
     soft_cap: float = 0.0,
     plan: PrefillPlan | None = None,
+    scratch: PrefillScratch | None = None,
 ) -> None:
     """Run the kernel, which updates the case's statistics."""
     measure_prefill(
@@ -55,6 +62,7 @@ def run(
             dtype=case.query.dtype,
             device=H100,
         ),
+        scratch=scratch or PrefillScratch.allocate(case.query.device),
         scale=case.scale,
         soft_cap=soft_cap,
         k_scale=case.k_scale,
@@ -66,11 +74,15 @@ def test_head_shapes(heads: Heads, device: torch.device) -> None:
     check(PagedCase.build([(40, 40), (5, 70), (1, 33), (0, 0)], heads, device))
 
 
-def test_queries_that_are_no_numbers_are_counted_alone(device: torch.device) -> None:
+@pytest.mark.parametrize("splits", [1, 3])
+def test_queries_that_are_no_numbers_are_counted_alone(
+    splits: int, device: torch.device
+) -> None:
     """See `tests/policy/test_statistics.py`; other rows' blocks are as always."""
     case = PagedCase.build([(40, 70), (17, 33)], Heads(4, 2, 16), device)
     case.query[:40] = torch.nan
-    check(case)
+    plan = PrefillPlan(rows=16, columns=16, num_warps=4, num_stages=2, splits=splits)
+    check(case, plan=plan)
     of_row = case.live_table[0, :5].long()
     assert case.statistics[of_row].isfinite().all()
 
@@ -154,3 +166,67 @@ def test_sinks_are_in_the_log_sum_exp(device: torch.device) -> None:
     case = PagedCase.build([(30, 90), (17, 17)], Heads(6, 2, 32), device)
     case.add_sinks()
     check(case)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8])
+def test_programs_share_the_queries_of_a_run(splits: int, device: torch.device) -> None:
+    """Also of runs that fewer tiles of queries see than there are programs."""
+    rows = [(70, 150), (17, 17), (1, 40), (0, 0), (130, 130)]
+    plan = PrefillPlan(rows=16, columns=32, num_warps=4, num_stages=2, splits=splits)
+    scratch = PrefillScratch.allocate(device)
+    scratch.sums.fill_(torch.nan)
+    # the second launch finds what the first one left
+    for _ in range(2):
+        case = PagedCase.build(rows, Heads(6, 2, 32), device)
+        exact = case.expected()
+        run(case, exact.lse, plan=plan, scratch=scratch)
+        case.check_tails(exact)
+        assert not scratch.arrivals.any()
+
+
+LONE = dict(
+    num_rows=1,
+    num_q_heads=32,
+    num_kv_heads=8,
+    block_size=16,
+    max_query_len=1024,
+    max_live_tokens=3328,
+)
+"""A chunk of a prompt that evicts, of Llama-3.1-8B."""
+
+
+@pytest.mark.parametrize(
+    ("step", "splits"),
+    [
+        (LONE, 1),
+        # a quarter of the heads, as on four tensor ranks
+        (LONE | dict(num_q_heads=8, num_kv_heads=2), 3),
+        (LONE | dict(num_q_heads=28, num_kv_heads=4), 2),
+        # enough programs, of which some have four times as much to do
+        (LONE | dict(num_rows=2, max_query_len=4096, max_live_tokens=4096), 4),
+        # a tile has one program
+        (LONE | dict(num_kv_heads=1, max_query_len=64), 1),
+        # no room to tell each other more
+        (LONE | dict(num_rows=64, max_query_len=65536), 1),
+    ],
+)
+def test_splits_of_a_step(step: dict[str, int], splits: int) -> None:
+    plan = plan_prefill(
+        head_size=128, block_size=16, dtype=torch.bfloat16, device=H100
+    ).for_step(**step)
+    assert plan.splits == splits
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize("num_rows", [1, 7, 40, 500])
+def test_shares_have_room(num_rows: int, block_size: int) -> None:
+    plan = plan_prefill(
+        head_size=128, block_size=block_size, dtype=torch.bfloat16, device=H100
+    ).for_step(**(LONE | dict(num_rows=num_rows, block_size=block_size)))
+    if plan.splits == 1:
+        return
+    runs = num_rows * 8 * plan.runs(3328, block_size)
+    scratch = PrefillScratch.allocate(torch.device("cpu"))
+    assert runs <= scratch.arrivals.numel()
+    numbers = runs * plan.splits * SUMS * plan.blocks(block_size)
+    assert numbers <= scratch.sums.numel()

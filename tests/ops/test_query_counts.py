@@ -18,7 +18,8 @@ from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, DecodeScratchSize
 from vllm_roco.ops.device import H100
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
-from vllm_roco.ops.prefill_mass import measure_prefill, plan_prefill
+from vllm_roco.ops.prefill_mass import measure_prefill
+from vllm_roco.ops.prefill_plan import PrefillScratch, plan_prefill
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_SIZE = 16, 2, 2, 32
 SCALE = HEAD_SIZE**-0.5
@@ -106,6 +107,7 @@ class Pages:
                     dtype=query.dtype,
                     device=H100,
                 ),
+                scratch=PrefillScratch.allocate(self.device),
                 scale=SCALE,
                 **tables,
             )

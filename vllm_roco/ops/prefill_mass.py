@@ -4,30 +4,28 @@
 Attention itself is FlashAttention's, which keeps no weights. From its log-sum-exp the
 weights are recomputed here, summed over the tokens of each block, averaged over the
 query heads of a group and only then squared. A program owns a run of blocks of one
-(row, kv head) and goes through the row's queries in order, so each block has one writer
-and the sums are the same in every run.
+(row, kv head) and goes through the row's queries in order, or through its share of
+them; whoever is done last adds the shares up, in their order. So each block has one
+writer, and the sums are the same in every run.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_roco.ops.device import Device
 from vllm_roco.ops.fp8 import load_scale, scale_stride, unpack
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
+from vllm_roco.ops.prefill_plan import SUMS, PrefillPlan, PrefillScratch
 from vllm_roco.ops.statistics import read_statistics, write_statistics
 
 # of a tensor core's product a thread holds rows r and r + 8 of every 16, and four
 # threads share a row's columns, two adjacent ones each
 HALF = tl.constexpr(8)
 LANES = tl.constexpr(4)
-MIN_ROWS = 16
-"""Queries of the smallest tile that tensor cores multiply."""
+NUM_SUMS = tl.constexpr(SUMS)
 
 
 @triton.jit
@@ -96,9 +94,50 @@ def _by_lane(
     return tl.sum(tl.sum(turns, 4), 2)
 
 
+@triton.jit
+def _shared(
+    sums_ptr,  # [num_runs, splits, NUM_SUMS, BLOCKS] float32
+    arrivals_ptr,  # [num_runs] int32
+    run,
+    split,
+    splits,
+    mass,  # [BLOCKS] float32, over this program's queries
+    squares,  # [BLOCKS] float32, likewise
+    peak,  # [BLOCKS] float32, likewise
+    BLOCKS: tl.constexpr,
+):
+    """Leave a share of a run's sums, and return those of all if it is the last one.
+
+    Returns:
+        Whether it is, and mass, squares and peak over the queries of all shares.
+    """
+    place = tl.arange(0, BLOCKS)
+    sums_ptr += run * splits * NUM_SUMS * BLOCKS
+    mine = sums_ptr + split * NUM_SUMS * BLOCKS + place
+    tl.store(mine, mass)
+    tl.store(mine + BLOCKS, squares)
+    tl.store(mine + 2 * BLOCKS, peak)
+    # all threads have stored before one of them tells the other programs
+    tl.debug_barrier()
+    arrived = tl.atomic_add(arrivals_ptr + run, 1, sem="acq_rel")
+    is_last = arrived == splits - 1
+    if is_last:
+        tl.store(arrivals_ptr + run, 0)
+        mass = tl.zeros([BLOCKS], tl.float32)
+        squares = tl.zeros([BLOCKS], tl.float32)
+        peak = tl.zeros([BLOCKS], tl.float32)
+        for other in range(splits):
+            share = sums_ptr + other * NUM_SUMS * BLOCKS + place
+            mass += tl.load(share, cache_modifier=".cg")
+            squares += tl.load(share + BLOCKS, cache_modifier=".cg")
+            largest = tl.load(share + 2 * BLOCKS, cache_modifier=".cg")
+            peak = tl.maximum(peak, largest)
+    return is_last, mass, squares, peak
+
+
 # the rows of prompts lie behind those of decodes, at addresses of all kinds
 @triton.jit(
-    do_not_specialize=["stride_table_row", "stride_lse_head"],
+    do_not_specialize=["splits", "stride_table_row", "stride_lse_head"],
     do_not_specialize_on_alignment=[
         "query_start_loc_ptr",
         "live_table_ptr",
@@ -116,6 +155,9 @@ def _prefill_mass_kernel(
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
     statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
+    sums_ptr,  # [num_rows, num_kv_heads, runs, splits, NUM_SUMS, BLOCKS] float32
+    arrivals_ptr,  # [num_rows, num_kv_heads, runs] int32, 0 between launches
+    splits,
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
     stride_query_token,
@@ -138,7 +180,9 @@ def _prefill_mass_kernel(
     FP8: tl.constexpr,
 ):
     kv_head = tl.program_id(0).to(tl.int64)
-    first_index = tl.program_id(1) * BLOCKS
+    split = tl.program_id(1) % splits
+    run = tl.program_id(1) // splits
+    first_index = run * BLOCKS
     row = tl.program_id(2).to(tl.int64)
 
     length = tl.load(live_lens_ptr + row)
@@ -185,9 +229,13 @@ def _prefill_mass_kernel(
         all_seen = query_len
     masked_tiles = tl.cdiv(tl.minimum(all_seen, query_len) - first_query, ROWS)
     unmasked_query = first_query + tl.maximum(masked_tiles, 0) * ROWS
+    # of which this program has its share
+    tiles = tl.cdiv(query_len - first_query, ROWS)
+    my_first = first_query + tiles * split // splits * ROWS
+    my_end = tl.minimum(first_query + tiles * (split + 1) // splits * ROWS, query_len)
     for part in tl.static_range(2):
-        begin = first_query if part == 0 else unmasked_query
-        end = unmasked_query if part == 0 else query_len
+        begin = my_first if part == 0 else tl.maximum(unmasked_query, my_first)
+        end = tl.minimum(unmasked_query, my_end) if part == 0 else my_end
         # the heads of a group take turns at a tile; what the threads that share a block
         # have is put together once for all heads
         shares = tl.zeros([ROWS, BLOCKS, LANES], tl.float32)
@@ -223,91 +271,52 @@ def _prefill_mass_kernel(
                 peaks = tl.maximum(peaks, tl.max(pairs, 1))
                 shares = tl.zeros([ROWS, BLOCKS, LANES], tl.float32)
 
-    index = first_index + tl.arange(0, BLOCKS)
-    block, before = read_statistics(
-        statistics_ptr,
-        stride_statistics_block,
-        kv_head,
-        table_ptr,
-        index,
-        length,
-        BLOCK_SIZE,
-    )
-    write_statistics(
-        statistics_ptr,
-        stride_statistics_block,
-        kv_head,
-        tl.num_programs(0),
-        block,
-        before,
-        index,
-        length,
-        query_len,
-        tl.load(evicted_before_ptr + row),
-        tl.sum(tl.sum(masses, 0), 0),
-        tl.sum(tl.sum(squares, 0), 0),
-        tl.max(tl.max(peaks, 0), 0),
-        BLOCK_SIZE,
-    )
+    mass = tl.sum(tl.sum(masses, 0), 0)
+    square = tl.sum(tl.sum(squares, 0), 0)
+    peak = tl.max(tl.max(peaks, 0), 0)
+    is_last = splits == 1
+    if splits > 1:
+        is_last, mass, square, peak = _shared(
+            sums_ptr,
+            arrivals_ptr,
+            (row * tl.num_programs(0) + kv_head) * (tl.num_programs(1) // splits) + run,
+            split,
+            splits,
+            mass,
+            square,
+            peak,
+            BLOCKS,
+        )
+    if is_last:
+        index = first_index + tl.arange(0, BLOCKS)
+        live, before = read_statistics(
+            statistics_ptr,
+            stride_statistics_block,
+            kv_head,
+            table_ptr,
+            index,
+            length,
+            BLOCK_SIZE,
+        )
+        write_statistics(
+            statistics_ptr,
+            stride_statistics_block,
+            kv_head,
+            tl.num_programs(0),
+            live,
+            before,
+            index,
+            length,
+            query_len,
+            tl.load(evicted_before_ptr + row),
+            mass,
+            square,
+            peak,
+            BLOCK_SIZE,
+        )
 
 
 _launch = Launcher(_prefill_mass_kernel)
-
-
-@dataclass(frozen=True)
-class PrefillPlan:
-    """How the product of queries and keys is tiled.
-
-    Attributes:
-        rows: Queries, a power of two of at least 16.
-        columns: Tokens, a power of two of at least 16; a longer block takes its own.
-        num_warps: Warps of a program.
-        num_stages: Tiles of queries in flight, the one being computed included.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_stages: int
-
-
-def plan_prefill(
-    *, head_size: int, block_size: int, dtype: torch.dtype, device: Device
-) -> PrefillPlan:
-    """Choose a tile that fits in shared memory and registers.
-
-    A program holds the keys of a block or more, and the queries in flight.
-    `benchmarks/kernels/sweep_prefill_mass.py` tells what the others cost.
-
-    Args:
-        head_size: Numbers per head.
-        block_size: Tokens per block.
-        dtype: Element type of the query, in which keys are multiplied.
-        device: Where the kernel runs.
-
-    Raises:
-        NotImplementedError: The keys of a block do not fit on the device.
-    """
-    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
-    # without tensor cores, for float32, the product lives in registers
-    rows, columns, stages = (32, 32, 2) if dtype.itemsize == 4 else (64, 64, 3)
-    keys_bytes = max(columns, triton.next_power_of_2(block_size)) * row_bytes
-    if rows * row_bytes * stages > device.shared_memory // 2:
-        stages = 2
-    while keys_bytes + rows * row_bytes * stages > device.shared_memory:
-        if rows > MIN_ROWS:
-            rows //= 2
-        elif stages > 1:
-            stages -= 1
-        else:
-            raise NotImplementedError(
-                f"roco: block_size = {block_size} is too large for heads of "
-                f"{head_size} numbers of {dtype} on this GPU: a program's "
-                f"{device.shared_memory // 1024} KiB of shared memory must hold the "
-                "keys of a block and some queries. Choose a smaller --block-size; 16 "
-                "always fits."
-            )
-    return PrefillPlan(rows=rows, columns=columns, num_warps=4, num_stages=stages)
 
 
 def measure_prefill(
@@ -322,6 +331,7 @@ def measure_prefill(
     statistics: torch.Tensor,
     max_live_tokens: int,
     plan: PrefillPlan,
+    scratch: PrefillScratch,
     scale: float,
     soft_cap: float = 0.0,
     k_scale: torch.Tensor | None = None,
@@ -343,7 +353,8 @@ def measure_prefill(
             `kv_cache.page.statistics_view` shows them, updated in place; so are the
             first positions behind them.
         max_live_tokens: Bound of `live_lens`, known on the host.
-        plan: The launch's tiles, see `plan_prefill`.
+        plan: The launch's layout, see `plan_prefill`.
+        scratch: What its programs leave for each other.
         scale: Softmax scale.
         soft_cap: Bound of the logits' soft cap, 0 for none.
         k_scale: By what keys are multiplied, float32: one number, or one for each kv
@@ -353,11 +364,12 @@ def measure_prefill(
     _, num_kv_heads, block_size, _ = kv_cache.shape
     num_rows = live_lens.shape[0]
     group = num_q_heads // num_kv_heads
-    block_padded = triton.next_power_of_2(block_size)
-    blocks = max(1, plan.columns // block_padded)
-    max_blocks = triton.cdiv(max_live_tokens, block_size)
+    runs = plan.runs(max_live_tokens, block_size)
+    if plan.splits > 1:
+        most = plan.most_splits(num_rows * num_kv_heads * runs, block_size)
+        assert plan.splits <= most, f"{plan.splits} splits, and room for {most}"
     _launch(
-        (num_kv_heads, triton.cdiv(max_blocks, blocks), num_rows),
+        (num_kv_heads, runs * plan.splits, num_rows),
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
         kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
@@ -368,6 +380,9 @@ def measure_prefill(
         live_lens_ptr=live_lens,
         evicted_before_ptr=evicted_before,
         statistics_ptr=statistics,
+        sums_ptr=scratch.sums,
+        arrivals_ptr=scratch.arrivals,
+        splits=plan.splits,
         logit_scale=logit_scale(scale, soft_cap),
         soft_cap=soft_cap,
         stride_query_token=query.stride(0),
@@ -383,8 +398,8 @@ def measure_prefill(
         HEAD_SIZE=head_size,
         HEAD_PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size,
-        BLOCK_PADDED=block_padded,
-        BLOCKS=blocks,
+        BLOCK_PADDED=triton.next_power_of_2(block_size),
+        BLOCKS=plan.blocks(block_size),
         ROWS=plan.rows,
         SOFT_CAP=soft_cap != 0.0,
         FP8=k_scale is not None,

@@ -17,6 +17,7 @@ from vllm_roco.attention.cuda.step_bounds import StepBounds
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import H100
+from vllm_roco.ops.prefill_plan import PrefillScratch
 
 MIB = 2**20
 
@@ -75,7 +76,8 @@ def test_bytes_are_those_that_tensors_take(policy: str) -> None:
     buffers = StepBuffers.allocate(bounds.rows, bounds.live_blocks, device)
     scratch = torch.empty(bounds.scratch_numbers(H100))
     tensors = [getattr(buffers, field.name) for field in dataclasses.fields(buffers)]
-    taken = sum(tensor.nbytes for tensor in [*tensors, scratch])
+    prefill = vars(PrefillScratch.allocate(device)).values()
+    taken = sum(tensor.nbytes for tensor in [*tensors, scratch, *prefill])
     assert bounds.memory_bytes(H100) == taken
     # each of both fits, from the first number on
     decode = DecodeScratch.over(scratch, bounds.decode_scratch(H100))

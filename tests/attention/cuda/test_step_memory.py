@@ -78,13 +78,14 @@ def test_a_builder_finds_what_the_layers_took(vllm_config: VllmConfig) -> None:
     reserved = memory_of(vllm_config, names[0])
     assert reserved.buffers is not None
     needed = bounds_of(vllm_config, names).memory_bytes(H100)
-    buffers = vars(reserved.buffers).values()
-    assert reserved.scratch.nbytes + sum(x.nbytes for x in buffers) == needed
+    parts = *vars(reserved.buffers).values(), *vars(reserved.prefill).values()
+    assert reserved.scratch.nbytes + sum(x.nbytes for x in parts) == needed
     # builders are made for a throw-away cache first, then for the real one
     for _ in range(2):
         claimed = claim(vllm_config, names)
         assert claimed.buffers is reserved.buffers
         assert claimed.scratch is reserved.scratch
+        assert claimed.prefill is reserved.prefill
 
 
 def test_shapes_have_buffers_of_their_own_and_scratch_together(

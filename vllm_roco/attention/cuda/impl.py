@@ -187,6 +187,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 statistics=views.statistics,
                 max_live_tokens=prefills.max_measured_tokens,
                 plan=prefills.plan,
+                scratch=prefills.scratch,
                 scale=self.scale,
                 soft_cap=self.soft_cap,
                 k_scale=k_scale,

@@ -33,7 +33,7 @@ from vllm_roco.attention.request_rows import request_rows
 from vllm_roco.attention.tensor_ranks import tensor_ranks
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.device import Device
-from vllm_roco.ops.prefill_mass import PrefillPlan, plan_prefill
+from vllm_roco.ops.prefill_plan import PrefillPlan, PrefillScratch, plan_prefill
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Prefills:
         max_live_tokens: Bound of the tokens attended.
         max_measured_tokens: The same for rows that are measured.
         plan: How the kernel that measures them is laid out.
+        scratch: What its programs leave for each other.
     """
 
     first_token: int
@@ -83,6 +84,7 @@ class Prefills:
     max_live_tokens: int
     max_measured_tokens: int
     plan: PrefillPlan
+    scratch: PrefillScratch
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         layers = LayerGroup(layer_names, vllm_config)
         config = validated_config(vllm_config)
         self._block_size = spec.block_size
+        self._num_q_heads, self._num_kv_heads = layers.num_heads, spec.num_kv_heads
         # of prompts, before a step's own tokens
         self._max_kept_tokens = config.max_budget + config.stride - 1
         self._allow_full = config.allow_full
@@ -142,7 +145,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             num_layers=len(layers),
         )
         hardware = Device.of(device)
-        self._buffers, scratch = claim(
+        self._buffers, scratch, self._prefill_scratch = claim(
             cast("list[HasStepMemory]", layers.implementations),
             bounds,
             device,
@@ -220,7 +223,15 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
                 max_query_len=common.max_query_len,
                 max_live_tokens=common.max_seq_len if self._allow_full else measured,
                 max_measured_tokens=measured,
-                plan=self._prefill_plan,
+                plan=self._prefill_plan.for_step(
+                    num_rows=num_prefills,
+                    num_q_heads=self._num_q_heads,
+                    num_kv_heads=self._num_kv_heads,
+                    block_size=self._block_size,
+                    max_query_len=common.max_query_len,
+                    max_live_tokens=measured,
+                ),
+                scratch=self._prefill_scratch,
             )
         return RocoCudaMetadata(
             decodes=decodes,
@@ -258,6 +269,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             max_live_tokens=IDLE_TOKENS,
             max_measured_tokens=IDLE_TOKENS,
             plan=self._prefill_plan,
+            scratch=self._prefill_scratch,
         )
         for plan in (None, *dict.fromkeys(self._plans)):
             yield RocoCudaMetadata(

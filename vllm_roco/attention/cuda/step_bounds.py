@@ -17,6 +17,7 @@ from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.attention.tensor_ranks import num_agreeing_ranks
 from vllm_roco.config import blocks_of
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratchSize, plan_decode
+from vllm_roco.ops.prefill_plan import PrefillScratch
 from vllm_roco.validation import validated_config
 
 if TYPE_CHECKING:
@@ -173,4 +174,5 @@ class StepBounds:
             device: What the kernels are laid out for.
         """
         scratch = self.scratch_numbers(device) * torch.float32.itemsize
-        return StepBuffers.num_bytes(self.rows, self.live_blocks) + scratch
+        buffers = StepBuffers.num_bytes(self.rows, self.live_blocks)
+        return buffers + scratch + PrefillScratch.num_bytes()

@@ -19,6 +19,7 @@ from vllm.logger import init_logger
 from vllm_roco.attention.cuda.step_bounds import StepBounds
 from vllm_roco.attention.cuda.step_buffers import StepBuffers
 from vllm_roco.attention.layers import roco_layers, roco_spec
+from vllm_roco.ops.prefill_plan import PrefillScratch
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -39,10 +40,13 @@ class StepMemory:
         buffers: What the live-table kernel writes, for all layers of the group. None in
             layers behind the first of those that probably become one group.
         scratch: Flat float32, which each kernel overwrites; shared by all groups.
+        prefill: What the programs that measure prompts leave for each other; shared
+            likewise.
     """
 
     buffers: StepBuffers | None
     scratch: torch.Tensor
+    prefill: PrefillScratch
 
 
 class HasStepMemory(Protocol):
@@ -76,12 +80,12 @@ def reserve(vllm_config: VllmConfig, device: torch.device, hardware: Device) -> 
         for spec, layers in groups.items()
     }
     needed = max(bound.scratch_numbers(hardware) for bound in bounds.values())
-    scratch = _scratch(needed, device)
+    scratch, prefill = _scratch(needed, device), PrefillScratch.allocate(device)
     for spec, layers in groups.items():
         buffers = _buffers(bounds[spec], device)
         for place, layer in enumerate(layers):
             keeper = cast("HasStepMemory", layer.impl)
-            keeper.memory = StepMemory(None if place else buffers, scratch)
+            keeper.memory = StepMemory(None if place else buffers, scratch, prefill)
 
 
 def claim(
@@ -89,8 +93,8 @@ def claim(
     bounds: StepBounds,
     device: torch.device,
     hardware: Device,
-) -> tuple[StepBuffers, torch.Tensor]:
-    """Return the buffers and the scratch of a group; for its builder.
+) -> tuple[StepBuffers, torch.Tensor, PrefillScratch]:
+    """Return the buffers and both kinds of scratch of a group; for its builder.
 
     Args:
         keepers: The implementations of the group's layers.
@@ -108,7 +112,8 @@ def claim(
     if scratch is None:
         scratch = _scratch(needed, device)
         _tell("scratch", needed * torch.float32.itemsize)
-    return buffers, scratch
+    prefill = kept[0].prefill if kept else PrefillScratch.allocate(device)
+    return buffers, scratch, prefill
 
 
 def _buffers(bounds: StepBounds, device: torch.device) -> StepBuffers:
