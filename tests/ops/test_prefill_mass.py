@@ -200,7 +200,7 @@ LONE = dict(
     [
         (LONE, 1),
         # a quarter of the heads, as on four tensor ranks
-        (LONE | dict(num_q_heads=8, num_kv_heads=2), 3),
+        (LONE | dict(num_q_heads=8, num_kv_heads=2), 4),
         (LONE | dict(num_q_heads=28, num_kv_heads=4), 2),
         # enough programs, of which some have four times as much to do
         (LONE | dict(num_rows=2, max_query_len=4096, max_live_tokens=4096), 4),

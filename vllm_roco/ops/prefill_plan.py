@@ -19,8 +19,8 @@ SUMS = 3
 LONG_WORK = 64
 """Products of two tiles from which programs share a run's queries."""
 
-PROGRAMS = 2
-"""For each multiprocessor, that are wanted; there is room for three."""
+PROGRAMS = 3
+"""For each multiprocessor, that are wanted; so many it has room for."""
 
 MOST_RUNS = 2048
 """Runs of blocks that a launch may share."""
@@ -96,7 +96,8 @@ class PrefillPlan:
         runs = num_rows * num_kv_heads * self.runs(max_live_tokens, block_size)
         tiles = triton.cdiv(max_query_len, self.rows)
         long = triton.cdiv(tiles * num_q_heads // num_kv_heads, LONG_WORK)
-        wanted = max(long, triton.cdiv(self.programs, runs))
+        # a chunk's tiles are a power of two, and shares should be equal
+        wanted = triton.next_power_of_2(max(long, triton.cdiv(self.programs, runs)))
         most = min(tiles, self.most_splits(runs, block_size))
         return replace(self, splits=max(1, min(wanted, most)))
 
