@@ -115,7 +115,7 @@ def _add_online(online: argparse.ArgumentParser) -> None:
         nargs="+",
         default=every,
         metavar="SHAPE[:MEMORY]",
-        help=f"of {', '.join(SHAPES)}, with `ample` or `scarce` memory or both",
+        help=f"of {', '.join(SHAPES)}; with all of its memories, or `scarce` alone",
     )
     online.add_argument(
         "--sides", nargs="+", choices=ONLINE_SIDES, default=DEFAULT_SIDES

@@ -63,7 +63,8 @@ class Shape(RequestShape):
         least_seconds: How long they go on arriving at least, by more requests than
             `num_requests` where they come fast: a queue takes time to grow.
         memory: KV memory in bytes by name: `scarce` is what a card of 24 GB leaves
-            beside the weights, `ample` has room for all that runs.
+            beside the weights, `scarcer` a GiB less, `ample` has room for all that
+            runs.
         budget: RoCo's.
     """
 
@@ -130,6 +131,7 @@ SHAPES = {
         tpot_ms=50,
         num_requests=40,
         rate=1.25,
+        memory={"ample": 32 * 2**30, "scarce": 5 * 2**30, "scarcer": 4 * 2**30},
     ),
     "reasoning": Shape(
         about="6K tokens to write",
