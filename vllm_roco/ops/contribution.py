@@ -15,6 +15,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_roco.ops.fp8 import unpack
 from vllm_roco.ops.rows import FLAGS, NUM_ROW_FIELDS, SHIELD_BY_CONTRIBUTION
@@ -270,9 +271,9 @@ def shield_by_contribution(
         block_size: Tokens per block.
     """
     num_rows, num_slices, max_blocks = shields.shape
-    head_dim = triton.next_power_of_2(head_size)
+    head_dim = next_power_of_2(head_size)
     tile = max(1, _TILE_NUMBERS // head_dim)
-    tiles = triton.next_power_of_2(triton.cdiv(max_blocks, tile))
+    tiles = next_power_of_2(cdiv(max_blocks, tile))
     num_layers = first_page_of_layer.shape[0]
     shares = max(1, _MOST_PROGRAMS // (num_layers * num_kv_heads))
     grid = (min(num_rows, shares), num_layers, num_kv_heads)

@@ -8,10 +8,29 @@ them, which takes several times as long as the launch itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
+
+_dtype_of = attrgetter("dtype")
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where a call's arguments are of which kind; what differs goes by them in C.
+
+    Attributes:
+        tensors: Returns all tensors of the arguments' values.
+        numbers: Returns what is no tensor, without what varies from call to call.
+        aligned: Returns the tensors whose address a variant is compiled for.
+    """
+
+    tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
+    numbers: Callable[[Sequence[Any]], tuple[Any, ...]]
+    aligned: Callable[[Sequence[Any]], tuple[Any, ...]]
 
 
 class Launcher:
@@ -21,8 +40,7 @@ class Launcher:
     call belong in `do_not_specialize`; those must fit in 32 bits, which is not checked.
     Tensors of which an address may be anything belong in
     `do_not_specialize_on_alignment`.
-    A number is always an int or always a float: 0 and 0.0 are told apart by Triton, not
-    here. The tensors lie on the current device.
+    The tensors lie on the current device.
 
     Args:
         kernel: A function under `triton.jit`.
@@ -35,6 +53,7 @@ class Launcher:
         self._unaligned = frozenset(
             getattr(kernel, "do_not_specialize_on_alignment", None) or ()
         )
+        self._places: dict[tuple[type, ...], _Places] = {}
         self._variants: dict[tuple[object, ...], Any] = {}
 
     def __call__(
@@ -50,18 +69,19 @@ class Launcher:
             options: Triton's, such as `num_warps`; the same names in every call.
             arguments: All of the kernel's arguments, in its order; a tensor first.
         """
-        varying, unaligned = self._varying, self._unaligned
+        values = tuple(arguments.values())
+        kinds = tuple(map(type, values))
+        places = self._places.get(kinds)
+        if places is None:
+            places = self._places[kinds] = self._sorted(arguments)
         key = (
-            next(iter(arguments.values())).get_device(),
+            kinds,
+            values[0].get_device(),
             *options.values(),
-            *(
-                # Triton asks no more of a pointer
-                (argument.dtype, name in unaligned or argument.data_ptr() % 16 == 0)
-                if isinstance(argument, torch.Tensor)
-                else argument
-                for name, argument in arguments.items()
-                if name not in varying
-            ),
+            places.numbers(values),
+            *map(_dtype_of, places.tensors(values)),
+            # Triton asks no more of a pointer
+            *[tensor.data_ptr() % 16 == 0 for tensor in places.aligned(values)],
         )
         variant = self._variants.get(key)
         if variant is None:
@@ -73,4 +93,23 @@ class Launcher:
             # the interpreter returns None
             self._variants[key] = self._kernel[grid](**arguments, **options)
         else:
-            variant[grid](*arguments.values())
+            variant[grid](*values)
+
+    def _sorted(self, arguments: Mapping[str, Any]) -> _Places:
+        """Return where tensors and numbers are among a call's arguments."""
+        tensors, numbers, aligned = [], [], []
+        for place, (name, argument) in enumerate(arguments.items()):
+            if isinstance(argument, torch.Tensor):
+                tensors.append(place)
+                if name not in self._unaligned:
+                    aligned.append(place)
+            elif name not in self._varying:
+                numbers.append(place)
+        return _Places(*map(_getter, (tensors, numbers, aligned)))
+
+
+def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Return what takes values at some places, always as a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import cdiv
 
 from vllm_roco.ops.rows import NUM_ROW_FIELDS, RESIDENT_BLOCKS, STRIDE_BLOCKS, UNTIL
 
@@ -109,7 +110,7 @@ def build_live_table(
     """
     num_rows, width = block_table.shape
     live_width = live_table.shape[1]
-    _live_table_kernel[(num_rows, triton.cdiv(live_width, COLUMNS))](
+    _live_table_kernel[(num_rows, cdiv(live_width, COLUMNS))](
         block_table_ptr=block_table,
         seq_lens_ptr=seq_lens,
         query_start_loc_ptr=query_start_loc,

@@ -12,6 +12,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_roco.ops.fp8 import load_scale, scale_stride, unpack
 from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
@@ -201,9 +202,9 @@ def prefill_attention(
     _, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_q_heads // num_kv_heads
-    group_padded = triton.next_power_of_2(group)
+    group_padded = next_power_of_2(group)
     rows = max(ROWS, group_padded)
-    tiles = triton.cdiv(max_query_len, rows // group_padded)
+    tiles = cdiv(max_query_len, rows // group_padded)
     _prefill_attention_kernel[(num_kv_heads, tiles, live_lens.shape[0])](
         query_ptr=query,
         kv_cache_ptr=kv_cache if k_scale is None else kv_cache.view(torch.uint8),
@@ -232,7 +233,7 @@ def prefill_attention(
         GROUP=group,
         GROUP_PADDED=group_padded,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
+        HEAD_PADDED=next_power_of_2(head_size),
         BLOCK_SIZE=block_size,
         ROWS=rows,
         COLUMNS=COLUMNS,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import next_power_of_2
 
 from vllm_roco.ops.fp8 import load_scale, scale_stride, unpack
 from vllm_roco.ops.launch import Launcher
@@ -396,9 +397,9 @@ def measure_prefill(
         stride_statistics_block=statistics.stride(0),
         GROUP=group,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
+        HEAD_PADDED=next_power_of_2(head_size),
         BLOCK_SIZE=block_size,
-        BLOCK_PADDED=triton.next_power_of_2(block_size),
+        BLOCK_PADDED=next_power_of_2(block_size),
         BLOCKS=plan.blocks(block_size),
         ROWS=plan.rows,
         SOFT_CAP=soft_cap != 0.0,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_roco.ops.device import Device
 
@@ -51,8 +51,7 @@ class PrefillPlan:
 
     def blocks(self, block_size: int) -> int:
         """Return the blocks of a run, which programs have to themselves."""
-        padded: int = triton.next_power_of_2(block_size)
-        return max(1, self.columns // padded)
+        return max(1, self.columns // next_power_of_2(block_size))
 
     def runs(self, max_live_tokens: int, block_size: int) -> int:
         """Return the most runs of a row."""
@@ -94,10 +93,10 @@ class PrefillPlan:
             max_live_tokens: Bound of the rows' live lengths.
         """
         runs = num_rows * num_kv_heads * self.runs(max_live_tokens, block_size)
-        tiles = triton.cdiv(max_query_len, self.rows)
-        long = triton.cdiv(tiles * num_q_heads // num_kv_heads, LONG_WORK)
+        tiles = cdiv(max_query_len, self.rows)
+        long = cdiv(tiles * num_q_heads // num_kv_heads, LONG_WORK)
         # a chunk's tiles are a power of two, and shares should be equal
-        wanted = triton.next_power_of_2(max(long, triton.cdiv(self.programs, runs)))
+        wanted = next_power_of_2(max(long, cdiv(self.programs, runs)))
         most = min(tiles, self.most_splits(runs, block_size))
         return replace(self, splits=max(1, min(wanted, most)))
 
@@ -119,10 +118,10 @@ def plan_prefill(
     Raises:
         NotImplementedError: The keys of a block do not fit on the device.
     """
-    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
+    row_bytes = next_power_of_2(head_size) * dtype.itemsize
     # without tensor cores, for float32, the product lives in registers
     rows, columns, stages = (32, 32, 2) if dtype.itemsize == 4 else (64, 64, 3)
-    keys_bytes = max(columns, triton.next_power_of_2(block_size)) * row_bytes
+    keys_bytes = max(columns, next_power_of_2(block_size)) * row_bytes
     if rows * row_bytes * stages > device.shared_memory // 2:
         stages = 2
     while keys_bytes + rows * row_bytes * stages > device.shared_memory:

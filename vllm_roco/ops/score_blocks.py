@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_roco.ops.contribution import TINY
 from vllm_roco.ops.rows import (
@@ -133,7 +134,7 @@ def first_statistics(statistics: list[torch.Tensor]) -> torch.Tensor:
 
 def padded(max_blocks: int) -> int:
     """Return the blocks that a program looks at at once, a power of two."""
-    return max(16, int(triton.next_power_of_2(max_blocks)))
+    return max(16, next_power_of_2(max_blocks))
 
 
 def warps_per_row(blocks: int) -> int:
@@ -187,7 +188,7 @@ def score_blocks(
         rows_ptr=rows,
         scores_ptr=scores,
         num_layers=num_layers,
-        layers_per_slice=triton.cdiv(num_layers, num_slices),
+        layers_per_slice=cdiv(num_layers, num_slices),
         stride_table_row=live_table.stride(0),
         stride_statistics_block=page_bytes // torch.float32.itemsize,
         max_blocks=max_blocks,

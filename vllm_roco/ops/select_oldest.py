@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from vllm.utils.math_utils import next_power_of_2
 
 from vllm_roco.ops.planned_moves import store_moves
 from vllm_roco.ops.rows import NUM_ROW_FIELDS, RESIDENT_BLOCKS, SINK
@@ -88,6 +89,6 @@ def select_oldest(
         stride_table_row=live_table.stride(0),
         max_moves=max_moves,
         BLOCK_SIZE=block_size,
-        MOVES=triton.next_power_of_2(max_moves),
+        MOVES=next_power_of_2(max_moves),
         num_warps=1,
     )

@@ -17,7 +17,7 @@ tile, the whole block as a rule.
 from __future__ import annotations
 
 import torch
-import triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_roco.ops import fp8
 from vllm_roco.ops.decode.attend import attend_kernel
@@ -96,12 +96,12 @@ def decode_attention(
     measure = statistics is not None
     piece = piece_size(block_size, plan.tile)
     max_pieces = pieces_of(scratch.max_blocks, block_size, plan.tile)
-    head_padded = triton.next_power_of_2(head_size)
+    head_padded = next_power_of_2(head_size)
     is_fp8 = k_scale is not None and v_scale is not None
     if is_fp8:
         kv_cache = kv_cache.view(torch.int16)
         head_padded = max(2 * MIN_WIDTH, head_padded)
-    group_padded = triton.next_power_of_2(group)
+    group_padded = next_power_of_2(group)
     # without statistics no program touches them
     statistics_or_nothing = scratch.partial_lse if statistics is None else statistics
     stride_statistics_block = 0 if statistics is None else statistics.stride(0)
@@ -166,7 +166,7 @@ def decode_attention(
         return
     parts = group
     if measure:
-        parts += triton.cdiv(scratch.max_blocks, COMBINE_BLOCKS)
+        parts += cdiv(scratch.max_blocks, COMBINE_BLOCKS)
     _launch_combine(
         (num_kv_heads, parts, num_rows),
         {"num_warps": 1 if plan.splits <= 8 else 4, **launch_dependent},
@@ -192,7 +192,7 @@ def decode_attention(
         BLOCK_SIZE=block_size,
         PIECE=piece,
         TILE=plan.tile,
-        SPLITS_PADDED=triton.next_power_of_2(plan.splits),
+        SPLITS_PADDED=next_power_of_2(plan.splits),
         COMBINE_BLOCKS=COMBINE_BLOCKS,
         PDL=plan.dependent_launch,
     )

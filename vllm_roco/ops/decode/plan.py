@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
+from vllm.utils.math_utils import cdiv, next_power_of_2
 
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.scratch import carve, total
@@ -80,7 +80,7 @@ class DecodeScratchSize:
             max_live_tokens: Bound of the rows' live lengths.
             measure: Whether statistics are to be kept.
         """
-        max_blocks = triton.cdiv(max_live_tokens, block_size)
+        max_blocks = cdiv(max_live_tokens, block_size)
         # a program that sees all keys of its row needs none of what splits leave
         splits = max(rows * plan.splits * (plan.splits > 1) for rows, plan in plans)
         partial_sums = 0
@@ -177,7 +177,7 @@ def plan_decode(
         dtype: Element type of the cache.
         device: Where the kernels run.
     """
-    token_bytes = 2 * triton.next_power_of_2(head_size) * dtype.itemsize
+    token_bytes = 2 * next_power_of_2(head_size) * dtype.itemsize
 
     def fitting(tile: int, splits: int, num_stages: int) -> DecodePlan:
         tile = max(16, min(128, tile))
@@ -199,7 +199,7 @@ def plan_decode(
     numbers = programs * max_live_tokens * token_bytes // dtype.itemsize
     long = numbers > LONG_WORK * device.num_multiprocessors
     wanted = device.num_multiprocessors * (2 if long else 1)
-    splits = triton.next_power_of_2(max(1, wanted // programs))
+    splits = next_power_of_2(max(1, wanted // programs))
     # a split is worth its share of the second kernel from two tiles on
     most = max(1, max_live_tokens // (2 * tile))
     return fitting(tile, splits=min(splits, most), num_stages=3)
