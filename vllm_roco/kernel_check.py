@@ -126,37 +126,40 @@ def check_prefill(
     device: torch.device, dtype: torch.dtype, *, in_fp8: bool = False
 ) -> None:
     """Raise AssertionError unless prompts are attended and measured as by PyTorch."""
+    cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
+    scales = None
+    if in_fp8:
+        cache, scales = _in_fp8(cache)
+    k_scale, v_scale = scales or (None, None)
     plan = plan_prefill(
         head_size=HEAD_SIZE,
         block_size=BLOCK_SIZE,
         dtype=dtype,
         device=Device.of(device) if device.type == "cuda" else H100,
     )
+    # tiles of queries for two programs, the last of them not full
+    query_len, length = 2 * plan.rows + 5, WIDTH * BLOCK_SIZE - 5
+    query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
+    output = torch.empty_like(query)
+    lse = torch.empty(query.shape[1], query_len, device=device)
+    prefill_attention(
+        query=query,
+        kv_cache=cache,
+        query_start_loc=_int32([0, query_len], device),
+        live_table=table,
+        live_lens=_int32([length], device),
+        output=output,
+        lse=lse,
+        max_query_len=query_len,
+        scale=SCALE,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
     scratch = PrefillScratch.allocate(device)
+    statistics = page.statistics_view(cache)
+    before = statistics.clone()
     for splits in (1, 2):
-        cache, table = _cache(device, dtype, WIDTH), _int32([range(WIDTH)], device)
-        scales = None
-        if in_fp8:
-            cache, scales = _in_fp8(cache)
-        k_scale, v_scale = scales or (None, None)
-        query_len, length = 40, WIDTH * BLOCK_SIZE - 5
-        query = _randn((query_len, GROUP * NUM_KV_HEADS, HEAD_SIZE), device, dtype)
-        statistics = page.statistics_view(cache)
-        output = torch.empty_like(query)
-        lse = torch.empty(query.shape[1], query_len, device=device)
-        prefill_attention(
-            query=query,
-            kv_cache=cache,
-            query_start_loc=_int32([0, query_len], device),
-            live_table=table,
-            live_lens=_int32([length], device),
-            output=output,
-            lse=lse,
-            max_query_len=query_len,
-            scale=SCALE,
-            k_scale=k_scale,
-            v_scale=v_scale,
-        )
+        statistics.copy_(before)
         measure_prefill(
             query=query,
             kv_cache=cache,

@@ -3,9 +3,9 @@
 
     python -m benchmarks.kernels.sweep_prefill_mass --out DIR [--time-limit 240]
 
-Needs one GPU with FlashAttention 3. Writes `prefill_mass_sweep.json`: microseconds of
-attention, and of the masses by every plan and by the one that would be served, over the
-same pages. That the kernel is right on this machine is what
+Needs one GPU with FlashAttention 3. Appends to `prefill_mass.csv`, over the same pages:
+microseconds of attention, and of the masses by every plan; `served` is the one that an
+engine would take. That the kernel is right on this machine is what
 `tests/ops/test_prefill_mass.py` tells.
 """
 
@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import math
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import torch
 from triton.runtime.errors import OutOfResources
 
+from benchmarks import rows
 from benchmarks.kernels.measuring import command, median_of, within
 from benchmarks.kernels.workload import DTYPE, HEADS, Shape, Workload, allocate_pool
 from benchmarks.machine import environment
+from benchmarks.rows import Row, Table
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_plan import PrefillPlan, plan_prefill
 
@@ -48,6 +48,15 @@ PLANS = [
 ]
 
 
+_LAYOUT = ("rows", "columns", "num_warps", "num_stages", "splits")
+TABLE = Table(
+    "prefill_mass",
+    key=[
+        *("gpu", "vllm", "commit", "batch", "query_len", "context", "q_heads"),
+        *("kv_heads", "head_size", "kernel", *_LAYOUT),
+    ],
+    results=["us", "served"],
+)
 MILLISECONDS = 15
 """Length of a measurement."""
 
@@ -55,37 +64,46 @@ MILLISECONDS = 15
 def main() -> None:
     """Run the command line."""
     arguments = command(__doc__, time_limit=240).parse_args()
+    facts = environment()
+    machine = {key: facts[key] for key in ("gpu", "vllm", "commit")}
     pool = allocate_pool(SHAPES)
-    swept: list[dict[str, object]] = []
     for shape in within(arguments.time_limit, SHAPES):
-        workload = Workload(shape, pool)
-        calls = workload.flash(block_size=BLOCK_SIZE, token_major=False, max_splits=0)
-        flash = median_of(calls, MILLISECONDS)
-        plans: list[dict[str, Any]] = []
-        for plan in filter(partial(_has_room, shape), PLANS):
-            entry = dataclasses.asdict(plan)
-            try:
-                entry["us"] = median_of(workload.prefill_mass(plan), MILLISECONDS)
-            except OutOfResources as error:
-                entry["failed"] = str(error)
-            plans.append(entry)
-        plans.sort(key=lambda entry: entry.get("us", math.inf))
-        served = _served(shape)
-        served_us = median_of(workload.prefill_mass(served), MILLISECONDS)
-        swept.append(
-            {
-                "shape": dataclasses.asdict(shape),
-                "flash_us": flash,
-                "served": {**dataclasses.asdict(served), "us": served_us},
-                "plans": plans,
-            }
-        )
-        served_of = f"{served_us} with {served.splits} splits"
-        print(f"{shape}: flash {flash} masses {served_of}, {plans[:3]}", flush=True)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "prefill_mass_sweep.json").write_text(
-        json.dumps({"environment": environment(), "shapes": swept}, indent=1)
-    )
+        work = dataclasses.asdict(shape)
+        del work["fp8"]
+        place = {**machine, **work}
+        if TABLE.has(arguments.out, {**place, "kernel": "flash"}):
+            continue
+        for row in measure(Workload(shape, pool), _served(shape)):
+            TABLE.append(arguments.out, {**place, **row})
+            print(f"{shape}: {row}", flush=True)
+    rows.note(arguments.out, TABLE.name, facts)
+
+
+def measure(workload: Workload, served: PrefillPlan) -> Iterator[Row]:
+    """Yield the rows of a shape, FlashAttention 3's last.
+
+    Args:
+        workload: What is attended over and measured.
+        served: The plan of an engine.
+    """
+    shape = workload.shape
+    plans = filter(partial(_has_room, shape), dict.fromkeys([*PLANS, _bare(served)]))
+    for plan in plans:
+        try:
+            us = median_of(workload.prefill_mass(plan), MILLISECONDS)
+        except OutOfResources as error:
+            print(f"{shape}: {plan} {error}", flush=True)
+            continue
+        row = {name: getattr(plan, name) for name in _LAYOUT}
+        is_served = "yes" if plan == _bare(served) else "no"
+        yield {"kernel": "roco", **row, "us": us, "served": is_served}
+    calls = workload.flash(block_size=BLOCK_SIZE, token_major=False, max_splits=0)
+    yield {"kernel": "flash", "us": median_of(calls, MILLISECONDS)}
+
+
+def _bare(plan: PrefillPlan) -> PrefillPlan:
+    """Return a plan without what it was chosen by, as those of `PLANS` are."""
+    return dataclasses.replace(plan, programs=1)
 
 
 def _has_room(shape: Shape, plan: PrefillPlan) -> bool:

@@ -79,15 +79,49 @@ def test_one_variant_for_addresses_of_every_kind(device: torch.device) -> None:
 
 
 def test_arguments_in_another_order_are_refused(device: torch.device) -> None:
-    """A variant takes its arguments by place."""
+    """A variant takes its arguments by place; what is refused leaves nothing behind."""
+    launch = Launcher(_fill_kernel)
     numbers = torch.arange(16, dtype=torch.int32, device=device)
     with pytest.raises(TypeError, match=r"_fill takes \['out_ptr', 'source_ptr"):
-        Launcher(_fill_kernel)(
+        launch(
             (1, 1, 1),
             {"num_warps": 1},
             out_ptr=torch.zeros_like(numbers),
-            fixed=1,
             source_ptr=numbers,
             varying=1,
+            fixed=1,
             SIZE=16,
         )
+    for fixed in (1, 16):
+        found = launched(launch, numbers, fixed=fixed, varying=1, size=16)
+        assert found == list(range(1 + 1000 * fixed, 17 + 1000 * fixed))
+    assert len(launch._variants) == 2
+
+
+def test_kinds_and_options_tell_variants_apart(device: torch.device) -> None:
+    """Triton compiles another one for 1.0 than for 1, and for two warps."""
+    launch = Launcher(_fill_kernel)
+    numbers = torch.arange(128, dtype=torch.int32, device=device)
+    for count, (fixed, warps) in enumerate([(1, 1), (1.0, 1), (True, 1), (1, 2)], 1):
+        launch(
+            (1, 1, 1),
+            {"num_warps": warps},
+            out_ptr=torch.zeros_like(numbers),
+            source_ptr=numbers,
+            fixed=fixed,
+            varying=2,
+            SIZE=128,
+        )
+        assert len(launch._variants) == count
+
+
+@triton.jit
+def _count_kernel(out_ptr, SIZE: tl.constexpr):
+    tl.store(out_ptr + tl.arange(0, SIZE), tl.arange(0, SIZE))
+
+
+def test_a_kernel_of_one_tensor(device: torch.device) -> None:
+    out = torch.zeros(16, dtype=torch.int32, device=device)
+    for _ in range(2):
+        Launcher(_count_kernel)((1, 1, 1), {"num_warps": 1}, out_ptr=out, SIZE=16)
+        assert out.tolist() == list(range(16))

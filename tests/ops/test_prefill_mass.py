@@ -14,6 +14,7 @@ from tests.ops.paged_case import (
     PagedCase,
     boundary_lengths,
 )
+from vllm_roco.kv_cache import page
 from vllm_roco.ops.device import H100
 from vllm_roco.ops.prefill_mass import measure_prefill
 from vllm_roco.ops.prefill_plan import (
@@ -182,6 +183,30 @@ def test_programs_share_the_queries_of_a_run(splits: int, device: torch.device) 
         run(case, exact.lse, plan=plan, scratch=scratch)
         case.check_tails(exact)
         assert not scratch.arrivals.any()
+    # every share of a run that is there has a place of its own
+    live_runs = 2 * sum(-(-length // 32) for _, length in rows)
+    numbers = live_runs * splits * SUMS * plan.blocks(case.block_size)
+    assert int(scratch.sums.isfinite().sum()) == numbers
+
+
+def test_whoever_comes_last_adds_up(device: torch.device) -> None:
+    """And not the last share: that of the first queries may take longer."""
+    if device.type != "cpu":
+        pytest.skip("only Triton's interpreter runs programs in their order")
+    case = PagedCase.build([(32, 48)], Heads(2, 1, 32), device)
+    plan = PrefillPlan(rows=16, columns=16, num_warps=4, num_stages=2, splits=2)
+    scratch = PrefillScratch.allocate(device)
+    # as if the second share of each block had come, of queries that look at nothing
+    scratch.sums.zero_()
+    scratch.arrivals[:3] = 1
+    blocks = case.live_table[0, :3].long()
+    before = case.statistics[blocks, 0, page.MASS_SUM]
+    run(case, case.expected().lse, plan=plan, scratch=scratch)
+    after = case.statistics[blocks, 0, page.MASS_SUM]
+    # the first share is of 16 queries, which see the last block's tokens not yet
+    added = after[0] - before[0] + after[1]
+    torch.testing.assert_close(float(added), 16.0, rtol=1e-5, atol=0)
+    assert after[2] == 0
 
 
 LONE = dict(
@@ -204,6 +229,9 @@ LONE = dict(
         (LONE | dict(num_q_heads=28, num_kv_heads=4), 2),
         # enough programs, of which some have four times as much to do
         (LONE | dict(num_rows=2, max_query_len=4096, max_live_tokens=4096), 4),
+        # of three that are wanted four, of five that there is room for as many
+        (LONE | dict(max_query_len=3072), 4),
+        (LONE | dict(num_kv_heads=4, num_rows=6, max_query_len=8192), 4),
         # a tile has one program
         (LONE | dict(num_kv_heads=1, max_query_len=64), 1),
         # no room to tell each other more
@@ -230,4 +258,5 @@ def test_shares_have_room(num_runs: int, block_size: int) -> None:
         return
     numbers = num_runs * SUMS * plan.blocks(block_size)
     assert most > 1
-    assert numbers * most <= scratch.sums.numel() < numbers * (most + 1)
+    assert most.bit_count() == 1
+    assert numbers * most <= scratch.sums.numel() < numbers * 2 * most

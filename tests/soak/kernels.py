@@ -37,6 +37,7 @@ from vllm_roco.eviction_schedule import NEVER, EvictionSchedule
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.plan import DecodePlan, plan_decode
 from vllm_roco.ops.device import H100, Device
+from vllm_roco.ops.prefill_plan import plan_prefill
 
 CUDA = torch.cuda.is_available()
 CPU = torch.device("cpu")
@@ -182,10 +183,19 @@ def check_decode(draw: random.Random, shape: Shape, most_far: int) -> None:
         assert same(far.pages(), pages_of(case.kv_cache))
 
 
-def run_prompt(case: PagedCase, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+def run_prompt(
+    case: PagedCase, shape: Shape, splits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend by the kernel for prompts, and measure; return output and log-sum-exp."""
     output, lse = prefill_attention.run(case, soft_cap=shape.soft_cap)
-    prefill_mass.run(case, lse, soft_cap=shape.soft_cap)
+    plan = plan_prefill(
+        head_size=case.query.shape[2],
+        block_size=case.block_size,
+        dtype=case.query.dtype,
+        device=Device.of(DEVICE) if CUDA else H100,
+    )
+    plan = replace(plan, splits=splits)
+    prefill_mass.run(case, lse, soft_cap=shape.soft_cap, plan=plan)
     return output, lse
 
 
@@ -194,16 +204,17 @@ def check_prompt(draw: random.Random, shape: Shape, most_far: int) -> None:
     case = draw_case(draw, shape, decodes=False)
     exact, low = expected(case, shape)
     before = copied(case)
-    output, lse = run_prompt(case, shape)
+    splits = draw.choice((1, 2, 3))
+    output, lse = run_prompt(case, shape, splits)
     assert_as_good_as(output.cpu(), exact.output, low.output)
     assert_as_good_as(lse.cpu(), exact.lse, low.lse)
     case.to(CPU).check_tails(exact, low)
     check_neighbours(
-        *(draw, before, case, output), lambda each: run_prompt(each, shape)[0]
+        *(draw, before, case, output), lambda each: run_prompt(each, shape, splits)[0]
     )
     if most_far:
         far = far_case(before)
-        assert same(run_prompt(far.case, shape)[0], output)
+        assert same(run_prompt(far.case, shape, splits)[0], output)
         assert same(far.pages(), pages_of(case.kv_cache))
 
 

@@ -20,7 +20,7 @@ _dtype_of = attrgetter("dtype")
 
 @dataclass(frozen=True)
 class _Places:
-    """Where a call's arguments are of which kind; what differs goes by them in C.
+    """Where a call's arguments are of which kind; `itemgetter` picks them out in C.
 
     Attributes:
         tensors: Returns all tensors of the arguments' values.
@@ -73,6 +73,8 @@ class Launcher:
         kinds = tuple(map(type, values))
         places = self._places.get(kinds)
         if places is None:
+            # nothing is remembered of a call that is refused
+            self._check_order(arguments)
             places = self._places[kinds] = self._sorted(arguments)
         key = (
             kinds,
@@ -85,15 +87,18 @@ class Launcher:
         )
         variant = self._variants.get(key)
         if variant is None:
-            if list(arguments) != self._kernel.arg_names:
-                raise TypeError(
-                    f"roco: {self._kernel.__name__} takes {self._kernel.arg_names}, "
-                    f"in this order, not {list(arguments)}."
-                )
+            self._check_order(arguments)
             # the interpreter returns None
             self._variants[key] = self._kernel[grid](**arguments, **options)
         else:
             variant[grid](*values)
+
+    def _check_order(self, arguments: Mapping[str, Any]) -> None:
+        if list(arguments) != self._kernel.arg_names:
+            raise TypeError(
+                f"roco: {self._kernel.__name__} takes {self._kernel.arg_names}, "
+                f"in this order, not {list(arguments)}."
+            )
 
     def _sorted(self, arguments: Mapping[str, Any]) -> _Places:
         """Return where tensors and numbers are among a call's arguments."""

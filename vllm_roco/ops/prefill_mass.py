@@ -6,7 +6,7 @@ weights are recomputed here, summed over the tokens of each block, averaged over
 query heads of a group and only then squared. A program owns a run of blocks of one
 (row, kv head) and goes through the row's queries in order, or through its share of
 them; whoever is done last adds the shares up, in their order. So each block has one
-writer, and the sums are the same in every run.
+writer, and a step has the same sums in every run.
 """
 
 from __future__ import annotations
@@ -156,6 +156,7 @@ def _prefill_mass_kernel(
     live_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
     statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
+    # runs are those of the longest row
     sums_ptr,  # [num_rows, num_kv_heads, runs, splits, NUM_SUMS, BLOCKS] float32
     arrivals_ptr,  # [num_rows, num_kv_heads, runs] int32, 0 between launches
     splits,

@@ -20,7 +20,7 @@ LONG_WORK = 64
 """Products of two tiles from which programs share a run's queries."""
 
 PROGRAMS = 3
-"""For each multiprocessor, that are wanted; so many it has room for."""
+"""Of a launch for each multiprocessor, at least: as many fit on it at once."""
 
 MOST_RUNS = 2048
 """Runs of blocks that a launch may share."""
@@ -39,7 +39,8 @@ class PrefillPlan:
         num_warps: Warps of a program.
         num_stages: Tiles of queries in flight, the one being computed included.
         programs: How many programs a launch should have at least.
-        splits: Programs that share the queries of a run of blocks.
+        splits: Programs that share the queries of a run of blocks; at most
+            `most_splits` of all runs.
     """
 
     rows: int
@@ -55,11 +56,12 @@ class PrefillPlan:
 
     def runs(self, max_live_tokens: int, block_size: int) -> int:
         """Return the most runs of a row."""
-        tokens = self.blocks(block_size) * block_size
-        return -(-max_live_tokens // tokens)
+        return cdiv(max_live_tokens, self.blocks(block_size) * block_size)
 
     def most_splits(self, num_runs: int, block_size: int) -> int:
         """Return how many programs of a run have room to tell each other its sums.
+
+        A power of two: a chunk's tiles are one, and shares should be equal.
 
         Args:
             num_runs: Runs of all rows and kv heads.
@@ -67,7 +69,8 @@ class PrefillPlan:
         """
         if num_runs > MOST_RUNS:
             return 1
-        return max(1, MOST_SUMS // (SUMS * self.blocks(block_size) * num_runs))
+        room = max(1, MOST_SUMS // (SUMS * self.blocks(block_size) * num_runs))
+        return 1 << (room.bit_length() - 1)
 
     def for_step(
         self,
@@ -95,7 +98,6 @@ class PrefillPlan:
         runs = num_rows * num_kv_heads * self.runs(max_live_tokens, block_size)
         tiles = cdiv(max_query_len, self.rows)
         long = cdiv(tiles * num_q_heads // num_kv_heads, LONG_WORK)
-        # a chunk's tiles are a power of two, and shares should be equal
         wanted = next_power_of_2(max(long, cdiv(self.programs, runs)))
         most = min(tiles, self.most_splits(runs, block_size))
         return replace(self, splits=max(1, min(wanted, most)))
@@ -149,6 +151,8 @@ def plan_prefill(
 @dataclass(frozen=True)
 class PrefillScratch:
     """What the programs that share a run of blocks leave for the last of them.
+
+    Launches of one stream may share it: each leaves the arrivals as it found them.
 
     Attributes:
         sums: Flat float32, `MOST_SUMS` numbers.

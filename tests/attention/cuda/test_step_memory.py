@@ -97,6 +97,7 @@ def test_shapes_have_buffers_of_their_own_and_scratch_together(
     first, second = claim(vllm_config, small), claim(vllm_config, large)
     assert first.buffers is not second.buffers
     assert first.scratch is second.scratch
+    assert first.prefill is second.prefill
     numbers = [
         bounds_of(vllm_config, names).scratch_numbers(H100) for names in (small, large)
     ]
@@ -115,6 +116,7 @@ def test_a_second_group_of_one_shape_writes_elsewhere(
     assert first.buffers is memory_of(vllm_config, names[0]).buffers
     assert second.buffers is not first.buffers
     assert second.scratch is first.scratch
+    assert second.prefill is first.prefill
     assert "of step buffers are allocated after vLLM has planned" in caplog_vllm.text
 
 

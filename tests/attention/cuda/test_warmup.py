@@ -26,7 +26,7 @@ from tests.compilations import ImaginedCompilation, imagined_compilations
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cuda import metadata, warmup
-from vllm_roco.attention.cuda.metadata import RocoCudaMetadataBuilder
+from vllm_roco.attention.cuda.metadata import RocoCudaMetadata, RocoCudaMetadataBuilder
 from vllm_roco.ops.device import H100, Device
 
 CPU = torch.device("cpu")
@@ -154,12 +154,11 @@ class Worker:
         self.seq_lens = int32(MAX_NUM_SEQS)
         self.query_start_loc = int32(MAX_NUM_SEQS + 1)
 
-    def step(self, sequences: list[tuple[int, int]], *, beside_keys: bool) -> None:
-        """Run a step.
+    def built(self, sequences: list[tuple[int, int]]) -> RocoCudaMetadata:
+        """Return a step's metadata.
 
         Args:
             sequences: Queries, and tokens before them, of each sequence.
-            beside_keys: Whether queries lie between keys and values.
         """
         num_reqs = len(sequences)
         queries, before = torch.tensor(sequences, dtype=torch.int32).unbind(1)
@@ -178,7 +177,17 @@ class Worker:
             block_table_tensor=self.block_table[:num_reqs],
             slot_mapping=torch.zeros(num_tokens, dtype=torch.int64),
         )
-        built = self.builder.build(0, common)
+        return self.builder.build(0, common)
+
+    def step(self, sequences: list[tuple[int, int]], *, beside_keys: bool) -> None:
+        """Run a step.
+
+        Args:
+            sequences: As of `built`.
+            beside_keys: Whether queries lie between keys and values.
+        """
+        built = self.built(sequences)
+        num_tokens = sum(length for length, _ in sequences)
         model = self.model
         numbers = model.num_heads * model.head_size
         width = numbers + 2 * model.num_kv_heads * model.head_size * beside_keys
@@ -267,3 +276,15 @@ def test_the_warm_up_is_needed(
         "_select_kernel",
         "_move_blocks_kernel",
     }
+
+
+def test_prompts_are_measured_by_as_many_programs_as_a_step_is_worth(
+    impl_on_cpu: None, compilations: list[ImaginedCompilation]
+) -> None:
+    worker = Worker(Model(num_heads=8, num_kv_heads=2, head_size=128))
+    alone = worker.built([(1024, 1000)])
+    beside = worker.built([(1, 70), (1, 3), (1024, 1000)])
+    many = worker.built([(1024, 1000)] * 20)
+    splits = [step.prefills.plan.splits for step in (alone, beside, many)]
+    # of 2,024 tokens two kv heads make 64 runs, where there is room for 396
+    assert splits == [8, 8, 1]
