@@ -18,6 +18,7 @@ from vllm_roco.config import RocoConfig
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, DecodeScratchSize
+from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.device import H100, Device
 from vllm_roco.ops.live_table import build_live_table
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
@@ -92,14 +93,24 @@ def check_decode(
         statistics = page.statistics_view(cache)
         output = torch.empty_like(query)
         plan = DecodePlan(
-            32, splits, num_warps=4, num_stages=2, dependent_launch=hopper
+            tile=32,
+            splits=splits,
+            num_warps=4,
+            num_stages=2,
+            dependent_launch=hopper,
+            shares=3,
+            least_tokens=32,
         )
+        live_lens = _int32([length], device)
+        dealt = DecodeSplits.allocate([(1, plan)], NUM_KV_HEADS, device)
+        dealt.deal(live_lens, plan)
         decode_attention(
             query=query,
             kv_cache=cache,
             live_table=table,
-            live_lens=_int32([length], device),
-            measured_lens=_int32([length], device),
+            live_lens=live_lens,
+            splits=dealt,
+            measured_lens=live_lens,
             evicted_before=_int32([0], device),
             statistics=statistics,
             output=output,

@@ -189,6 +189,7 @@ class Step:
         longest = self.schedule.max_live_tokens() + 1
         shape = Shape(rows, longest, q_heads, kv_heads, size)
         plan = shape.plan(device)
+        splits = shape.splits(plan, self.device)
         scratch = shape.scratch(
             plan, self.device, block_size=BLOCK_SIZE, measure=self.measures
         )
@@ -214,6 +215,7 @@ class Step:
 
         def step() -> None:
             self.look()
+            splits.deal(self.buffers.live_lens, plan)
             for qkv, projection, gate_up, down, cache, statistics in layers:
                 query = (hidden @ qkv).view(rows, heads, size)
                 decode_attention(
@@ -221,6 +223,7 @@ class Step:
                     kv_cache=cache,
                     live_table=self.buffers.live_table,
                     live_lens=self.buffers.live_lens,
+                    splits=splits,
                     measured_lens=self.buffers.measured_lens,
                     evicted_before=self.buffers.evicted_before,
                     statistics=statistics,

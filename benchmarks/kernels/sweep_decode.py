@@ -78,6 +78,7 @@ def plans(shape: Shape, multiprocessors: int) -> list[DecodePlan]:
             num_warps=warps,
             num_stages=stages,
             dependent_launch=True,
+            shares=n * shape.batch,
         )
         for (tile, warps, stages), n in itertools.product(TILES, splits)
     ]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
@@ -26,6 +27,7 @@ from vllm_roco.ops.decode.plan import (
     DecodeScratchSize,
     plan_decode,
 )
+from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_mass import measure_prefill
 from vllm_roco.ops.prefill_plan import PrefillPlan, PrefillScratch
@@ -39,16 +41,18 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch of equally long sequences and the heads of a layer.
+    """A batch of sequences and the heads of a layer.
 
     Attributes:
         batch: Sequences.
-        context: Tokens that each attends over.
+        context: Tokens that each attends over, or the longest one.
         q_heads: Query heads.
         kv_heads: KV heads.
         head_size: Numbers per head.
         query_len: Queries of each sequence, its newest tokens.
         fp8: Whether keys and values are bytes.
+        shortest: Tokens that the shortest attends over, 0 for all alike. The others lie
+            between, as many in each octave, in no order.
     """
 
     batch: int
@@ -58,11 +62,15 @@ class Shape:
     head_size: int
     query_len: int = 1
     fp8: bool = False
+    shortest: int = 0
 
     def __str__(self) -> str:
         heads = "/".join(map(str, self.heads))
         cache = ", fp8" if self.fp8 else ""
-        return f"{self.batch} x {self.query_len} of {self.context}, {heads}{cache}"
+        context = (
+            f"{self.shortest} to {self.context}" if self.shortest else self.context
+        )
+        return f"{self.batch} x {self.query_len} of {context}, {heads}{cache}"
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -75,9 +83,17 @@ class Shape:
         return torch.uint8 if self.fp8 else DTYPE
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens that each sequence attends over."""
+        lengths = np.geomspace(self.shortest or self.context, self.context, self.batch)
+        return (
+            np.random.default_rng(0).permutation(lengths.round()).astype(int).tolist()
+        )
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that a layer's attention has to read."""
-        tokens = self.batch * self.context
+        tokens = sum(self.lengths)
         return tokens * self.kv_heads * 2 * self.head_size * self.cache_dtype.itemsize
 
     @property
@@ -90,8 +106,9 @@ class Shape:
         """Elements set aside for a layer, for pages of any size, tails included."""
         pages = self.batch * -(-self.context // SMALLEST_BLOCK)
         tail = page.statistics_bytes(self.kv_heads) // DTYPE.itemsize
-        slack = 256 * self.batch * self.kv_heads * 2 * self.head_size
-        return self.kv_bytes // DTYPE.itemsize + pages * tail + slack
+        slots = self.batch * (self.context + 256)
+        token = self.kv_heads * 2 * self.head_size * self.cache_dtype.itemsize
+        return slots * token // DTYPE.itemsize + pages * tail
 
     def plan(self, device: Device) -> DecodePlan:
         """Return what the engine would run on a device."""
@@ -103,6 +120,10 @@ class Shape:
             dtype=self.cache_dtype,
             device=device,
         )
+
+    def splits(self, plan: DecodePlan, device: torch.device) -> DecodeSplits:
+        """Allocate what tells a plan's programs what to attend over."""
+        return DecodeSplits.allocate([(self.batch, plan)], self.kv_heads, device)
 
     def scratch(
         self, plan: DecodePlan, device: torch.device, *, block_size: int, measure: bool
@@ -122,6 +143,12 @@ class Shape:
 WORK = [(1, 32768), (8, 2048), (16, 16384), (64, 2048), (128, 1024), (256, 2048)]
 HEADS = [(32, 8, 128), (28, 4, 128), (64, 8, 128), (9, 3, 64), (32, 32, 128)]
 SHAPES = [Shape(*work, *heads) for heads in HEADS for work in WORK]
+RAGGED = [
+    Shape(batch, 3200, *heads, shortest=200)
+    for heads in HEADS[:2]
+    for batch in (16, 48, 96, 160, 256)
+]
+"""Chats, at whatever point each of them is."""
 
 
 def allocate_pool(shapes: list[Shape]) -> torch.Tensor:
@@ -153,9 +180,7 @@ class Workload:
             device=device,
         )
         self.output = torch.empty_like(self.query)
-        self.lengths = torch.full(
-            (shape.batch,), shape.context, dtype=torch.int32, device=device
-        )
+        self.lengths = torch.tensor(shape.lengths, dtype=torch.int32, device=device)
         self.evicted = torch.zeros_like(self.lengths)
         self.query_starts = shape.query_len * torch.arange(
             shape.batch + 1, dtype=torch.int32, device=device
@@ -212,8 +237,11 @@ class Workload:
             measure: Whether statistics are kept.
             table: Block table, drawn at random if None.
         """
+        splits = self.shape.splits(plan, self.pool.device)
+        splits.deal(self.lengths, plan)
         kernel = partial(
             decode_attention,
+            splits=splits,
             measured_lens=self.lengths,
             k_scale=self.kv_scale,
             v_scale=self.kv_scale,
@@ -241,7 +269,7 @@ class Workload:
 
         Args:
             kernel: Takes the required keyword arguments of `decode_attention` except
-                `measured_lens`.
+                `splits` and `measured_lens`.
         """
         if table is None:
             table = self.table(block_size)
@@ -366,7 +394,7 @@ class Workload:
         table = self.table(block_size)
         bias = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
             q_seqlen=[1] * shape.batch,
-            kv_seqlen=[shape.context] * shape.batch,
+            kv_seqlen=shape.lengths,
             kv_padding=table.shape[1] * block_size,
             device=self.pool.device,
         ).make_paged(
@@ -437,7 +465,7 @@ class Workload:
                     query=self.query[row : row + 1],
                     kv_cache=states,
                     blocks=table[row],
-                    live_len=self.shape.context,
+                    live_len=self.shape.lengths[row],
                     scale=self.scale,
                     dtype=dtype,
                 )

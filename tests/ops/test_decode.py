@@ -22,11 +22,20 @@ from vllm_roco.ops.decode.plan import (
     DecodeScratchSize,
     plan_decode,
 )
+from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.device import H100, Device
 
 SMALL = Device(num_multiprocessors=58, capability=(8, 9), shared_memory=99 * 1024)
 TINY = Device(num_multiprocessors=40, capability=(7, 5), shared_memory=64 * 1024)
-PLAN = DecodePlan(tile=32, splits=3, num_warps=4, num_stages=2, dependent_launch=False)
+PLAN = DecodePlan(
+    tile=32,
+    splits=3,
+    num_warps=4,
+    num_stages=2,
+    dependent_launch=False,
+    shares=12,
+    least_tokens=32,
+)
 
 
 def build(
@@ -49,6 +58,26 @@ def build(
     )
 
 
+def scratch_for(
+    case: PagedCase,
+    plan: DecodePlan,
+    *,
+    measure: bool = True,
+    max_measured_tokens: int | None = None,
+) -> DecodeScratch:
+    """Allocate what a launch's programs leave for each other."""
+    rows, q_heads, head_size = case.query.shape
+    size = DecodeScratchSize.of(
+        plans=[(rows, plan)],
+        num_q_heads=q_heads,
+        head_size=head_size,
+        block_size=case.block_size,
+        max_live_tokens=max_measured_tokens or case.max_live_tokens,
+        measure=measure,
+    )
+    return DecodeScratch.allocate(size, case.query.device)
+
+
 def run(
     case: PagedCase,
     plan: DecodePlan,
@@ -57,30 +86,30 @@ def run(
     soft_cap: float = 0.0,
     measured_lens: torch.Tensor | None = None,
     max_measured_tokens: int | None = None,
+    splits: DecodeSplits | None = None,
+    scratch: DecodeScratch | None = None,
 ) -> torch.Tensor:
     """Run the kernels, which update the case's statistics; return the output."""
-    rows, q_heads, head_size = case.query.shape
     output = torch.empty_like(case.query)
+    if splits is None:
+        (rows,), (_, kv_heads, *_) = case.live_lens.shape, case.kv_cache.shape
+        splits = DecodeSplits.allocate([(rows, plan)], kv_heads, output.device)
+        splits.deal(case.live_lens, plan)
+    if scratch is None:
+        scratch = scratch_for(
+            case, plan, measure=measure, max_measured_tokens=max_measured_tokens
+        )
     decode_attention(
         query=case.query,
         kv_cache=case.kv_cache,
         live_table=case.live_table,
         live_lens=case.live_lens,
+        splits=splits,
         measured_lens=case.live_lens if measured_lens is None else measured_lens,
         evicted_before=case.evicted_before,
         statistics=case.statistics if measure else None,
         output=output,
-        scratch=DecodeScratch.allocate(
-            DecodeScratchSize.of(
-                plans=[(rows, plan)],
-                num_q_heads=q_heads,
-                head_size=head_size,
-                block_size=case.block_size,
-                max_live_tokens=max_measured_tokens or case.max_live_tokens,
-                measure=measure,
-            ),
-            case.query.device,
-        ),
+        scratch=scratch,
         plan=plan,
         scale=case.scale,
         soft_cap=soft_cap,
@@ -134,7 +163,7 @@ def test_lengths_around_every_boundary(
 @pytest.mark.parametrize("tile", [16, 64, 128])
 def test_tiles(tile: int, device: torch.device) -> None:
     """A block may span tiles, and a tile blocks."""
-    plan = dataclasses.replace(PLAN, tile=tile)
+    plan = dataclasses.replace(PLAN, tile=tile, least_tokens=tile)
     check(build([150, 64, 1], Heads(4, 2, 32), device, block_size=32), plan)
 
 
@@ -247,7 +276,8 @@ def test_plan_fits_the_device(
     assert plan.tile in (16, 32, 64, 128)
     # no program without a tile of its own
     assert plan.splits * plan.tile <= tokens
-    assert plan.splits == 1 or rows * 8 * plan.splits <= 4 * device.num_multiprocessors
+    programs = 8 * plan.shares
+    assert programs <= (4 if plan.merged_apart else 3) * device.num_multiprocessors
     assert plan.dependent_launch == (device is H100)
 
 
@@ -293,7 +323,7 @@ def test_rows_that_are_not_measured_may_be_longer_than_the_scratch(
     is_measured = torch.tensor([length < 100 for length in lengths], device=device)
     output = run(
         case,
-        DecodePlan(16, splits, num_warps=4, num_stages=2, dependent_launch=False),
+        dataclasses.replace(PLAN, tile=16, splits=splits),
         measured_lens=case.live_lens * is_measured.int(),
         max_measured_tokens=48,
     )

@@ -16,6 +16,7 @@ from vllm_roco import policy, reference
 from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch, DecodeScratchSize
+from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.device import H100
 from vllm_roco.ops.move_blocks import first_pages, move_blocks
 from vllm_roco.ops.prefill_mass import measure_prefill
@@ -116,8 +117,16 @@ class Pages:
         self, query: torch.Tensor, tables: dict[str, torch.Tensor], splits: int
     ) -> None:
         plan = DecodePlan(
-            tile=16, splits=splits, num_warps=4, num_stages=2, dependent_launch=False
+            tile=16,
+            splits=splits,
+            num_warps=4,
+            num_stages=2,
+            dependent_launch=False,
+            shares=3,
+            least_tokens=16,
         )
+        dealt = DecodeSplits.allocate([(1, plan)], KV_HEADS, self.device)
+        dealt.deal(tables["live_lens"], plan)
         size = DecodeScratchSize.of(
             plans=[(1, plan)],
             num_q_heads=GROUP * KV_HEADS,
@@ -133,6 +142,7 @@ class Pages:
             output=torch.empty_like(query),
             scratch=DecodeScratch.allocate(size, self.device),
             plan=plan,
+            splits=dealt,
             scale=SCALE,
             measured_lens=tables["live_lens"],
             **tables,

@@ -146,9 +146,13 @@ def draw_plan(draw: random.Random, case: PagedCase) -> DecodePlan:
         device=device,
     )
     if draw.random() < 0.5:
-        plan = replace(plan, splits=draw.randint(1, 6))
+        plan = replace(plan, splits=draw.choice((1, 1, 2, 3, 6)))
     if draw.random() < 0.3:
         plan = replace(plan, tile=16)
+    if draw.random() < 0.7:
+        # rows are short here
+        tokens = plan.tile * draw.randint(1, 2)
+        plan = replace(plan, least_tokens=tokens, shares=draw.randint(1, 12))
     return plan if CUDA else replace(plan, dependent_launch=False)
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from vllm.utils.math_utils import cdiv
 
+from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.rows import NUM_ROW_FIELDS, RESIDENT_BLOCKS, STRIDE_BLOCKS, UNTIL
 
 COLUMNS = 1024
@@ -76,6 +77,9 @@ def _live_table_kernel(
     tl.store(live_table_ptr + row * stride_live_row + column, block, mask=live)
 
 
+_launch = Launcher(_live_table_kernel)
+
+
 def build_live_table(
     *,
     block_table: torch.Tensor,
@@ -110,7 +114,9 @@ def build_live_table(
     """
     num_rows, width = block_table.shape
     live_width = live_table.shape[1]
-    _live_table_kernel[(num_rows, cdiv(live_width, COLUMNS))](
+    _launch(
+        (num_rows, cdiv(live_width, COLUMNS), 1),
+        {},
         block_table_ptr=block_table,
         seq_lens_ptr=seq_lens,
         query_start_loc_ptr=query_start_loc,

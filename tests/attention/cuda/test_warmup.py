@@ -268,6 +268,7 @@ def test_the_warm_up_is_needed(
     worker.step([(1, 70), (5, 3)], beside_keys=False)
     assert {found.kernel for found in compilations} == {
         "_live_table_kernel",
+        "_deal_kernel",
         "attend_kernel",
         "combine_kernel",
         "_prefill_mass_kernel",

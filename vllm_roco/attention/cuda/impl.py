@@ -131,6 +131,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             kv_cache=views.states,
             live_table=step.live_table,
             live_lens=step.live_lens,
+            splits=decodes.splits,
             measured_lens=step.measured_lens,
             evicted_before=step.evicted_before,
             statistics=views.statistics,

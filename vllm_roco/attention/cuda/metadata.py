@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
@@ -32,6 +32,7 @@ from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.attention.request_rows import request_rows
 from vllm_roco.attention.tensor_ranks import tensor_ranks
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
+from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.prefill_plan import PrefillPlan, PrefillScratch, plan_prefill
 from vllm_roco.validation import validated_config
@@ -53,11 +54,13 @@ class Decodes:
         num_rows: Their number, padding included.
         step: Their rows of the step's buffers.
         plan: How the kernels are laid out for so many rows.
+        splits: Which program attends over what.
     """
 
     num_rows: int
     step: StepBuffers
     plan: DecodePlan
+    splits: DecodeSplits
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class HasBuilder(Protocol):
 
 
 class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
-    """Builds the step's metadata with one kernel; arguments as in the base class."""
+    """Builds the step's metadata with two kernels; arguments as in the base class."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = (
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -164,6 +167,10 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         self._plans = [
             bounds.decode_plan(rows, hardware) for rows in range(1, bounds.rows + 1)
         ]
+        # some KiB
+        self._splits = DecodeSplits.allocate(
+            enumerate(self._plans, 1), spec.num_kv_heads, device
+        )
         self._scratch = DecodeScratch.over(scratch, bounds.decode_scratch(hardware))
         self._eviction = CudaEviction(
             layers,
@@ -210,7 +217,9 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
                 num_rows=num_decodes,
                 step=step.rows(0, num_decodes),
                 plan=self._plans[num_decodes - 1],
+                splits=self._splits,
             )
+            self._splits.deal(decodes.step.live_lens, decodes.plan)
         if num_prefills:
             start = common.query_start_loc[num_decodes : num_rows + 1]
             longest = self._max_kept_tokens + common.max_query_len
@@ -271,9 +280,16 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
             plan=self._prefill_plan,
             scratch=self._prefill_scratch,
         )
-        for plan in (None, *dict.fromkeys(self._plans)):
+        # how many shares there are changes nothing in the kernels
+        plans = [*dict.fromkeys(replace(plan, shares=1) for plan in self._plans)]
+        splits = DecodeSplits.allocate(
+            ((1, plan) for plan in plans), self._num_kv_heads, self.device
+        )
+        for plan in (None, *plans):
+            if plan is not None:
+                splits.deal(step.live_lens, plan)
             yield RocoCudaMetadata(
-                decodes=None if plan is None else Decodes(1, step, plan),
+                decodes=None if plan is None else Decodes(1, step, plan, splits),
                 prefills=prefills if plan is None else None,
                 scratch=self._scratch,
                 seq_lens=seq_lens,

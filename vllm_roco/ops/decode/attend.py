@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The first kernel of decode attention: attends, and sums up each block.
 
-The keys of a (row, kv head) are split over several programs, each with an online
+A program has a split of a row's keys, see `splits`, and goes through it with an online
 softmax over tiles of tokens; see `attention`. A head's learned sink enters here, as one
-more key without a value, in the last split alone.
+more key without a value, in a row's last split alone.
 """
 
 from __future__ import annotations
@@ -11,10 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_roco.ops.decode.merge import merge_by_last
 from vllm_roco.ops.decode.partial_sums import split_range, update_statistics
+from vllm_roco.ops.decode.splits import SPLIT_FIELDS
 from vllm_roco.ops.fp8 import halves, load_scale, query_for_halves
 from vllm_roco.ops.logits import LOG2_E, cap_logits
 from vllm_roco.ops.statistics import read_statistics
+
+NUM_SPLIT_FIELDS = tl.constexpr(SPLIT_FIELDS)
 
 
 @triton.jit
@@ -58,14 +62,15 @@ def attend_kernel(
     sinks_ptr,  # [num_q_heads], base e
     k_scale_ptr,  # [1] or [num_kv_heads] float32, with FP8
     v_scale_ptr,  # likewise
+    splits_ptr,  # [most_splits, SPLIT_FIELDS] int32, as `DecodeSplits` has it
+    arrivals_ptr,  # [kept_splits, num_kv_heads] int32, likewise
     live_table_ptr,  # [num_rows, live_width] int32
-    live_lens_ptr,  # [num_rows] int32
     measured_lens_ptr,  # [num_rows] int32
     evicted_before_ptr,  # [num_rows] int32
     statistics_ptr,  # [num_blocks, num_kv_heads + 1, NUM_FIELDS] float32
     output_ptr,  # [num_rows, num_q_heads, head_size]
-    partial_output_ptr,  # [num_rows, num_q_heads, splits, head_size] float32
-    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
+    partial_output_ptr,  # [kept_splits, num_q_heads, head_size] float32
+    partial_lse_ptr,  # [kept_splits, num_q_heads] float32, base 2
     partial_sums_ptr,  # [num_rows, num_kv_heads, max_pieces, GROUP] float32, base 2
     logit_scale,  # softmax scale * log2(e), without soft cap: else the softmax scale
     soft_cap,
@@ -89,7 +94,7 @@ def attend_kernel(
     PIECE: tl.constexpr,
     TILE: tl.constexpr,
     UPDATED_BLOCKS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    MERGED_APART: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     SINKS: tl.constexpr,
     MEASURE: tl.constexpr,
@@ -99,19 +104,23 @@ def attend_kernel(
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
+    place = tl.program_id(1)
     num_kv_heads = tl.num_programs(0)
-    num_splits = tl.num_programs(1)
     if PDL:
         # lets the combining kernel take its place early; it waits for this one's end
         tl.extra.cuda.gdc_launch_dependents()
 
-    length = tl.load(live_lens_ptr + row)
-    first_tile, last_tile = split_range(length, split, num_splits, TILE)
-    # with one split, an empty row must still write its zeros
-    if SPLIT and first_tile >= last_tile:
+    splits_ptr += place * NUM_SPLIT_FIELDS
+    # volatile: else those that are not compared would be loaded behind the comparison
+    row = tl.load(splits_ptr, volatile=True).to(tl.int64)
+    split = tl.load(splits_ptr + 1, volatile=True)
+    num_splits = tl.load(splits_ptr + 2, volatile=True)
+    length = tl.load(splits_ptr + 3, volatile=True)
+    first_kept = tl.load(splits_ptr + 4, volatile=True).to(tl.int64)
+    if num_splits == 0:
         return
+    # none of an empty row, which still gets its zeros
+    first_tile, last_tile = split_range(length, split, num_splits, TILE)
 
     # numbers that lie in one element of the cache
     PACKED: tl.constexpr = 2 if FP8 else 1
@@ -137,9 +146,9 @@ def attend_kernel(
     partial_sums_ptr += (row * num_kv_heads + kv_head) * max_pieces * GROUP
     if MEASURE:
         measured = tl.load(measured_lens_ptr + row)
-    if MEASURE and not SPLIT:
-        # whoever sees every key updates the statistics itself: what it will add to is
-        # on its way while it attends
+    if MEASURE and not MERGED_APART:
+        # whoever sees or merges every key updates the statistics itself: what it will
+        # add to is on its way while it attends
         index = tl.arange(0, UPDATED_BLOCKS)
         live_block, before = read_statistics(
             statistics_ptr,
@@ -161,8 +170,8 @@ def attend_kernel(
     if FP8:
         second_accumulated = tl.zeros([DOT_GROUP, WIDTH_PADDED], tl.float32)
     if SINKS:
-        # a key without a value, before all others; the last split alone has a tile in
-        # every row, and in the others the first tile's decay of 0 takes the sum away
+        # a key without a value, before all others; in other splits than the last the
+        # first tile's decay of 0 takes the sum away
         sink = tl.load(sinks_ptr + head, mask=group < GROUP, other=0.0)
         is_last = split == num_splits - 1
         running_max = tl.where(is_last, sink.to(tl.float32) * LOG2_E, running_max)
@@ -253,55 +262,69 @@ def attend_kernel(
     # the largest logit alone adds 1 to the sum, so only an empty row is changed here
     total = tl.sum(running_sum, 1)
     normalised = accumulated / tl.maximum(total, 1.0)[:, None]
-    slot_of_split = (row * num_kv_heads * GROUP + head) * num_splits + split
-    if SPLIT:
-        tl.store(
-            partial_output_ptr + slot_of_split[:, None] * HEAD_SIZE + dim[None, :],
-            normalised,
-            mask=query_mask,
-        )
-    else:
-        tl.store(
-            output_ptr
-            + row * stride_output_row
-            + head[:, None] * stride_output_head
-            + dim[None, :],
-            normalised.to(output_ptr.dtype.element_ty),
-            mask=query_mask,
-        )
     lse = running_max + tl.log2(total)
-    if SPLIT:
-        tl.store(partial_lse_ptr + slot_of_split, lse, mask=group < GROUP)
-    if MEASURE and not SPLIT:
-        # what the program's other threads have stored is visible behind the barrier
-        tl.debug_barrier()
-        evicted = tl.load(evicted_before_ptr + row)
-        num_blocks = tl.cdiv(measured, BLOCK_SIZE)
-        for first_index in range(0, num_blocks, UPDATED_BLOCKS):
-            update_statistics(
-                partial_sums_ptr,
+    num_q_heads = num_kv_heads * GROUP
+    if MERGED_APART:
+        mine = (first_kept + split) * num_q_heads
+        partial_output_ptr += (mine + head[:, None]) * HEAD_SIZE
+        tl.store(partial_output_ptr + dim[None, :], normalised, mask=query_mask)
+        partial_lse_ptr += mine
+        tl.store(partial_lse_ptr + head, lse, mask=group < GROUP)
+    else:
+        is_last = num_splits == 1
+        if num_splits > 1:
+            is_last, normalised, lse = merge_by_last(
+                partial_output_ptr + first_kept * num_q_heads * HEAD_SIZE,
+                partial_lse_ptr + first_kept * num_q_heads,
+                arrivals_ptr + first_kept * num_kv_heads + kv_head,
+                normalised,
                 lse,
-                statistics_ptr,
-                stride_statistics_block,
-                kv_head,
-                num_kv_heads,
-                live_block,
-                before,
-                index,
-                measured,
-                evicted,
-                GROUP,
-                DOT_GROUP,
-                BLOCK_SIZE,
-                PIECE,
+                split,
+                num_splits,
+                num_q_heads,
+                head,
+                dim,
+                group < GROUP,
+                query_mask,
+                HEAD_SIZE,
             )
-            index = first_index + UPDATED_BLOCKS + tl.arange(0, UPDATED_BLOCKS)
-            live_block, before = read_statistics(
-                statistics_ptr,
-                stride_statistics_block,
-                kv_head,
-                table_ptr,
-                index,
-                measured,
-                BLOCK_SIZE,
+        if is_last:
+            output_ptr += row * stride_output_row
+            tl.store(
+                output_ptr + head[:, None] * stride_output_head + dim[None, :],
+                normalised.to(output_ptr.dtype.element_ty),
+                mask=query_mask,
             )
+            if MEASURE:
+                # what other threads have stored is visible behind the barrier
+                tl.debug_barrier()
+                evicted = tl.load(evicted_before_ptr + row)
+                num_blocks = tl.cdiv(measured, BLOCK_SIZE)
+                for first_index in range(0, num_blocks, UPDATED_BLOCKS):
+                    update_statistics(
+                        partial_sums_ptr,
+                        lse,
+                        statistics_ptr,
+                        stride_statistics_block,
+                        kv_head,
+                        num_kv_heads,
+                        live_block,
+                        before,
+                        index,
+                        measured,
+                        evicted,
+                        GROUP,
+                        DOT_GROUP,
+                        BLOCK_SIZE,
+                        PIECE,
+                    )
+                    index = first_index + UPDATED_BLOCKS + tl.arange(0, UPDATED_BLOCKS)
+                    live_block, before = read_statistics(
+                        statistics_ptr,
+                        stride_statistics_block,
+                        kv_head,
+                        table_ptr,
+                        index,
+                        measured,
+                        BLOCK_SIZE,
+                    )

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention over the live table, measuring every block's attention mass.
 
-One query a row. Two launches: `attend_kernel` splits the keys of a (row, kv head) over
-several programs, each with an online softmax over tiles of tokens; `combine_kernel`
-merges the splits and, knowing the final log-sum-exp, turns the first kernel's partial
-sums of each block into its mass and updates the statistics. A program of the first
-kernel that sees all keys of its row does both, and there is no second launch.
+One query a row, whose keys are split, see `splits`. Two launches: `attend_kernel` goes
+through them, with an online softmax over tiles of tokens in each; `combine_kernel`
+merges a row's splits and, knowing the final log-sum-exp, turns the first kernel's
+partial sums of each block into its mass and updates the statistics. Where rows are many
+a program of the first kernel does that, which sees all keys of its row or is the last
+of those that do, and there is no second launch.
 
 With `s` the logits, `m` the running maximum and `L` the log-sum-exp of a query head,
 all in base 2, the first kernel stores, out of the weights it needs anyway,
@@ -28,6 +29,7 @@ from vllm_roco.ops.decode.plan import (
     piece_size,
     pieces_of,
 )
+from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.launch import Launcher
 from vllm_roco.ops.logits import logit_scale
 
@@ -49,6 +51,7 @@ def decode_attention(
     kv_cache: torch.Tensor,
     live_table: torch.Tensor,
     live_lens: torch.Tensor,
+    splits: DecodeSplits,
     measured_lens: torch.Tensor,
     evicted_before: torch.Tensor,
     statistics: torch.Tensor | None,
@@ -73,6 +76,7 @@ def decode_attention(
             dtype, or with scales bytes that are float8 e4m3.
         live_table: `[>= num_rows, live_width]` int32, see `ops.live_table`.
         live_lens: `[>= num_rows]` int32, this step's token included.
+        splits: Those of `live_lens[:num_rows]`, as `DecodeSplits.deal` left them.
         measured_lens: `[>= num_rows]` int32, the same, or 0 for rows that are not
             measured. These may be longer than the scratch has room for.
         evicted_before: `[>= num_rows]` int32, `E` at the start of the step.
@@ -113,7 +117,7 @@ def decode_attention(
         warps_of_a_tile = 1
 
     _launch_attend(
-        (num_kv_heads, plan.splits, num_rows),
+        (num_kv_heads, plan.most_splits(num_rows), 1),
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
         kv_cache_ptr=kv_cache,
@@ -121,8 +125,9 @@ def decode_attention(
         sinks_ptr=query if sinks is None else sinks,
         k_scale_ptr=scratch.partial_lse if k_scale is None else k_scale,
         v_scale_ptr=scratch.partial_lse if v_scale is None else v_scale,
+        splits_ptr=splits.splits,
+        arrivals_ptr=splits.arrivals,
         live_table_ptr=live_table,
-        live_lens_ptr=live_lens,
         measured_lens_ptr=measured_lens,
         evicted_before_ptr=evicted_before,
         statistics_ptr=statistics_or_nothing,
@@ -152,17 +157,17 @@ def decode_attention(
         PIECE=piece,
         TILE=plan.tile,
         UPDATED_BLOCKS=UPDATED_BLOCKS,
-        SPLIT=plan.splits > 1,
+        MERGED_APART=plan.merged_apart,
         SOFT_CAP=soft_cap != 0.0,
         SINKS=sinks is not None,
         MEASURE=measure,
         FP8=is_fp8,
         NATIVE_FP8=is_fp8 and fp8.converts_natively(query.device),
         WARPS=warps_of_a_tile,
-        PDL=plan.dependent_launch and plan.splits > 1,
+        PDL=plan.dependent_launch and plan.merged_apart,
     )
 
-    if plan.splits == 1:
+    if not plan.merged_apart:
         return
     parts = group
     if measure:
@@ -173,6 +178,7 @@ def decode_attention(
         partial_output_ptr=scratch.partial_output,
         partial_lse_ptr=scratch.partial_lse,
         partial_sums_ptr=scratch.partial_sums,
+        splits_of_rows_ptr=splits.of_rows,
         live_table_ptr=live_table,
         live_lens_ptr=live_lens,
         measured_lens_ptr=measured_lens,
@@ -184,15 +190,14 @@ def decode_attention(
         stride_output_row=output.stride(0),
         stride_output_head=output.stride(1),
         max_pieces=max_pieces,
-        num_splits=plan.splits,
         GROUP=group,
         GROUP_PADDED=group_padded,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
         BLOCK_SIZE=block_size,
         PIECE=piece,
-        TILE=plan.tile,
-        SPLITS_PADDED=next_power_of_2(plan.splits),
+        # at a time; of rows longer than the mean there are more
+        SPLITS=next_power_of_2(plan.splits),
         COMBINE_BLOCKS=COMBINE_BLOCKS,
         PDL=plan.dependent_launch,
     )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the two kernels of decode attention tell each other; see `attention`.
 
-The first leaves, for each split, its log-sum-exp, and for each row and kv head the
-partial sums, `[max_pieces, GROUP]` float32: the log-sum-exp of every piece, in base 2.
+The first leaves, for each split, its output and log-sum-exp, and for each row and kv
+head the partial sums, `[max_pieces, GROUP]` float32: the log-sum-exp of every piece, in
+base 2.
 """
 
 from __future__ import annotations
@@ -18,37 +19,6 @@ def split_range(length, split, num_splits, TILE: tl.constexpr):
     """Return the first tile of a split and the one behind its last."""
     num_tiles = tl.cdiv(length, TILE)
     return split * num_tiles // num_splits, (split + 1) * num_tiles // num_splits
-
-
-@triton.jit
-def log_sum_exp(
-    partial_lse_ptr,  # [num_rows, num_q_heads, splits] float32, base 2
-    row_head,  # row * num_q_heads + the group's first query head
-    length,
-    num_splits,
-    GROUP: tl.constexpr,
-    GROUP_PADDED: tl.constexpr,
-    TILE: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
-):
-    """Return `[GROUP_PADDED]`, the log-sum-exp of a group's query heads in base 2.
-
-    `_merge_output` in `combine` sums up the same splits, for one head: what changes
-    here about which of them count, and by how much, changes there.
-    """
-    split = tl.arange(0, SPLITS_PADDED)
-    group = tl.arange(0, GROUP_PADDED)
-    first_tile, last_tile = split_range(length, split, num_splits, TILE)
-    used = (split < num_splits) & (first_tile < last_tile)
-    slot = (row_head + group) * num_splits
-    # [GROUP_PADDED, SPLITS_PADDED]
-    split_lse = tl.load(
-        partial_lse_ptr + slot[:, None] + split[None, :],
-        mask=(group < GROUP)[:, None] & used[None, :],
-        other=float("-inf"),
-    )
-    largest = tl.where(group < GROUP, tl.max(split_lse, 1), 0.0)
-    return largest + tl.log2(tl.sum(tl.exp2(split_lse - largest[:, None]), 1))
 
 
 @triton.jit

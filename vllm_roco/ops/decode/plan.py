@@ -13,8 +13,14 @@ from vllm.utils.math_utils import cdiv, next_power_of_2
 from vllm_roco.ops.device import Device
 from vllm_roco.ops.scratch import carve, total
 
+MIN_TILE, MAX_TILE = 16, 128
+"""Tokens that a program reads at a time."""
+
 TILE_BYTES = 32 * 1024
-"""Keys and values that a program reads at a time while several share a row."""
+"""Keys and values that a program reads at a time."""
+
+PROGRAMS = 3
+"""That fit on a multiprocessor at once, each with three tiles in flight."""
 
 LONG_WORK = 0.55 * 2**20
 """Numbers of keys and values for each multiprocessor from which two programs share it.
@@ -28,11 +34,17 @@ class DecodePlan:
 
     Attributes:
         tile: Tokens a program reads at a time, a power of two of at least 16.
-        splits: Programs that share the keys of one row and kv head.
+        splits: Programs that share the keys of one kv head and a row of mean length, a
+            power of two. From two on all run at once, and a second kernel merges them;
+            else rows take turns, and those that are split are merged by the last of
+            their programs.
         num_warps: Warps of the attention kernel.
         num_stages: Tiles in flight, the one being computed included.
         dependent_launch: Whether the second kernel is launched before the first ends
             (programmatic dependent launch, compute capability 9.0 and above).
+        shares: Into how many the keys of all rows are dealt, for each kv head; where
+            rows take turns, those that are left. See `splits.DecodeSplits`.
+        least_tokens: Of a split that is none of the whole row; at least a tile.
     """
 
     tile: int
@@ -40,6 +52,39 @@ class DecodePlan:
     num_warps: int
     num_stages: int
     dependent_launch: bool
+    shares: int = 1
+    least_tokens: int = MAX_TILE
+
+    def __post_init__(self) -> None:
+        if self.least_tokens < self.tile:
+            raise ValueError(
+                f"a split of {self.least_tokens} tokens is less than a tile of "
+                f"{self.tile}; allowed is at least a tile."
+            )
+
+    @property
+    def merged_apart(self) -> bool:
+        """Whether a second kernel merges the splits of rows, all of them."""
+        return self.splits > 1
+
+    def most_splits(self, num_rows: int) -> int:
+        """Return the most splits of so many rows, and programs for each kv head.
+
+        Those without a split end at once.
+        """
+        if self.merged_apart:
+            return num_rows + self.shares
+        # two and a third a share, at most; see `splits`
+        return num_rows + 5 * self.shares // 2
+
+    def kept_splits(self, num_rows: int) -> int:
+        """Return how many of them leave something for a merge.
+
+        Where rows take turns these are the splits of rows that have two or more, at
+        most two for each that a row has beside its first.
+        """
+        most = self.most_splits(num_rows)
+        return most if self.merged_apart else min(most, 2 * (most - num_rows))
 
 
 @dataclass(frozen=True)
@@ -47,8 +92,8 @@ class DecodeScratchSize:
     """How many float32 numbers the launches that share a scratch need.
 
     Attributes:
-        partial_output: `rows * q_heads * splits * head_size` where keys are split.
-        partial_lse: `rows * q_heads * splits`, likewise.
+        partial_output: `splits * q_heads * head_size`, of the splits that are merged.
+        partial_lse: `splits * q_heads`, likewise.
         partial_sums: For each row and query head a number for every piece of the
             longest row; none when nothing is measured.
         max_blocks: Blocks of the longest row.
@@ -81,8 +126,7 @@ class DecodeScratchSize:
             measure: Whether statistics are to be kept.
         """
         max_blocks = cdiv(max_live_tokens, block_size)
-        # a program that sees all keys of its row needs none of what splits leave
-        splits = max(rows * plan.splits * (plan.splits > 1) for rows, plan in plans)
+        splits = max(plan.kept_splits(rows) for rows, plan in plans)
         partial_sums = 0
         if measure:
             partial_sums = max(
@@ -163,10 +207,9 @@ def plan_decode(
     """Choose a layout from what is known when the launch is recorded.
 
     Every row is taken to be as long as it can be. Where rows and heads alone give each
-    multiprocessor two programs, splitting only costs, and large tiles save the most
-    work around them; of an fp8 cache three are in flight. Else keys are split until one
-    program runs on each multiprocessor, two where they have long work; a third stage
-    hides what a single program waits for.
+    multiprocessor two programs, rows take turns. Else keys are split until one program
+    runs on each multiprocessor, two where they have long work; three fit there, and two
+    where rows are nearly enough, which then lie evenly: with larger tiles.
     `benchmarks/kernels/sweep_decode.py` tells how far from the best this is.
 
     Args:
@@ -179,27 +222,39 @@ def plan_decode(
     """
     token_bytes = 2 * next_power_of_2(head_size) * dtype.itemsize
 
-    def fitting(tile: int, splits: int, num_stages: int) -> DecodePlan:
-        tile = max(16, min(128, tile))
+    def fitting(tile: int, splits: int, shares: int, num_stages: int) -> DecodePlan:
+        tile = max(MIN_TILE, min(MAX_TILE, tile))
         while tile * token_bytes * num_stages > device.shared_memory:
-            if tile > 16:
+            if tile > MIN_TILE:
                 tile //= 2
             elif num_stages > 1:
                 num_stages -= 1
             else:
                 break
-        dependent_launch = device.capability >= (9, 0)
-        return DecodePlan(tile, splits, 4, num_stages, dependent_launch)
+        return DecodePlan(
+            tile=tile,
+            splits=splits,
+            num_warps=4,
+            num_stages=num_stages,
+            dependent_launch=device.capability >= (9, 0),
+            shares=shares,
+            # what a split costs is worth it from two tiles on, beside whole rows four
+            least_tokens=(2 if splits > 1 else 4) * tile,
+        )
 
     tile = TILE_BYTES // token_bytes
     programs = num_rows * num_kv_heads
     if programs >= 2 * device.num_multiprocessors:
-        # of a byte each, the numbers of the largest tile are half as much to wait for
-        return fitting(2 * tile, splits=1, num_stages=3 if dtype.itemsize == 1 else 2)
+        shares = PROGRAMS * device.num_multiprocessors // num_kv_heads
+        return fitting(tile, splits=1, shares=max(1, shares), num_stages=3)
     numbers = programs * max_live_tokens * token_bytes // dtype.itemsize
     long = numbers > LONG_WORK * device.num_multiprocessors
     wanted = device.num_multiprocessors * (2 if long else 1)
-    splits = next_power_of_2(max(1, wanted // programs))
-    # a split is worth its share of the second kernel from two tiles on
-    most = max(1, max_live_tokens // (2 * tile))
-    return fitting(tile, splits=min(splits, most), num_stages=3)
+    most = max(2, max_live_tokens // (2 * tile))
+    splits = min(next_power_of_2(wanted // programs), most)
+    if splits > 1:
+        return fitting(tile, splits, shares=num_rows * splits, num_stages=3)
+    # of a byte each, the numbers of the largest tile are half as much to wait for
+    num_stages = 3 if dtype.itemsize == 1 else 2
+    shares = 2 * device.num_multiprocessors // num_kv_heads
+    return fitting(2 * tile, splits=2, shares=shares, num_stages=num_stages)
