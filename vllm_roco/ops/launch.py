@@ -3,17 +3,20 @@
 
 Steps outside CUDA graphs, those that read prompts, are launched layer by layer. Triton
 looks at each of a kernel's thirty arguments to find the variant that was compiled for
-them, which takes several times as long as the launch itself.
+them, which takes several times as long as the launch itself. Layers of a step differ in
+some of the tensors alone, so all but the first launch as the first did.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 _dtype_of = attrgetter("dtype")
 
@@ -26,11 +29,70 @@ class _Places:
         tensors: Returns all tensors of the arguments' values.
         numbers: Returns what is no tensor, without what varies from call to call.
         aligned: Returns the tensors whose address a variant is compiled for.
+        of_tensors: Where the tensors are.
     """
 
     tensors: Callable[[Sequence[Any]], tuple[Any, ...]]
     numbers: Callable[[Sequence[Any]], tuple[Any, ...]]
     aligned: Callable[[Sequence[Any]], tuple[Any, ...]]
+    of_tensors: Sequence[int]
+
+
+class Launch:
+    """A launch that has been made, to be made again with other tensors in some places.
+
+    These have the dtype, strides and alignment to 16 bytes of those they replace, which
+    is not checked; `alike` tells it.
+
+    Args:
+        run: Launches a variant on its grid.
+        values: The arguments; tensors by their addresses, which spares the driver's
+            question where they lie.
+        names: Of the arguments.
+    """
+
+    def __init__(
+        self, run: Callable[..., object], values: list[Any], names: Sequence[str]
+    ) -> None:
+        self._run = run
+        self._values = values
+        self._names = names
+
+    def places(self, *names: str) -> tuple[int, ...]:
+        """Return where arguments are, for `again`."""
+        return tuple(map(self._names.index, names))
+
+    def again(self, places: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        """Launch again.
+
+        Args:
+            places: As `places` returns them.
+            tensors: What stands there now.
+        """
+        values = self._values
+        for place, tensor in zip(places, tensors, strict=True):
+            values[place] = tensor.data_ptr()
+        self._run(*values)
+
+
+class InterpretedLaunch(Launch):
+    """A launch by Triton's interpreter, which takes tensors."""
+
+    @override
+    def again(self, places: Sequence[int], tensors: Sequence[torch.Tensor]) -> None:
+        for place, tensor in zip(places, tensors, strict=True):
+            self._values[place] = tensor
+        self._run(*self._values)
+
+
+def alike(*tensors: torch.Tensor | None) -> tuple[object, ...]:
+    """Return what tensors have in common that may replace each other in a launch."""
+    return tuple(
+        [
+            None if each is None else (each.stride(), each.data_ptr() % 16)
+            for each in tensors
+        ]
+    )
 
 
 class Launcher:
@@ -61,8 +123,8 @@ class Launcher:
         grid: tuple[int, int, int],
         options: Mapping[str, int | bool],
         **arguments: Any,
-    ) -> None:
-        """Launch the kernel.
+    ) -> Launch:
+        """Launch the kernel, and return how to do so again.
 
         Args:
             grid: Programs in each dimension.
@@ -85,13 +147,23 @@ class Launcher:
             # Triton asks no more of a pointer
             *[tensor.data_ptr() % 16 == 0 for tensor in places.aligned(values)],
         )
-        variant = self._variants.get(key)
-        if variant is None:
+        is_known = key in self._variants
+        if not is_known:
             self._check_order(arguments)
             # the interpreter returns None
             self._variants[key] = self._kernel[grid](**arguments, **options)
-        else:
-            variant[grid](*values)
+        variant = self._variants[key]
+        if variant is None:
+            run = partial(self._kernel[grid], **options)
+            if is_known:
+                run(*values)
+            return InterpretedLaunch(run, list(values), self._kernel.arg_names)
+        run, addressed = variant[grid], list(values)
+        for place in places.of_tensors:
+            addressed[place] = addressed[place].data_ptr()
+        if is_known:
+            run(*addressed)
+        return Launch(run, addressed, self._kernel.arg_names)
 
     def _check_order(self, arguments: Mapping[str, Any]) -> None:
         if list(arguments) != self._kernel.arg_names:
@@ -110,7 +182,7 @@ class Launcher:
                     aligned.append(place)
             elif name not in self._varying:
                 numbers.append(place)
-        return _Places(*map(_getter, (tensors, numbers, aligned)))
+        return _Places(*map(_getter, (tensors, numbers, aligned)), tensors)
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:

@@ -11,13 +11,16 @@ writer, and a step has the same sums in every run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from vllm.utils.math_utils import next_power_of_2
 
 from vllm_roco.ops.fp8 import load_scale, scale_stride, unpack
-from vllm_roco.ops.launch import Launcher
+from vllm_roco.ops.launch import Launch, Launcher
 from vllm_roco.ops.logits import LOG2_E, cap_logits, logit_scale
 from vllm_roco.ops.prefill_plan import SUMS, PrefillPlan, PrefillScratch
 from vllm_roco.ops.statistics import read_statistics, write_statistics
@@ -321,6 +324,37 @@ def _prefill_mass_kernel(
 _launch = Launcher(_prefill_mass_kernel)
 
 
+@dataclass(frozen=True)
+class PrefillMassLaunch:
+    """What measures in a step's other layers as `measure_prefill` did in its first.
+
+    Attributes:
+        launch: The kernel's.
+        places: Where it has a layer's tensors.
+    """
+
+    launch: Launch
+    places: Sequence[int]
+
+    def again(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        lse: torch.Tensor,
+        statistics: torch.Tensor,
+        k_scale: torch.Tensor | None,
+    ) -> None:
+        """Measure in another layer; arguments as of `measure_prefill`.
+
+        They are as those of the first layer were: `ops.launch.alike` tells it.
+        """
+        given = [query, kv_cache, lse, statistics]
+        if k_scale is not None:
+            given[1] = kv_cache.view(torch.uint8)
+            given.append(k_scale)
+        self.launch.again(self.places, given)
+
+
 def measure_prefill(
     *,
     query: torch.Tensor,
@@ -337,7 +371,7 @@ def measure_prefill(
     scale: float,
     soft_cap: float = 0.0,
     k_scale: torch.Tensor | None = None,
-) -> None:
+) -> PrefillMassLaunch:
     """Add the attention mass of a step's prompt rows to the statistics.
 
     Args:
@@ -361,6 +395,9 @@ def measure_prefill(
         soft_cap: Bound of the logits' soft cap, 0 for none.
         k_scale: By what keys are multiplied, float32: one number, or one for each kv
             head. None for a cache that is not fp8.
+
+    Returns:
+        How to do so in another layer.
     """
     _, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -370,7 +407,7 @@ def measure_prefill(
     if plan.splits > 1:
         most = plan.most_splits(num_rows * num_kv_heads * runs, block_size)
         assert plan.splits <= most, f"{plan.splits} splits, and room for {most}"
-    _launch(
+    launch = _launch(
         (num_kv_heads, runs * plan.splits, num_rows),
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
@@ -406,3 +443,7 @@ def measure_prefill(
         SOFT_CAP=soft_cap != 0.0,
         FP8=k_scale is not None,
     )
+    of_layer = ["query_ptr", "kv_cache_ptr", "lse_ptr", "statistics_ptr"]
+    if k_scale is not None:
+        of_layer.append("k_scale_ptr")
+    return PrefillMassLaunch(launch, launch.places(*of_layer))

@@ -42,6 +42,7 @@ from vllm_roco.attention.layers import name_of, refuse_head_size
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodeScratch
 from vllm_roco.ops.device import Device
+from vllm_roco.ops.launch import alike
 from vllm_roco.ops.prefill_attention import prefill_attention
 from vllm_roco.ops.prefill_mass import measure_prefill
 
@@ -57,6 +58,8 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         refuse_head_size(self.head_size)
         self.flash_version = self._flash_version()
         self.hardware = Device.of(torch.device("cuda", torch.cuda.current_device()))
+        # what layers of one group may differ in, beside their tensors
+        self._kind = self.num_heads, self.scale, self.soft_cap
         self.memory: StepMemory | None = None
         self.builder: weakref.ref[RocoCudaMetadataBuilder] | None = None
         KERNEL_WARM_UP.register_warmup()
@@ -124,10 +127,18 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         decodes: Decodes,
         scratch: DecodeScratch,
     ) -> None:
-        step = decodes.step
-        k_scale, v_scale = self._scales(layer)
-        decode_attention(
-            query=query[: decodes.num_rows],
+        rows = slice(decodes.num_rows)
+        of_layer = (
+            *(query[rows], views.states, views.statistics, output[rows]),
+            *(self.sinks, *self._scales(layer)),
+        )
+        kind = (*self._kind, alike(*of_layer))
+        if (launch := decodes.launches.get(kind)) is not None:
+            launch.again(*of_layer)
+            return
+        step, (k_scale, v_scale) = decodes.step, self._scales(layer)
+        decodes.launches[kind] = decode_attention(
+            query=query[rows],
             kv_cache=views.states,
             live_table=step.live_table,
             live_lens=step.live_lens,
@@ -135,7 +146,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             measured_lens=step.measured_lens,
             evicted_before=step.evicted_before,
             statistics=views.statistics,
-            output=output[: decodes.num_rows],
+            output=output[rows],
             scratch=scratch,
             plan=decodes.plan,
             scale=self.scale,
@@ -177,22 +188,39 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
                 v_scale=v_scale,
             )
         if views.statistics is not None:
-            measure_prefill(
-                query=query,
-                kv_cache=views.states,
-                lse=lse,
-                query_start_loc=prefills.query_start_loc,
-                live_table=step.live_table,
-                live_lens=step.measured_lens,
-                evicted_before=step.evicted_before,
-                statistics=views.statistics,
-                max_live_tokens=prefills.max_measured_tokens,
-                plan=prefills.plan,
-                scratch=prefills.scratch,
-                scale=self.scale,
-                soft_cap=self.soft_cap,
-                k_scale=k_scale,
-            )
+            self._measure(query, views.states, lse, views.statistics, k_scale, prefills)
+
+    def _measure(
+        self,
+        query: torch.Tensor,
+        states: torch.Tensor,
+        lse: torch.Tensor,
+        statistics: torch.Tensor,
+        k_scale: torch.Tensor | None,
+        prefills: Prefills,
+    ) -> None:
+        of_layer = (query, states, lse, statistics, k_scale)
+        kind = (*self._kind, alike(*of_layer))
+        if (launch := prefills.launches.get(kind)) is not None:
+            launch.again(*of_layer)
+            return
+        step = prefills.step
+        prefills.launches[kind] = measure_prefill(
+            query=query,
+            kv_cache=states,
+            lse=lse,
+            query_start_loc=prefills.query_start_loc,
+            live_table=step.live_table,
+            live_lens=step.measured_lens,
+            evicted_before=step.evicted_before,
+            statistics=statistics,
+            max_live_tokens=prefills.max_measured_tokens,
+            plan=prefills.plan,
+            scratch=prefills.scratch,
+            scale=self.scale,
+            soft_cap=self.soft_cap,
+            k_scale=k_scale,
+        )
 
     def _flash(
         self,

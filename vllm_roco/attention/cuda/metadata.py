@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import torch
@@ -31,9 +31,11 @@ from vllm_roco.attention.layers import LayerGroup, roco_spec
 from vllm_roco.attention.moved_blocks import DeviceMovedBlocks, moved_blocks_of
 from vllm_roco.attention.request_rows import request_rows
 from vllm_roco.attention.tensor_ranks import tensor_ranks
+from vllm_roco.ops.decode.attention import DecodeLaunch
 from vllm_roco.ops.decode.plan import DecodePlan, DecodeScratch
 from vllm_roco.ops.decode.splits import DecodeSplits
 from vllm_roco.ops.device import Device
+from vllm_roco.ops.prefill_mass import PrefillMassLaunch
 from vllm_roco.ops.prefill_plan import PrefillPlan, PrefillScratch, plan_prefill
 from vllm_roco.validation import validated_config
 
@@ -55,12 +57,14 @@ class Decodes:
         step: Their rows of the step's buffers.
         plan: How the kernels are laid out for so many rows.
         splits: Which program attends over what.
+        launches: How the step's first layer of a kind attended, for the others.
     """
 
     num_rows: int
     step: StepBuffers
     plan: DecodePlan
     splits: DecodeSplits
+    launches: dict[object, DecodeLaunch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Prefills:
         max_measured_tokens: The same for rows that are measured.
         plan: How the kernel that measures them is laid out.
         scratch: What its programs leave for each other.
+        launches: How the step's first layer of a kind measured, for the others.
     """
 
     first_token: int
@@ -88,6 +93,7 @@ class Prefills:
     max_measured_tokens: int
     plan: PrefillPlan
     scratch: PrefillScratch
+    launches: dict[object, PrefillMassLaunch] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

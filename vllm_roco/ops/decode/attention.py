@@ -17,6 +17,9 @@ tile, the whole block as a rule.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from vllm.utils.math_utils import cdiv, next_power_of_2
 
@@ -30,7 +33,7 @@ from vllm_roco.ops.decode.plan import (
     pieces_of,
 )
 from vllm_roco.ops.decode.splits import DecodeSplits
-from vllm_roco.ops.launch import Launcher
+from vllm_roco.ops.launch import Launch, Launcher
 from vllm_roco.ops.logits import logit_scale
 
 # tensor cores multiply at least 16 rows
@@ -43,6 +46,47 @@ COMBINE_BLOCKS = 32
 
 _launch_attend = Launcher(attend_kernel)
 _launch_combine = Launcher(combine_kernel)
+
+
+@dataclass(frozen=True)
+class DecodeLaunch:
+    """What attends in a step's other layers as `decode_attention` did in its first.
+
+    Attributes:
+        attend: The first kernel's launch.
+        attend_places: Where it has a layer's tensors.
+        combine: The second one's, None without.
+        combine_places: Likewise.
+    """
+
+    attend: Launch
+    attend_places: Sequence[int]
+    combine: Launch | None
+    combine_places: Sequence[int]
+
+    def again(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        statistics: torch.Tensor | None,
+        output: torch.Tensor,
+        sinks: torch.Tensor | None,
+        k_scale: torch.Tensor | None,
+        v_scale: torch.Tensor | None,
+    ) -> None:
+        """Attend in another layer; arguments as of `decode_attention`.
+
+        They are as those of the first layer were: `ops.launch.alike` tells it.
+        """
+        if k_scale is not None:
+            kv_cache = kv_cache.view(torch.int16)
+        given = (query, kv_cache, output, statistics, sinks, k_scale, v_scale)
+        self.attend.again(self.attend_places, [x for x in given if x is not None])
+        if self.combine is not None:
+            combined = (output, statistics)
+            self.combine.again(
+                self.combine_places, [x for x in combined if x is not None]
+            )
 
 
 def decode_attention(
@@ -63,7 +107,7 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-) -> None:
+) -> DecodeLaunch:
     """Attend with one query a row and update the statistics of the blocks it saw.
 
     Tokens at and beyond a row's length are never read as numbers, whatever they hold. A
@@ -93,6 +137,9 @@ def decode_attention(
         k_scale: By what keys are multiplied, float32: one number, or one for each kv
             head. None, as `v_scale`, for a cache that is not fp8.
         v_scale: Likewise values.
+
+    Returns:
+        How to do so in another layer.
     """
     num_rows, num_q_heads, head_size = query.shape
     _, num_kv_heads, block_size, _ = kv_cache.shape
@@ -116,7 +163,10 @@ def decode_attention(
     if query.dtype == torch.float32:
         warps_of_a_tile = 1
 
-    _launch_attend(
+    of_layer = ["query_ptr", "kv_cache_ptr", "output_ptr"]
+    of_layer += ["statistics_ptr"] * measure + ["sinks_ptr"] * (sinks is not None)
+    of_layer += ["k_scale_ptr", "v_scale_ptr"] * is_fp8
+    attend = _launch_attend(
         (num_kv_heads, plan.most_splits(num_rows), 1),
         {"num_warps": plan.num_warps, "num_stages": plan.num_stages},
         query_ptr=query,
@@ -167,12 +217,13 @@ def decode_attention(
         PDL=plan.dependent_launch and plan.merged_apart,
     )
 
+    attend_places = attend.places(*of_layer)
     if not plan.merged_apart:
-        return
+        return DecodeLaunch(attend, attend_places, None, ())
     parts = group
     if measure:
         parts += cdiv(scratch.max_blocks, COMBINE_BLOCKS)
-    _launch_combine(
+    combine = _launch_combine(
         (num_kv_heads, parts, num_rows),
         {"num_warps": 1 if plan.splits <= 8 else 4, **launch_dependent},
         partial_output_ptr=scratch.partial_output,
@@ -201,3 +252,5 @@ def decode_attention(
         COMBINE_BLOCKS=COMBINE_BLOCKS,
         PDL=plan.dependent_launch,
     )
+    combine_places = combine.places("output_ptr", *["statistics_ptr"] * measure)
+    return DecodeLaunch(attend, attend_places, combine, combine_places)
