@@ -44,7 +44,10 @@ def scheduled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(flash_attn, "get_flash_attn_version", lambda **_: 3)
     monkeypatch.setattr(flash_attn, "get_scheduler_metadata", schedule, raising=False)
-    for name in ("flash_attn_varlen_func", "reshape_and_cache_flash"):
+    for name in (
+        *("flash_attn_varlen_func", "get_scheduler_metadata"),
+        "reshape_and_cache_flash",
+    ):
         monkeypatch.setattr(fa_utils, name, None, raising=False)
     from vllm_roco.attention.cuda import impl
 

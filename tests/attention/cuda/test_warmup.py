@@ -79,12 +79,16 @@ MODELS = {
 @pytest.fixture
 def impl_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let layers attend as on a GPU, but for what is vLLM's and no Triton kernel."""
-    for name in ("flash_attn_varlen_func", "reshape_and_cache_flash"):
+    for name in (
+        *("flash_attn_varlen_func", "get_scheduler_metadata"),
+        "reshape_and_cache_flash",
+    ):
         # a build for CPUs has none
         monkeypatch.setattr(fa_utils, name, None, raising=False)
     from vllm_roco.attention.cuda import impl
 
     monkeypatch.setattr(impl, "flash_attn_varlen_func", flash)
+    monkeypatch.setattr(impl, "get_scheduler_metadata", lambda **_: torch.zeros(1))
     monkeypatch.setattr(impl, "get_flash_attn_version", lambda **_: 3)
     monkeypatch.setattr(impl, "scaled_fp8_quant", quantise)
     monkeypatch.setattr(metadata, "moved_blocks_of", lambda _: None)

@@ -17,6 +17,7 @@ from vllm._custom_ops import scaled_fp8_quant
 from vllm.v1.attention.backends.fa_utils import (
     flash_attn_varlen_func,
     get_flash_attn_version,
+    get_scheduler_metadata,
     reshape_and_cache_flash,
 )
 
@@ -258,6 +259,9 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
             block_table=prefills.step.live_table,
             softcap=self.soft_cap,
             return_softmax_lse=True,
+            scheduler_metadata=self._schedule(
+                prefills, query.dtype, keys.shape[1], version
+            ),
             fa_version=version,
             s_aux=None if self._adds_sinks else self.sinks,
             q_descale=q_descale,
@@ -269,6 +273,30 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         if self.sinks is None or not self._adds_sinks:
             return lse
         return add_sinks(output, lse, self.sinks)
+
+    def _schedule(
+        self, prefills: Prefills, dtype: torch.dtype, block_size: int, version: int
+    ) -> torch.Tensor | None:
+        """Return what FlashAttention 3 else works out anew in every layer."""
+        if version != 3:
+            return None
+        kind = (*self._kind, dtype)
+        if (schedule := prefills.schedules.get(kind)) is None:
+            schedule = prefills.schedules[kind] = get_scheduler_metadata(
+                batch_size=len(prefills.step.live_lens),
+                max_seqlen_q=prefills.max_query_len,
+                max_seqlen_k=prefills.max_live_tokens,
+                num_heads_q=self.num_heads,
+                num_heads_kv=self.num_kv_heads,
+                headdim=self.head_size,
+                cache_seqlens=prefills.step.live_lens,
+                qkv_dtype=dtype,
+                cu_seqlens_q=prefills.query_start_loc,
+                page_size=block_size,
+                causal=True,
+                has_softcap=self.soft_cap != 0.0,
+            )
+        return schedule
 
     @property
     def _adds_sinks(self) -> bool:

@@ -82,6 +82,7 @@ class Prefills:
         plan: How the kernel that measures them is laid out.
         scratch: What its programs leave for each other.
         launches: How the step's first layer of a kind measured, for the others.
+        schedules: How FlashAttention lays out the step, by kind of layer.
     """
 
     first_token: int
@@ -94,6 +95,7 @@ class Prefills:
     plan: PrefillPlan
     scratch: PrefillScratch
     launches: dict[object, PrefillMassLaunch] = field(default_factory=dict)
+    schedules: dict[object, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
