@@ -26,6 +26,7 @@ from tests.compilations import ImaginedCompilation, imagined_compilations
 from tests.kv_cache.specs import bind_caches, one_group, roco_spec
 from vllm_roco.attention.backend import RocoBackend
 from vllm_roco.attention.cuda import metadata, warmup
+from vllm_roco.attention.cuda.eviction import CudaEviction
 from vllm_roco.attention.cuda.metadata import RocoCudaMetadata, RocoCudaMetadataBuilder
 from vllm_roco.ops.device import H100, Device
 
@@ -293,3 +294,90 @@ def test_prompts_are_measured_by_as_many_programs_as_a_step_is_worth(
     splits = [step.prefills.plan.splits for step in (alone, beside, many)]
     # of 2,024 tokens two kv heads make 64 runs, where there is room for 396
     assert splits == [8, 8, 1]
+
+
+class Recorded:
+    """A launch of the first layer, asked to be made again."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = arguments
+        self.again_with: list[tuple[torch.Tensor | None, ...]] = []
+
+    def again(self, *tensors: torch.Tensor | None) -> None:
+        self.again_with.append(tensors)
+
+
+@pytest.mark.parametrize("name", ["plain", "fp8", "sinks, soft cap", "recent"])
+def test_later_layers_are_launched_as_the_first_was(
+    name: str, impl_on_cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their own cache, statistics, sinks and scales, in the launch's order."""
+    launches: dict[str, list[Recorded]] = {"decode": [], "measure": []}
+
+    def recording(kind: str) -> Any:
+        def record(**arguments: Any) -> Recorded:
+            launches[kind].append(Recorded(**arguments))
+            return launches[kind][-1]
+
+        return record
+
+    from vllm_roco.attention.cuda import impl
+
+    monkeypatch.setattr(impl, "decode_attention", recording("decode"))
+    monkeypatch.setattr(impl, "measure_prefill", recording("measure"))
+    schedules: list[int] = []
+    monkeypatch.setattr(
+        impl,
+        "get_scheduler_metadata",
+        lambda **told: schedules.append(told["batch_size"]) or torch.zeros(1),
+    )
+    monkeypatch.setattr(metadata.StepBuffers, "fill", lambda *_: None)
+    monkeypatch.setattr(metadata.DecodeSplits, "deal", lambda *_: None)
+    monkeypatch.setattr(CudaEviction, "evict", lambda *_, **__: None)
+    worker = Worker(MODELS[name])
+    for _ in range(2):
+        worker.step([(1, 70), (1, 3), (9, 3)], beside_keys=True)
+    # worked out in the first layer of each step, and never kept for the next one
+    measures = name != "recent"
+    assert [len(found) for found in launches.values()] == [2, 2 * measures]
+    assert schedules == [1, 1]
+    first, second = (layer.impl for layer in worker.layers)
+    views = second.views.of(worker.layers[1].kv_cache)
+    for launch in launches["decode"]:
+        told = launch.arguments
+        ((query, states, statistics, output, sinks, k_scale, v_scale),) = (
+            launch.again_with
+        )
+        assert query.data_ptr() == told["query"].data_ptr()
+        assert output.data_ptr() == told["output"].data_ptr()
+        assert told["kv_cache"] is first.views.of(worker.layers[0].kv_cache).states
+        assert states is views.states
+        assert statistics is views.statistics
+        assert sinks is second.sinks
+        scaled = MODELS[name].is_fp8
+        assert k_scale is (worker.layers[1]._k_scale if scaled else None)
+        assert v_scale is (worker.layers[1]._v_scale if scaled else None)
+    for launch in launches["measure"]:
+        told = launch.arguments
+        ((query, states, lse, statistics, k_scale),) = launch.again_with
+        assert query.data_ptr() == told["query"].data_ptr()
+        assert lse.shape == told["lse"].shape
+        assert lse is not told["lse"]
+        assert states is views.states
+        assert statistics is views.statistics
+        assert k_scale is (worker.layers[1]._k_scale if MODELS[name].is_fp8 else None)
+
+
+def test_layers_of_another_kind_are_launched_anew(
+    impl_on_cpu: None, compilations: list[ImaginedCompilation]
+) -> None:
+    worker = Worker(MODELS["plain"])
+    worker.layers[1].impl._kind = (1, 2.0, 3.0)
+    built = worker.built([(1, 70), (5, 3)])
+    query = torch.zeros(6, 9, 64, dtype=torch.bfloat16)
+    for layer in worker.layers:
+        layer.impl.forward(
+            layer, query, query, query, layer.kv_cache, built, torch.empty_like(query)
+        )
+    assert len(built.decodes.launches) == len(built.prefills.launches) == 2
+    assert len(built.prefills.schedules) == 2
