@@ -143,12 +143,13 @@ class Shape:
 WORK = [(1, 32768), (8, 2048), (16, 16384), (64, 2048), (128, 1024), (256, 2048)]
 HEADS = [(32, 8, 128), (28, 4, 128), (64, 8, 128), (9, 3, 64), (32, 32, 128)]
 SHAPES = [Shape(*work, *heads) for heads in HEADS for work in WORK]
-RAGGED = [
-    Shape(batch, 3200, *heads, shortest=200)
+UNEVEN = [
+    Shape(batch, longest, *heads, shortest=shortest)
     for heads in HEADS[:2]
-    for batch in (16, 48, 96, 160, 256)
+    for batch in (16, 32, 48, 64, 96, 128, 160, 256)
+    for shortest, longest in ((200, 3200), (2048, 2303))
 ]
-"""Chats, at whatever point each of them is."""
+"""Chats, at whatever point each of them is, and rows that evict a stride at a time."""
 
 
 def allocate_pool(shapes: list[Shape]) -> torch.Tensor:

@@ -275,6 +275,21 @@ def _kernel(measured: pd.DataFrame, column: str) -> str:
     )
 
 
+def uneven_rows(measured: pd.DataFrame) -> str:
+    """Return the table of the decode kernel over rows of different lengths."""
+    found = _of_newest_code(measured)
+    return grid(
+        found.sort_values(["batch", "shortest"]),
+        {
+            "tokens of a row": "{shortest:,.0f} to {longest:,.0f}",
+            "heads": "{q_heads}/{kv_heads}/{head_size}",
+        },
+        "{batch} rows",
+        "{ratio:.2f}",
+        caption(found.head(1)),
+    )
+
+
 def tensor_descriptors(measured: pd.DataFrame) -> str:
     """Return the table of decode kernels that load by TMA, the best of each shape."""
     found = _of_newest_code(measured)
@@ -323,6 +338,7 @@ _OTHERS: dict[str, Callable[[pd.DataFrame], str]] = {
     "memory": memory,
     "decode_attention": decode,
     "decode_fp8": decode_fp8,
+    "uneven_rows": uneven_rows,
     "tensor_descriptors": tensor_descriptors,
 }
 """Tables beside those of `WORKLOADS`, by the name of their CSV file."""

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from benchmarks.kernels.tensor_descriptors import TABLE
+from benchmarks.kernels.uneven_rows import TABLE as UNEVEN_ROWS
 from benchmarks.markdown import UNMEASURED
 from benchmarks.rows import RESULTS, read, write
 from benchmarks.serving import prefill, serve_workloads
@@ -16,7 +17,7 @@ from benchmarks.serving.captions import caption
 from benchmarks.serving.comparisons import comparisons
 from benchmarks.serving.jobs import MACHINE
 from benchmarks.serving.pictures import PICTURES
-from benchmarks.serving.tables import tables, tensor_descriptors
+from benchmarks.serving.tables import tables, tensor_descriptors, uneven_rows
 from benchmarks.serving.workloads import runs
 
 Row = dict[str, object]
@@ -281,3 +282,27 @@ def test_kernels_by_tma_show_their_best_setting_with_statistics(tmp_path: Path) 
 
 def test_the_rows_by_tma_have_the_columns_of_the_benchmark() -> None:
     assert not TABLE.read(RESULTS).empty
+
+
+def test_rows_of_different_lengths_have_a_line_for_each_kind(tmp_path: Path) -> None:
+    columns = ["commit", *UNEVEN_ROWS.key[3:], *UNEVEN_ROWS.results]
+    told = [
+        ("old", 16, 200, 3200, 28, 4, 128, 10, 20, 0.5),
+        ("new", 48, 2048, 2303, 28, 4, 128, 30, 31, 0.968),
+        ("new", 16, 200, 3200, 28, 4, 128, 10, 8, 1.25),
+        ("new", 16, 2048, 2303, 28, 4, 128, 10, 10, 1.0),
+    ]
+    for values in told:
+        row = dict(zip(columns, values, strict=True))
+        UNEVEN_ROWS.append(tmp_path, {"gpu": "a GPU", "vllm": "1.2.3", **row})
+    text = uneven_rows(UNEVEN_ROWS.read(tmp_path))
+    assert text.startswith("a GPU, vLLM 1.2.3, commit new:")
+    heading, *lines = [
+        [each.strip() for each in line.strip("|").split("|")]
+        for line in text.splitlines()[2:]
+    ]
+    assert heading == ["tokens of a row", "heads", "16 rows", "48 rows"]
+    assert lines[1:] == [
+        ["200 to 3,200", "28/4/128", "1.25", ""],
+        ["2,048 to 2,303", "28/4/128", "1.00", "0.97"],
+    ]
