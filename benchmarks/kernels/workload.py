@@ -258,7 +258,7 @@ class Workload:
 
     def calls(
         self,
-        kernel: Callable[..., None],
+        kernel: Callable[..., object],
         plan: DecodePlan,
         *,
         block_size: int,
@@ -428,7 +428,7 @@ class Workload:
         block_size: int,
         token_major: bool,
         measure: bool = True,
-        kernel: Callable[..., None] | None = None,
+        kernel: Callable[..., object] | None = None,
     ) -> None:
         """Raise unless the first layer's output and masses are as they should be.
 

@@ -182,7 +182,12 @@ class Launcher:
                     aligned.append(place)
             elif name not in self._varying:
                 numbers.append(place)
-        return _Places(*map(_getter, (tensors, numbers, aligned)), tensors)
+        return _Places(
+            tensors=_getter(tensors),
+            numbers=_getter(numbers),
+            aligned=_getter(aligned),
+            of_tensors=tensors,
+        )
 
 
 def _getter(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
