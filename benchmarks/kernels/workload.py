@@ -86,9 +86,7 @@ class Shape:
     def lengths(self) -> list[int]:
         """Tokens that each sequence attends over."""
         lengths = np.geomspace(self.shortest or self.context, self.context, self.batch)
-        return (
-            np.random.default_rng(0).permutation(lengths.round()).astype(int).tolist()
-        )
+        return [int(length) for length in np.random.default_rng(0).permutation(lengths)]
 
     @property
     def kv_bytes(self) -> int:
