@@ -86,7 +86,8 @@ class Shape:
     def lengths(self) -> list[int]:
         """Tokens that each sequence attends over."""
         lengths = np.geomspace(self.shortest or self.context, self.context, self.batch)
-        return [int(length) for length in np.random.default_rng(0).permutation(lengths)]
+        drawn = np.random.default_rng(0).permutation(lengths)
+        return [round(float(length)) for length in drawn]
 
     @property
     def kv_bytes(self) -> int:
