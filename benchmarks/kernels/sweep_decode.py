@@ -79,6 +79,8 @@ def plans(shape: Shape, multiprocessors: int) -> list[DecodePlan]:
             num_stages=stages,
             dependent_launch=True,
             shares=n * shape.batch,
+            # two tiles or four, as the package has it
+            least_tokens=(2 if n > 1 else 4) * tile * 128 // shape.head_size,
         )
         for (tile, warps, stages), n in itertools.product(TILES, splits)
     ]

@@ -100,6 +100,8 @@ def descriptor_plan(block_size: int, num_stages: int, num_warps: int) -> DecodeP
         num_warps=num_warps,
         num_stages=num_stages,
         dependent_launch=False,
+        shares=1,
+        least_tokens=block_size,
     )
 
 

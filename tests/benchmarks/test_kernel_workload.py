@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.kernels.sweep_decode import plans
 from benchmarks.kernels.workload import SHAPES, UNEVEN, Shape
 from vllm_roco.kv_cache import page
+from vllm_roco.ops.device import H100
 
 
 def test_rows_of_different_lengths_are_spread_over_octaves_in_no_order() -> None:
@@ -33,3 +35,12 @@ def test_a_layer_has_room_for_the_pages_of_every_row(
     numbers = shape.kv_heads * block_size * 2 * shape.head_size
     statistics = page.statistics_bytes(shape.kv_heads) // 2
     assert pages * (numbers + statistics) <= shape.layer_numel
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_sweep_has_plans_for_every_shape(shape: Shape) -> None:
+    swept = plans(shape, H100.num_multiprocessors)
+    assert {plan.merged_apart for plan in swept} >= {True}
+    for plan in swept:
+        assert plan.shares == shape.batch * plan.splits
+        assert plan.least_tokens == (2 if plan.merged_apart else 4) * plan.tile

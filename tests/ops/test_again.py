@@ -15,7 +15,7 @@ from vllm_roco.kv_cache import page
 from vllm_roco.ops.decode.attention import decode_attention
 from vllm_roco.ops.decode.plan import DecodePlan
 from vllm_roco.ops.decode.splits import DecodeSplits
-from vllm_roco.ops.launch import alike
+from vllm_roco.ops.launch import Launch, alike
 from vllm_roco.ops.prefill_mass import measure_prefill
 from vllm_roco.ops.prefill_plan import PrefillPlan, PrefillScratch
 
@@ -144,11 +144,28 @@ def test_measuring_prompts(in_fp8: bool, device: torch.device) -> None:
 
 
 def test_what_may_replace_a_tensor() -> None:
-    """Strides and alignment; the address itself does not matter."""
+    """All that a variant is compiled for, and the address does not matter."""
     memory = torch.zeros(8, 64, dtype=torch.bfloat16)
     of_first = alike(memory[:, :32], None)
-    assert alike(memory[1:, :32], None) == of_first
+    assert alike(torch.zeros_like(memory)[:, :32], None) == of_first
     assert alike(memory[:, 8:40], None) == of_first
     assert alike(memory[:, 1:33], None) != of_first
     assert alike(memory[:, :64:2], None) != of_first
     assert alike(memory[:, :32], memory) != of_first
+    assert alike(memory[:, :32].half(), None) != of_first
+    assert alike(memory.view(torch.float16)[:, :32], None) != of_first
+    assert alike(memory[:, :16], None) != of_first
+    # a scale for all heads, and one for each
+    assert alike(torch.ones(1)) != alike(torch.ones(4))
+
+
+def test_a_launch_is_made_again_with_addresses_in_its_places() -> None:
+    made: list[tuple[object, ...]] = []
+    launch = Launch(lambda *values: made.append(values), [1, 2, 3], ["a", "b", "c"])
+    first, second = torch.zeros(2, 4)
+    launch.again(launch.places("c", "a"), [first, second])
+    launch.again(launch.places("c"), [second])
+    assert made == [
+        (second.data_ptr(), 2, first.data_ptr()),
+        (second.data_ptr(), 2, second.data_ptr()),
+    ]

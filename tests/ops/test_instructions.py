@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ from benchmarks.kernels.workload import DTYPE, Shape, Workload
 from tests.compilations import ImaginedCompilation, imagined_compilations
 from tests.ops.test_select_victims import BLOCK_SIZE, SMALL, Group, options, steps_of
 from vllm_roco.eviction_schedule import EvictionSchedule
+from vllm_roco.ops.decode.plan import DecodePlan
 from vllm_roco.ops.device import H100
 
 pytestmark = pytest.mark.skipif(
@@ -135,3 +137,41 @@ def _lines(kernel: CompiledKernel, *instructions: str) -> list[str]:
         for line in kernel.asm["ptx"].splitlines()
         if any(f"{name}.global" in line for name in instructions)
     ]
+
+
+def test_programs_of_decode_attention_wait_for_each_other() -> None:
+    """Which Triton's interpreter, where one runs after another, cannot tell."""
+    kernels: dict[bool, dict[str, str]] = {}
+    for apart in (True, False):
+        plan = DecodePlan(
+            tile=64,
+            splits=2 if apart else 1,
+            num_warps=4,
+            num_stages=3,
+            dependent_launch=True,
+            shares=4,
+            least_tokens=64,
+        )
+        shape = Shape(2, 256, 8, 2, 128)
+        with imagined_compilations() as found:
+            workload = Workload(shape, torch.zeros(shape.layers * shape.layer_numel))
+            workload.pool = workload.pool.to(DTYPE)
+            workload.roco(plan)[0]()
+        kernels[apart] = {each.kernel: each.compile().asm["ptx"] for each in found}
+    merging = kernels[False]["attend_kernel"]
+    # all threads have stored before one tells that the program is done
+    (arrival,) = re.findall(r"atom\.[\w.]*add\S*", merging)
+    assert ".acq_rel." in arrival
+    assert ".gpu." in arrival
+    before = merging[: merging.index(arrival)]
+    assert before.rindex("bar.sync") > before.rindex("st.global")
+    assert "griddepcontrol" not in merging
+    # the second kernel begins early, and waits before it reads
+    assert "griddepcontrol.launch_dependents" in kernels[True]["attend_kernel"]
+    combining = kernels[True]["combine_kernel"]
+    assert combining.count("griddepcontrol.wait") == 2
+    assert "atom." not in kernels[True]["attend_kernel"]
+    # rows are ranked before they are read in their order
+    dealing = kernels[True]["_deal_kernel"]
+    ranked = [match.start() for match in re.finditer("st.global", dealing)]
+    assert any("bar.sync" in dealing[a:b] for a, b in itertools.pairwise(ranked))

@@ -155,6 +155,38 @@ def test_rows_that_take_turns_have_programs_enough(
     assert sum(in_turns(lengths, plan)) <= plan.most_splits(rows)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_rows_take_more_programs_in_turns(seed: int) -> None:
+    """Each takes half of a split for nothing, as far as rounding allows."""
+    draw = random.Random(seed)
+    for _ in range(200):
+        shares, least = draw.choice([1, 2, 5, 12, 49, 99]), draw.choice([32, 256, 512])
+        plan = replace(IN_TURNS, shares=shares, least_tokens=least)
+        left, lengths = draw.choice([10_000, 10**6, 10**7]), []
+        for _ in range(draw.randint(1, 60)):
+            # just enough of what is left for one split more
+            part = (draw.randint(1, 8) + 0.5) / shares
+            lengths.append(min(int(left * part) + 1, left))
+            left -= lengths[-1]
+        lengths.sort(reverse=True)
+        assert sum(in_turns(lengths, plan)) <= plan.most_splits(len(lengths))
+
+
+def test_lengths_whose_sum_is_long_are_shared_as_any(device: torch.device) -> None:
+    """Their sum times the shares is more than 32 bits hold."""
+    lengths = [400_000_000] * 3
+    assert dealt(lengths, APART, device).of_rows[:, 1].tolist() == [4, 4, 4]
+    lengths = [700_000_000] * 5
+    found = dealt(lengths, IN_TURNS, device).of_rows[:, 1].tolist()
+    assert found == in_turns(lengths, IN_TURNS)
+
+
+def test_a_split_is_worth_its_end() -> None:
+    """From two tiles on, and beside whole rows four."""
+    assert planned(256).least_tokens == 4 * planned(256).tile
+    assert planned(8).least_tokens == 2 * planned(8).tile
+
+
 def test_rows_that_all_run_at_once_are_split_by_length(device: torch.device) -> None:
     plan = planned(48)
     assert plan.merged_apart
@@ -215,28 +247,41 @@ def test_programs_of_a_row_leave_their_arrivals_as_they_found_them(
 
 
 def test_whoever_comes_last_merges(device: torch.device) -> None:
-    """And not the row's last split: an earlier one may take longer."""
+    """And not the row's last split: an earlier one may take longer.
+
+    Each kv head and row counts for itself: here the second head of the second row.
+    """
     if device.type != "cpu":
         pytest.skip("only Triton's interpreter runs programs in their order")
-    plan = replace(IN_TURNS, shares=2)
-    case = decode.build([64], Heads(2, 1, 32), device)
-    splits = DecodeSplits.allocate([(1, plan)], 1, device)
+    plan = replace(IN_TURNS, shares=4)
+    case = decode.build([64, 64], Heads(4, 2, 32), device)
+    exact = case.expected()
+    splits = DecodeSplits.allocate([(2, plan)], 2, device)
     splits.deal(case.live_lens, plan)
-    assert splits.of_rows.tolist() == [[0, 2]]
+    assert splits.of_rows.tolist() == [[0, 2], [2, 2]]
     scratch = decode.scratch_for(case, plan)
-    # as if the second split had come, with all of the weight, and the first were late
+    # as if its second split had come, with all of the weight, and the first were late
     values = torch.randn(2, 32)
-    scratch.partial_output[64:128] = values.flatten()
-    scratch.partial_lse[2:4] = 200.0
-    splits.arrivals[0] = 1
-    blocks = case.live_table[0, :4].long()
-    before = case.statistics[blocks, 0, page.MASS_SUM]
-    # the program that comes after it finds one more than there are
-    splits.splits[1, 2] = 0
+    scratch.partial_output.view(-1, 4, 32)[3, 2:] = values
+    scratch.partial_lse.view(-1, 4)[3, 2:] = 200.0
+    splits.arrivals[2, 1] = 1
+    blocks = case.live_table[1, :4].long()
+    before = case.statistics[blocks, 1, page.MASS_SUM]
+    # the programs that come after it find nothing to do
+    late = splits.splits[3].clone()
+    splits.splits[3, 2] = 0
     output = decode.run(case, plan, splits=splits, scratch=scratch)
-    torch.testing.assert_close(output[0], values)
-    assert not splits.arrivals.any()
-    assert torch.equal(case.statistics[blocks[:2], 0, page.MASS_SUM], before[:2])
+    torch.testing.assert_close(output[1, 2:], values)
+    assert torch.equal(case.statistics[blocks[:2], 1, page.MASS_SUM], before[:2])
+    # the other head of its row still waits, and the other row has its own
+    assert splits.arrivals[2].tolist() == [1, 0]
+    assert int(splits.arrivals.sum()) == 1
+    torch.testing.assert_close(output[0], exact.output[0])
+    # its second split brings it to an end
+    splits.splits[:2, 2] = 0
+    splits.splits[2, 2], splits.splits[3] = 0, late
+    output = decode.run(case, plan, splits=splits, scratch=scratch)
+    torch.testing.assert_close(output[1, :2], exact.output[1, :2])
 
 
 def test_every_launch_has_room_for_its_splits() -> None:
@@ -261,4 +306,4 @@ def test_every_launch_has_room_for_its_splits() -> None:
         assert splits.splits.shape[1] == SPLIT_FIELDS
         assert len(splits.of_rows) >= rows
         assert splits.arrivals.shape == (len(splits.arrivals), 8)
-        assert len(splits.arrivals) >= plan.kept_splits(rows)
+        assert plan.merged_apart or len(splits.arrivals) >= plan.kept_splits(rows)

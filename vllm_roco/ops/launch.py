@@ -41,8 +41,9 @@ class _Places:
 class Launch:
     """A launch that has been made, to be made again with other tensors in some places.
 
-    These have the dtype, strides and alignment to 16 bytes of those they replace, which
-    is not checked; `alike` tells it.
+    These have the dtype, shape, strides and alignment to 16 bytes of what they replace,
+    which is not checked; `alike` tells it. The others must still be there: a launch
+    knows their addresses alone.
 
     Args:
         run: Launches a variant on its grid.
@@ -89,7 +90,9 @@ def alike(*tensors: torch.Tensor | None) -> tuple[object, ...]:
     """Return what tensors have in common that may replace each other in a launch."""
     return tuple(
         [
-            None if each is None else (each.stride(), each.data_ptr() % 16)
+            None
+            if each is None
+            else (each.dtype, each.shape, each.stride(), each.data_ptr() % 16)
             for each in tensors
         ]
     )

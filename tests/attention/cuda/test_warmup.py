@@ -325,14 +325,24 @@ def test_later_layers_are_launched_as_the_first_was(
 
     monkeypatch.setattr(impl, "decode_attention", recording("decode"))
     monkeypatch.setattr(impl, "measure_prefill", recording("measure"))
-    schedules: list[int] = []
-    monkeypatch.setattr(
-        impl,
-        "get_scheduler_metadata",
-        lambda **told: schedules.append(told["batch_size"]) or torch.zeros(1),
-    )
+    schedules: list[dict[str, Any]] = []
+    attended: list[dict[str, Any]] = []
+
+    def schedule(**told: Any) -> torch.Tensor:
+        schedules.append(told)
+        return torch.full((1,), len(schedules))
+
+    def attend(**told: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        attended.append(told)
+        return flash(**told)
+
+    monkeypatch.setattr(impl, "get_scheduler_metadata", schedule)
+    monkeypatch.setattr(impl, "flash_attn_varlen_func", attend)
     monkeypatch.setattr(metadata.StepBuffers, "fill", lambda *_: None)
-    monkeypatch.setattr(metadata.DecodeSplits, "deal", lambda *_: None)
+    dealt: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        metadata.DecodeSplits, "deal", lambda _, lengths, plan: dealt.append(lengths)
+    )
     monkeypatch.setattr(CudaEviction, "evict", lambda *_, **__: None)
     worker = Worker(MODELS[name])
     for _ in range(2):
@@ -340,7 +350,26 @@ def test_later_layers_are_launched_as_the_first_was(
     # worked out in the first layer of each step, and never kept for the next one
     measures = name != "recent"
     assert [len(found) for found in launches.values()] == [2, 2 * measures]
-    assert schedules == [1, 1]
+    # FlashAttention's layout of prompts likewise, from what attends
+    assert len(schedules) == 2
+    assert [int(told["scheduler_metadata"]) for told in attended] == [1, 1, 2, 2]
+    same = {
+        "max_seqlen_q": "max_seqlen_q",
+        "max_seqlen_k": "max_seqlen_k",
+        "cache_seqlens": "seqused_k",
+        "cu_seqlens_q": "cu_seqlens_q",
+        "causal": "causal",
+    }
+    for told, to in zip(schedules, attended[::2], strict=True):
+        assert all(told[name] is to[other] for name, other in same.items())
+        assert told["page_size"] == to["k"].shape[1]
+        assert told["qkv_dtype"] == to["q"].dtype == to["k"].dtype
+        assert told["batch_size"] == len(to["seqused_k"]) == 1
+        assert (told["num_heads_q"], told["headdim"]) == to["q"].shape[1:]
+        assert told["num_heads_kv"] == to["k"].shape[2]
+        assert told["has_softcap"] == (to["softcap"] != 0)
+    # the rows of decodes alone are dealt out
+    assert [len(lengths) for lengths in dealt] == [2, 2]
     first, second = (layer.impl for layer in worker.layers)
     views = second.views.of(worker.layers[1].kv_cache)
     for launch in launches["decode"]:
@@ -380,4 +409,5 @@ def test_layers_of_another_kind_are_launched_anew(
             layer, query, query, query, layer.kv_cache, built, torch.empty_like(query)
         )
     assert len(built.decodes.launches) == len(built.prefills.launches) == 2
-    assert len(built.prefills.schedules) == 2
+    # FlashAttention's layout does not depend on the scale
+    assert len(built.prefills.schedules) == 1

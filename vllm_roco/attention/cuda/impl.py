@@ -129,15 +129,16 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         scratch: DecodeScratch,
     ) -> None:
         rows = slice(decodes.num_rows)
+        k_scale, v_scale = self._scales(layer)
         of_layer = (
             *(query[rows], views.states, views.statistics, output[rows]),
-            *(self.sinks, *self._scales(layer)),
+            *(self.sinks, k_scale, v_scale),
         )
         kind = (*self._kind, alike(*of_layer))
         if (launch := decodes.launches.get(kind)) is not None:
             launch.again(*of_layer)
             return
-        step, (k_scale, v_scale) = decodes.step, self._scales(layer)
+        step = decodes.step
         decodes.launches[kind] = decode_attention(
             query=query[rows],
             kv_cache=views.states,
@@ -280,7 +281,7 @@ class RocoCudaImpl(RocoImpl[RocoCudaMetadata]):
         """Return what FlashAttention 3 else works out anew in every layer."""
         if version != 3:
             return None
-        kind = (*self._kind, dtype)
+        kind = (self.num_heads, self.soft_cap != 0.0, dtype)
         if (schedule := prefills.schedules.get(kind)) is None:
             schedule = prefills.schedules[kind] = get_scheduler_metadata(
                 batch_size=len(prefills.step.live_lens),

@@ -3,7 +3,7 @@
 
 A captured graph replays the addresses it was captured with, so everything that changes
 from step to step lies in memory that is allocated once, and everything that a graph has
-frozen (grids, splits) depends on the number of rows alone.
+frozen (grids, layouts) depends on the number of rows alone.
 """
 
 from __future__ import annotations

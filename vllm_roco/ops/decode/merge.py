@@ -46,6 +46,7 @@ def merge_by_last(
         output = tl.zeros(output.shape, tl.float32)
         total = tl.zeros(lse.shape, tl.float32)
         largest = tl.full(lse.shape, float("-inf"), tl.float32)
+        # from the L2 cache, where other programs have left it
         for other in range(num_splits):
             other_lse = tl.load(
                 partial_lse_ptr + other * num_q_heads + head,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two kernels of decode attention tell each other; see `attention`.
+"""What programs of decode attention tell each other; see `attention`.
 
 The first leaves, for each split, its output and log-sum-exp, and for each row and kv
 head the partial sums, `[max_pieces, GROUP]` float32: the log-sum-exp of every piece, in

@@ -34,10 +34,9 @@ class DecodePlan:
 
     Attributes:
         tile: Tokens a program reads at a time, a power of two of at least 16.
-        splits: Programs that share the keys of one kv head and a row of mean length, a
-            power of two. From two on all run at once, and a second kernel merges them;
-            else rows take turns, and those that are split are merged by the last of
-            their programs.
+        splits: Programs that share the keys of one kv head and a row of mean length.
+            From two on all run at once, and a second kernel merges them; else rows take
+            turns, and those that are split are merged by the last of their programs.
         num_warps: Warps of the attention kernel.
         num_stages: Tiles in flight, the one being computed included.
         dependent_launch: Whether the second kernel is launched before the first ends
@@ -52,8 +51,8 @@ class DecodePlan:
     num_warps: int
     num_stages: int
     dependent_launch: bool
-    shares: int = 1
-    least_tokens: int = MAX_TILE
+    shares: int
+    least_tokens: int
 
     def __post_init__(self) -> None:
         if self.least_tokens < self.tile:
@@ -153,7 +152,7 @@ class DecodeScratchSize:
 
 @dataclass(frozen=True)
 class DecodeScratch:
-    """What the first kernel leaves for the second.
+    """What programs leave for whoever merges the splits of their row.
 
     Attributes:
         partial_output: Flat float32, see `DecodeScratchSize`.

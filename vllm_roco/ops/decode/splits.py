@@ -2,8 +2,9 @@
 """Which program of decode attention attends over what; worked out once for a step.
 
 Lengths are known on the device alone, and a captured launch has the same programs in
-every step. Rows with more tokens come first, so that nobody waits for a long row that
-began last, and are split:
+every step: those of the rows that it was captured with, to which vLLM pads. Rows with
+more tokens come first, so that nobody waits for a long row that began last, and are
+split:
 
 * where all programs run at once, so that none has much more than its share;
 * where they take turns, so that what is left is shared by as many as fit at once, which
@@ -23,6 +24,7 @@ import triton.language as tl
 from vllm_roco.ops.decode.plan import DecodePlan
 from vllm_roco.ops.launch import Launcher
 
+# five, in a sector of memory each
 SPLIT_FIELDS = 8
 ROW_FIELDS = 2
 RANKED_FIELDS = 2
@@ -77,7 +79,13 @@ class DecodeSplits:
             zeros((plan.most_splits(rows) for rows, plan in plans), SPLIT_FIELDS),
             zeros((rows for rows, _ in plans), ROW_FIELDS),
             zeros((rows for rows, _ in plans), RANKED_FIELDS),
-            zeros((plan.kept_splits(rows) for rows, plan in plans), num_kv_heads),
+            zeros(
+                (
+                    0 if plan.merged_apart else plan.kept_splits(rows)
+                    for rows, plan in plans
+                ),
+                num_kv_heads,
+            ),
         )
 
     def deal(self, live_lens: torch.Tensor, plan: DecodePlan) -> None:
@@ -117,7 +125,7 @@ def _shared_at_once(tokens, total, shares, least_tokens):
     """
     total = tl.maximum(total, 1)
     splits = (2 * tokens.to(tl.int64) * shares + total) // (2 * total)
-    return tl.maximum(tl.minimum(splits.to(tl.int32), tokens // least_tokens), 1)
+    return tl.maximum(tl.minimum(splits, tokens // least_tokens), 1).to(tl.int32)
 
 
 @triton.jit
@@ -135,7 +143,7 @@ def _shared_in_turns(tokens, left, shares, least_tokens):
         least_tokens: Of a share.
     """
     share = tl.maximum(tl.cdiv(left, shares), least_tokens)
-    return tl.maximum((tokens + share // 2) // share, 1)
+    return tl.maximum((tokens + share // 2) // share, 1).to(tl.int32)
 
 
 @triton.jit(
@@ -161,12 +169,13 @@ def _deal_kernel(
     ROW_FIELDS: tl.constexpr,
     RANKED_FIELDS: tl.constexpr,
 ):
-    total = 0
+    # of many long rows more than 32 bits hold, times the shares
+    total = tl.zeros([], tl.int64)
     longest = 0
     for start in range(0, num_rows, ROWS):
         row = start + tl.arange(0, ROWS)
         tokens = tl.load(live_lens_ptr + row, mask=row < num_rows, other=0)
-        total += tl.sum(tokens)
+        total += tl.sum(tokens.to(tl.int64))
         longest = tl.maximum(longest, tl.max(tokens))
 
     for start in range(0, num_rows, ROWS):
@@ -201,7 +210,8 @@ def _deal_kernel(
         if merged_apart == 1:
             splits = _shared_at_once(tokens, total, shares, least_tokens)
         else:
-            left_here = left - tl.cumsum(tokens, 0) + tokens
+            wide = tokens.to(tl.int64)
+            left_here = left - tl.cumsum(wide, 0) + wide
             splits = _shared_in_turns(tokens, left_here, shares, least_in_turns)
         splits = tl.where(is_row, splits, 0)
         kept = tl.where((splits > 1) | (merged_apart == 1), splits, 0)
@@ -218,16 +228,14 @@ def _deal_kernel(
             tl.store(entry + 2, splits, mask=is_split)
             tl.store(entry + 3, tokens, mask=is_split)
             tl.store(entry + 4, first_kept, mask=is_split)
-        left -= tl.sum(tokens)
+        left -= tl.sum(tokens.to(tl.int64))
         num_splits += tl.sum(splits)
         num_kept += tl.sum(kept)
-    # the programs behind have nothing to do, in the first row
+    # the programs behind have nothing to do
     for start in range(num_splits, most_splits, ROWS):
         place = start + tl.arange(0, ROWS)
         entry = splits_ptr + place * SPLIT_FIELDS
-        nothing = tl.zeros([ROWS], tl.int32)
-        tl.store(entry, nothing, mask=place < most_splits)
-        tl.store(entry + 2, nothing, mask=place < most_splits)
+        tl.store(entry + 2, tl.zeros([ROWS], tl.int32), mask=place < most_splits)
 
 
 _launch = Launcher(_deal_kernel)
