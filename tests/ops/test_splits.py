@@ -197,6 +197,12 @@ def test_rows_that_all_run_at_once_are_split_by_length(device: torch.device) -> 
     assert found == [12] + [1] * 47
 
 
+def test_rows_that_are_nearly_enough_stay_whole_with_larger_tiles() -> None:
+    """Fewer rows are split in two, each half with tiles as everywhere else."""
+    layouts = [(planned(rows).tile, planned(rows).shares) for rows in (36, 44, 45, 65)]
+    assert layouts == [(64, 66), (64, 66), (128, 66), (128, 66)]
+
+
 def test_a_split_is_at_least_a_tile() -> None:
     """One without a tile would have nothing to tell."""
     with pytest.raises(ValueError, match="a split of 31 tokens is less than a tile"):

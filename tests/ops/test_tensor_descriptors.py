@@ -22,17 +22,8 @@ from benchmarks.kernels.tensor_descriptors import (
 )
 from benchmarks.kernels.workload import Shape, Workload
 from vllm_roco.kv_cache import page
-from vllm_roco.ops.decode.plan import DecodePlan
 
-OURS = DecodePlan(
-    tile=64,
-    splits=1,
-    num_warps=4,
-    num_stages=2,
-    dependent_launch=False,
-    shares=1,
-    least_tokens=64,
-)
+OURS = descriptor_plan(64, num_stages=2, num_warps=4)
 
 
 @pytest.fixture

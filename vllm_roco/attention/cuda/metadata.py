@@ -175,7 +175,7 @@ class RocoCudaMetadataBuilder(AttentionMetadataBuilder[RocoCudaMetadata]):
         self._plans = [
             bounds.decode_plan(rows, hardware) for rows in range(1, bounds.rows + 1)
         ]
-        # some KiB
+        # some KiB, which are not in the planned memory
         self._splits = DecodeSplits.allocate(
             enumerate(self._plans, 1), spec.num_kv_heads, device
         )

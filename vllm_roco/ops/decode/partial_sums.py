@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What programs of decode attention tell each other; see `attention`.
 
-The first leaves, for each split, its output and log-sum-exp, and for each row and kv
-head the partial sums, `[max_pieces, GROUP]` float32: the log-sum-exp of every piece, in
-base 2.
+Those that attend leave, for each row and kv head, the partial sums, `[max_pieces,
+GROUP]` float32: the log-sum-exp of every piece, in base 2. What splits leave is in
+`merge`.
 """
 
 from __future__ import annotations

@@ -207,8 +207,10 @@ def plan_decode(
 
     Every row is taken to be as long as it can be. Where rows and heads alone give each
     multiprocessor two programs, rows take turns. Else keys are split until one program
-    runs on each multiprocessor, two where they have long work; three fit there, and two
-    where rows are nearly enough, which then lie evenly: with larger tiles.
+    runs on each multiprocessor, two where they have long work or rows alone nearly give
+    it one. Rows that are nearly enough for two stay whole as a rule, and have larger
+    tiles: three programs fit on a multiprocessor, and of so few some would have three
+    and others one.
     `benchmarks/kernels/sweep_decode.py` tells how far from the best this is.
 
     Args:
@@ -253,7 +255,11 @@ def plan_decode(
     splits = min(next_power_of_2(wanted // programs), most)
     if splits > 1:
         return fitting(tile, splits, shares=num_rows * splits, num_stages=3)
+    shares = 2 * device.num_multiprocessors // num_kv_heads
+    if 2 * shares >= 3 * num_rows:
+        # a row of mean length is split
+        splits = max(2, next_power_of_2(shares // num_rows))
+        return fitting(tile, splits, shares, num_stages=3)
     # of a byte each, the numbers of the largest tile are half as much to wait for
     num_stages = 3 if dtype.itemsize == 1 else 2
-    shares = 2 * device.num_multiprocessors // num_kv_heads
     return fitting(2 * tile, splits=2, shares=shares, num_stages=num_stages)
